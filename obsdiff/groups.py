@@ -1,0 +1,70 @@
+"""What can be pruned in a denoiser: its linears, and the units that are removed together.
+
+Everything here is names and sizes. It is the same for a loaded model and for one on the meta device.
+
+    in, out   a linear's input and output width
+    tier      linears of one tier of one block do not read one another's outputs
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearSpec:
+    """One prunable linear.
+
+    Attributes:
+        name: the module's name inside the denoiser.
+        block: index of its block, in forward order over the whole denoiser.
+        tier: place inside the block, in forward order.
+        reads: key of the input tensor. Linears with the same key read the very same tensor and share one gram.
+        in_features, out_features: widths.
+        tokens: which sequence it runs over, a key of Family.tokens(): "image", "text", or a resolution of a UNet.
+    """
+
+    name: str
+    block: int
+    tier: int
+    reads: str
+    in_features: int
+    out_features: int
+    tokens: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Producer:
+    """A linear (or a norm's vector) that loses the rows of a removed unit.
+
+    Attributes:
+        name: module name; its weight (and bias, where there is one) loses rows.
+        parts: the output holds this many stacked copies of the unit axis, all cut alike (GEGLU: 2).
+    """
+
+    name: str
+    parts: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Units that share an index: producers lose rows, consumers lose columns.
+
+    Attributes:
+        name: stable name, such as "transformer_blocks.3.attn.heads".
+        kind: "heads" or "ffn".
+        block: index of its block, in forward order.
+        units: how many there are.
+        width: columns of a unit in each consumer: the head size, or 1 for a neuron.
+        producers: linears that lose rows.
+        consumers: linears that lose columns; one, or two where two streams share the heads.
+        attention: module whose head count follows, None for "ffn".
+    """
+
+    name: str
+    kind: Literal["heads", "ffn"]
+    block: int
+    units: int
+    width: int
+    producers: tuple[Producer, ...]
+    consumers: tuple[str, ...]
+    attention: str | None = None

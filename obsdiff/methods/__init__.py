@@ -1,0 +1,83 @@
+"""Pruning methods. A method is a module and a line in METHODS.
+
+    out, in   a linear's widths
+    units     the columns that are removed together, `width` columns each
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from obsdiff.sparsity import Pattern
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """A linear as a method sees it.
+
+    Attributes:
+        name: for messages.
+        weight: (out, in), any float dtype; never changed in place.
+        gram: (in, in), float32 or wider, the weighted mean of x x^T over the calibration tokens; None where the
+            method does not calibrate.
+    """
+
+    name: str
+    weight: Tensor
+    gram: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruned:
+    """What a method made of a linear.
+
+    Attributes:
+        weight: (out, in), in the dtype of the layer's weight; zero where `keep` is False.
+        keep: (out, in), bool: the support.
+        loss: tr(dW G dW^T) / tr(W G W^T), measured on `weight` as returned; NaN without a gram.
+    """
+
+    weight: Tensor
+    keep: Tensor
+    loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Knobs of the methods; each has the paper's value.
+
+    Attributes:
+        damp: added to the gram's diagonal, as a fraction of its mean.
+        block: columns per lazy update block.
+    """
+
+    damp: float = 0.01
+    block: int = 128
+
+
+class Method(Protocol):
+    """What a pruning method provides; each module of this package is one."""
+
+    name: str
+    calibrates: bool
+
+    def prune_weights(self, layer: Layer, pattern: Pattern, options: Options) -> Pruned: ...
+
+    def prune_units(
+        self, layers: Sequence[Layer], *, width: int, remove: int, options: Options
+    ) -> tuple[Tensor, list[Pruned]]:
+        """Chooses and removes whole units from linears that share them.
+
+        Args:
+            layers: one linear, or two whose input columns are the same units in two streams.
+            width: columns per unit.
+            remove: how many units go.
+            options: the knobs.
+
+        Returns:
+            the kept units, (kept,), int64, sorted; per layer the weight with the removed columns zero and the others
+            compensated, at full width.
+        """
+        ...
