@@ -1,0 +1,49 @@
+"""Architectures of denoisers. A family is a module here and a line in FAMILIES."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from obsdiff.groups import Group, LinearSpec
+from obsdiff_export.component import Component
+
+
+class Family(Protocol):
+    """What obsdiff has to know of an architecture; each module of this package is one.
+
+    Attributes:
+        name: "sd3", "unet", ...
+        denoiser: attribute and folder of the denoiser in the pipeline: "transformer" or "unet".
+        classes: diffusers classes of the denoiser.
+    """
+
+    name: str
+    denoiser: str
+    classes: tuple[str, ...]
+
+    def linears(self, denoiser: nn.Module) -> tuple[LinearSpec, ...]:
+        """Every prunable linear, in forward order; works on the meta device and on shrunk models."""
+        ...
+
+    def groups(self, denoiser: nn.Module) -> tuple[Group, ...]:
+        """Every group of heads and FFN neurons, in forward order; works on the meta device and on shrunk models."""
+        ...
+
+    def tokens(self, config: Mapping[str, Any], *, height: int, width: int, text_tokens: int) -> dict[str, int]:
+        """Tokens per image in each sequence that LinearSpec.tokens names, at an image size in pixels."""
+        ...
+
+    def encode(
+        self, pipeline: DiffusionPipeline, prompts: Sequence[str], negative: Sequence[str], **options: Any
+    ) -> dict[str, Tensor]:
+        """Text embeddings as keyword arguments of the pipeline's call, (len(prompts), ...) each.
+
+        `negative` is empty where no guidance is used. `options`: max_sequence_length, where the family has it.
+        """
+        ...
+
+    def components(self, pipeline: DiffusionPipeline, *, height: int, width: int) -> tuple[Component, ...]:
+        """Every network of the pipeline that is present, as the export needs it."""
+        ...
