@@ -1,0 +1,308 @@
+"""The bundle: a deployable folder, its manifest, and the check that both still agree.
+
+A bundle is optimum's ONNX folder layout with `obsdiff.json` at its root. The manifest lists every file with size and
+sha256, except itself and README.md (a model card, which people edit). Files that are not listed may lie beside them;
+they are never opened: a `Bundle` hands out paths of listed files only.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Final, Literal
+
+from obsdiff_runtime.decoding import decode, encode
+from obsdiff_runtime.errors import BundleError, CompatibilityError
+
+SCHEMA: Final = 1
+MANIFEST: Final = "obsdiff.json"
+UNLISTED: Final = frozenset({MANIFEST, "README.md"})
+MAX_JSON_BYTES: Final = 64 * 2**20
+CHUNK_BYTES: Final = 2**20
+
+Verify = Literal["full", "sizes"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorEntry:
+    """An input or output of a graph; symbolic sizes are strings: ("batch", 4, "height", "width")."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineEntry:
+    """An engine built from a component's graph.
+
+    Attributes:
+        path: of the plan, relative to the bundle.
+        key: hash over graph content, builder and version, targets, precision, profile and flags.
+        backend: "tensorrt" or "tensorrt_rtx".
+        backend_version: version of the builder.
+        targets: compute capabilities it runs on: ("8.6", "8.9").
+        sparse_requested: sparse kernels were allowed.
+        sparsity: what is known of their use, in words.
+        receipt: path of the proof per layer, relative to the bundle.
+    """
+
+    path: str
+    key: str
+    backend: str
+    backend_version: str
+    targets: tuple[str, ...] = ()
+    sparse_requested: bool = False
+    sparsity: str = ""
+    receipt: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComponentEntry:
+    """A network of the pipeline; `onnx` is its graph, relative to the bundle, `dtype` that of its weights."""
+
+    onnx: str
+    dtype: str
+    inputs: tuple[TensorEntry, ...]
+    outputs: tuple[TensorEntry, ...]
+    engines: tuple[EngineEntry, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """What a call uses where it is told nothing. max_sequence_length: tokens of T5, or of the zeros in its place."""
+
+    height: int
+    width: int
+    num_inference_steps: int
+    guidance_scale: float
+    max_sequence_length: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The content of obsdiff.json.
+
+    Attributes:
+        schema: version of this layout.
+        created_by: program and version: "obsdiff 0.1.0".
+        family: architecture of the denoiser: "sd3", "unet".
+        pipeline_class: diffusers class; decides how the runtime samples.
+        sparsity: as given on the command line: "2:4"; "dense" where nothing was pruned.
+        defaults: of a call.
+        components: by folder name.
+        files: every file by path relative to the bundle, with "/" on every system.
+        recipe: the resolved configuration of the run.
+        measurements: what was measured, and on what.
+    """
+
+    created_by: str
+    family: str
+    pipeline_class: str
+    sparsity: str
+    defaults: Defaults
+    components: Mapping[str, ComponentEntry]
+    files: Mapping[str, FileEntry] = field(default_factory=dict)
+    recipe: Mapping[str, object] = field(default_factory=dict)
+    measurements: Mapping[str, object] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """A folder whose listed files were found as the manifest says."""
+
+    root: Path
+    manifest: Manifest
+
+    def has(self, relative: str) -> bool:
+        return relative in self.manifest.files
+
+    def path(self, relative: str) -> Path:
+        """Where a listed file lies.
+
+        Raises:
+            BundleError: the manifest does not list it.
+        """
+        if not self.has(relative):
+            raise BundleError(f"{self.root}: {relative} is not a file of this bundle; was it added by hand?")
+        return self.root / relative
+
+    def json(self, relative: str) -> dict[str, Any]:
+        """A listed JSON file that holds an object."""
+        return _read_json(self.path(relative))
+
+    def component(self, name: str) -> ComponentEntry:
+        if name not in self.manifest.components:
+            names = ", ".join(sorted(self.manifest.components))
+            raise BundleError(f"{self.root}: the bundle has no component {name}; it has {names}")
+        return self.manifest.components[name]
+
+    def onnx(self, name: str) -> Path:
+        """Path of a component's graph."""
+        return self.path(self.component(name).onnx)
+
+    def config(self, name: str) -> dict[str, Any]:
+        """config.json of a component."""
+        return self.json(f"{name}/config.json")
+
+    def scheduler(self) -> dict[str, Any]:
+        return self.json("scheduler/scheduler_config.json")
+
+    def index(self) -> dict[str, Any]:
+        """model_index.json: the classes and options of the diffusers pipeline."""
+        return self.json("model_index.json")
+
+    def total_bytes(self) -> int:
+        return sum(entry.bytes for entry in self.manifest.files.values())
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Lists every file of `folder` with size and sha256, and writes obsdiff.json there.
+
+    Args:
+        folder: complete but for the manifest; it holds no links.
+        manifest: its `files` are ignored.
+
+    Returns:
+        The manifest with `files` filled.
+
+    Raises:
+        BundleError: a link in the folder, or a graph, engine or receipt that the manifest names and the folder lacks.
+    """
+    files = {
+        relative: FileEntry(sha256=_sha256(folder / relative), bytes=(folder / relative).stat().st_size)
+        for relative in sorted(_walk(folder))
+    }
+    complete = dataclasses.replace(manifest, files=files)
+    _check_references(complete, folder)
+    text = json.dumps(encode(complete), indent=2, ensure_ascii=False, allow_nan=False)
+    part = folder / f"{MANIFEST}.part"
+    part.write_text(text + "\n", encoding="utf-8")
+    part.replace(folder / MANIFEST)
+    return complete
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest alone; no other file is looked at.
+
+    Raises:
+        BundleError: no bundle, or a manifest that cannot be read; says which field.
+        CompatibilityError: written by a newer obsdiff.
+    """
+    path = folder / MANIFEST
+    if not path.is_file() or path.is_symlink():
+        raise BundleError(f"{folder} is no bundle: it has no {MANIFEST}; `obsdiff export` makes one")
+    data = _read_json(path)
+    schema = data.get("schema")
+    if type(schema) is int and schema > SCHEMA:
+        raise CompatibilityError(
+            f"{path}: the bundle has schema {schema}, this obsdiff-runtime reads up to {SCHEMA}; "
+            "upgrade it: pip install --upgrade obsdiff-runtime"
+        )
+    if schema != SCHEMA:
+        raise BundleError(f"{path}: schema should be {SCHEMA}, not {schema!r}")
+    manifest = decode(Manifest, data, source=str(path))
+    for relative, entry in manifest.files.items():
+        _check_path(relative, path)
+        if entry.bytes < 0 or len(entry.sha256) != 64:
+            raise BundleError(f"{path}: files.{relative} has no valid size and sha256")
+    _check_references(manifest, folder)
+    return manifest
+
+
+def open_bundle(path: Path | str, verify: Verify = "full") -> Bundle:
+    """Opens a bundle after checking its files against the manifest.
+
+    Args:
+        path: the folder.
+        verify: "full" compares sha256 of every file, "sizes" presence and size only.
+
+    Raises:
+        BundleError: no bundle; or a file is missing, truncated, altered, a link, or outside the folder; names the file.
+        CompatibilityError: written by a newer obsdiff.
+    """
+    if verify not in ("full", "sizes"):
+        raise ValueError(f"verify is 'full' or 'sizes', not {verify!r}")
+    root = Path(path)
+    manifest = read_manifest(root)
+    for relative, entry in manifest.files.items():
+        _check_size(root, relative, entry)
+    if verify == "full":
+        for relative, entry in manifest.files.items():
+            if _sha256(root / relative) != entry.sha256:
+                raise BundleError(f"{root / relative} was altered after export: its sha256 is not the manifest's")
+    return Bundle(root=root, manifest=manifest)
+
+
+def _check_size(root: Path, relative: str, entry: FileEntry) -> None:
+    path = root / relative
+    inside = root
+    for part in PurePosixPath(relative).parts:
+        inside = inside / part
+        if inside.is_symlink():
+            raise BundleError(f"{inside} is a link; a bundle holds files only: copy the target in its place")
+    if not path.is_file():
+        raise BundleError(f"{path} is missing from the bundle; copy or export it again")
+    size = path.stat().st_size
+    if size != entry.bytes:
+        state = "truncated" if size < entry.bytes else "larger than exported"
+        raise BundleError(f"{path} is {state}: {size} bytes, the manifest says {entry.bytes}; copy or export it again")
+
+
+def _check_path(relative: str, source: Path) -> None:
+    pure = PurePosixPath(relative)
+    strange = "\\" in relative or ":" in relative or "\0" in relative
+    if pure.is_absolute() or ".." in pure.parts or strange or str(pure) != relative or relative in ("", "."):
+        raise BundleError(f"{source}: files.{relative!r} is no plain path inside the bundle")
+
+
+def _check_references(manifest: Manifest, folder: Path) -> None:
+    for name, component in manifest.components.items():
+        paths = [component.onnx]
+        for engine in component.engines:
+            paths += [engine.path] + ([engine.receipt] if engine.receipt is not None else [])
+        for path in paths:
+            if path not in manifest.files:
+                raise BundleError(f"{folder}: component {name} names {path}, which is not a file of the bundle")
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    for root, folders, names in os.walk(folder):
+        for name in [*folders, *names]:
+            if (Path(root) / name).is_symlink():
+                raise BundleError(f"{Path(root) / name} is a link; a bundle holds files only")
+        for name in names:
+            relative = (Path(root) / name).relative_to(folder).as_posix()
+            if relative not in UNLISTED:
+                _check_path(relative, folder)
+                yield relative
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise BundleError(f"{path} is larger than {MAX_JSON_BYTES} bytes, too large for a configuration")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise BundleError(f"{path} should hold a JSON object")
+    return data
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
