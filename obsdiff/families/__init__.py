@@ -1,4 +1,4 @@
-"""Architectures of denoisers. A family is a module here and a line in FAMILIES."""
+"""Architectures of denoisers. A family is a module here and a line in table.FAMILIES."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -31,8 +31,13 @@ class Family(Protocol):
         """Every group of heads and FFN neurons, in forward order; works on the meta device and on shrunk models."""
         ...
 
-    def tokens(self, config: Mapping[str, Any], *, height: int, width: int, text_tokens: int) -> dict[str, int]:
-        """Tokens per image in each sequence that LinearSpec.tokens names, at an image size in pixels."""
+    def tokens(
+        self, config: Mapping[str, Any], *, height: int, width: int, text_tokens: int, vae_scale: int = 8
+    ) -> dict[str, int]:
+        """Tokens per image in each sequence that LinearSpec.tokens names, at an image size in pixels.
+
+        `config` is the denoiser's; `vae_scale` is how many pixels a side of a latent pixel stands for.
+        """
         ...
 
     def encode(

@@ -1,0 +1,81 @@
+"""Reads units and linears off diffusers' `Attention` and `FeedForward`: what the families have in common.
+
+Sizes always come from the modules, so that everything here holds on the meta device and on shrunk models.
+"""
+
+from torch import nn
+
+from obsdiff.groups import Group, LinearSpec, Producer
+from obsdiff_runtime.errors import ModelError
+
+
+def linear(denoiser: nn.Module, name: str, *, block: int, tier: int, reads: str, tokens: str) -> LinearSpec:
+    """The prunable linear of that name.
+
+    Raises:
+        ModelError: the module is no plain torch linear, as after adding LoRA adapters or quantising.
+    """
+    module = denoiser.get_submodule(name)
+    if type(module) is not nn.Linear:
+        raise ModelError(
+            f"{name} is a {type(module).__name__}, not a plain linear; "
+            "merge adapters (pipeline.fuse_lora(), then unload_lora_weights()) and load the model without quantisation"
+        )
+    return LinearSpec(
+        name=name,
+        block=block,
+        tier=tier,
+        reads=reads,
+        in_features=module.in_features,
+        out_features=module.out_features,
+        tokens=tokens,
+    )
+
+
+def present(module: nn.Module, *names: str) -> tuple[str, ...]:
+    """Those of the names that are submodules; diffusers sets absent projections to None."""
+    return tuple(name for name in names if getattr(module, name, None) is not None)
+
+
+def heads(denoiser: nn.Module, name: str, *, block: int) -> Group:
+    """The heads of the attention module of that name.
+
+    All projections into the heads lose rows; `to_out.0` and, where the second stream goes on, `to_add_out` lose
+    columns. Norms of queries and keys are per channel of a head and stay as they are.
+
+    Raises:
+        ModelError: the projections are fused.
+    """
+    attention = denoiser.get_submodule(name)
+    if getattr(attention, "fused_projections", False):
+        raise ModelError(f"{name}: its projections are fused; call unfuse_qkv_projections() before pruning")
+    units = int(attention.heads)  # type: ignore[call-overload]
+    queries = attention.get_submodule("to_q")
+    producers = present(attention, "to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+    consumers = ("to_out.0", *present(attention, "to_add_out"))
+    return Group(
+        name=f"{name}.heads",
+        kind="heads",
+        block=block,
+        units=units,
+        width=int(queries.out_features) // units,  # type: ignore[call-overload]
+        producers=tuple(Producer(name=f"{name}.{producer}") for producer in producers),
+        consumers=tuple(f"{name}.{consumer}" for consumer in consumers),
+        attention=name,
+    )
+
+
+def neurons(denoiser: nn.Module, name: str, *, block: int) -> Group:
+    """The neurons of the feed-forward module of that name; a gated one (GEGLU, SwiGLU) holds each of them twice."""
+    into, out = f"{name}.net.0.proj", f"{name}.net.2"
+    rows = int(denoiser.get_submodule(into).out_features)  # type: ignore[call-overload]
+    units = int(denoiser.get_submodule(out).in_features)  # type: ignore[call-overload]
+    return Group(
+        name=f"{name}.neurons",
+        kind="ffn",
+        block=block,
+        units=units,
+        width=1,
+        producers=(Producer(name=into, parts=rows // units),),
+        consumers=(out,),
+    )

@@ -1,0 +1,86 @@
+"""SD3 and SD3.5: `SD3Transformer2DModel`, a joint transformer of an image and a text stream (MMDiT).
+
+A block reads eight distinct tensors, and the linears that read the same one share its gram:
+
+    norm1(image)       attn.to_q, to_k, to_v
+    norm1(text)        attn.add_q_proj, add_k_proj, add_v_proj
+    heads, image part  attn.to_out.0
+    heads, text part   attn.to_add_out           not in the last block, which drops its text
+    norm2(image)       ff.net.0.proj
+    norm2(text)        ff_context.net.0.proj     not in the last block
+    neurons, image     ff.net.2
+    neurons, text      ff_context.net.2          not in the last block
+
+SD3.5-medium has a second attention over the image alone in its first blocks; it reads a tensor of its own (the same
+norm under another modulation) beside the first, and its heads are units of their own.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from obsdiff.families import layers
+from obsdiff.groups import Group, LinearSpec
+
+name: str = "sd3"
+denoiser: str = "transformer"
+classes: tuple[str, ...] = ("SD3Transformer2DModel",)
+
+
+def linears(denoiser: nn.Module) -> tuple[LinearSpec, ...]:
+    """See `Family.linears`. Tiers: into the heads, out of them, into the neurons, out of them."""
+    return tuple(
+        layers.linear(denoiser, f"{prefix}.{linear}", block=block, tier=tier, reads=f"{prefix}.{reads}", tokens=tokens)
+        for block, prefix, module in _blocks(denoiser)
+        for tier, reads, tokens, linears in _inputs(module)
+        for linear in linears
+    )
+
+
+def groups(denoiser: nn.Module) -> tuple[Group, ...]:
+    """See `Family.groups`."""
+    found: list[Group] = []
+    for block, prefix, module in _blocks(denoiser):
+        attentions = layers.present(module, "attn", "attn2")
+        found += [layers.heads(denoiser, f"{prefix}.{attention}", block=block) for attention in attentions]
+        feeds = layers.present(module, "ff", "ff_context")
+        found += [layers.neurons(denoiser, f"{prefix}.{feed}", block=block) for feed in feeds]
+    return tuple(found)
+
+
+def tokens(
+    config: Mapping[str, Any], *, height: int, width: int, text_tokens: int, vae_scale: int = 8
+) -> dict[str, int]:
+    """See `Family.tokens`: "image", one token per patch, and "text"."""
+    patch = int(config["patch_size"])
+    return {"image": (height // vae_scale // patch) * (width // vae_scale // patch), "text": text_tokens}
+
+
+def _blocks(denoiser: nn.Module) -> Iterator[tuple[int, str, nn.Module]]:
+    blocks = denoiser.get_submodule("transformer_blocks")
+    for child, module in blocks.named_children():
+        yield int(child), f"transformer_blocks.{child}", module
+
+
+def _inputs(block: nn.Module) -> Iterator[tuple[int, str, str, tuple[str, ...]]]:
+    """Per distinct input tensor of a block: tier, key, sequence, and the linears that read it."""
+    attention = block.get_submodule("attn")
+    dual = bool(layers.present(block, "attn2"))
+    text = bool(layers.present(block, "ff_context"))
+    yield 0, "norm1", "image", ("attn.to_q", "attn.to_k", "attn.to_v")
+    added = layers.present(attention, "add_q_proj", "add_k_proj", "add_v_proj")
+    yield 0, "norm1_context", "text", tuple(f"attn.{projection}" for projection in added)
+    if dual:
+        yield 0, "norm1.second", "image", ("attn2.to_q", "attn2.to_k", "attn2.to_v")
+    yield 1, "attn.to_out.0", "image", ("attn.to_out.0",)
+    if layers.present(attention, "to_add_out"):
+        yield 1, "attn.to_add_out", "text", ("attn.to_add_out",)
+    if dual:
+        yield 1, "attn2.to_out.0", "image", ("attn2.to_out.0",)
+    yield 2, "norm2", "image", ("ff.net.0.proj",)
+    if text:
+        yield 2, "norm2_context", "text", ("ff_context.net.0.proj",)
+    yield 3, "ff.net.2", "image", ("ff.net.2",)
+    if text:
+        yield 3, "ff_context.net.2", "text", ("ff_context.net.2",)
