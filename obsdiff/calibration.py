@@ -1,0 +1,214 @@
+"""Runs the pipeline over prompts and collects a gram for every distinct input tensor.
+
+The step index comes from the denoiser's own calls, so that schedulers which call it more than once a step are
+weighted right. Prompt i has its own noise, seeded by seed + i, whatever the batch size.
+"""
+
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from obsdiff.core import timesteps
+from obsdiff.core.gram import Gram, GramAccumulator
+from obsdiff.families import Family
+from obsdiff.groups import LinearSpec
+from obsdiff.recipe import Sampling
+from obsdiff_runtime.errors import CalibrationError
+from obsdiff_runtime.progress import Progress, silent
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """Prompts as the pipeline's call takes them: embeddings of (prompts, ...) on the CPU, encoded once."""
+
+    texts: tuple[str, ...]
+    embeddings: Mapping[str, Tensor]
+
+    def batch(self, rows: range) -> dict[str, Tensor]:
+        return {name: value[rows.start : rows.stop] for name, value in self.embeddings.items()}
+
+
+@torch.no_grad()
+def encode(
+    pipeline: DiffusionPipeline, family: Family, texts: Sequence[str], sampling: Sampling, *, negative: str = ""
+) -> Prompts:
+    """Runs the text encoders once over all prompts, in batches."""
+    guided = sampling.guidance_scale > 1
+    options = {} if sampling.max_sequence_length is None else {"max_sequence_length": sampling.max_sequence_length}
+    parts: list[dict[str, Tensor]] = []
+    for rows in batches(len(texts), sampling.batch_size):
+        chunk = texts[rows.start : rows.stop]
+        parts.append(family.encode(pipeline, chunk, [negative] * len(chunk) if guided else [], **options))
+    return Prompts(
+        texts=tuple(texts), embeddings={name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
+    )
+
+
+def batches(count: int, size: int) -> Iterator[range]:
+    for start in range(0, count, size):
+        yield range(start, min(start + size, count))
+
+
+def sample(
+    pipeline: DiffusionPipeline, prompts: Prompts, rows: range, sampling: Sampling, **overrides: Any
+) -> Tensor:
+    """Final latents of some prompts, (rows, channels, height, width)."""
+    generators = [torch.Generator().manual_seed(sampling.seed + row) for row in rows]
+    arguments: dict[str, Any] = {
+        **{name: value.to(pipeline.device) for name, value in prompts.batch(rows).items()},
+        "num_inference_steps": sampling.num_inference_steps,
+        "guidance_scale": sampling.guidance_scale,
+        "height": sampling.height,
+        "width": sampling.width,
+        "generator": generators,
+        "output_type": "latent",
+    }
+    pipeline.set_progress_bar_config(disable=True)
+    latents: Tensor = pipeline(**(arguments | overrides)).images
+    return latents
+
+
+class StepIndex:
+    """Which sampler step the denoiser is called for: 0 is the noisiest.
+
+    Counts how often the timestep changes from one call to the next, so that two calls of one step (guidance in two
+    passes) count once, and scales where a scheduler visits more timesteps than it was asked for steps (Heun).
+    """
+
+    def __init__(self, scheduler: Any, steps: int) -> None:
+        self._scheduler = scheduler
+        self._steps = steps
+        self.restart()
+
+    def restart(self) -> None:
+        """Call before each run of the pipeline."""
+        self._changes = -1
+        self._last: float | None = None
+
+    def advance(self, timestep: Tensor | float) -> int:
+        """The step of a denoiser call with this timestep."""
+        now = float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
+        if now != self._last:
+            self._changes += 1
+            self._last = now
+        visited = len(set(self._scheduler.timesteps.tolist()))
+        return min(self._changes * self._steps // max(visited, self._steps), self._steps - 1)
+
+
+def calibrate(
+    pipeline: DiffusionPipeline,
+    family: Family,
+    linears: Sequence[LinearSpec],
+    prompts: Prompts,
+    sampling: Sampling,
+    *,
+    time_weights: str,
+    progress: Progress = silent,
+    stage: str = "calibrate",
+) -> dict[str, Gram]:
+    """One calibration pass: a gram for each distinct input of `linears`.
+
+    Args:
+        pipeline: in eval mode; its denoiser's weights are read as they are.
+        family: of the denoiser.
+        linears: the layers of this package.
+        prompts: encoded; conditional and unconditional rows both count.
+        sampling: steps, guidance, size and seed.
+        time_weights: a schedule of core.timesteps.
+        progress: told after every denoiser call.
+        stage: what progress calls this pass.
+
+    Returns:
+        LinearSpec.reads -> Gram, for every key in `linears`.
+
+    Raises:
+        CalibrationError: an activation is not finite (names layer, step and prompts), a layer saw no token, or
+            two linears that should share an input do not.
+    """
+    if not prompts.texts:
+        raise CalibrationError("no prompt to calibrate on; is --prompts-file empty?")
+    denoiser: nn.Module = getattr(pipeline, family.denoiser)
+    weights = timesteps.weights(time_weights, sampling.num_inference_steps).tolist()
+    steps = StepIndex(pipeline.scheduler, sampling.num_inference_steps)
+    collector = _Collector(denoiser, linears, weights)
+    passes = list(batches(len(prompts.texts), sampling.batch_size))
+    total = len(passes) * sampling.num_inference_steps
+
+    with collector.attached(steps), torch.no_grad():
+        for index, rows in enumerate(passes):
+            steps.restart()
+            collector.prompts = f"prompts {rows.start + 1} to {rows.stop}"
+            collector.told = lambda step, index=index: progress(  # type: ignore[misc]
+                stage, index * sampling.num_inference_steps + step, total
+            )
+            sample(pipeline, prompts, rows, sampling)
+    progress(stage, total, total)
+    return collector.grams()
+
+
+class _Collector:
+    """Hooks that gather grams while the pipeline runs."""
+
+    def __init__(self, denoiser: nn.Module, linears: Sequence[LinearSpec], weights: Sequence[float]) -> None:
+        self._denoiser = denoiser
+        self._weights = weights
+        self._linears = linears
+        self._leaders: dict[str, str] = {}
+        for linear in linears:
+            self._leaders.setdefault(linear.reads, linear.name)
+        self._accumulators: dict[str, GramAccumulator] = {}
+        self._seen: dict[str, weakref.ref[Tensor]] = {}
+        self._step = 0
+        self.prompts = ""
+        self.told: Callable[[int], None] = lambda step: None
+
+    @contextmanager
+    def attached(self, steps: StepIndex) -> Iterator[None]:
+        def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._step = steps.advance(kwargs["timestep"] if "timestep" in kwargs else args[1])
+            self.told(self._step)
+
+        hooks = [self._denoiser.register_forward_pre_hook(count, with_kwargs=True)]
+        for linear in self._linears:
+            module = self._denoiser.get_submodule(linear.name)
+            take = self._add if self._leaders[linear.reads] == linear.name else self._check
+            hooks.append(module.register_forward_pre_hook(lambda _, args, s=linear, t=take: t(s, args[0])))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _add(self, linear: LinearSpec, x: Tensor) -> None:
+        self._seen[linear.reads] = weakref.ref(x)
+        rows = x.flatten(0, -2)  # (tokens, in)
+        accumulator = self._accumulators.get(linear.reads)
+        if accumulator is None:
+            accumulator = self._accumulators[linear.reads] = GramAccumulator(rows.shape[1], device=x.device)
+        try:
+            accumulator.add(rows, self._weights[self._step])
+        except CalibrationError as error:
+            raise CalibrationError(f"{linear.name}: step {self._step + 1}, {self.prompts}: {error}") from None
+
+    def _check(self, linear: LinearSpec, x: Tensor) -> None:
+        reference = self._seen.get(linear.reads)
+        first = reference() if reference is not None else None
+        same = first is x or (first is not None and first.data_ptr() == x.data_ptr() and first.shape == x.shape)
+        if not same:
+            leader = self._leaders[linear.reads]
+            raise CalibrationError(f"{linear.name} and {leader} were taken to read the same input and do not")
+
+    def grams(self) -> dict[str, Gram]:
+        for reads, leader in self._leaders.items():
+            if reads not in self._accumulators:
+                raise CalibrationError(f"{leader}: no token reached this layer in the whole calibration")
+        return {reads: accumulator.gram() for reads, accumulator in self._accumulators.items()}

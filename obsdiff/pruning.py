@@ -1,0 +1,287 @@
+"""Prunes a pipeline's denoiser: package by package, calibrate, solve, go on with the pruned weights.
+
+Structured sparsity comes first: units are chosen and masked package by package, then cut out physically. An N:M or
+unstructured pattern follows, on what is left.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from obsdiff import calibration, planning
+from obsdiff.core.gram import Gram
+from obsdiff.families import Family
+from obsdiff.groups import Group, LinearSpec
+from obsdiff.methods import Layer, Method, Options
+from obsdiff.methods.table import METHODS
+from obsdiff.recipe import Recipe, select
+from obsdiff.shrinking import shrink
+from obsdiff.sparsity import NM, Pattern
+from obsdiff_runtime.progress import Progress, silent
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerResult:
+    """What became of one linear.
+
+    Attributes:
+        pattern: "2:4", "0.5", "heads 18/24", "ffn 768/1024" or "dense".
+        loss: tr(dW G dW^T) / tr(W G W^T) on the calibration tokens; None where no gram was taken.
+        zeros: share of weights that are zero, among those that are stored.
+        reason: why it stayed dense, where it did.
+    """
+
+    name: str
+    pattern: str
+    loss: float | None
+    zeros: float
+    reason: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackageResult:
+    """What a package changed: new weights by linear, kept units by group, and the record."""
+
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    layers: tuple[LayerResult, ...] = ()
+
+
+class Journal(Protocol):
+    """Keeps finished packages, so that a killed run can go on behind the last one."""
+
+    def read(self, package: str) -> PackageResult | None: ...
+
+    def write(self, package: str, result: PackageResult) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruned:
+    """A pruned pipeline.
+
+    Attributes:
+        pipeline: the pipeline given, with its denoiser pruned and shrunk in place.
+        kept: group name -> kept units, sorted, for every group that lost some.
+        layers: one record for each linear considered.
+        grams: number of grams taken in one pass over the model (linears that share an input share one).
+    """
+
+    pipeline: DiffusionPipeline
+    family: Family
+    recipe: Recipe
+    kept: Mapping[str, tuple[int, ...]]
+    layers: tuple[LayerResult, ...]
+
+    @property
+    def denoiser(self) -> nn.Module:
+        module: nn.Module = getattr(self.pipeline, self.family.denoiser)
+        return module
+
+
+def prune(
+    pipeline: DiffusionPipeline,
+    family: Family,
+    recipe: Recipe,
+    *,
+    stored: torch.dtype = torch.float32,
+    journal: Journal | None = None,
+    progress: Progress = silent,
+) -> Pruned:
+    """Prunes `pipeline` in place.
+
+    Args:
+        pipeline: complete enough to run: text encoders, denoiser, scheduler; the VAE is not used.
+        family: of its denoiser.
+        recipe: what to do.
+        stored: dtype the weights will be saved in; results are rounded to it at once, so that later layers and the
+            pattern check see the weights as stored.
+        journal: finished packages, read and written.
+        progress: told of calibration and solving.
+
+    Raises:
+        CalibrationError: statistics that cannot be used.
+        ConfigError: a selection that leaves nothing.
+    """
+    method = METHODS[recipe.method]
+    denoiser: nn.Module = getattr(pipeline, family.denoiser)
+    run = _Run(pipeline, family, recipe, method, stored, journal, progress)
+    kept: dict[str, tuple[int, ...]] = {}
+    layers: list[LayerResult] = []
+    if recipe.sparsity.structured:
+        kept, records = run.structured()
+        shrink(denoiser, family, kept)
+        layers += records
+    if recipe.sparsity.pattern is not None:
+        layers += run.pattern(recipe.sparsity.pattern)
+    return Pruned(pipeline=pipeline, family=family, recipe=recipe, kept=kept, layers=tuple(layers))
+
+
+class _Run:
+    """The state of one pruning run: the model as pruned so far, and the prompts once encoded."""
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        family: Family,
+        recipe: Recipe,
+        method: Method,
+        stored: torch.dtype,
+        journal: Journal | None,
+        progress: Progress,
+    ) -> None:
+        self._pipeline = pipeline
+        self._family = family
+        self._recipe = recipe
+        self._method = method
+        self._stored = stored
+        self._journal = journal
+        self._progress = progress
+        self._options = Options(damp=recipe.damp, block=recipe.block_columns)
+        self._denoiser: nn.Module = getattr(pipeline, family.denoiser)
+        self._prompts: calibration.Prompts | None = None
+
+    def structured(self) -> tuple[dict[str, tuple[int, ...]], list[LayerResult]]:
+        """Chooses and masks units; returns the kept ones."""
+        linears = {linear.name: linear for linear in self._family.linears(self._denoiser)}
+        _, groups = select(self._recipe, tuple(linears.values()), self._family.groups(self._denoiser))
+        removals = planning.removals(groups, self._recipe.sparsity, align=self._recipe.align)
+        groups = tuple(group for group in groups if removals.get(group.name, 0) > 0)
+        of_linear = {name: group for group in groups for name in group.consumers}
+        kept: dict[str, tuple[int, ...]] = {}
+        records: list[LayerResult] = []
+
+        def solve(package: Sequence[LinearSpec], grams: Mapping[str, Gram], done: Callable[[str], None]) -> PackageResult:
+            weights, chosen, layers = {}, {}, []
+            for group in dict.fromkeys(of_linear[linear.name] for linear in package):
+                members = [self._layer(linears[name], grams) for name in group.consumers]
+                keep, solutions = self._method.prune_units(
+                    members, width=group.width, remove=removals[group.name], options=self._options
+                )
+                chosen[group.name] = tuple(keep.tolist())
+                for layer, solution in zip(members, solutions, strict=True):
+                    weights[layer.name] = solution.weight.to(self._stored)
+                    layers.append(
+                        LayerResult(
+                            name=layer.name,
+                            pattern=f"{group.kind} {len(keep)}/{group.units}",
+                            loss=_loss(solution.loss),
+                            zeros=0.0,
+                        )
+                    )
+                done(group.name)
+            return PackageResult(weights=weights, kept=chosen, layers=tuple(layers))
+
+        consumers = [linear for linear in linears.values() if linear.name in of_linear]
+        for result in self._packages("units", consumers, solve, _pieces(consumers, of_linear)):
+            kept.update(result.kept)
+            records += result.layers
+        return kept, records
+
+    def pattern(self, pattern: Pattern) -> list[LayerResult]:
+        """Prunes single weights; linears whose width does not fit an N:M pattern stay dense."""
+        linears, _ = select(
+            self._recipe, self._family.linears(self._denoiser), self._family.groups(self._denoiser)
+        )
+        records: list[LayerResult] = []
+        fitting = []
+        for linear in linears:
+            if isinstance(pattern, NM) and linear.in_features % pattern.m:
+                reason = f"{linear.in_features} inputs are not divisible by {pattern.m}"
+                log.warning("%s stays dense: %s", linear.name, reason)
+                records.append(LayerResult(name=linear.name, pattern="dense", loss=None, zeros=0.0, reason=reason))
+            else:
+                fitting.append(linear)
+
+        def solve(package: Sequence[LinearSpec], grams: Mapping[str, Gram], done: Callable[[str], None]) -> PackageResult:
+            weights, layers = {}, []
+            for linear in package:
+                solution = self._method.prune_weights(self._layer(linear, grams), pattern, self._options)
+                weight = weights[linear.name] = solution.weight.to(self._stored)
+                zeros = float((weight == 0).sum()) / weight.numel()
+                layers.append(
+                    LayerResult(name=linear.name, pattern=str(pattern), loss=_loss(solution.loss), zeros=zeros)
+                )
+                done(linear.name)
+            return PackageResult(weights=weights, layers=tuple(layers))
+
+        for result in self._packages("weights", fitting, solve, len):
+            records += result.layers
+        return records
+
+    def _packages(
+        self,
+        kind: str,
+        linears: Sequence[LinearSpec],
+        solve: Callable[[Sequence[LinearSpec], Mapping[str, Gram], Callable[[str], None]], PackageResult],
+        pieces: Callable[[Sequence[LinearSpec]], int],
+    ) -> "list[PackageResult]":
+        """Calibrates and solves package by package; finished ones come from the journal."""
+        if not linears:
+            return []
+        packages = (
+            planning.split_packages(
+                linears, packages=self._recipe.packages, budget_bytes=self._recipe.gram_budget_bytes
+            )
+            if self._method.calibrates
+            else [tuple(linears)]
+        )
+        results: list[PackageResult] = []
+        solved, total = 0, sum(pieces(package) for package in packages)
+        for index, package in enumerate(packages):
+            key = f"{kind}-{index}"
+            result = self._journal.read(key) if self._journal is not None else None
+            if result is None:
+                grams = self._grams(package, f"calibrate {index + 1}/{len(packages)}")
+                count = iter(range(solved + 1, total + 1))
+                result = solve(package, grams, lambda name, c=count: self._progress("prune", next(c), total, name))  # type: ignore[misc]
+                if self._journal is not None:
+                    self._journal.write(key, result)
+            solved += pieces(package)
+            self._progress("prune", solved, total)
+            for name, weight in result.weights.items():
+                self._weight(name).copy_(weight)
+            results.append(result)
+        return results
+
+    def _grams(self, package: Sequence[LinearSpec], stage: str) -> Mapping[str, Gram]:
+        if not self._method.calibrates:
+            return {}
+        sampling = self._recipe.sampling
+        if self._prompts is None:
+            self._prompts = calibration.encode(self._pipeline, self._family, self._recipe.prompts, sampling)
+        return calibration.calibrate(
+            self._pipeline,
+            self._family,
+            package,
+            self._prompts,
+            sampling,
+            time_weights=self._recipe.time_weights,
+            progress=self._progress,
+            stage=stage,
+        )
+
+    def _layer(self, linear: LinearSpec, grams: Mapping[str, Gram]) -> Layer:
+        gram = grams[linear.reads].matrix if self._method.calibrates else None
+        return Layer(name=linear.name, weight=self._weight(linear.name), gram=gram)
+
+    def _weight(self, name: str) -> Tensor:
+        weight: Any = self._denoiser.get_submodule(name).weight
+        tensor: Tensor = weight.data
+        return tensor
+
+
+def _loss(loss: float) -> float | None:
+    return None if loss != loss else loss
+
+
+def _pieces(
+    consumers: Sequence[LinearSpec], of_linear: Mapping[str, Group]
+) -> Callable[[Sequence[LinearSpec]], int]:
+    return lambda package: len({of_linear[linear.name].name for linear in package})

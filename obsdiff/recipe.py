@@ -1,0 +1,204 @@
+"""The resolved configuration of a run: no field is left open, and the same recipe gives the same bytes."""
+
+import dataclasses
+import difflib
+import fnmatch
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from obsdiff.groups import Group, LinearSpec
+from obsdiff.settings import Settings
+from obsdiff.sparsity import Sparsity
+from obsdiff_runtime.errors import ConfigError
+
+ASSETS = Path(__file__).parent / "assets"
+BlockRange = tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the pipeline is run, for calibration and for comparison alike."""
+
+    num_inference_steps: int
+    guidance_scale: float
+    height: int
+    width: int
+    max_sequence_length: int | None
+    batch_size: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides which weights come out of a pruning run.
+
+    Attributes:
+        blocks: inclusive ranges of block indices; empty means all.
+        protect_first, protect_last: blocks that keep all their units in structured mode.
+        align: kept FFN widths are rounded to a multiple of this.
+        damp: added to a gram's diagonal, as a fraction of its mean.
+        block_columns: columns per lazy update of the OBS sweep.
+        gram_budget_bytes: where given, packages are split by this instead of by count.
+    """
+
+    model: str
+    revision: str | None
+    variant: str | None
+    family: str
+    sparsity: Sparsity
+    method: str
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    blocks: tuple[BlockRange, ...]
+    protect_first: int
+    protect_last: int
+    align: int
+    damp: float
+    block_columns: int
+    prompts: tuple[str, ...]
+    prompts_source: str
+    sampling: Sampling
+    time_weights: str
+    packages: int
+    gram_budget_bytes: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        data = dataclasses.asdict(self)
+        data["sparsity"] = str(self.sparsity)
+        data["prompts"] = len(self.prompts)
+        data["prompts_sha256"] = prompts_digest(self.prompts)
+        return data
+
+    def digest(self) -> str:
+        """A hash that changes with anything that can change the result."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+
+def prompts_digest(prompts: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+
+
+def read_prompts(path: str | Path, flag: str = "--prompts-file") -> tuple[str, ...]:
+    """The non-empty lines of a UTF-8 file.
+
+    Raises:
+        ConfigError: the file is missing, unreadable or holds no prompt.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ConfigError(f"{flag} {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{flag} {path}: is not UTF-8 text") from None
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise ConfigError(f"{flag} {path}: holds no prompt; one prompt a line is expected")
+    return prompts
+
+
+def calibration_prompts(settings: Settings, kind: str | None) -> tuple[tuple[str, ...], str]:
+    """The prompts to calibrate on, and where they come from. `kind` is the pipeline's own set, "shapes" or None."""
+    wanted = settings.num_samples
+    if wanted is not None and wanted < 1:
+        raise ConfigError(f"--num-samples {wanted}: calibration needs at least one prompt")
+    if settings.prompts_file is not None:
+        prompts = read_prompts(settings.prompts_file)
+        return prompts[:wanted], str(settings.prompts_file)
+    if kind == "shapes":
+        from obsdiff import shapes
+
+        return tuple(shapes.calibration_captions(wanted or 32, seed=0)), "shapes"
+    prompts = read_prompts(ASSETS / "prompts.txt")
+    if wanted is not None and wanted > len(prompts):
+        raise ConfigError(
+            f"--num-samples {wanted}: the built-in set has {len(prompts)} prompts; give more with --prompts-file"
+        )
+    return prompts[:wanted], "built-in"
+
+
+def evaluation_prompts(settings: Settings, kind: str | None) -> tuple[str, ...]:
+    """Prompts that calibration never sees, for comparing the pruned with the dense model."""
+    wanted = settings.eval_prompts
+    if settings.eval_prompts_file is not None:
+        return read_prompts(settings.eval_prompts_file, "--eval-prompts-file")[:wanted]
+    if kind == "shapes":
+        from obsdiff import shapes
+
+        return tuple(shapes.evaluation_captions(48 if wanted is None else wanted, seed=0))
+    return read_prompts(ASSETS / "evaluation_prompts.txt")[: 16 if wanted is None else wanted]
+
+
+def parse_blocks(texts: Iterable[str]) -> tuple[BlockRange, ...]:
+    """Inclusive ranges from "3", "2-24", "5-" and "-3".
+
+    Raises:
+        ConfigError: a text is no range.
+    """
+    ranges = []
+    for text in texts:
+        match = re.fullmatch(r"(\d*)(-?)(\d*)", text.strip())
+        if match is None or not (match[1] or match[3]):
+            raise ConfigError(f"--blocks {text}: expected 3, 2-24, 5- or -3")
+        first = int(match[1] or 0)
+        last = int(match[3]) if match[3] else (1 << 30 if match[2] else first)
+        if last < first:
+            raise ConfigError(f"--blocks {text}: ends before it starts")
+        ranges.append((first, last))
+    return tuple(ranges)
+
+
+def parse_bytes(text: str, flag: str) -> int:
+    """A number of bytes from "8GiB", "500 MB" or "1e9"."""
+    match = re.fullmatch(r"([\d.]+(?:e\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), flags=re.IGNORECASE)
+    if match is None:
+        raise ConfigError(f"{flag} {text}: expected a size such as 8GiB")
+    power = " KMGT".index(match[2].upper() or " ")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
+def select(
+    recipe: Recipe, linears: Sequence[LinearSpec], groups: Sequence[Group]
+) -> tuple[tuple[LinearSpec, ...], tuple[Group, ...]]:
+    """The linears and groups that the recipe's patterns and block ranges leave in.
+
+    A group stays where all its consumers stay and none of its producers is excluded.
+
+    Raises:
+        ConfigError: a pattern or a range that matches nothing, or nothing left.
+    """
+    names = [linear.name for linear in linears]
+    for flag, patterns in (("--include", recipe.include), ("--exclude", recipe.exclude)):
+        for pattern in patterns:
+            if not fnmatch.filter(names, pattern):
+                near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.3) or names[:1]
+                raise ConfigError(f"{flag} '{pattern}' matches no linear of {recipe.family}; one is called {near[0]}")
+    last = max(linear.block for linear in linears)
+    for low, high in recipe.blocks:
+        if low > last:
+            raise ConfigError(f"--blocks {low}-{high}: the denoiser has blocks 0 to {last}")
+
+    def excluded(name: str) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in recipe.exclude)
+
+    def included(linear: LinearSpec) -> bool:
+        inside = not recipe.blocks or any(low <= linear.block <= high for low, high in recipe.blocks)
+        wanted = not recipe.include or any(fnmatch.fnmatchcase(linear.name, pattern) for pattern in recipe.include)
+        return inside and wanted and not excluded(linear.name)
+
+    chosen = tuple(linear for linear in linears if included(linear))
+    if not chosen:
+        raise ConfigError("--include, --exclude and --blocks together leave no linear to prune")
+    kept = {linear.name for linear in chosen}
+    first_block, last_block = recipe.protect_first, last - recipe.protect_last
+    return chosen, tuple(
+        group
+        for group in groups
+        if kept.issuperset(group.consumers)
+        and not any(excluded(producer.name) for producer in group.producers)
+        and first_block <= group.block <= last_block
+    )

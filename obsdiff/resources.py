@@ -1,0 +1,35 @@
+"""Is there room for a run? Asked before the work."""
+
+import shutil
+from pathlib import Path
+
+import psutil
+
+from obsdiff_runtime.errors import ResourceError
+
+
+def require_disk(folder: Path, needed_bytes: int) -> None:
+    """Raises ResourceError where the disk that will hold `folder` has less than `needed_bytes` free."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise ResourceError(
+            f"{folder}: needs about {gigabytes(needed_bytes)}, {gigabytes(free)} are free; "
+            "free some, or choose another disk with -o"
+        )
+
+
+def require_memory(needed_bytes: int) -> None:
+    """Raises ResourceError where less than `needed_bytes` of memory is available."""
+    available = psutil.virtual_memory().available
+    if available < needed_bytes:
+        raise ResourceError(
+            f"needs about {gigabytes(needed_bytes)} of memory, {gigabytes(available)} are available; "
+            "raise --packages or lower --gram-budget and --batch-size"
+        )
+
+
+def gigabytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"
