@@ -1,0 +1,289 @@
+"""Dense against pruned, paired: the same prompts, the same noise, the same sampler.
+
+Velocity error: the dense pipeline runs, and at each call the pruned denoiser is given the very same inputs, so the
+number says what pruning did to the network, free of the drift of trajectories. Latents and pictures come from two runs
+of their own, so they hold the drift too.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from obsdiff.families import Family
+from obsdiff.metrics import WINDOW, Picture, mean_squared_error, psnr_db, ssim, wilson
+from obsdiff.sampling import Sampler, Tell, quiet
+from obsdiff_runtime.errors import ConfigError
+from obsdiff_runtime.progress import Progress, silent
+
+Score = Callable[[Picture, str], bool]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """How many pictures obey their prompt, with the 95 % Wilson interval of the share."""
+
+    obeyed: int
+    prompts: int
+    low: float
+    high: float
+
+    @property
+    def share(self) -> float:
+        return self.obeyed / self.prompts
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptResult:
+    """One prompt's pair.
+
+    Attributes:
+        prompt, seed: what was drawn, and the seed of its noise.
+        velocity_error: mean over steps of |v_pruned - v_dense|^2 / |v_dense|^2.
+        latents_mse: mean squared difference of the final latents.
+        latents_relative: |z_pruned - z_dense|^2 / |z_dense|^2 of the final latents.
+        image_mse: mean squared difference of the 8-bit pictures, full range = 1.
+        psnr_db: of the 8-bit pictures; None where they are identical.
+        ssim: of the 8-bit pictures.
+        dense_obeys, pruned_obeys: None where nothing can judge the prompt.
+    """
+
+    prompt: str
+    seed: int
+    velocity_error: float
+    latents_mse: float
+    latents_relative: float
+    image_mse: float
+    psnr_db: float | None
+    ssim: float
+    dense_obeys: bool | None
+    pruned_obeys: bool | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What pruning changed, measured on paired runs.
+
+    Attributes:
+        velocity_error: mean of `velocity_error_per_step`.
+        velocity_error_per_step: (num_inference_steps,), each the mean over prompts.
+        latents_mse, latents_relative, image_mse, ssim: means over prompts.
+        psnr_db: mean over the pictures that differ; None where none does.
+        identical_images: pairs equal in every 8-bit value.
+        dense_obedience, pruned_obedience: None where nothing can judge the prompts.
+        per_prompt: in the order of the prompts.
+        seed: prompt i's noise comes from a generator seeded with seed + i.
+        negative: the negative prompt; "" where no guidance is used.
+        scheduler: class of the sampler.
+    """
+
+    velocity_error: float
+    velocity_error_per_step: tuple[float, ...]
+    latents_mse: float
+    latents_relative: float
+    image_mse: float
+    psnr_db: float | None
+    ssim: float
+    identical_images: int
+    dense_obedience: Share | None
+    pruned_obedience: Share | None
+    per_prompt: tuple[PromptResult, ...]
+    seed: int
+    negative: str
+    num_inference_steps: int
+    guidance_scale: float
+    height: int
+    width: int
+    max_sequence_length: int | None
+    scheduler: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: dicts, lists, strings, finite numbers, None."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagePair:
+    """Both pictures of a prompt, (height, width, 3) uint8."""
+
+    prompt: str
+    seed: int
+    dense: Picture
+    pruned: Picture
+
+
+@torch.no_grad()
+def evaluate(
+    pipeline: DiffusionPipeline,
+    pruned: nn.Module,
+    family: Family,
+    *,
+    prompts: Sequence[str],
+    negative: str = "",
+    seed: int = 0,
+    num_inference_steps: int,
+    guidance_scale: float,
+    height: int,
+    width: int,
+    max_sequence_length: int | None = None,
+    batch_size: int = 4,
+    score: Score | None = None,
+    keep_images: int | None = None,
+    progress: Progress = silent,
+) -> tuple[Evaluation, tuple[ImagePair, ...]]:
+    """Measures what pruning did to a pipeline's denoiser.
+
+    While it runs, the denoiser of `pipeline` is swapped for `pruned` and back; everything else is shared, so no
+    second copy of text encoders or VAE is held. Three denoiser calls per prompt and call of the sampler.
+
+    Args:
+        pipeline: the dense pipeline.
+        pruned: the pruned denoiser, on the dense one's device and in its dtype, in eval mode.
+        family: the architecture.
+        prompts: at least one.
+        negative: negative prompt; used where guidance_scale is above 1.
+        seed: prompt i's noise comes from a generator seeded with seed + i, whatever the batch size.
+        num_inference_steps: steps of the pipeline's own scheduler.
+        guidance_scale: as the pipeline takes it.
+        height: in pixels.
+        width: in pixels.
+        max_sequence_length: for the text encoding of families that have it; None for the family's own.
+        batch_size: prompts at a time; bounds memory, changes results by no more than rounding.
+        score: whether a picture obeys its prompt.
+        keep_images: how many pairs are returned, the first ones; None for all.
+        progress: told of every denoiser call of the sampler.
+
+    Returns:
+        the measurements, and the picture pairs.
+
+    Raises:
+        ConfigError: no prompts, pictures too small to compare, or denoisers on different devices or of different dtype.
+        CalibrationError: the dense pipeline produced a value that is not finite; names step and prompt.
+        QualityError: the pruned one did.
+    """
+    _check(pipeline, pruned, family, prompts, batch_size, (height, width))
+    sampler = Sampler(
+        pipeline=pipeline,
+        family=family,
+        call={
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "height": height,
+            "width": width,
+        },
+        steps=num_inference_steps,
+    )
+    total = 2 * num_inference_steps * math.ceil(len(prompts) / batch_size)
+    negative = negative if guidance_scale > 1 else ""
+    results: list[PromptResult] = []
+    pairs: list[ImagePair] = []
+    curves: list[Tensor] = []
+    with quiet(pipeline):
+        for start in range(0, len(prompts), batch_size):
+            batch = list(prompts[start : start + batch_size])
+            seeds = [seed + start + i for i in range(len(batch))]
+            options = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
+            text = family.encode(pipeline, batch, [negative] * len(batch) if guidance_scale > 1 else [], **options)
+            tell = Tell(progress=progress, before=2 * num_inference_steps * (start // batch_size), total=total)
+            curve, dense_latents, dense_images = sampler.dense(batch, seeds, text, pruned, tell)
+            tell = dataclasses.replace(tell, before=tell.before + num_inference_steps)
+            pruned_latents, pruned_images = sampler.pruned(batch, seeds, text, pruned, tell)
+            curves.append(curve)
+            for i, prompt in enumerate(batch):
+                pair = ImagePair(prompt=prompt, seed=seeds[i], dense=dense_images[i], pruned=pruned_images[i])
+                results.append(_compare(pair, float(curve[i].mean()), dense_latents[i], pruned_latents[i], score))
+                if keep_images is None or len(pairs) < keep_images:
+                    pairs.append(pair)
+    evaluation = _summarise(
+        results,
+        torch.cat(curves),
+        seed=seed,
+        negative=negative,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        height=height,
+        width=width,
+        max_sequence_length=max_sequence_length,
+        scheduler=type(pipeline.scheduler).__name__,
+    )
+    return evaluation, tuple(pairs)
+
+
+def _check(
+    pipeline: DiffusionPipeline,
+    pruned: nn.Module,
+    family: Family,
+    prompts: Sequence[str],
+    batch_size: int,
+    size: tuple[int, int],
+) -> None:
+    if not prompts:
+        raise ConfigError("evaluation needs at least one prompt; is --eval-prompts-file empty?")
+    if batch_size < 1:
+        raise ConfigError(f"--batch-size {batch_size}: must be at least 1")
+    if min(size) < WINDOW:
+        raise ConfigError(
+            f"pictures of {size[0]}x{size[1]} pixels are too small to compare; SSIM needs {WINDOW}x{WINDOW}"
+        )
+    dense: nn.Module = getattr(pipeline, family.denoiser)
+    if dense is pruned:
+        raise ConfigError(f"the pruned denoiser is the pipeline's own {family.denoiser}; load the dense model again")
+    ours, theirs = next(pruned.parameters()), next(dense.parameters())
+    if (ours.device, ours.dtype) != (theirs.device, theirs.dtype):
+        raise ConfigError(
+            f"the pruned {family.denoiser} is {ours.dtype} on {ours.device}, the dense one {theirs.dtype} on"
+            f" {theirs.device}; move one with .to()"
+        )
+
+
+def _compare(
+    pair: ImagePair, velocity_error: float, dense_latents: Tensor, pruned_latents: Tensor, score: Score | None
+) -> PromptResult:
+    dense, pruned = dense_latents.double(), pruned_latents.double()
+    difference = float((pruned - dense).square().sum())
+    return PromptResult(
+        prompt=pair.prompt,
+        seed=pair.seed,
+        velocity_error=velocity_error,
+        latents_mse=difference / dense.numel(),
+        latents_relative=difference / float(dense.square().sum()),
+        image_mse=mean_squared_error(pair.dense, pair.pruned),
+        psnr_db=psnr_db(pair.dense, pair.pruned),
+        ssim=ssim(pair.dense, pair.pruned),
+        dense_obeys=None if score is None else bool(score(pair.dense, pair.prompt)),
+        pruned_obeys=None if score is None else bool(score(pair.pruned, pair.prompt)),
+    )
+
+
+def _summarise(results: Sequence[PromptResult], curves: Tensor, **settings: Any) -> Evaluation:
+    """Means over prompts; curves is (prompts, steps)."""
+    per_step = curves.mean(0)
+    ratios = [result.psnr_db for result in results if result.psnr_db is not None]
+    return Evaluation(
+        velocity_error=float(per_step.mean()),
+        velocity_error_per_step=tuple(per_step.tolist()),
+        latents_mse=float(np.mean([result.latents_mse for result in results])),
+        latents_relative=float(np.mean([result.latents_relative for result in results])),
+        image_mse=float(np.mean([result.image_mse for result in results])),
+        psnr_db=float(np.mean(ratios)) if ratios else None,
+        ssim=float(np.mean([result.ssim for result in results])),
+        identical_images=len(results) - len(ratios),
+        dense_obedience=_share([result.dense_obeys for result in results]),
+        pruned_obedience=_share([result.pruned_obeys for result in results]),
+        per_prompt=tuple(results),
+        **settings,
+    )
+
+
+def _share(verdicts: Sequence[bool | None]) -> Share | None:
+    judged = [verdict for verdict in verdicts if verdict is not None]
+    if not judged:
+        return None
+    low, high = wilson(sum(judged), len(judged))
+    return Share(obeyed=sum(judged), prompts=len(judged), low=low, high=high)

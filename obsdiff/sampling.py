@@ -1,0 +1,181 @@
+"""Runs of a pipeline for comparison: the noise is fixed, the denoiser is watched, nothing may stop being finite.
+
+    B       prompts in a batch
+    rows    of a denoiser call: B, or a multiple of it where guidance stacks negative and positive prompts
+
+A scheduler may call the denoiser more than once per step; the calls of a step count together.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from obsdiff.families import Family
+from obsdiff.metrics import Picture
+from obsdiff_runtime.errors import CalibrationError, QualityError
+from obsdiff_runtime.progress import Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """Runs the pipeline on a batch; `call` are its keyword arguments."""
+
+    pipeline: DiffusionPipeline
+    family: Family
+    call: Mapping[str, Any]
+    steps: int
+
+    def dense(
+        self, prompts: Sequence[str], seeds: Sequence[int], text: Mapping[str, Tensor], pruned: nn.Module, tell: "Tell"
+    ) -> tuple[Tensor, Tensor, list[Picture]]:
+        """Velocity errors (B, steps) float64, final latents (B, ...) and pictures of the dense pipeline."""
+        errors = VelocityErrors(len(prompts), self.steps)
+        denoiser: nn.Module = getattr(self.pipeline, self.family.denoiser)
+
+        def compare(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            dense_velocity = _finite(output[0], "dense", errors.step, prompts)
+            pruned_velocity = _finite(pruned(*args, **kwargs)[0], "pruned", errors.step, prompts)
+            errors.add(dense_velocity, pruned_velocity)
+
+        handle = denoiser.register_forward_hook(compare, with_kwargs=True)
+        try:
+            latents, images = self._run("dense", prompts, seeds, text, tell, errors)
+        finally:
+            handle.remove()
+        return errors.curve(prompts), latents, images
+
+    def pruned(
+        self, prompts: Sequence[str], seeds: Sequence[int], text: Mapping[str, Tensor], pruned: nn.Module, tell: "Tell"
+    ) -> tuple[Tensor, list[Picture]]:
+        """Final latents (B, ...) and pictures of the pipeline with the pruned denoiser in it."""
+        with _swapped(self.pipeline, self.family.denoiser, pruned):
+            return self._run("pruned", prompts, seeds, text, tell, None)
+
+    def _run(
+        self,
+        who: str,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        text: Mapping[str, Tensor],
+        tell: "Tell",
+        errors: "VelocityErrors | None",
+    ) -> tuple[Tensor, list[Picture]]:
+        order = int(getattr(self.pipeline.scheduler, "order", 1))
+        last: list[Tensor] = []
+
+        def after_step(_: DiffusionPipeline, i: int, __: Any, values: dict[str, Any]) -> dict[str, Any]:
+            step = min(i // order, self.steps - 1)
+            last[:] = [_finite(values["latents"], who, step, prompts)]
+            if errors is not None:
+                errors.step = min((i + 1) // order, self.steps - 1)
+            tell(step + 1, who)
+            return {}
+
+        # A scheduler that draws noise of its own takes it from the global generator: the same for both runs.
+        device = self.pipeline.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seeds[0])
+            images = self.pipeline(
+                **text,
+                **self.call,
+                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+                output_type="np",
+                callback_on_step_end=after_step,
+            ).images
+        if not np.isfinite(images).all():
+            _refuse(who, f"after step {self.steps}, in the decoded picture", _prompt_of(np.asarray(images), prompts))
+        return last[0].clone(), [np.rint(image * 255).clip(0, 255).astype(np.uint8) for image in images]
+
+
+class VelocityErrors:
+    """Squared norms of v_pruned - v_dense and of v_dense, summed per prompt and step over calls and rows.
+
+    `step` is the one at hand; whoever follows the sampler moves it on.
+    """
+
+    def __init__(self, prompts: int, steps: int) -> None:
+        self.step = 0
+        self._difference = torch.zeros(prompts, steps, dtype=torch.float64)
+        self._dense = torch.zeros(prompts, steps, dtype=torch.float64)
+
+    def add(self, dense: Tensor, pruned: Tensor) -> None:
+        """Adds a call's outputs, (rows, ...) each; row r belongs to prompt r mod B."""
+        prompts = len(self._dense)
+        pairs = ((self._difference, pruned.double() - dense.double()), (self._dense, dense.double()))
+        for total, value in pairs:
+            energy = value.flatten(1).square().sum(1)  # (rows,)
+            total[:, self.step] += energy.view(-1, prompts).sum(0).cpu()
+
+    def curve(self, prompts: Sequence[str]) -> Tensor:
+        """|v_pruned - v_dense|^2 / |v_dense|^2, (B, steps)."""
+        if not (self._dense > 0).all():
+            row, step = (int(index) for index in torch.nonzero(self._dense == 0)[0])
+            raise CalibrationError(
+                f"step {step + 1}, prompt {prompts[row]!r}: the dense denoiser predicts exactly zero, so no"
+                " relative error exists; is it trained?"
+            )
+        return self._difference / self._dense
+
+
+def _finite(values: Tensor, who: str, step: int, prompts: Sequence[str]) -> Tensor:
+    """The values, (rows, ...), if all are finite; raises if not, naming step and prompt."""
+    if not torch.isfinite(values).all():
+        _refuse(who, f"at step {step + 1}", _prompt_of(values.float().cpu().numpy(), prompts))
+    return values
+
+
+def _prompt_of(values: Any, prompts: Sequence[str]) -> str:
+    row = int(np.argmin(np.isfinite(values.reshape(len(values), -1)).all(axis=1)))
+    return prompts[row % len(prompts)]
+
+
+def _refuse(who: str, where: str, prompt: str) -> None:
+    if who == "dense":
+        raise CalibrationError(
+            f"the dense pipeline gives values that are not finite {where}, prompt {prompt!r}; try --dtype fp32"
+        )
+    raise QualityError(
+        f"the pruned pipeline gives values that are not finite {where}, prompt {prompt!r};"
+        " prune less or use --dtype fp32"
+    )
+
+
+@contextmanager
+def _swapped(pipeline: DiffusionPipeline, name: str, module: nn.Module | None) -> Iterator[None]:
+    """The pipeline with another network under this name, until the block ends."""
+    original = getattr(pipeline, name)
+    setattr(pipeline, name, module)
+    try:
+        yield
+    finally:
+        setattr(pipeline, name, original)
+
+
+@contextmanager
+def quiet(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """The pipeline without its progress bar and without a filter that blackens pictures, until the block ends."""
+    before = dict(getattr(pipeline, "_progress_bar_config", {}))
+    with ExitStack() as stack:
+        stack.callback(lambda: pipeline.set_progress_bar_config(**before))
+        pipeline.set_progress_bar_config(**{**before, "disable": True})
+        if getattr(pipeline, "safety_checker", None) is not None:
+            stack.enter_context(_swapped(pipeline, "safety_checker", None))
+        yield
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tell:
+    """Progress of one run of the sampler, `before` steps of all runs being done."""
+
+    progress: Progress
+    before: int
+    total: int
+
+    def __call__(self, step: int, note: str) -> None:
+        self.progress("evaluate", self.before + step, self.total, note)

@@ -1,0 +1,324 @@
+import copy
+import json
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from torch import Tensor, nn
+
+from obsdiff.evaluation import Evaluation, ImagePair, evaluate
+from obsdiff_runtime.errors import CalibrationError, ConfigError, QualityError
+
+PROMPTS = ["a red circle", "a blue square", "a green cross", "a small yellow triangle", "a black circle"]
+SIZE = 32
+
+
+class FakeText:
+    """A family whose text embeddings are noise seeded by the prompt."""
+
+    name = "sd3"
+    denoiser = "transformer"
+    classes = ("SD3Transformer2DModel",)
+
+    def encode(self, _: Any, prompts: Sequence[str], negative: Sequence[str], **options: Any) -> dict[str, Tensor]:
+        def stack(texts: Sequence[str], *shape: int) -> Tensor:
+            generators = [torch.Generator().manual_seed(zlib.crc32(text.encode())) for text in texts]
+            return torch.stack([torch.randn(*shape, generator=generator) for generator in generators])
+
+        embeddings = {"prompt_embeds": stack(prompts, 4, 16), "pooled_prompt_embeds": stack(prompts, 12)}
+        if negative:
+            embeddings["negative_prompt_embeds"] = stack(negative, 4, 16)
+            embeddings["negative_pooled_prompt_embeds"] = stack(negative, 12)
+        return embeddings
+
+
+def tiny_pipeline(scheduler: Any = FlowMatchEulerDiscreteScheduler) -> StableDiffusion3Pipeline:
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        caption_projection_dim=16,
+        pooled_projection_dim=12,
+        out_channels=4,
+        pos_embed_max_size=16,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+    )
+    encoders = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+    pipeline = StableDiffusion3Pipeline(
+        transformer=transformer.eval(), vae=vae.eval(), scheduler=scheduler(shift=1.0), **dict.fromkeys(encoders)
+    )
+    pipeline.set_progress_bar_config(leave=False)
+    return pipeline
+
+
+def scaled(denoiser: nn.Module, factor: float) -> nn.Module:
+    """A copy whose every velocity is `factor` times the original's."""
+    scaled = copy.deepcopy(denoiser)
+    with torch.no_grad():
+        for parameter in scaled.get_submodule("proj_out").parameters():
+            parameter.mul_(factor)
+    return scaled
+
+
+def disturbed(denoiser: nn.Module) -> nn.Module:
+    disturbed = copy.deepcopy(denoiser)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in disturbed.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return disturbed
+
+
+def measure(
+    pipeline: StableDiffusion3Pipeline, pruned: nn.Module, **changes: Any
+) -> tuple[Evaluation, tuple[ImagePair, ...]]:
+    settings: dict[str, Any] = {"prompts": PROMPTS, "num_inference_steps": 3, "guidance_scale": 3.0, "seed": 7}
+    settings |= {"height": SIZE, "width": SIZE, "batch_size": 2} | changes
+    return evaluate(pipeline, pruned, FakeText(), **settings)  # type: ignore[arg-type]
+
+
+def test_a_model_compared_with_its_copy_differs_in_nothing() -> None:
+    pipeline = tiny_pipeline()
+    evaluation, pairs = measure(pipeline, copy.deepcopy(pipeline.transformer))
+    assert evaluation.velocity_error == evaluation.latents_mse == evaluation.image_mse == 0
+    assert evaluation.psnr_db is None
+    assert evaluation.identical_images == len(PROMPTS)
+    assert evaluation.ssim == pytest.approx(1)
+    assert all((pair.dense == pair.pruned).all() for pair in pairs)
+    assert pairs[0].dense.shape == (SIZE, SIZE, 3)
+    assert pairs[0].dense.std() > 0
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_velocities_scaled_by_1_1_have_an_error_of_0_01_at_every_step(guidance_scale: float) -> None:
+    pipeline = tiny_pipeline()
+    evaluation, _ = measure(pipeline, scaled(pipeline.transformer, 1.1), guidance_scale=guidance_scale)
+    # float32 weights and outputs: 0.1 is met to 1e-6, its square to about 2e-5.
+    assert evaluation.velocity_error_per_step == pytest.approx([0.01] * 3, rel=1e-4)
+    assert evaluation.velocity_error == pytest.approx(0.01, rel=1e-4)
+
+
+def test_several_calls_per_step_are_counted_in_their_step() -> None:
+    pipeline = tiny_pipeline(FlowMatchHeunDiscreteScheduler)
+    evaluation, _ = measure(pipeline, scaled(pipeline.transformer, 1.1), num_inference_steps=4)
+    assert evaluation.velocity_error_per_step == pytest.approx([0.01] * 4, rel=1e-4)
+    assert evaluation.scheduler == "FlowMatchHeunDiscreteScheduler"
+
+
+def test_the_velocity_error_is_that_of_the_dense_trajectory() -> None:
+    """Oracle: the sampler written out: plain Euler over the pipeline's sigmas, guidance by hand."""
+    pipeline = tiny_pipeline()
+    dense, pruned = pipeline.transformer, disturbed(pipeline.transformer)
+    evaluation, _ = measure(pipeline, pruned, prompts=PROMPTS[:1], num_inference_steps=3)
+    text = FakeText().encode(None, PROMPTS[:1], [""])
+    both = torch.cat([text["negative_prompt_embeds"], text["prompt_embeds"]])
+    pooled = torch.cat([text["negative_pooled_prompt_embeds"], text["pooled_prompt_embeds"]])
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(7))
+    pipeline.scheduler.set_timesteps(3)
+    errors = []
+    for i, timestep in enumerate(pipeline.scheduler.timesteps):
+        rows = {"encoder_hidden_states": both, "pooled_projections": pooled, "timestep": timestep.expand(2)}
+        with torch.no_grad():
+            v, w = (model(hidden_states=torch.cat([latents] * 2), **rows).sample for model in (dense, pruned))
+        errors.append(float((w - v).square().sum() / v.square().sum()))
+        guided = v[:1] + 3.0 * (v[1:] - v[:1])
+        latents = latents + (pipeline.scheduler.sigmas[i + 1] - pipeline.scheduler.sigmas[i]) * guided
+    assert evaluation.velocity_error_per_step == pytest.approx(errors, rel=1e-4)
+
+
+def test_the_pictures_are_those_the_pipelines_draw_by_themselves() -> None:
+    pipeline = tiny_pipeline()
+    pruned = disturbed(pipeline.transformer)
+    _, pairs = measure(pipeline, pruned)
+    for index in (0, 4):
+        for transformer, drawn in ((pipeline.transformer, pairs[index].dense), (pruned, pairs[index].pruned)):
+            alone = StableDiffusion3Pipeline(**{**pipeline.components, "transformer": transformer})
+            alone.set_progress_bar_config(disable=True)
+            image = alone(
+                **FakeText().encode(None, [PROMPTS[index]], [""]),
+                num_inference_steps=3,
+                guidance_scale=3.0,
+                height=SIZE,
+                width=SIZE,
+                generator=torch.Generator().manual_seed(7 + index),
+                output_type="np",
+            ).images[0]
+            # Rounding to 8 bits may fall either way where a batch changes the last bits of a float.
+            assert np.abs(image * 255 - drawn).max() < 0.51
+
+
+def test_the_batch_size_changes_nothing_but_rounding() -> None:
+    pipeline = tiny_pipeline()
+    pruned = disturbed(pipeline.transformer)
+    one, one_by_one = measure(pipeline, pruned, batch_size=1)
+    four, by_fours = measure(pipeline, pruned, batch_size=4)
+    assert one.velocity_error_per_step == pytest.approx(four.velocity_error_per_step, rel=1e-4)
+    for a, b in zip(one.per_prompt, four.per_prompt, strict=True):
+        assert (a.prompt, a.seed) == (b.prompt, b.seed)
+        assert a.latents_mse == pytest.approx(b.latents_mse, rel=1e-3)
+    for x, y in zip(one_by_one, by_fours, strict=True):
+        assert np.abs(x.dense.astype(int) - y.dense).max() <= 1
+    assert len({pair.dense.tobytes() for pair in one_by_one}) == len(PROMPTS)
+
+
+def test_the_pipeline_is_left_as_it_was() -> None:
+    pipeline = tiny_pipeline()
+    transformer = pipeline.transformer
+    state = torch.get_rng_state()
+    measure(pipeline, disturbed(transformer))
+    assert pipeline.transformer is transformer
+    assert not transformer._forward_hooks
+    assert pipeline._progress_bar_config == {"leave": False}
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_obedience_is_counted_with_its_interval() -> None:
+    pipeline = tiny_pipeline()
+    scored: list[str] = []
+
+    def score(image: Any, prompt: str) -> bool:
+        assert image.dtype == np.uint8
+        scored.append(prompt)
+        return "circle" in prompt
+
+    evaluation, _ = measure(pipeline, disturbed(pipeline.transformer), score=score)
+    assert sorted(scored) == sorted(PROMPTS * 2)
+    share = evaluation.dense_obedience
+    assert share is not None
+    assert (share.obeyed, share.prompts) == (2, 5)
+    assert share.low < share.share < share.high
+    assert [result.pruned_obeys for result in evaluation.per_prompt] == [True, False, False, False, True]
+
+
+def test_without_a_judge_obedience_is_absent_not_zero() -> None:
+    pipeline = tiny_pipeline()
+    evaluation, _ = measure(pipeline, disturbed(pipeline.transformer))
+    assert evaluation.dense_obedience is None
+    assert evaluation.per_prompt[0].dense_obeys is None
+
+
+def test_an_evaluation_is_json() -> None:
+    pipeline = tiny_pipeline()
+    evaluation, _ = measure(pipeline, disturbed(pipeline.transformer), prompts=PROMPTS[:2])
+    data = json.loads(json.dumps(evaluation.to_json(), allow_nan=False))
+    assert data["per_prompt"][1]["prompt"] == PROMPTS[1]
+    assert data["velocity_error"] == evaluation.velocity_error
+
+
+def test_only_so_many_pictures_are_kept() -> None:
+    pipeline = tiny_pipeline()
+    evaluation, pairs = measure(pipeline, disturbed(pipeline.transformer), keep_images=3)
+    assert [pair.prompt for pair in pairs] == PROMPTS[:3]
+    assert len(evaluation.per_prompt) == 5
+
+
+@pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler])
+def test_progress_runs_to_its_end(scheduler: Any) -> None:
+    pipeline = tiny_pipeline(scheduler)
+    told: list[tuple[int, int]] = []
+
+    def listen(stage: str, done: int, total: int, note: str = "") -> None:
+        told.append((done, total))
+
+    measure(pipeline, disturbed(pipeline.transformer), progress=listen)
+    assert told == sorted(told)
+    assert told[-1] == (18, 18)
+
+
+class NanAt(nn.Module):
+    """A denoiser that gives NaN for one row at one call."""
+
+    def __init__(self, inner: nn.Module, call: int, row: int) -> None:
+        super().__init__()
+        self.inner, self.call, self.row, self.calls = copy.deepcopy(inner), call, row, 0
+        self.config = inner.config
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.inner(*args, **kwargs)[0].clone()
+        if self.calls == self.call:
+            output[self.row] = torch.nan
+        self.calls += 1
+        return (output,)
+
+
+def test_a_nan_of_the_pruned_model_names_step_and_prompt() -> None:
+    pipeline = tiny_pipeline()
+    # Rows of two prompts under guidance: negative, negative, positive, positive.
+    with pytest.raises(QualityError, match=r"pruned .* step 2, prompt 'a blue square'"):
+        measure(pipeline, NanAt(pipeline.transformer, call=1, row=3))
+
+
+def test_a_nan_of_the_dense_model_is_no_fault_of_the_pruned_one() -> None:
+    pipeline = tiny_pipeline()
+    pruned = copy.deepcopy(pipeline.transformer)
+    with torch.no_grad():
+        pipeline.transformer.proj_out.bias.fill_(torch.nan)
+    with pytest.raises(CalibrationError, match=r"dense .* step 1, prompt 'a red circle'"):
+        measure(pipeline, pruned)
+    assert not pipeline.transformer._forward_hooks
+
+
+def test_a_nan_of_the_decoder_is_an_error_not_a_black_picture() -> None:
+    pipeline = tiny_pipeline()
+    with torch.no_grad():
+        pipeline.vae.decoder.conv_out.bias.fill_(torch.nan)
+    with pytest.raises(CalibrationError, match="decoded picture"):
+        measure(pipeline, disturbed(pipeline.transformer))
+
+
+def test_a_dense_model_that_predicts_nothing_is_an_error() -> None:
+    pipeline = tiny_pipeline()
+    pruned = copy.deepcopy(pipeline.transformer)
+    with torch.no_grad():
+        for parameter in pipeline.transformer.proj_out.parameters():
+            parameter.zero_()
+    with pytest.raises(CalibrationError, match="exactly zero"):
+        measure(pipeline, pruned)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts": []}, "at least one prompt"),
+        ({"batch_size": 0}, "--batch-size 0"),
+        ({"height": 8}, "too small"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_any_work(changes: dict[str, Any], message: str) -> None:
+    pipeline = tiny_pipeline()
+    with pytest.raises(ConfigError, match=message):
+        measure(pipeline, disturbed(pipeline.transformer), **changes)
+
+
+def test_a_model_is_not_compared_with_itself_or_in_another_precision() -> None:
+    pipeline = tiny_pipeline()
+    with pytest.raises(ConfigError, match="own transformer"):
+        measure(pipeline, pipeline.transformer)
+    with pytest.raises(ConfigError, match="float16"):
+        measure(pipeline, copy.deepcopy(pipeline.transformer).half())
