@@ -1,7 +1,7 @@
-"""Pruning methods. A method is a module and a line in METHODS.
+"""Pruning methods. A method is a module here and a line in table.METHODS.
 
-    out, in   a linear's widths
-    units     the columns that are removed together, `width` columns each
+out, in   a linear's widths
+units     the columns that are removed together, `width` columns each
 """
 
 from collections.abc import Sequence
@@ -63,7 +63,22 @@ class Method(Protocol):
     name: str
     calibrates: bool
 
-    def prune_weights(self, layer: Layer, pattern: Pattern, options: Options) -> Pruned: ...
+    def prune_weights(self, layers: Sequence[Layer], pattern: Pattern, options: Options) -> list[Pruned]:
+        """Removes weights from linears that read the same tensor, so that they share one gram and one factorisation.
+
+        Args:
+            layers: at least one, each with the same `gram` (q, k and v of an attention).
+            pattern: what is removed from each.
+            options: the knobs.
+
+        Returns:
+            per layer, in their order.
+
+        Raises:
+            CalibrationError: the gram cannot be used; names the layer.
+            ConfigError: N:M, and the input width is no multiple of M.
+        """
+        ...
 
     def prune_units(
         self, layers: Sequence[Layer], *, width: int, remove: int, options: Options
@@ -79,5 +94,8 @@ class Method(Protocol):
         Returns:
             the kept units, (kept,), int64, sorted; per layer the weight with the removed columns zero and the others
             compensated, at full width.
+
+        Raises:
+            CalibrationError: a gram cannot be used; names the layer.
         """
         ...

@@ -1,0 +1,107 @@
+"""The statistics of a layer's input.
+
+    x       a layer's input, (tokens, d)
+    gram    G = sum_i a_i x_i x_i^T / sum_i a_i over calibration tokens i of weight a_i, (d, d)
+
+G is, up to a constant factor, the Hessian of the layer's squared output error.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from obsdiff_runtime.errors import CalibrationError
+
+BYTES_PER_ENTRY: Final = 8
+"""What one entry of a gram takes while it is collected and kept: a float64."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Gram:
+    """Second moment of a layer's input.
+
+    Attributes:
+        matrix: (d, d), float64, symmetric: the weighted mean of x x^T.
+        mean: (d,), float64: the weighted mean of x.
+        tokens: how many tokens were seen, unweighted.
+    """
+
+    matrix: Tensor
+    mean: Tensor
+    tokens: int
+
+
+class GramAccumulator:
+    """Sums up x x^T over the calls of a layer.
+
+    Each call's product is taken in float32 (float64 for float64 input) with TF32 off and added to a float64 sum, so
+    that neither half-precision inputs nor the number of calls cost digits.
+    """
+
+    def __init__(self, width: int, *, device: torch.device | str = "cpu") -> None:
+        self._products = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(width, dtype=torch.float64, device=device)
+        self._weight = 0.0
+        self._tokens = 0
+
+    @torch.no_grad()
+    def add(self, x: Tensor, weight: float = 1.0) -> None:
+        """Counts the tokens of one call.
+
+        Args:
+            x: (tokens, d), any float dtype.
+            weight: of each of these tokens.
+
+        Raises:
+            CalibrationError: x holds a NaN or an infinity, or values whose square float32 cannot hold; nothing of x
+                is counted. The caller knows which layer and step it was.
+        """
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        with full_precision():
+            product = wide.mT @ wide  # (d, d)
+        if not bool(product.diagonal().isfinite().all()):
+            raise CalibrationError(_what_is_wrong(x))
+        self._products.add_(product, alpha=weight)
+        self._sums.add_(wide.sum(dim=0, dtype=torch.float64), alpha=weight)
+        self._weight += weight * x.shape[0]
+        self._tokens += x.shape[0]
+
+    def gram(self) -> Gram:
+        """Ends the collection: the weighted mean over everything added. The accumulator is used up, its memory lent.
+
+        Raises:
+            CalibrationError: nothing was added.
+        """
+        if self._tokens == 0 or self._weight <= 0:
+            raise CalibrationError("no token reached this layer; were there any prompts?")
+        gram = Gram(matrix=self._products.div_(self._weight), mean=self._sums / self._weight, tokens=self._tokens)
+        del self._products
+        return gram
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Turns TF32 and other reduced float32 matrix products off, on every backend, and restores them after."""
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+def _what_is_wrong(x: Tensor) -> str:
+    nans, infinities = int(x.isnan().sum()), int(x.isinf().sum())
+    if nans or infinities:
+        return (
+            f"the activation is not finite: {nans} NaN and {infinities} infinite of {x.numel()} values in "
+            f"{str(x.dtype).removeprefix('torch.')}; try --dtype float32 or bfloat16"
+        )
+    return f"the activation is too large to be squared in float32: its largest value is {float(x.abs().max()):.3g}"

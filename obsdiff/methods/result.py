@@ -1,0 +1,61 @@
+"""From the weights a method computed to the layer as it is stored."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from obsdiff.core.linalg import relative_loss
+from obsdiff.methods import Layer, Pruned
+from obsdiff_runtime.errors import CalibrationError, ObsdiffError
+
+
+def unchanged(layer: Layer) -> Pruned:
+    """The layer with nothing removed: the very same weight."""
+    keep = torch.ones_like(layer.weight, dtype=torch.bool)
+    return Pruned(weight=layer.weight, keep=keep, loss=float("nan") if layer.gram is None else 0.0)
+
+
+def stored(layer: Layer, weight: Tensor, keep: Tensor) -> Pruned:
+    """The layer with new weights, cast to the dtype it is stored in, and the loss measured on that.
+
+    Raises:
+        CalibrationError: a weight is not finite, as when compensation leaves float16's range.
+    """
+    cast = weight.to(layer.weight.dtype).masked_fill(~keep, 0)
+    if not bool(cast.isfinite().all()):
+        raise CalibrationError(
+            f"{layer.name}: the pruned weights are not finite in {str(cast.dtype).removeprefix('torch.')}; "
+            "is the layer itself? If it is, prune in --dtype bfloat16 or float32"
+        )
+    loss = float("nan") if layer.gram is None else relative_loss(layer.weight.detach(), cast, layer.gram)
+    return Pruned(weight=cast, keep=keep, loss=loss)
+
+
+def gram_of(layer: Layer) -> Tensor:
+    """The layer's gram.
+
+    Raises:
+        CalibrationError: it has none.
+    """
+    if layer.gram is None:
+        raise CalibrationError(f"{layer.name}: this method needs a gram, and none was collected")
+    return layer.gram
+
+
+@contextmanager
+def named(layers: Sequence[Layer]) -> Iterator[None]:
+    """Puts the layers' names before what the core, which knows no names, raises."""
+    try:
+        yield
+    except ObsdiffError as error:
+        others = f" (and {len(layers) - 1} that share its gram)" if len(layers) > 1 else ""
+        raise type(error)(f"{layers[0].name}{others}: {error}") from error
+
+
+def spread(kept: Tensor, layer: Layer, width: int) -> Tensor:
+    """The support, (out, in), of a layer that keeps these units of `width` columns."""
+    columns = torch.zeros(layer.weight.shape[1] // width, dtype=torch.bool, device=layer.weight.device)
+    columns[kept] = True
+    return columns.repeat_interleave(width).expand_as(layer.weight).clone()
