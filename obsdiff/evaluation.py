@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from obsdiff.families import Family
 from obsdiff.metrics import WINDOW, Picture, mean_squared_error, psnr_db, ssim, wilson
-from obsdiff.sampling import Sampler, Tell, quiet
+from obsdiff.recipe import Sampling
+from obsdiff.sampling import Batch, Sampler, Tell, quiet
 from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.progress import Progress, silent
 
@@ -78,7 +79,7 @@ class Evaluation:
         identical_images: pairs equal in every 8-bit value.
         dense_obedience, pruned_obedience: None where nothing can judge the prompts.
         per_prompt: in the order of the prompts.
-        seed: prompt i's noise comes from a generator seeded with seed + i.
+        sampling: how both were run; prompt i's noise comes from a generator seeded with sampling.seed + i.
         negative: the negative prompt; "" where no guidance is used.
         scheduler: class of the sampler.
     """
@@ -94,13 +95,8 @@ class Evaluation:
     dense_obedience: Share | None
     pruned_obedience: Share | None
     per_prompt: tuple[PromptResult, ...]
-    seed: int
+    sampling: Sampling
     negative: str
-    num_inference_steps: int
-    guidance_scale: float
-    height: int
-    width: int
-    max_sequence_length: int | None
     scheduler: str
 
     def to_json(self) -> dict[str, Any]:
@@ -121,43 +117,34 @@ class ImagePair:
 @torch.no_grad()
 def evaluate(
     pipeline: DiffusionPipeline,
-    pruned: nn.Module,
     family: Family,
     *,
+    dense: nn.Module,
+    pruned: nn.Module,
     prompts: Sequence[str],
+    sampling: Sampling,
     negative: str = "",
-    seed: int = 0,
-    num_inference_steps: int,
-    guidance_scale: float,
-    height: int,
-    width: int,
-    max_sequence_length: int | None = None,
-    batch_size: int = 4,
     score: Score | None = None,
     keep_images: int | None = None,
     progress: Progress = silent,
 ) -> tuple[Evaluation, tuple[ImagePair, ...]]:
-    """Measures what pruning did to a pipeline's denoiser.
+    """Measures what pruning did to a denoiser, in its pipeline.
 
-    While it runs, the denoiser of `pipeline` is swapped for `pruned` and back; everything else is shared, so no
-    second copy of text encoders or VAE is held. Three denoiser calls per prompt and call of the sampler.
+    Each denoiser takes its turn in the pipeline, which is left as it was; everything else is shared, so no second copy
+    of text encoders or VAE is held. Costs three denoiser calls for each call of the sampler.
 
     Args:
-        pipeline: the dense pipeline.
-        pruned: the pruned denoiser, on the dense one's device and in its dtype, in eval mode.
+        pipeline: gives text encoders, scheduler and VAE; its own denoiser may be either of the two.
         family: the architecture.
+        dense: the denoiser before, in eval mode.
+        pruned: the denoiser after, on the same device and of the same dtype, in eval mode.
         prompts: at least one.
-        negative: negative prompt; used where guidance_scale is above 1.
-        seed: prompt i's noise comes from a generator seeded with seed + i, whatever the batch size.
-        num_inference_steps: steps of the pipeline's own scheduler.
-        guidance_scale: as the pipeline takes it.
-        height: in pixels.
-        width: in pixels.
-        max_sequence_length: for the text encoding of families that have it; None for the family's own.
-        batch_size: prompts at a time; bounds memory, changes results by no more than rounding.
+        sampling: prompt i's noise comes from a generator seeded with sampling.seed + i, whatever the batch size, which
+            bounds memory and changes results by no more than rounding.
+        negative: negative prompt; used where the guidance scale is above 1.
         score: whether a picture obeys its prompt.
         keep_images: how many pairs are returned, the first ones; None for all.
-        progress: told of every denoiser call of the sampler.
+        progress: told of every step of the sampler, as stage "evaluate".
 
     Returns:
         the measurements, and the picture pairs.
@@ -167,78 +154,57 @@ def evaluate(
         CalibrationError: the dense pipeline produced a value that is not finite; names step and prompt.
         QualityError: the pruned one did.
     """
-    _check(pipeline, pruned, family, prompts, batch_size, (height, width))
-    sampler = Sampler(
-        pipeline=pipeline,
-        family=family,
-        call={
-            "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
-            "height": height,
-            "width": width,
-        },
-        steps=num_inference_steps,
-    )
-    total = 2 * num_inference_steps * math.ceil(len(prompts) / batch_size)
-    negative = negative if guidance_scale > 1 else ""
+    _check(dense, pruned, prompts, sampling)
+    guided = sampling.guidance_scale > 1
+    options = {} if sampling.max_sequence_length is None else {"max_sequence_length": sampling.max_sequence_length}
+    sampler = Sampler(pipeline=pipeline, family=family, sampling=sampling)
+    steps, size = sampling.num_inference_steps, sampling.batch_size
+    total = 2 * steps * math.ceil(len(prompts) / size)
     results: list[PromptResult] = []
     pairs: list[ImagePair] = []
     curves: list[Tensor] = []
     with quiet(pipeline):
-        for start in range(0, len(prompts), batch_size):
-            batch = list(prompts[start : start + batch_size])
-            seeds = [seed + start + i for i in range(len(batch))]
-            options = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
-            text = family.encode(pipeline, batch, [negative] * len(batch) if guidance_scale > 1 else [], **options)
-            tell = Tell(progress=progress, before=2 * num_inference_steps * (start // batch_size), total=total)
-            curve, dense_latents, dense_images = sampler.dense(batch, seeds, text, pruned, tell)
-            tell = dataclasses.replace(tell, before=tell.before + num_inference_steps)
-            pruned_latents, pruned_images = sampler.pruned(batch, seeds, text, pruned, tell)
+        for start in range(0, len(prompts), size):
+            texts = prompts[start : start + size]
+            embeddings = family.encode(pipeline, texts, [negative] * len(texts) if guided else [], **options)
+            batch = Batch(prompts=texts, seeds=[sampling.seed + start + i for i in range(len(texts))], text=embeddings)
+            tell = Tell(progress=progress, before=2 * steps * (start // size), total=total)
+            curve, dense_latents, dense_images = sampler.watched(batch, dense, pruned, tell)
+            tell = Tell(progress=progress, before=tell.before + steps, total=total)
+            pruned_latents, pruned_images = sampler.plain(batch, pruned, tell)
             curves.append(curve)
-            for i, prompt in enumerate(batch):
-                pair = ImagePair(prompt=prompt, seed=seeds[i], dense=dense_images[i], pruned=pruned_images[i])
+            for i, prompt in enumerate(texts):
+                pair = ImagePair(prompt=prompt, seed=batch.seeds[i], dense=dense_images[i], pruned=pruned_images[i])
                 results.append(_compare(pair, float(curve[i].mean()), dense_latents[i], pruned_latents[i], score))
                 if keep_images is None or len(pairs) < keep_images:
                     pairs.append(pair)
     evaluation = _summarise(
         results,
         torch.cat(curves),
-        seed=seed,
-        negative=negative,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        height=height,
-        width=width,
-        max_sequence_length=max_sequence_length,
+        sampling=sampling,
+        negative=negative if guided else "",
         scheduler=type(pipeline.scheduler).__name__,
     )
     return evaluation, tuple(pairs)
 
 
-def _check(
-    pipeline: DiffusionPipeline,
-    pruned: nn.Module,
-    family: Family,
-    prompts: Sequence[str],
-    batch_size: int,
-    size: tuple[int, int],
-) -> None:
+def _check(dense: nn.Module, pruned: nn.Module, prompts: Sequence[str], sampling: Sampling) -> None:
     if not prompts:
         raise ConfigError("evaluation needs at least one prompt; is --eval-prompts-file empty?")
-    if batch_size < 1:
-        raise ConfigError(f"--batch-size {batch_size}: must be at least 1")
-    if min(size) < WINDOW:
+    if sampling.batch_size < 1:
+        raise ConfigError(f"--batch-size {sampling.batch_size}: must be at least 1")
+    if min(sampling.height, sampling.width) < WINDOW:
         raise ConfigError(
-            f"pictures of {size[0]}x{size[1]} pixels are too small to compare; SSIM needs {WINDOW}x{WINDOW}"
+            f"pictures of {sampling.height}x{sampling.width} pixels are too small to compare;"
+            f" SSIM needs {WINDOW}x{WINDOW}: raise --height and --width"
         )
-    dense: nn.Module = getattr(pipeline, family.denoiser)
     if dense is pruned:
-        raise ConfigError(f"the pruned denoiser is the pipeline's own {family.denoiser}; load the dense model again")
-    ours, theirs = next(pruned.parameters()), next(dense.parameters())
-    if (ours.device, ours.dtype) != (theirs.device, theirs.dtype):
+        raise ConfigError("the pruned denoiser is the dense one itself; copy or load the dense one before pruning")
+    before, after = next(dense.parameters()), next(pruned.parameters())
+    if (before.device, before.dtype) != (after.device, after.dtype):
         raise ConfigError(
-            f"the pruned {family.denoiser} is {ours.dtype} on {ours.device}, the dense one {theirs.dtype} on"
-            f" {theirs.device}; move one with .to()"
+            f"the dense denoiser is {before.dtype} on {before.device}, the pruned one {after.dtype} on {after.device};"
+            " move one with .to()"
         )
 
 

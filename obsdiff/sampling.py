@@ -18,78 +18,99 @@ from torch import Tensor, nn
 
 from obsdiff.families import Family
 from obsdiff.metrics import Picture
+from obsdiff.recipe import Sampling
 from obsdiff_runtime.errors import CalibrationError, QualityError
 from obsdiff_runtime.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Prompts, the seeds of their noise, and their embeddings as arguments of the pipeline's call, (B, ...) each."""
+
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    text: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tell:
+    """Progress of one run of the sampler, `before` steps of all runs being done."""
+
+    progress: Progress
+    before: int
+    total: int
+
+    def __call__(self, step: int, note: str) -> None:
+        self.progress("evaluate", self.before + step, self.total, note)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """Runs the pipeline on a batch; `call` are its keyword arguments."""
+    """Runs the pipeline on a batch with one denoiser or another."""
 
     pipeline: DiffusionPipeline
     family: Family
-    call: Mapping[str, Any]
-    steps: int
+    sampling: Sampling
 
-    def dense(
-        self, prompts: Sequence[str], seeds: Sequence[int], text: Mapping[str, Tensor], pruned: nn.Module, tell: "Tell"
+    def watched(
+        self, batch: Batch, dense: nn.Module, pruned: nn.Module, tell: Tell
     ) -> tuple[Tensor, Tensor, list[Picture]]:
-        """Velocity errors (B, steps) float64, final latents (B, ...) and pictures of the dense pipeline."""
-        errors = VelocityErrors(len(prompts), self.steps)
-        denoiser: nn.Module = getattr(self.pipeline, self.family.denoiser)
+        """Runs the dense denoiser and gives its very inputs to the pruned one too.
+
+        Returns:
+            velocity errors (B, steps) float64, final latents (B, ...) and pictures of the dense pipeline.
+        """
+        errors = VelocityErrors(len(batch.prompts), self.sampling.num_inference_steps)
 
         def compare(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            dense_velocity = _finite(output[0], "dense", errors.step, prompts)
-            pruned_velocity = _finite(pruned(*args, **kwargs)[0], "pruned", errors.step, prompts)
+            dense_velocity = _finite(output[0], "dense", errors.step, batch.prompts)
+            pruned_velocity = _finite(pruned(*args, **kwargs)[0], "pruned", errors.step, batch.prompts)
             errors.add(dense_velocity, pruned_velocity)
 
-        handle = denoiser.register_forward_hook(compare, with_kwargs=True)
+        handle = dense.register_forward_hook(compare, with_kwargs=True)
         try:
-            latents, images = self._run("dense", prompts, seeds, text, tell, errors)
+            latents, images = self._run("dense", batch, dense, tell, errors)
         finally:
             handle.remove()
-        return errors.curve(prompts), latents, images
+        return errors.curve(batch.prompts), latents, images
 
-    def pruned(
-        self, prompts: Sequence[str], seeds: Sequence[int], text: Mapping[str, Tensor], pruned: nn.Module, tell: "Tell"
-    ) -> tuple[Tensor, list[Picture]]:
-        """Final latents (B, ...) and pictures of the pipeline with the pruned denoiser in it."""
-        with _swapped(self.pipeline, self.family.denoiser, pruned):
-            return self._run("pruned", prompts, seeds, text, tell, None)
+    def plain(self, batch: Batch, pruned: nn.Module, tell: Tell) -> tuple[Tensor, list[Picture]]:
+        """Final latents (B, ...) and pictures with the pruned denoiser."""
+        return self._run("pruned", batch, pruned, tell, None)
 
     def _run(
-        self,
-        who: str,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        text: Mapping[str, Tensor],
-        tell: "Tell",
-        errors: "VelocityErrors | None",
+        self, who: str, batch: Batch, denoiser: nn.Module, tell: Tell, errors: "VelocityErrors | None"
     ) -> tuple[Tensor, list[Picture]]:
-        order = int(getattr(self.pipeline.scheduler, "order", 1))
+        order, steps = int(getattr(self.pipeline.scheduler, "order", 1)), self.sampling.num_inference_steps
         last: list[Tensor] = []
 
-        def after_step(_: DiffusionPipeline, i: int, __: Any, values: dict[str, Any]) -> dict[str, Any]:
-            step = min(i // order, self.steps - 1)
-            last[:] = [_finite(values["latents"], who, step, prompts)]
+        def after_call(_: DiffusionPipeline, i: int, __: Any, values: dict[str, Any]) -> dict[str, Any]:
+            step = min(i // order, steps - 1)
+            last[:] = [_finite(values["latents"], who, step, batch.prompts)]
             if errors is not None:
-                errors.step = min((i + 1) // order, self.steps - 1)
+                errors.step = min((i + 1) // order, steps - 1)
             tell(step + 1, who)
             return {}
 
-        # A scheduler that draws noise of its own takes it from the global generator: the same for both runs.
         device = self.pipeline.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seeds[0])
+        with ExitStack() as stack:
+            # A scheduler that draws noise of its own takes it from the global generator: the same for both runs.
+            stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
+            torch.manual_seed(batch.seeds[0])
+            stack.enter_context(_swapped(self.pipeline, self.family.denoiser, denoiser))
             images = self.pipeline(
-                **text,
-                **self.call,
-                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+                **batch.text,
+                num_inference_steps=steps,
+                guidance_scale=self.sampling.guidance_scale,
+                height=self.sampling.height,
+                width=self.sampling.width,
+                generator=[torch.Generator("cpu").manual_seed(seed) for seed in batch.seeds],
                 output_type="np",
-                callback_on_step_end=after_step,
+                callback_on_step_end=after_call,
             ).images
         if not np.isfinite(images).all():
-            _refuse(who, f"after step {self.steps}, in the decoded picture", _prompt_of(np.asarray(images), prompts))
+            where = f"after step {steps}, in the decoded picture"
+            _refuse(who, where, _prompt_of(np.asarray(images), batch.prompts))
         return last[0].clone(), [np.rint(image * 255).clip(0, 255).astype(np.uint8) for image in images]
 
 
@@ -167,15 +188,3 @@ def quiet(pipeline: DiffusionPipeline) -> Iterator[None]:
         if getattr(pipeline, "safety_checker", None) is not None:
             stack.enter_context(_swapped(pipeline, "safety_checker", None))
         yield
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tell:
-    """Progress of one run of the sampler, `before` steps of all runs being done."""
-
-    progress: Progress
-    before: int
-    total: int
-
-    def __call__(self, step: int, note: str) -> None:
-        self.progress("evaluate", self.before + step, self.total, note)

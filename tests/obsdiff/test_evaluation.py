@@ -17,6 +17,7 @@ from diffusers import (
 from torch import Tensor, nn
 
 from obsdiff.evaluation import Evaluation, ImagePair, evaluate
+from obsdiff.recipe import Sampling
 from obsdiff_runtime.errors import CalibrationError, ConfigError, QualityError
 
 PROMPTS = ["a red circle", "a blue square", "a green cross", "a small yellow triangle", "a black circle"]
@@ -98,9 +99,11 @@ def disturbed(denoiser: nn.Module) -> nn.Module:
 def measure(
     pipeline: StableDiffusion3Pipeline, pruned: nn.Module, **changes: Any
 ) -> tuple[Evaluation, tuple[ImagePair, ...]]:
-    settings: dict[str, Any] = {"prompts": PROMPTS, "num_inference_steps": 3, "guidance_scale": 3.0, "seed": 7}
-    settings |= {"height": SIZE, "width": SIZE, "batch_size": 2} | changes
-    return evaluate(pipeline, pruned, FakeText(), **settings)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 3.0, "seed": 7, "batch_size": 2}
+    settings |= {"height": SIZE, "width": SIZE, "max_sequence_length": None}
+    settings |= {key: changes.pop(key) for key in settings.keys() & changes.keys()}
+    asked: dict[str, Any] = {"dense": pipeline.transformer, "prompts": PROMPTS, **changes}
+    return evaluate(pipeline, FakeText(), pruned=pruned, sampling=Sampling(**settings), **asked)  # type: ignore[arg-type]
 
 
 def test_a_model_compared_with_its_copy_differs_in_nothing() -> None:
@@ -196,6 +199,16 @@ def test_the_pipeline_is_left_as_it_was() -> None:
     assert not transformer._forward_hooks
     assert pipeline._progress_bar_config == {"leave": False}
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_pipeline_may_hold_either_denoiser_or_none_of_them() -> None:
+    pipeline = tiny_pipeline()
+    dense, pruned = pipeline.transformer, disturbed(pipeline.transformer)
+    before, _ = measure(pipeline, pruned)
+    pipeline.transformer = pruned
+    after, _ = measure(pipeline, pruned, dense=dense)
+    assert before == after
+    assert pipeline.transformer is pruned
 
 
 def test_obedience_is_counted_with_its_interval() -> None:
@@ -318,7 +331,7 @@ def test_what_cannot_be_measured_is_refused_before_any_work(changes: dict[str, A
 
 def test_a_model_is_not_compared_with_itself_or_in_another_precision() -> None:
     pipeline = tiny_pipeline()
-    with pytest.raises(ConfigError, match="own transformer"):
+    with pytest.raises(ConfigError, match="dense one itself"):
         measure(pipeline, pipeline.transformer)
     with pytest.raises(ConfigError, match="float16"):
         measure(pipeline, copy.deepcopy(pipeline.transformer).half())
