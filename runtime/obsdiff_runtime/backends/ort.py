@@ -1,0 +1,133 @@
+"""ONNX Runtime: runs the bundle's graphs as they are."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from obsdiff_runtime.bundle import Bundle, TensorEntry
+from obsdiff_runtime.errors import CompatibilityError, ConfigError, MissingPackageError
+
+CPU: Final = "CPUExecutionProvider"
+DTYPES: Final[dict[str, str]] = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
+    "tensor(double)": "float64",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(bool)": "bool",
+}
+
+
+class OrtSession:
+    """A graph in ONNX Runtime; see `backends.Session`."""
+
+    def __init__(self, session: Any, name: str) -> None:
+        self._session = session
+        self._name = name
+        self.inputs = tuple(_entry(value) for value in session.get_inputs())
+        self.outputs = tuple(_entry(value) for value in session.get_outputs())
+        self.device: str = session.get_providers()[0]
+        self._dtypes = {entry.name: np.dtype(entry.dtype) for entry in self.inputs}
+
+    def run(self, inputs: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        self._check_names(inputs)
+        names = [entry.name for entry in self.outputs] if outputs is None else list(outputs)
+        feeds = {name: np.ascontiguousarray(array, dtype=self._dtypes[name]) for name, array in inputs.items()}
+        try:
+            arrays = self._session.run(names, feeds)
+        except _run_errors() as error:
+            shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in feeds.items())
+            raise ConfigError(f"{self._name} does not take {shapes}: {_first_line(error)}") from error
+        return {
+            name: array.astype(np.float32) if array.dtype == np.float16 else array
+            for name, array in zip(names, arrays, strict=True)
+        }
+
+    def _check_names(self, inputs: Mapping[str, np.ndarray]) -> None:
+        missing = [name for name in self._dtypes if name not in inputs]
+        unknown = [name for name in inputs if name not in self._dtypes]
+        if missing or unknown:
+            raise ConfigError(
+                f"{self._name} takes {', '.join(self._dtypes)}; "
+                f"missing: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}"
+            )
+
+
+def open_session(bundle: Bundle, component: str, *, threads: int | None = None) -> OrtSession:
+    return open_graph(bundle.onnx(component), name=component, threads=threads)
+
+
+def open_graph(path: Path, *, name: str | None = None, threads: int | None = None, provider: str = CPU) -> OrtSession:
+    """Loads an ONNX file.
+
+    Args:
+        path: the graph; its external data lies beside it.
+        name: what messages call it; the path if None.
+        threads: of the host, all if None.
+        provider: the execution provider; others are no fallback for it.
+
+    Raises:
+        MissingPackageError: onnxruntime is not installed.
+        CompatibilityError: the graph cannot be loaded, or would run on another provider.
+    """
+    onnxruntime = _import()
+    if provider not in onnxruntime.get_available_providers():
+        available = ", ".join(onnxruntime.get_available_providers())
+        raise CompatibilityError(f"onnxruntime {onnxruntime.__version__} here has no {provider}; it has {available}")
+    label = name or str(path)
+    try:
+        session = onnxruntime.InferenceSession(str(path), _options(onnxruntime, threads), providers=[provider])
+    except _run_errors() as error:
+        raise CompatibilityError(
+            f"onnxruntime {onnxruntime.__version__} cannot load {label} ({path}): {_first_line(error)}"
+        ) from error
+    used = session.get_providers()
+    if used[0] != provider:
+        raise CompatibilityError(f"{label}: {provider} was asked for, but onnxruntime chose {used[0]}")
+    for value in session.get_inputs():
+        if DTYPES.get(value.type) in (None, "bfloat16"):
+            raise CompatibilityError(f"{label}: input {value.name} is a {value.type}, which numpy has no type for")
+    return OrtSession(session, label)
+
+
+def versions() -> dict[str, str]:
+    return {"onnxruntime": _import().__version__}
+
+
+def _import() -> Any:
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise MissingPackageError(
+            "onnxruntime is absent: pip install 'obsdiff[cpu]', or without torch pip install 'obsdiff-runtime[cpu]'"
+        ) from error
+    return onnxruntime
+
+
+def _options(onnxruntime: Any, threads: int | None) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    # Without it the threads of one session still spin when the next one starts.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
+def _run_errors() -> tuple[type[Exception], ...]:
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    return (state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf, state.NoSuchFile,
+            state.NotImplemented, state.RuntimeException)  # fmt: skip
+
+
+def _entry(value: Any) -> TensorEntry:
+    shape = tuple(size if isinstance(size, int) else str(size) for size in value.shape)
+    return TensorEntry(name=value.name, dtype=DTYPES.get(value.type, value.type), shape=shape)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,66 @@
+"""Samplers in numpy, equal to diffusers' step by step. One is a module here and a line in SCHEDULERS.
+
+An object serves one call: it is made from scheduler_config.json and a number of steps, and forgotten afterwards.
+Steps are counted, not looked up by timestep: `index` runs over `timesteps`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Protocol
+
+from numpy.typing import NDArray
+
+from obsdiff_runtime.errors import CompatibilityError
+from obsdiff_runtime.schedulers.ddim import Ddim
+from obsdiff_runtime.schedulers.euler import Euler
+from obsdiff_runtime.schedulers.flow_match_euler import FlowMatchEuler
+from obsdiff_runtime.schedulers.pndm import Pndm
+from obsdiff_runtime.schedulers.schedule import Floats
+
+
+class Scheduler(Protocol):
+    @property
+    def timesteps(self) -> NDArray[Any]:
+        """(calls,), what the denoiser is told at each call."""
+        ...
+
+    @property
+    def initial_sigma(self) -> float:
+        """Standard deviation of the noise to start from."""
+        ...
+
+    def scale(self, sample: Floats, index: int) -> Floats:
+        """The sample as the denoiser wants it, same shape."""
+        ...
+
+    def step(self, output: Floats, index: int, sample: Floats) -> Floats:
+        """The sample after the denoiser's output of call `index`, same shape."""
+        ...
+
+
+SCHEDULERS: Final[dict[str, Callable[[Mapping[str, Any], int, int], Scheduler]]] = {
+    "FlowMatchEulerDiscreteScheduler": FlowMatchEuler,
+    "EulerDiscreteScheduler": Euler,
+    "DDIMScheduler": Ddim,
+    "PNDMScheduler": Pndm,
+}
+
+
+def make_scheduler(config: Mapping[str, Any], steps: int, image_tokens: int) -> Scheduler:
+    """A scheduler ready for one call.
+
+    Args:
+        config: scheduler_config.json; `_class_name` decides which.
+        steps: inference steps, at least 1.
+        image_tokens: tokens of the denoiser's image sequence, for schedules that depend on it.
+
+    Raises:
+        CompatibilityError: a class or an option that is not supported; names it.
+        ConfigError: more steps than the schedule has.
+    """
+    name = str(config.get("_class_name", ""))
+    if name not in SCHEDULERS:
+        raise CompatibilityError(
+            f"scheduler {name or 'without _class_name'} is not supported; supported are {', '.join(SCHEDULERS)}: "
+            "give the pipeline one of these and export again"
+        )
+    return SCHEDULERS[name](config, steps, image_tokens)

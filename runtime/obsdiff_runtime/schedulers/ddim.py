@@ -1,0 +1,66 @@
+"""Deterministic DDIM; diffusers' DDIMScheduler with eta 0."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from obsdiff_runtime.schedulers.schedule import (
+    Floats,
+    alphas_cumprod,
+    choose,
+    options,
+    refuse,
+    spaced_timesteps,
+)
+
+DEFAULTS: Final[dict[str, Any]] = {
+    "num_train_timesteps": 1000,
+    "clip_sample": True,
+    "clip_sample_range": 1.0,
+    "set_alpha_to_one": True,
+    "prediction_type": "epsilon",
+    "timestep_spacing": "leading",
+    "rescale_betas_zero_snr": False,
+}
+
+
+class Ddim:
+    """Song et al. 2021 (arXiv 2010.02502), eq. 12 with sigma 0."""
+
+    initial_sigma = 1.0
+
+    def __init__(self, config: Mapping[str, Any], steps: int, image_tokens: int) -> None:
+        refuse(config, "thresholding")
+        given = options(config, DEFAULTS)
+        choose(config, "prediction_type", given["prediction_type"], "epsilon", "v_prediction", "sample")
+        self._prediction_type = given["prediction_type"]
+        self._clip = float(given["clip_sample_range"]) if given["clip_sample"] else None
+        self._alphas = alphas_cumprod(config, rescale=given["rescale_betas_zero_snr"])
+        self._last_alpha = 1.0 if given["set_alpha_to_one"] else float(self._alphas[0])
+        self._stride = given["num_train_timesteps"] // steps
+        self.timesteps: NDArray[np.int64] = np.round(spaced_timesteps(config, steps, given["timestep_spacing"])).astype(
+            np.int64
+        )
+
+    def scale(self, sample: Floats, index: int) -> Floats:
+        return sample
+
+    def step(self, output: Floats, index: int, sample: Floats) -> Floats:
+        timestep = int(self.timesteps[index])
+        before = timestep - self._stride
+        alpha = float(self._alphas[timestep])
+        alpha_after = float(self._alphas[before]) if before >= 0 else self._last_alpha
+        root, noise_root = math.sqrt(alpha), math.sqrt(1 - alpha)
+        clean: Floats
+        if self._prediction_type == "epsilon":
+            clean, noise = (sample - noise_root * output) / root, output
+        elif self._prediction_type == "v_prediction":
+            clean, noise = root * sample - noise_root * output, root * output + noise_root * sample
+        else:
+            clean, noise = output, (sample - root * output) / noise_root
+        if self._clip is not None:
+            clean = np.clip(clean, -self._clip, self._clip)
+        return math.sqrt(alpha_after) * clean + math.sqrt(1 - alpha_after) * noise

@@ -1,0 +1,106 @@
+"""What the schedulers share: options, betas, spacing of timesteps, spacing of sigmas."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from obsdiff_runtime.errors import CompatibilityError, ConfigError
+
+Floats = NDArray[np.floating[Any]]
+KARRAS_RHO: Final = 7.0
+
+
+def options(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """`defaults` overridden by config; what a scheduler does not know is another scheduler's and is left out."""
+    return {name: config.get(name, default) for name, default in defaults.items()}
+
+
+def refuse(config: Mapping[str, Any], *names: str) -> None:
+    """CompatibilityError if one of these options is switched on."""
+    for name in names:
+        if config.get(name):
+            raise CompatibilityError(f"{config.get('_class_name')}: {name}={config[name]!r} is not supported")
+
+
+def choose(config: Mapping[str, Any], name: str, value: object, *known: str) -> None:
+    """CompatibilityError if an option has a value that is not known."""
+    if value not in known:
+        raise CompatibilityError(
+            f"{config.get('_class_name')}: {name}={value!r} is not supported; supported are {', '.join(known)}"
+        )
+
+
+def alphas_cumprod(config: Mapping[str, Any], *, rescale: bool = False) -> Floats:
+    """(train timesteps,), the product of 1 - beta up to each timestep."""
+    betas = _betas(config)
+    if rescale:
+        betas = _rescale_zero_terminal_snr(betas)
+    return np.asarray(np.cumprod(1 - betas, dtype=np.float64), dtype=np.float32)
+
+
+def _betas(config: Mapping[str, Any]) -> Floats:
+    given = options(
+        config,
+        {
+            "num_train_timesteps": 1000,
+            "beta_start": 0.0001,
+            "beta_end": 0.02,
+            "beta_schedule": "linear",
+            "trained_betas": None,
+        },
+    )
+    if given["trained_betas"] is not None:
+        return np.asarray(given["trained_betas"], dtype=np.float32)
+    count, start, end = given["num_train_timesteps"], given["beta_start"], given["beta_end"]
+    kind = given["beta_schedule"]
+    choose(config, "beta_schedule", kind, "linear", "scaled_linear", "squaredcos_cap_v2")
+    if kind == "linear":
+        return np.linspace(start, end, count, dtype=np.float32)
+    if kind == "scaled_linear":
+        return np.asarray(np.linspace(start**0.5, end**0.5, count, dtype=np.float32) ** 2)
+    # Nichol & Dhariwal 2021, eq. 17
+    bars = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * math.pi / 2) ** 2
+    return np.asarray(np.minimum(1 - bars[1:] / bars[:-1], 0.999), dtype=np.float32)
+
+
+def _rescale_zero_terminal_snr(betas: Floats) -> Floats:
+    """Lin et al. 2023 (arXiv 2305.08891), algorithm 1."""
+    root = np.sqrt(np.cumprod(1 - betas, dtype=np.float64).astype(np.float32))
+    root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+    bars = root**2
+    alphas = np.concatenate([bars[:1], bars[1:] / bars[:-1]])
+    return np.asarray(1 - alphas, dtype=np.float32)
+
+
+def spaced_timesteps(config: Mapping[str, Any], steps: int, spacing: str) -> Floats:
+    """(steps,), descending; the spacings of arXiv 2305.08891, table 2, not yet rounded where "linspace"."""
+    choose(config, "timestep_spacing", spacing, "linspace", "leading", "trailing")
+    train = int(config.get("num_train_timesteps", 1000))
+    if steps > train:
+        raise ConfigError(f"{steps} steps are more than the {train} that the scheduler was trained with")
+    if spacing == "linspace":
+        return np.linspace(0, train - 1, steps)[::-1]
+    if spacing == "leading":
+        return (np.arange(steps) * (train // steps))[::-1] + float(config.get("steps_offset", 0))
+    return np.round(np.arange(train, 0, -train / steps)) - 1
+
+
+def karras(sigmas: Floats, steps: int, low: float | None = None, high: float | None = None) -> Floats:
+    """(steps,), Karras et al. 2022 (arXiv 2206.00364), eq. 5, between the last and the first of `sigmas`."""
+    low, high = _ends(sigmas, low, high)
+    ramp = np.linspace(0, 1, steps)
+    ends = low ** (1 / KARRAS_RHO), high ** (1 / KARRAS_RHO)
+    return np.asarray((ends[1] + ramp * (ends[0] - ends[1])) ** KARRAS_RHO)
+
+
+def exponential(sigmas: Floats, steps: int, low: float | None = None, high: float | None = None) -> Floats:
+    """(steps,), evenly spaced in the logarithm between the last and the first of `sigmas`."""
+    low, high = _ends(sigmas, low, high)
+    return np.exp(np.linspace(math.log(high), math.log(low), steps))
+
+
+def _ends(sigmas: Floats, low: float | None, high: float | None) -> tuple[float, float]:
+    return float(sigmas[-1]) if low is None else low, float(sigmas[0]) if high is None else high
