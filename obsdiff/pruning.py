@@ -201,14 +201,16 @@ class _Run:
 
         def solve(package: Sequence[LinearSpec], grams: Mapping[str, Gram], done: Callable[[str], None]) -> PackageResult:
             weights, layers = {}, []
-            for linear in package:
-                solution = self._method.prune_weights(self._layer(linear, grams), pattern, self._options)
-                weight = weights[linear.name] = solution.weight.to(self._stored)
-                zeros = float((weight == 0).sum()) / weight.numel()
-                layers.append(
-                    LayerResult(name=linear.name, pattern=str(pattern), loss=_loss(solution.loss), zeros=zeros)
-                )
-                done(linear.name)
+            for sharing in _by_input(package):
+                members = [self._layer(linear, grams) for linear in sharing]
+                solutions = self._method.prune_weights(members, pattern, self._options)
+                for layer, solution in zip(members, solutions, strict=True):
+                    weight = weights[layer.name] = solution.weight.to(self._stored)
+                    zeros = float((weight == 0).sum()) / weight.numel()
+                    layers.append(
+                        LayerResult(name=layer.name, pattern=str(pattern), loss=_loss(solution.loss), zeros=zeros)
+                    )
+                    done(layer.name)
             return PackageResult(weights=weights, layers=tuple(layers))
 
         for result in self._packages("weights", fitting, solve, len):
@@ -285,3 +287,11 @@ def _pieces(
     consumers: Sequence[LinearSpec], of_linear: Mapping[str, Group]
 ) -> Callable[[Sequence[LinearSpec]], int]:
     return lambda package: len({of_linear[linear.name].name for linear in package})
+
+
+def _by_input(linears: Sequence[LinearSpec]) -> list[list[LinearSpec]]:
+    """The linears by the tensor they read, hence by gram, in forward order."""
+    sharing: dict[str, list[LinearSpec]] = {}
+    for linear in linears:
+        sharing.setdefault(linear.reads, []).append(linear)
+    return list(sharing.values())
