@@ -17,11 +17,13 @@ class Family(Protocol):
         name: "sd3", "unet", ...
         denoiser: attribute and folder of the denoiser in the pipeline: "transformer" or "unet".
         classes: diffusers classes of the denoiser.
+        protect: blocks at the start and at the end that keep all their units unless asked otherwise; the paper's.
     """
 
     name: str
     denoiser: str
     classes: tuple[str, ...]
+    protect: tuple[int, int]
 
     def linears(self, denoiser: nn.Module) -> tuple[LinearSpec, ...]:
         """Every prunable linear, in forward order; works on the meta device and on shrunk models."""
@@ -41,14 +43,30 @@ class Family(Protocol):
         ...
 
     def encode(
-        self, pipeline: DiffusionPipeline, prompts: Sequence[str], negative: Sequence[str], **options: Any
+        self,
+        pipeline: DiffusionPipeline,
+        prompts: Sequence[str],
+        negative: Sequence[str],
+        *,
+        max_sequence_length: int | None = None,
     ) -> dict[str, Tensor]:
         """Text embeddings as keyword arguments of the pipeline's call, (len(prompts), ...) each.
 
-        `negative` is empty where no guidance is used. `options`: max_sequence_length, where the family has it.
+        Args:
+            pipeline: with its text encoders and tokenizers.
+            prompts: what to draw.
+            negative: as many as there are prompts, or empty where no guidance is used.
+            max_sequence_length: text tokens of T5, where the family has it; None: the pipeline's default.
+
+        Raises:
+            ModelError: the pipeline lacks what reads prompts.
+            ConfigError: max_sequence_length is given and the family has no use for it.
         """
         ...
 
     def components(self, pipeline: DiffusionPipeline, *, height: int, width: int) -> tuple[Component, ...]:
-        """Every network of the pipeline that is present, as the export needs it."""
+        """Text encoders, denoiser, VAE decoder and encoder: those that the pipeline has, as the export needs them.
+
+        Example inputs are small; the last of `more_inputs` has the asked size in pixels, up to 256 a side.
+        """
         ...

@@ -37,6 +37,11 @@ def present(module: nn.Module, *names: str) -> tuple[str, ...]:
     return tuple(name for name in names if getattr(module, name, None) is not None)
 
 
+def size(module: nn.Module, name: str) -> int:
+    """An attribute that is a size, such as `in_features`."""
+    return int(getattr(module, name))
+
+
 def heads(denoiser: nn.Module, name: str, *, block: int) -> Group:
     """The heads of the attention module of that name.
 
@@ -49,8 +54,7 @@ def heads(denoiser: nn.Module, name: str, *, block: int) -> Group:
     attention = denoiser.get_submodule(name)
     if getattr(attention, "fused_projections", False):
         raise ModelError(f"{name}: its projections are fused; call unfuse_qkv_projections() before pruning")
-    units = int(attention.heads)  # type: ignore[call-overload]
-    queries = attention.get_submodule("to_q")
+    units = size(attention, "heads")
     producers = present(attention, "to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
     consumers = ("to_out.0", *present(attention, "to_add_out"))
     return Group(
@@ -58,7 +62,7 @@ def heads(denoiser: nn.Module, name: str, *, block: int) -> Group:
         kind="heads",
         block=block,
         units=units,
-        width=int(queries.out_features) // units,  # type: ignore[call-overload]
+        width=size(attention.get_submodule("to_q"), "out_features") // units,
         producers=tuple(Producer(name=f"{name}.{producer}") for producer in producers),
         consumers=tuple(f"{name}.{consumer}" for consumer in consumers),
         attention=name,
@@ -68,8 +72,8 @@ def heads(denoiser: nn.Module, name: str, *, block: int) -> Group:
 def neurons(denoiser: nn.Module, name: str, *, block: int) -> Group:
     """The neurons of the feed-forward module of that name; a gated one (GEGLU, SwiGLU) holds each of them twice."""
     into, out = f"{name}.net.0.proj", f"{name}.net.2"
-    rows = int(denoiser.get_submodule(into).out_features)  # type: ignore[call-overload]
-    units = int(denoiser.get_submodule(out).in_features)  # type: ignore[call-overload]
+    rows = size(denoiser.get_submodule(into), "out_features")
+    units = size(denoiser.get_submodule(out), "in_features")
     return Group(
         name=f"{name}.neurons",
         kind="ffn",

@@ -15,17 +15,21 @@ SD3.5-medium has a second attention over the image alone in its first blocks; it
 norm under another modulation) beside the first, and its heads are units of their own.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
 
-from obsdiff.families import layers
+from obsdiff.families import layers, parts
 from obsdiff.groups import Group, LinearSpec
+from obsdiff_export.component import Component
 
 name: str = "sd3"
 denoiser: str = "transformer"
 classes: tuple[str, ...] = ("SD3Transformer2DModel",)
+protect: tuple[int, int] = (1, 1)
 
 
 def linears(denoiser: nn.Module) -> tuple[LinearSpec, ...]:
@@ -55,6 +59,75 @@ def tokens(
     """See `Family.tokens`: "image", one token per patch, and "text"."""
     patch = int(config["patch_size"])
     return {"image": (height // vae_scale // patch) * (width // vae_scale // patch), "text": text_tokens}
+
+
+def encode(
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str],
+    negative: Sequence[str],
+    *,
+    max_sequence_length: int | None = None,
+) -> dict[str, Tensor]:
+    """See `Family.encode`: the embeddings (n, text tokens, width) and the pooled ones (n, width)."""
+    parts.need(pipeline, "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    limit = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
+    with torch.no_grad():
+        embeds, negative_embeds, pooled, negative_pooled = pipeline.encode_prompt(
+            list(prompts),
+            None,
+            None,
+            do_classifier_free_guidance=bool(negative),
+            negative_prompt=list(negative) or None,
+            **limit,
+        )
+    encoded = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+    if negative:
+        encoded |= {"negative_prompt_embeds": negative_embeds, "negative_pooled_prompt_embeds": negative_pooled}
+    return encoded
+
+
+def components(pipeline: DiffusionPipeline, *, height: int, width: int) -> tuple[Component, ...]:
+    """See `Family.components`."""
+    model = pipeline.transformer
+    scale = parts.vae_scale(pipeline.vae.config) if pipeline.vae is not None else 8
+    config, dtype = model.config, model.dtype
+
+    def forward(
+        self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, pooled_projections: Tensor, timestep: Tensor
+    ) -> Tensor:
+        found: Tensor = type(model).forward(
+            self, hidden_states, encoder_hidden_states, pooled_projections, timestep, return_dict=False
+        )[0]
+        return found
+
+    sizes = parts.latent_sizes(
+        height, width, vae_scale=scale, multiple=config.patch_size, limit=config.pos_embed_max_size
+    )
+    examples = [
+        {
+            "hidden_states": parts.noise(batch, config.in_channels, *size, dtype=dtype),
+            "encoder_hidden_states": parts.noise(batch, length, config.joint_attention_dim, dtype=dtype),
+            "pooled_projections": parts.noise(batch, config.pooled_projection_dim, dtype=dtype),
+            "timestep": parts.timesteps(batch, dtype=dtype),
+        }
+        for batch, length, size in parts.rows(sizes)
+    ]
+    transformer = Component(
+        name=denoiser,
+        module=parts.flattened(model, forward),
+        inputs=examples[0],
+        dynamic_axes={
+            "hidden_states": {0: "batch", 2: "height", 3: "width"},
+            "encoder_hidden_states": {0: "batch", 1: "text_tokens"},
+            "pooled_projections": {0: "batch"},
+            "timestep": {0: "batch"},
+        },
+        outputs=("out_hidden_states",),
+        config=parts.config_of(model),
+        more_inputs=tuple(examples[1:]),
+    )
+    vae = parts.autoencoder(pipeline, height=height, width=width)
+    return (*parts.text_encoders(pipeline), transformer, *vae)
 
 
 def _blocks(denoiser: nn.Module) -> Iterator[tuple[int, str, nn.Module]]:

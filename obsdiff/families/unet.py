@@ -12,20 +12,25 @@ reads
     neurons            ff.net.2
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
 
-from obsdiff.families import layers
+from obsdiff.families import layers, parts
 from obsdiff.groups import Group, LinearSpec
-from obsdiff_runtime.errors import ModelError
+from obsdiff_export.component import Component
+from obsdiff_runtime.errors import ConfigError, ModelError
 
 name: str = "unet"
 denoiser: str = "unet"
 classes: tuple[str, ...] = ("UNet2DConditionModel",)
+protect: tuple[int, int] = (0, 0)
 
 _TEXT = "encoder_hidden_states"
+_TIME_IDS = 6
 
 
 def linears(denoiser: nn.Module) -> tuple[LinearSpec, ...]:
@@ -65,6 +70,117 @@ def tokens(
         rows, columns = -(-(height // vae_scale) // factor), -(-(width // vae_scale) // factor)
         sizes[f"image/{factor}"] = rows * columns
     return {**sizes, "text": text_tokens}
+
+
+def encode(
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str],
+    negative: Sequence[str],
+    *,
+    max_sequence_length: int | None = None,
+) -> dict[str, Tensor]:
+    """See `Family.encode`: the embeddings (n, 77, width) and, for SDXL, the pooled ones (n, width).
+
+    Empty negative prompts are the pipeline's own unconditional embedding, which for SDXL is zero.
+
+    Raises:
+        ConfigError: max_sequence_length is given; CLIP always reads its full length.
+    """
+    if max_sequence_length is not None:
+        raise ConfigError("--max-sequence-length sets the tokens of T5, and this model has none; leave it out")
+    parts.need(pipeline, "text_encoder_2" if _is_xl(pipeline.unet) else "text_encoder")
+    written = list(negative) if any(negative) else None
+    with torch.no_grad():
+        encoded = pipeline.encode_prompt(
+            list(prompts),
+            device=pipeline._execution_device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=bool(negative),
+            negative_prompt=written,
+        )
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    return {key: value for key, value in zip(names, encoded, strict=False) if value is not None}
+
+
+def components(pipeline: DiffusionPipeline, *, height: int, width: int) -> tuple[Component, ...]:
+    """See `Family.components`; SDXL's denoiser also reads `text_embeds` and `time_ids`.
+
+    Raises:
+        ModelError: the UNet takes inputs that are not exported, such as class labels.
+    """
+    model = pipeline.unet
+    _check_inputs(model.config)
+    examples = _examples(pipeline, height=height, width=width)
+
+    def forward(
+        self: Any,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+    ) -> Tensor:
+        added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
+        found: Tensor = type(model).forward(
+            self, sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False
+        )[0]
+        return found
+
+    axes = {key: {0: "batch"} for key in examples[0]}
+    axes["sample"] |= {2: "height", 3: "width"}
+    axes["encoder_hidden_states"] |= {1: "text_tokens"}
+    unet = Component(
+        name=denoiser,
+        module=parts.flattened(model, forward),
+        inputs=examples[0],
+        dynamic_axes=axes,
+        outputs=("out_sample",),
+        config=parts.config_of(model),
+        more_inputs=tuple(examples[1:]),
+    )
+    vae = parts.autoencoder(pipeline, height=height, width=width)
+    return (*parts.text_encoders(pipeline), unet, *vae)
+
+
+def _examples(pipeline: DiffusionPipeline, *, height: int, width: int) -> list[dict[str, Tensor]]:
+    config, dtype = pipeline.unet.config, pipeline.unet.dtype
+    scale = parts.vae_scale(pipeline.vae.config) if pipeline.vae is not None else 8
+    sizes = parts.latent_sizes(height, width, vae_scale=scale, multiple=2 ** (len(config.block_out_channels) - 1))
+    across = config.encoder_hid_dim or config.cross_attention_dim
+    text = across if isinstance(across, int) else across[0]
+    examples = []
+    for batch, length, size in parts.rows(sizes):
+        example = {
+            "sample": parts.noise(batch, config.in_channels, *size, dtype=dtype),
+            "timestep": parts.timesteps(batch, dtype=dtype),
+            "encoder_hidden_states": parts.noise(batch, length, text, dtype=dtype),
+        }
+        if _is_xl(pipeline.unet):
+            pooled = config.projection_class_embeddings_input_dim - _TIME_IDS * config.addition_time_embed_dim
+            example["text_embeds"] = parts.noise(batch, pooled, dtype=dtype)
+            sizes_and_crops = [height, width, 0, 0, height, width]
+            example["time_ids"] = torch.tensor(sizes_and_crops, dtype=dtype).repeat(batch, 1)
+        examples.append(example)
+    return examples
+
+
+def _is_xl(model: nn.Module) -> bool:
+    return bool(model.config.addition_embed_type == "text_time")  # type: ignore[union-attr]
+
+
+def _check_inputs(config: Mapping[str, Any]) -> None:
+    known = {
+        "addition_embed_type": (None, "text_time"),
+        "class_embed_type": (None,),
+        "encoder_hid_dim_type": (None, "text_proj"),
+        "num_class_embeds": (None,),
+        "time_cond_proj_dim": (None,),
+    }
+    for key, values in known.items():
+        if config.get(key) not in values:
+            raise ModelError(
+                f"this UNet has {key}={config[key]!r}, whose input is not exported; prune it without export"
+            )
 
 
 def _blocks(denoiser: nn.Module) -> Iterator[tuple[int, str, nn.Module]]:

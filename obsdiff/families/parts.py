@@ -1,0 +1,232 @@
+"""Exportable networks that families share: text encoders and autoencoders, and how a denoiser is made flat.
+
+    b         batch
+    h, w      sides of the latent image
+    s         VAE scale: pixels per side of a latent pixel
+    l         text tokens
+
+Names of inputs and outputs are those of optimum's ONNX folders. Networks keep the names of their weights.
+"""
+
+import copy
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from obsdiff_export.component import Component
+from obsdiff_runtime.errors import ModelError
+
+Size = tuple[int, int]
+
+_LARGEST_EXAMPLE = 256
+_SEED = 0
+
+
+def flattened(model: nn.Module, forward: Callable[..., Tensor | tuple[Tensor, ...]]) -> nn.Module:
+    """The same module under another forward: weights shared, their names unchanged, in eval mode.
+
+    Changes the mode of its argument, which shares the submodules.
+    """
+    view = copy.copy(model.eval())
+    view.__class__ = type(f"Flat{type(model).__name__}", (type(model),), {"forward": forward})
+    return view
+
+
+def latent_sizes(height: int, width: int, *, vae_scale: int, multiple: int, limit: int | None = None) -> list[Size]:
+    """Three sizes of latents to export and compare with: two small and lopsided, and the one asked for.
+
+    Args:
+        height: of the image, in pixels; what exceeds 256 is cut to that, so that comparing stays quick.
+        width: likewise.
+        vae_scale: pixels per side of a latent pixel.
+        multiple: sides must be multiples of it.
+        limit: most multiples that a side can have.
+    """
+    largest = limit or max(height, width)
+    asked = [max(1, min(side, _LARGEST_EXAMPLE) // vae_scale // multiple) for side in (height, width)]
+    return [
+        (multiple * min(rows, largest), multiple * min(columns, largest))
+        for rows, columns in ((3, 5), (6, 4), (asked[0], asked[1]))
+    ]
+
+
+def rows(sizes: Sequence[Size]) -> list[tuple[int, int, Size]]:
+    """Per example its batch, text tokens and size; the first one is traced, so all its sizes are distinct."""
+    return [(batch, length, size) for batch, length, size in zip((2, 3, 1), (11, 7, 13), sizes, strict=True)]
+
+
+def noise(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Seeded normal numbers, on the CPU."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(_SEED)).to(dtype)
+
+
+def timesteps(batch: int, *, dtype: torch.dtype) -> Tensor:
+    """(b,): distinct timesteps between 1 and 999."""
+    return torch.linspace(999, 1, batch).to(dtype)
+
+
+def config_of(model: Any) -> dict[str, Any]:
+    """A diffusers or transformers model's configuration as JSON data, without where it was loaded from."""
+    source = model if hasattr(model, "to_json_string") else model.config
+    config: dict[str, Any] = json.loads(source.to_json_string())
+    return {key: value for key, value in config.items() if key != "_name_or_path"}
+
+
+def vae_scale(config: Mapping[str, Any]) -> int:
+    """Pixels per side of a latent pixel, from the configuration of an AutoencoderKL."""
+    return int(2 ** (len(config["block_out_channels"]) - 1))
+
+
+def need(pipeline: DiffusionPipeline, *names: str) -> None:
+    """Raises ModelError unless the pipeline has these components."""
+    absent = [name for name in names if getattr(pipeline, name, None) is None]
+    if absent:
+        raise ModelError(
+            f"this {type(pipeline).__name__} has no {', '.join(absent)}, so it cannot read prompts; "
+            "load it with its text encoders"
+        )
+
+
+def text_encoders(pipeline: DiffusionPipeline) -> list[Component]:
+    """The text encoders that are present, in the pipeline's order.
+
+    Raises:
+        ModelError: one is neither CLIP nor T5.
+    """
+    found = []
+    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        model = getattr(pipeline, name, None)
+        if model is None:
+            continue
+        kind = type(model).__name__
+        if kind in ("CLIPTextModel", "CLIPTextModelWithProjection"):
+            found.append(_clip(name, model))
+        elif kind == "T5EncoderModel":
+            found.append(_t5(name, model))
+        else:
+            raise ModelError(
+                f"{name} is a {kind}; known are CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel"
+            )
+    return found
+
+
+def _clip(name: str, model: Any) -> Component:
+    """A CLIP text encoder. Its sequence is always padded to the full length, so that axis is fixed."""
+    config = model.config
+    pooled = "text_embeds" if type(model).__name__ == "CLIPTextModelWithProjection" else "pooler_output"
+
+    def forward(self: Any, input_ids: Tensor) -> tuple[Tensor, ...]:
+        found = type(model).forward(self, input_ids=input_ids, output_hidden_states=True)
+        return (getattr(found, pooled), found.last_hidden_state, *found.hidden_states)
+
+    length = int(config.max_position_embeddings)
+    states = [f"hidden_states.{index}" for index in range(config.num_hidden_layers + 1)]
+    examples = [{"input_ids": _clip_ids(batch, length, config)} for batch in (2, 3, 1)]
+    return Component(
+        name=name,
+        module=flattened(model, forward),
+        inputs=examples[0],
+        dynamic_axes={"input_ids": {0: "batch"}},
+        outputs=(pooled, "last_hidden_state", *states),
+        config=config_of(model),
+        more_inputs=tuple(examples[1:]),
+    )
+
+
+def _clip_ids(batch: int, length: int, config: Any) -> Tensor:
+    """(b, l), int64: random tokens that end at a different place in each row and are padded behind it."""
+    generator = torch.Generator().manual_seed(_SEED)
+    end = config.vocab_size - 1 if config.eos_token_id == 2 else config.eos_token_id
+    ids = torch.randint(3, config.vocab_size - 2, (batch, length), generator=generator)
+    for row in range(batch):
+        ids[row, length // 2 + row % max(1, length - length // 2) :] = end
+    return ids
+
+
+def _t5(name: str, model: Any) -> Component:
+    def forward(self: Any, input_ids: Tensor) -> Tensor:
+        found: Tensor = type(model).forward(self, input_ids=input_ids, return_dict=False)[0]
+        return found
+
+    generator = torch.Generator().manual_seed(_SEED)
+    examples = [
+        {"input_ids": torch.randint(2, model.config.vocab_size, (batch, length), generator=generator)}
+        for batch, length in ((2, 11), (3, 7), (1, 13))
+    ]
+    return Component(
+        name=name,
+        module=flattened(model, forward),
+        inputs=examples[0],
+        dynamic_axes={"input_ids": {0: "batch", 1: "sequence"}},
+        outputs=("last_hidden_state",),
+        config=config_of(model),
+        more_inputs=tuple(examples[1:]),
+    )
+
+
+class _Decoder(nn.Module):
+    """Latents (b, channels, h, w) to pixels (b, 3, h s, w s)."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.post_quant_conv = vae.post_quant_conv
+        self.decoder = vae.decoder
+
+    def forward(self, latent_sample: Tensor) -> Tensor:
+        if self.post_quant_conv is not None:
+            latent_sample = self.post_quant_conv(latent_sample)
+        pixels: Tensor = self.decoder(latent_sample)
+        return pixels
+
+
+class _Encoder(nn.Module):
+    """Pixels (b, 3, h s, w s) to the posterior's mean and log-variance, (b, 2 channels, h, w)."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.encoder = vae.encoder
+        self.quant_conv = vae.quant_conv
+
+    def forward(self, sample: Tensor) -> Tensor:
+        parameters: Tensor = self.encoder(sample)
+        return parameters if self.quant_conv is None else self.quant_conv(parameters)
+
+
+def autoencoder(pipeline: DiffusionPipeline, *, height: int, width: int) -> list[Component]:
+    """The VAE's decoder and encoder; nothing where the pipeline has none.
+
+    Raises:
+        ModelError: it is no AutoencoderKL.
+    """
+    vae = getattr(pipeline, "vae", None)
+    if vae is None:
+        return []
+    if type(vae).__name__ != "AutoencoderKL":
+        raise ModelError(f"the vae is a {type(vae).__name__}; known is AutoencoderKL")
+    scale, dtype, config = vae_scale(vae.config), vae.dtype, config_of(vae)
+    sizes = rows(latent_sizes(height, width, vae_scale=scale, multiple=1))
+    latents = [noise(b, vae.config.latent_channels, h, w, dtype=dtype) for b, _, (h, w) in sizes]
+    pixels = [noise(b, vae.config.in_channels, h * scale, w * scale, dtype=dtype) for b, _, (h, w) in sizes]
+    decoder = Component(
+        name="vae_decoder",
+        module=_Decoder(vae).eval(),
+        inputs={"latent_sample": latents[0]},
+        dynamic_axes={"latent_sample": {0: "batch", 2: "height", 3: "width"}},
+        outputs=("sample",),
+        config=config,
+        more_inputs=tuple({"latent_sample": example} for example in latents[1:]),
+    )
+    encoder = Component(
+        name="vae_encoder",
+        module=_Encoder(vae).eval(),
+        inputs={"sample": pixels[0]},
+        dynamic_axes={"sample": {0: "batch", 2: "image_height", 3: "image_width"}},
+        outputs=("latent_parameters",),
+        config=config,
+        more_inputs=tuple({"sample": example} for example in pixels[1:]),
+    )
+    return [decoder, encoder]

@@ -1,0 +1,77 @@
+"""Result folders that are whole or absent: written beside, then renamed."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from obsdiff_runtime.errors import ConfigError
+
+MANIFEST = "obsdiff.json"
+
+
+def partial_of(path: Path) -> Path:
+    """Where the folder is written before it is finished."""
+    return path.with_name(f"{path.name}.partial")
+
+
+def check_free(path: Path, *, force: bool) -> None:
+    """Raises ConfigError unless a result may be written to this folder: to be called before any work.
+
+    With `force`, an earlier result of obsdiff or an empty folder may be replaced, and nothing else.
+    """
+    if not path.exists() and not path.is_symlink():
+        return
+    if not force:
+        raise ConfigError(f"{path} exists; choose another folder or replace it with --force")
+    if not path.is_dir() or path.is_symlink():
+        raise ConfigError(f"{path} is no plain folder; --force replaces results of obsdiff only")
+    written_by_us = (path / MANIFEST).exists() or any(path.glob(f"*/{MANIFEST}"))
+    if not written_by_us and any(path.iterdir()):
+        raise ConfigError(f"{path} was not written by obsdiff, so --force leaves it alone; choose another folder")
+
+
+@contextmanager
+def new_folder(path: Path, *, force: bool = False, keep_partial: bool = False) -> Iterator[Path]:
+    """A folder to write into, beside `path`, that becomes `path` when the block ends without an error.
+
+    After an error, or Ctrl-C, nothing is at `path` that was not there before.
+
+    Args:
+        path: of the finished folder; folders above it are created.
+        force: replace an earlier result, at the end.
+        keep_partial: go on in what an earlier, failed attempt left at `partial_of(path)`, and leave it there again
+            after an error; otherwise both are deleted.
+
+    Raises:
+        ConfigError: `path` is taken; raised before anything is written.
+    """
+    path = path.absolute()
+    check_free(path, force=force)
+    partial = partial_of(path)
+    if partial.exists() and not keep_partial:
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+    except BaseException:
+        if not keep_partial:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _replace(path, partial)
+
+
+def _replace(path: Path, partial: Path) -> None:
+    if not path.exists():
+        partial.rename(path)
+        return
+    previous = path.with_name(f"{path.name}.previous")
+    if previous.exists():
+        shutil.rmtree(previous)
+    path.rename(previous)
+    try:
+        partial.rename(path)
+    except BaseException:
+        previous.rename(path)
+        raise
+    shutil.rmtree(previous)

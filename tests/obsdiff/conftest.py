@@ -1,0 +1,243 @@
+"""Tiny random pipelines of every family, built from configurations; no network, no stored files."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.utils import logging as diffusers_logging
+from tokenizers import pre_tokenizers
+from torch import nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+TEXT_TOKENS = 9
+
+
+@pytest.fixture(autouse=True)
+def _quiet_and_single_threaded() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    diffusers_logging.disable_progress_bar()
+    yield
+    torch.set_num_threads(threads)
+
+
+def sd3_transformer(**changes: Any) -> SD3Transformer2DModel:
+    """Three blocks of 4 heads of 8; the last one drops its text."""
+    config: dict[str, Any] = {
+        "sample_size": 16,
+        "patch_size": 2,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 3,
+        "attention_head_dim": 8,
+        "num_attention_heads": 4,
+        "joint_attention_dim": 24,
+        "caption_projection_dim": 32,
+        "pooled_projection_dim": 24,
+        "pos_embed_max_size": 12,
+    }
+    return SD3Transformer2DModel(**{**config, **changes})
+
+
+def sd35_transformer(**changes: Any) -> SD3Transformer2DModel:
+    """As SD3.5-medium: a second attention in the first blocks, normalised queries and keys."""
+    return sd3_transformer(**{"dual_attention_layers": (0, 1), "qk_norm": "rms_norm", **changes})
+
+
+def sd15_unet(**changes: Any) -> UNet2DConditionModel:
+    config: dict[str, Any] = {
+        "sample_size": 16,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "attention_head_dim": 4,
+        "cross_attention_dim": 16,
+    }
+    return UNet2DConditionModel(**{**config, **changes})
+
+
+def sdxl_unet(**changes: Any) -> UNet2DConditionModel:
+    config: dict[str, Any] = {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2),
+        "attention_head_dim": (2, 4),
+        "cross_attention_dim": 24,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 64,
+    }
+    return sd15_unet(**{**config, **changes})
+
+
+DENOISERS: dict[str, Callable[..., nn.Module]] = {
+    "sd3": sd3_transformer,
+    "sd35": sd35_transformer,
+    "sd15": sd15_unet,
+    "sdxl": sdxl_unet,
+}
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    """One token a letter."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=TEXT_TOKENS)
+
+
+def clip_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=TEXT_TOKENS,
+        projection_dim=width,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def t5() -> tuple[T5Tokenizer, T5EncoderModel]:
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    pieces += [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
+    tokenizer = T5Tokenizer(vocab=pieces, extra_ids=0)
+    config = T5Config(vocab_size=32, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=3)
+    return tokenizer, T5EncoderModel(config)
+
+
+def autoencoder() -> AutoencoderKL:
+    """Two levels: a latent pixel is two pixels wide."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=32,
+    )
+
+
+def sd3_pipeline(*, with_t5: bool = False, **changes: Any) -> StableDiffusion3Pipeline:
+    torch.manual_seed(0)
+    tokenizer = clip_tokenizer()
+    encoders = [CLIPTextModelWithProjection(clip_config(tokenizer, width)).eval() for width in (8, 16)]
+    tokenizer_3, text_encoder_3 = t5() if with_t5 else (None, None)
+    return StableDiffusion3Pipeline(
+        transformer=sd35_transformer(**changes).eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=autoencoder().eval(),
+        text_encoder=encoders[0],
+        tokenizer=tokenizer,
+        text_encoder_2=encoders[1],
+        tokenizer_2=tokenizer,
+        text_encoder_3=text_encoder_3,
+        tokenizer_3=tokenizer_3,
+    )
+
+
+def sd15_pipeline(**changes: Any) -> StableDiffusionPipeline:
+    torch.manual_seed(0)
+    tokenizer = clip_tokenizer()
+    return StableDiffusionPipeline(
+        unet=sd15_unet(**changes).eval(),
+        scheduler=DDIMScheduler(clip_sample=False),
+        vae=autoencoder().eval(),
+        text_encoder=CLIPTextModel(clip_config(tokenizer, 16)).eval(),
+        tokenizer=tokenizer,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def sdxl_pipeline(**changes: Any) -> StableDiffusionXLPipeline:
+    torch.manual_seed(0)
+    tokenizer = clip_tokenizer()
+    return StableDiffusionXLPipeline(
+        unet=sdxl_unet(**changes).eval(),
+        scheduler=DDIMScheduler(clip_sample=False),
+        vae=autoencoder().eval(),
+        text_encoder=CLIPTextModel(clip_config(tokenizer, 8)).eval(),
+        tokenizer=tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection(clip_config(tokenizer, 16)).eval(),
+        tokenizer_2=tokenizer,
+        add_watermarker=False,
+    )
+
+
+PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
+    "sd3": sd3_pipeline,
+    "sd15": sd15_pipeline,
+    "sdxl": sdxl_pipeline,
+}
+
+
+@pytest.fixture
+def build_denoiser() -> Callable[..., nn.Module]:
+    """build_denoiser("sd3" | "sd35" | "sd15" | "sdxl", **config): a seeded random denoiser in eval mode."""
+
+    def build(kind: str, **changes: Any) -> nn.Module:
+        torch.manual_seed(0)
+        return DENOISERS[kind](**changes).eval()
+
+    return build
+
+
+@pytest.fixture
+def build_pipeline() -> Callable[..., DiffusionPipeline]:
+    """build_pipeline("sd3" | "sd15" | "sdxl", **config): a seeded random pipeline; sd3 takes with_t5=True."""
+
+    def build(kind: str, **changes: Any) -> DiffusionPipeline:
+        pipeline = PIPELINES[kind](**changes)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    return build
+
+
+@pytest.fixture
+def denoise() -> Callable[[nn.Module], torch.Tensor]:
+    """denoise(denoiser): its output on a fixed input of batch 2, 12 x 16 latents and 7 text tokens."""
+
+    def run(denoiser: Any) -> torch.Tensor:
+        def noise(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(denoiser.dtype)
+
+        config = denoiser.config
+        sample, time = noise(2, config.in_channels, 12, 16), torch.tensor([900.0, 300.0])
+        with torch.no_grad():
+            if isinstance(denoiser, SD3Transformer2DModel):
+                text, pooled = noise(2, 7, config.joint_attention_dim), noise(2, config.pooled_projection_dim)
+                return denoiser(sample, text, pooled, time, return_dict=False)[0]
+            added = {"text_embeds": noise(2, 16), "time_ids": torch.ones(2, 6)}
+            text = noise(2, 7, config.cross_attention_dim)
+            return denoiser(sample, time, text, added_cond_kwargs=added, return_dict=False)[0]
+
+    return run
