@@ -1,0 +1,26 @@
+"""The report of a run: JSON for machines, a table for the terminal, one page for people."""
+
+import json
+from pathlib import Path
+
+from rich.table import Table
+
+from obsdiff import wording
+from obsdiff.measurements import Report
+
+
+def write_json(report: Report, path: Path) -> None:
+    """Writes the report as one JSON object."""
+    text = json.dumps(report.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def summary_table(report: Report) -> Table:
+    """Dense, pruned and their ratio, for the terminal."""
+    table = Table(title=f"{report.model}  {report.sparsity}  {report.method}", title_justify="left", title_style="bold")
+    table.add_column("")
+    for name in ("dense", "pruned", "pruned / dense"):
+        table.add_column(name, justify="right")
+    for row in wording.summary(report):
+        table.add_row(row.label, row.dense, row.pruned, row.ratio)
+    return table

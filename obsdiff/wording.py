@@ -1,0 +1,186 @@
+"""Numbers and findings in words, the same ones on the terminal, on the page and on the card."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from obsdiff.evaluation import Evaluation, Share
+from obsdiff.measurements import Latency, NotMeasured, Report
+
+ABSENT = "not measured"
+NO_RATIO = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A line of the summary; `ratio` is pruned / dense, so that less than 1 is smaller or faster."""
+
+    label: str
+    dense: str
+    pruned: str
+    ratio: str = NO_RATIO
+
+
+def size(value: float) -> str:
+    """Bytes with a binary unit: 1.5 MiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
+        value /= 1024
+    return f"{value:.3g} TiB"
+
+
+def count(value: float) -> str:
+    """A count with a unit of thousands: 1.23 M."""
+    for unit in ("", " k", " M", " G"):
+        if abs(value) < 999.5:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g} T"
+
+
+def seconds(value: float) -> str:
+    """0.42 s, 12.3 s, 3 min 20 s."""
+    if value < 60:
+        return f"{value:.2f} s" if value < 10 else f"{value:.1f} s"
+    minutes, rest = divmod(round(value), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def milliseconds(value: float) -> str:
+    return f"{value:.3g} ms" if value < 1000 else seconds(value / 1000)
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def small(value: float) -> str:
+    """An error or a loss, three digits: 0.0123, 4.5e-06."""
+    return f"{value:.3g}"
+
+
+def obedience(share: Share) -> str:
+    """45 of 48 (93.8 %)."""
+    return f"{share.obeyed} of {share.prompts} ({percent(share.share)})"
+
+
+def interval(share: Share) -> str:
+    return f"95 % interval {100 * share.low:.0f} to {100 * share.high:.0f} %"
+
+
+def summary(report: Report) -> tuple[Row, ...]:
+    """The table of the summary: size, speed, quality."""
+    rows = [
+        _counts("parameters of the denoiser", report.dense.parameters, report.pruned.parameters),
+        _counts("of these not zero", report.dense.nonzero, report.pruned.nonzero),
+        _counts("linear MACs, zeros counted", report.dense.linear_macs, report.pruned.linear_macs),
+        _counts("denoiser on disk", report.dense.bytes_on_disk, report.pruned.bytes_on_disk, in_bytes=True),
+    ]
+    if isinstance(report.latency, NotMeasured):
+        rows.append(Row(label="latency", dense=ABSENT, pruned=ABSENT))
+    else:
+        rows += [_latency(latency) for latency in report.latency]
+    if isinstance(report.evaluation, NotMeasured):
+        return (*rows, Row(label="quality", dense=ABSENT, pruned=ABSENT))
+    return (*rows, *_quality(report.evaluation))
+
+
+def headline(report: Report) -> tuple[str, ...]:
+    """What was done, is it faster, is it good: one plain sentence or two for each."""
+    return (_done(report), _speed(report), _goodness(report))
+
+
+def absences(report: Report) -> tuple[str, ...]:
+    """One line for every number that is absent, with the reason."""
+    named: Sequence[tuple[str, object]] = (
+        ("linear MACs", report.pruned.linear_macs),
+        ("bytes on disk", report.pruned.bytes_on_disk),
+        ("ONNX graphs", report.components),
+        ("engines", report.engines),
+        ("latency", report.latency),
+        ("quality", report.evaluation),
+    )
+    return tuple(f"{name}: not measured, {value.why}" for name, value in named if isinstance(value, NotMeasured))
+
+
+def has_pattern(sparsity: str) -> bool:
+    """Whether the sparsity leaves zeros in the stored weights (N:M or unstructured), beside what is cut out."""
+    return any(not part.strip().startswith(("structured:", "heads:", "ffn:")) for part in sparsity.split("+"))
+
+
+def _counts(label: str, dense: int | NotMeasured, pruned: int | NotMeasured, *, in_bytes: bool = False) -> Row:
+    show = size if in_bytes else count
+    if isinstance(dense, NotMeasured) or isinstance(pruned, NotMeasured):
+        before = ABSENT if isinstance(dense, NotMeasured) else show(dense)
+        return Row(label=label, dense=before, pruned=ABSENT if isinstance(pruned, NotMeasured) else show(pruned))
+    ratio = f"{pruned / dense:.3f}" if dense else NO_RATIO
+    return Row(label=label, dense=show(dense), pruned=show(pruned), ratio=ratio)
+
+
+def _latency(latency: Latency) -> Row:
+    return Row(
+        label=f"{latency.what}, median",
+        dense=milliseconds(latency.dense.p50_ms),
+        pruned=milliseconds(latency.pruned.p50_ms),
+        ratio=f"{1 / latency.speedup:.3f}, {latency.verdict}",
+    )
+
+
+def _quality(evaluation: Evaluation) -> list[Row]:
+    rows = []
+    if evaluation.dense_obedience is not None and evaluation.pruned_obedience is not None:
+        dense, pruned = evaluation.dense_obedience, evaluation.pruned_obedience
+        change = f"{100 * (pruned.share - dense.share):+.1f} points"
+        rows.append(Row(label="prompts obeyed", dense=obedience(dense), pruned=obedience(pruned), ratio=change))
+    psnr = "identical" if evaluation.psnr_db is None else f"{evaluation.psnr_db:.1f} dB"
+    rows += [
+        Row(label="velocity error, relative", dense="0", pruned=small(evaluation.velocity_error)),
+        Row(label="final latents, relative error", dense="0", pruned=small(evaluation.latents_relative)),
+        Row(label="pictures, PSNR", dense="identical", pruned=psnr),
+        Row(label="pictures, SSIM", dense="1", pruned=f"{evaluation.ssim:.3f}"),
+    ]
+    return rows
+
+
+def _done(report: Report) -> str:
+    pruned = [layer for layer in report.layers if layer.pattern != "dense"]
+    kept = report.pruned.nonzero / report.dense.nonzero if report.dense.nonzero else 1.0
+    return (
+        f"{len(pruned)} of {len(report.layers)} linears were pruned to {report.sparsity} by {report.method}:"
+        f" {percent(1 - kept)} of the denoiser's weights are gone or zero."
+    )
+
+
+def _speed(report: Report) -> str:
+    if isinstance(report.latency, NotMeasured):
+        return f"Whether it is faster was not measured: {report.latency.why}."
+    latency = report.latency[0]
+    times = f"{milliseconds(latency.pruned.p50_ms)} against {milliseconds(latency.dense.p50_ms)} dense"
+    where = f"{latency.what} on {latency.backend}: {times} (median of {latency.pruned.runs} runs)"
+    if latency.verdict == "no different":
+        said = f"No faster here. {where}; the difference is within the noise."
+    elif latency.verdict == "slower":
+        said = f"Slower here. {where}, {1 / latency.speedup:.2f} times the dense time."
+    else:
+        said = f"Faster here. {where}, {latency.speedup:.2f} times as fast."
+    if has_pattern(report.sparsity) and "CPU" in latency.backend:
+        said += " Zeros inside a matrix give no speed-up on a CPU: it multiplies them like any other number."
+    return said
+
+
+def _goodness(report: Report) -> str:
+    evaluation = report.evaluation
+    if isinstance(evaluation, NotMeasured):
+        return f"Quality was not measured: {evaluation.why}."
+    said = f"Velocity error {small(evaluation.velocity_error)} along the dense trajectory; pictures differ by"
+    said += (
+        " nothing." if evaluation.psnr_db is None else f" {evaluation.psnr_db:.1f} dB PSNR, SSIM {evaluation.ssim:.3f}."
+    )
+    dense, pruned = evaluation.dense_obedience, evaluation.pruned_obedience
+    if dense is None or pruned is None:
+        return said
+    return (
+        f"The pruned model obeys {obedience(pruned)} of the prompts, {interval(pruned)}; the dense one"
+        f" {obedience(dense)}, {interval(dense)}. {said}"
+    )
