@@ -7,6 +7,7 @@
     ├── ExportError           1   a graph that could not be made, or does not compute what torch computes
     ├── BuildError            1   an engine builder refused or crashed
     ├── BundleError           1   a bundle or checkpoint that is incomplete or altered
+    ├── RunError              1   a component that ran and gave nothing usable
     ├── QualityError          3   a quality gate was not met
     ├── ResourceError         4   not enough memory or disk
     ├── CompatibilityError    5   engine, schema or environment do not fit together
@@ -44,6 +45,10 @@ class BuildError(ObsdiffError):
 
 
 class BundleError(ObsdiffError):
+    pass
+
+
+class RunError(ObsdiffError):
     pass
 
 

@@ -1,0 +1,172 @@
+"""How each diffusers pipeline turns prompts into what its denoiser is told: a function and a line in KINDS.
+
+Shapes: n prompts, t text tokens, d width of a text token, p pooled width.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from obsdiff_runtime.errors import BundleError, CompatibilityError
+from obsdiff_runtime.networks import Array, Networks
+
+Conditions = dict[str, Array]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a call resolved to; nothing in it is a default any more."""
+
+    height: int
+    width: int
+    num_inference_steps: int
+    guidance_scale: float
+    max_sequence_length: int
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance_scale > 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A pipeline as the loop sees it.
+
+    Attributes:
+        denoiser: component that is called at each step.
+        noisy: its input for latents.
+        predicted: its output.
+        encode: conditions of one prompt each, (n, ...), by input of the denoiser; told the prompts and whether they
+            are the negative ones.
+        patch: pixels of the latent that the denoiser cannot split, from its config.
+        largest: largest latent side the denoiser takes, from its config; None where there is no limit.
+    """
+
+    denoiser: str
+    noisy: str
+    predicted: str
+    encode: Callable[[Networks, Sequence[str], bool, Settings], Conditions]
+    patch: Callable[[Mapping[str, Any]], int]
+    largest: Callable[[Mapping[str, Any]], int | None]
+
+
+def encode_sd3(networks: Networks, prompts: Sequence[str], negative: bool, settings: Settings) -> Conditions:
+    """Two CLIP encoders side by side, zeros up to T5's width; T5, or zeros in its place, behind them."""
+    length = _max_length(networks, "tokenizer")  # of both: diffusers asks the first tokenizer only
+    hidden, pooled = [], []
+    for suffix in ("", "_2"):
+        states = _clip(networks, suffix, prompts, length, "text_embeds")
+        hidden.append(states["hidden"])
+        pooled.append(states["text_embeds"])
+    clip = np.concatenate(hidden, axis=-1)  # (n, t, d1 + d2)
+    t5 = _t5(networks, prompts, settings.max_sequence_length)  # (n, max_sequence_length, d)
+    clip = np.pad(clip, ((0, 0), (0, 0), (0, t5.shape[-1] - clip.shape[-1])))
+    return {
+        "encoder_hidden_states": np.concatenate([clip, t5], axis=1),
+        "pooled_projections": np.concatenate(pooled, axis=-1),
+    }
+
+
+def encode_sd(networks: Networks, prompts: Sequence[str], negative: bool, settings: Settings) -> Conditions:
+    """The last hidden states of one CLIP encoder."""
+    ids = networks.tokenizer("tokenizer").ids(prompts, _max_length(networks, "tokenizer"))
+    return {
+        "encoder_hidden_states": networks.run("text_encoder", {"input_ids": ids}, ["last_hidden_state"])[
+            "last_hidden_state"
+        ]
+    }
+
+
+def encode_sdxl(networks: Networks, prompts: Sequence[str], negative: bool, settings: Settings) -> Conditions:
+    """Two CLIP encoders side by side, the second one's pooled text, and sizes.
+
+    Negative prompts that are all empty become zeros where the pipeline was trained so (force_zeros_for_empty_prompt).
+    """
+    hidden = []
+    for suffix in ("", "_2"):
+        if not networks.has(f"text_encoder{suffix}"):  # the refiner has only the second
+            continue
+        states = _clip(
+            networks, suffix, prompts, _max_length(networks, f"tokenizer{suffix}"), "text_embeds" if suffix else None
+        )
+        hidden.append(states["hidden"])
+    size = (settings.height, settings.width)
+    times = np.array([*size, 0, 0, *size], dtype=np.float32)  # original size, crop's corner, target size
+    embeds: Array = np.concatenate(hidden, axis=-1)
+    pooled = states["text_embeds"]
+    if negative and not any(prompts) and networks.bundle.index().get("force_zeros_for_empty_prompt", True):
+        embeds, pooled = np.zeros_like(embeds), np.zeros_like(pooled)
+    return {
+        "encoder_hidden_states": embeds,
+        "text_embeds": pooled,
+        "time_ids": np.tile(times, (len(prompts), 1)),
+    }
+
+
+def _clip(networks: Networks, suffix: str, prompts: Sequence[str], length: int, pooled: str | None) -> dict[str, Array]:
+    """Penultimate hidden states (n, t, d) as "hidden", and the pooled output (n, p) if one is named."""
+    encoder = f"text_encoder{suffix}"
+    ids = networks.tokenizer(f"tokenizer{suffix}").ids(prompts, length)
+    penultimate = f"hidden_states.{networks.hidden_layers(encoder) - 1}"
+    results = networks.run(encoder, {"input_ids": ids}, [penultimate] + ([pooled] if pooled else []))
+    results["hidden"] = results.pop(penultimate)
+    return results
+
+
+def _t5(networks: Networks, prompts: Sequence[str], length: int) -> Array:
+    if not networks.has("text_encoder_3"):
+        width = networks.bundle.config("transformer")["joint_attention_dim"]
+        return np.zeros((len(prompts), length, width), dtype=np.float32)
+    ids = networks.tokenizer("tokenizer_3").ids(prompts, length)
+    return networks.run("text_encoder_3", {"input_ids": ids}, ["last_hidden_state"])["last_hidden_state"]
+
+
+def _max_length(networks: Networks, tokenizer: str) -> int:
+    length = networks.tokenizer(tokenizer).max_length
+    if length is None:
+        raise BundleError(f"{tokenizer}/tokenizer_config.json: model_max_length is missing; CLIP needs it")
+    return length
+
+
+def _unet_patch(config: Mapping[str, Any]) -> int:
+    return int(2 ** (len(config["block_out_channels"]) - 1))
+
+
+SD3: Final = Kind(
+    denoiser="transformer",
+    noisy="hidden_states",
+    predicted="out_hidden_states",
+    encode=encode_sd3,
+    patch=lambda config: int(config["patch_size"]),
+    largest=lambda config: int(config["pos_embed_max_size"]) * int(config["patch_size"]),
+)
+SD: Final = Kind(
+    denoiser="unet",
+    noisy="sample",
+    predicted="out_sample",
+    encode=encode_sd,
+    patch=_unet_patch,
+    largest=lambda config: None,
+)
+SDXL: Final = Kind(
+    denoiser="unet",
+    noisy="sample",
+    predicted="out_sample",
+    encode=encode_sdxl,
+    patch=_unet_patch,
+    largest=lambda config: None,
+)
+KINDS: Final[dict[str, Kind]] = {
+    "StableDiffusion3Pipeline": SD3,
+    "StableDiffusionPipeline": SD,
+    "StableDiffusionXLPipeline": SDXL,
+}
+
+
+def kind_of(pipeline_class: str) -> Kind:
+    """How that diffusers class samples; CompatibilityError with the list if it is not known here."""
+    if pipeline_class not in KINDS:
+        raise CompatibilityError(f"the runtime cannot sample a {pipeline_class}; it can {', '.join(KINDS)}")
+    return KINDS[pipeline_class]

@@ -1,0 +1,81 @@
+"""The components of a bundle as sessions: loaded when first used, checked after every run."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from obsdiff_runtime.backends import Session, backend
+from obsdiff_runtime.bundle import Bundle
+from obsdiff_runtime.errors import ConfigError, RunError
+from obsdiff_runtime.text import PromptTokenizer
+
+Array = NDArray[np.float32]
+Observer = Callable[[str, float], None]
+
+
+class Networks:
+    """Sessions and tokenizers of one bundle on one backend.
+
+    Attributes:
+        bundle: what they belong to.
+        load_seconds: time spent loading, by component.
+        observer: told component and seconds of every run.
+    """
+
+    def __init__(self, bundle: Bundle, backend_name: str, threads: int | None) -> None:
+        if threads is not None and threads < 1:
+            raise ConfigError(f"threads should be at least 1, not {threads}")
+        self.bundle = bundle
+        self.load_seconds: dict[str, float] = {}
+        self.observer: Observer | None = None
+        self._backend = backend(backend_name)
+        self._threads = threads
+        self._sessions: dict[str, Session] = {}
+        self._tokenizers: dict[str, PromptTokenizer] = {}
+
+    def has(self, component: str) -> bool:
+        return component in self.bundle.manifest.components
+
+    def session(self, component: str) -> Session:
+        if component not in self._sessions:
+            start = time.perf_counter()
+            self._sessions[component] = self._backend.open_session(self.bundle, component, threads=self._threads)
+            self.load_seconds[component] = time.perf_counter() - start
+        return self._sessions[component]
+
+    def tokenizer(self, name: str) -> PromptTokenizer:
+        if name not in self._tokenizers:
+            self._tokenizers[name] = PromptTokenizer(self.bundle, name)
+        return self._tokenizers[name]
+
+    def run(
+        self, component: str, inputs: Mapping[str, NDArray[np.generic]], outputs: Sequence[str]
+    ) -> dict[str, Array]:
+        """The named outputs of a component, float32.
+
+        Raises:
+            ConfigError: the component does not take these inputs.
+            RunError: an output holds NaN or infinity.
+        """
+        session = self.session(component)
+        start = time.perf_counter()
+        results = session.run(inputs, outputs)
+        seconds = time.perf_counter() - start
+        if self.observer is not None:
+            self.observer(component, seconds)
+        for name, array in results.items():
+            if not np.isfinite(array).all():
+                dtype = self.bundle.component(component).dtype
+                raise RunError(
+                    f"{component}: {int((~np.isfinite(array)).sum())} of {array.size} values of its output {name} are "
+                    f"not finite; it computes in {dtype}: export it in float32 if that is too narrow"
+                )
+        return results
+
+    def hidden_layers(self, component: str) -> int:
+        """L, where the outputs of a text encoder are hidden_states.0 .. hidden_states.L."""
+        prefix = "hidden_states."
+        names = [entry.name for entry in self.bundle.component(component).outputs]
+        return max(int(name.removeprefix(prefix)) for name in names if name.startswith(prefix))

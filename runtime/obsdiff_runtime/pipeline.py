@@ -1,0 +1,284 @@
+"""Text to image over sessions: what diffusers computes, without torch.
+
+Shapes: n images, c latent channels, h w latent height and width.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from obsdiff_runtime.bundle import Bundle, open_bundle
+from obsdiff_runtime.conditioning import Conditions, Kind, Settings, kind_of
+from obsdiff_runtime.errors import ConfigError
+from obsdiff_runtime.networks import Array, Networks
+from obsdiff_runtime.progress import Progress, silent
+from obsdiff_runtime.schedulers import Scheduler, make_scheduler
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MAX_SEQUENCE_LENGTH: Final = 256  # diffusers' default for T5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images:
+    """What a call gives.
+
+    Attributes:
+        arrays: (n, height, width, 3), uint8; the images of one prompt follow each other.
+        latents: (n, c, h, w), float32, before decoding.
+        seconds: time of each stage: "text", "denoise", "decode".
+        load_seconds: loading that happened within this call, by component.
+    """
+
+    arrays: NDArray[np.uint8]
+    latents: Array
+    seconds: Mapping[str, float]
+    load_seconds: Mapping[str, float]
+
+    def __len__(self) -> int:
+        return len(self.arrays)
+
+    def pil(self) -> "list[Image]":
+        """The images as Pillow's."""
+        from PIL import Image
+
+        return [Image.fromarray(array) for array in self.arrays]
+
+
+class Pipeline:
+    """A bundle that can be called with a prompt.
+
+    Attributes:
+        bundle: what runs.
+        networks: its sessions.
+    """
+
+    def __init__(
+        self, bundle: Bundle | Path | str, *, backend: str = "onnxruntime", threads: int | None = None
+    ) -> None:
+        """Checks the bundle; components are loaded when they are first needed.
+
+        Args:
+            bundle: an opened bundle, or a folder, whose every file is then compared with its sha256.
+            backend: one of `backends.BACKENDS`.
+            threads: of the host to use, all if None.
+
+        Raises:
+            BundleError: the folder is no bundle, or not as it was exported.
+            CompatibilityError: the runtime cannot run this pipeline, or its schema is newer.
+        """
+        self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+        self.networks = Networks(self.bundle, backend, threads)
+        self._kind = kind_of(self.bundle.manifest.pipeline_class)
+        self._denoiser: dict[str, Any] = self.bundle.config(self._kind.denoiser)
+        self._vae: dict[str, Any] = self.bundle.config("vae_decoder")
+        self._vae_scale: int = 2 ** (len(self._vae["block_out_channels"]) - 1)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] = "",
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        seed: int = 0,
+        num_images: int = 1,
+        max_sequence_length: int | None = None,
+        latents: Array | None = None,
+        progress: Progress = silent,
+    ) -> Images:
+        """Draws images.
+
+        Args:
+            prompt: one, or several drawn in one batch.
+            negative_prompt: one for all, or one for each.
+            num_inference_steps: the bundle's default if None; so are the next four.
+            guidance_scale: guidance is off up to 1.
+            height: in pixels.
+            width: in pixels.
+            max_sequence_length: text tokens of T5, or of the zeros in its place.
+            seed: image i of a call has noise of its own, drawn for (seed, i) whatever the batch.
+            num_images: per prompt.
+            latents: (n, c, h, w), the noise to start from instead, of unit variance.
+            progress: told of each stage: "text", "denoise" step by step, "decode" image by image.
+
+        Raises:
+            ConfigError: an argument the pipeline cannot take; says what it can.
+            CompatibilityError: the scheduler or a component cannot run here.
+            RunError: a component's output was not finite.
+        """
+        settings = self._settings(num_inference_steps, guidance_scale, height, width, max_sequence_length)
+        prompts, negatives = _prompts(prompt, negative_prompt, num_images)
+        noise = self._noise(len(prompts), settings, seed, latents)
+        loaded, clock = set(self.networks.load_seconds), _Clock(self.networks)
+        progress("text", 0, 1)
+        conditions = self._conditions(prompts, negatives, settings)
+        progress("text", 1, 1)
+        clock.lap("text")
+        sample = self._denoise(noise, conditions, settings, progress)
+        clock.lap("denoise")
+        arrays = self._decode(sample, progress)
+        clock.lap("decode")
+        load_seconds = {name: took for name, took in self.networks.load_seconds.items() if name not in loaded}
+        return Images(arrays=arrays, latents=sample, seconds=clock.seconds, load_seconds=load_seconds)
+
+    def _settings(
+        self,
+        steps: int | None,
+        guidance_scale: float | None,
+        height: int | None,
+        width: int | None,
+        max_sequence_length: int | None,
+    ) -> Settings:
+        defaults = self.bundle.manifest.defaults
+        length = defaults.max_sequence_length if max_sequence_length is None else max_sequence_length
+        settings = Settings(
+            height=defaults.height if height is None else height,
+            width=defaults.width if width is None else width,
+            num_inference_steps=defaults.num_inference_steps if steps is None else steps,
+            guidance_scale=defaults.guidance_scale if guidance_scale is None else guidance_scale,
+            max_sequence_length=MAX_SEQUENCE_LENGTH if length is None else length,
+        )
+        if settings.num_inference_steps < 1:
+            raise ConfigError(f"num_inference_steps should be at least 1, not {settings.num_inference_steps}")
+        if settings.max_sequence_length < 1:
+            raise ConfigError(f"max_sequence_length should be at least 1, not {settings.max_sequence_length}")
+        if not np.isfinite(settings.guidance_scale):
+            raise ConfigError(f"guidance_scale should be a finite number, not {settings.guidance_scale}")
+        for name, axis, pixels in (("height", 2, settings.height), ("width", 3, settings.width)):
+            self._check_size(name, axis, pixels)
+        return settings
+
+    def _check_size(self, name: str, axis: int, pixels: int) -> None:
+        step = self._vae_scale * self._kind.patch(self._denoiser)
+        largest = self._kind.largest(self._denoiser)
+        most = None if largest is None else largest * self._vae_scale
+        fixed = _fixed_size(self.bundle, self._kind, axis)
+        if pixels < 1 or pixels % step:
+            below = max(pixels // step * step, step)
+            raise ConfigError(f"{name} should be a multiple of {step}, not {pixels}; near are {below}, {below + step}")
+        if most is not None and pixels > most:
+            raise ConfigError(f"{name} should be at most {most} for this model, not {pixels}")
+        if fixed is not None and pixels != fixed * self._vae_scale:
+            raise ConfigError(f"{name} is fixed to {fixed * self._vae_scale} in this bundle's graph, not {pixels}")
+
+    def _noise(self, count: int, settings: Settings, seed: int, latents: Array | None) -> Array:
+        if seed < 0:
+            raise ConfigError(f"seed should not be negative: {seed}")
+        size = (settings.height // self._vae_scale, settings.width // self._vae_scale)
+        shape = (int(self._denoiser["in_channels"]), *size)
+        if latents is None:
+            draws = [np.random.Generator(np.random.PCG64([seed, index])) for index in range(count)]
+            return np.stack([draw.standard_normal(shape, dtype=np.float32) for draw in draws])
+        if latents.shape != (count, *shape):
+            raise ConfigError(f"latents should be {(count, *shape)} for this call, not {latents.shape}")
+        return latents.astype(np.float32)
+
+    def _conditions(self, prompts: list[str], negatives: list[str], settings: Settings) -> Conditions:
+        """(n, ...) each; (2n, ...) under guidance, the negative ones first."""
+        encode = self._kind.encode
+        wanted = _encoded_once(prompts, lambda unique: encode(self.networks, unique, False, settings))
+        if not settings.guided:
+            return wanted
+        unwanted = _encoded_once(negatives, lambda unique: encode(self.networks, unique, True, settings))
+        return {name: np.concatenate([unwanted[name], wanted[name]]) for name in wanted}
+
+    def _denoise(self, noise: Array, conditions: Conditions, settings: Settings, progress: Progress) -> Array:
+        scheduler = self._scheduler(settings)
+        calls = len(scheduler.timesteps)
+        sample: Array = noise * np.float32(scheduler.initial_sigma)
+        for index, timestep in enumerate(scheduler.timesteps):
+            scaled = scheduler.scale(sample, index)
+            batch = np.concatenate([scaled, scaled]) if settings.guided else scaled
+            inputs = {self._kind.noisy: batch, "timestep": np.full(len(batch), timestep, np.float32), **conditions}
+            output = self.networks.run(self._kind.denoiser, inputs, [self._kind.predicted])[self._kind.predicted]
+            if settings.guided:
+                unwanted, wanted = np.split(output, 2)
+                output = unwanted + np.float32(settings.guidance_scale) * (wanted - unwanted)
+            sample = scheduler.step(output, index, sample).astype(np.float32, copy=False)
+            progress("denoise", index + 1, calls)
+        return sample
+
+    def _scheduler(self, settings: Settings) -> Scheduler:
+        patch = self._vae_scale * int(self._denoiser.get("patch_size") or 1)
+        tokens = (settings.height // patch) * (settings.width // patch)
+        return make_scheduler(self.bundle.scheduler(), settings.num_inference_steps, tokens)
+
+    def _decode(self, sample: Array, progress: Progress) -> NDArray[np.uint8]:
+        """(n, height, width, 3); one image at a time, since decoding needs the most memory of all."""
+        images = []
+        for index, latent in enumerate(_unscaled(sample, self._vae)):
+            pixels = self.networks.run("vae_decoder", {"latent_sample": latent[None]}, ["sample"])["sample"][0]
+            unit = np.clip(pixels / 2 + 0.5, 0, 1).transpose(1, 2, 0)  # (height, width, 3)
+            images.append((unit * 255).round().astype(np.uint8))
+            progress("decode", index + 1, len(sample))
+        return np.stack(images)
+
+
+class _Clock:
+    """Seconds of each stage without the loading that happened in it."""
+
+    def __init__(self, networks: Networks) -> None:
+        self._networks = networks
+        self._last = self._now()
+        self.seconds: dict[str, float] = {}
+
+    def lap(self, stage: str) -> None:
+        now = self._now()
+        self.seconds[stage] = now - self._last
+        self._last = now
+
+    def _now(self) -> float:
+        return time.perf_counter() - sum(self._networks.load_seconds.values())
+
+
+def _prompts(
+    prompt: str | Sequence[str], negative_prompt: str | Sequence[str], num_images: int
+) -> tuple[list[str], list[str]]:
+    """(n,) each: every prompt num_images times in a row, and its negative one."""
+    if num_images < 1:
+        raise ConfigError(f"num_images should be at least 1, not {num_images}")
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts:
+        raise ConfigError("there is no prompt")
+    negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
+    if len(negatives) != len(prompts):
+        raise ConfigError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one for each")
+    for text in (*prompts, *negatives):
+        if not isinstance(text, str):
+            raise ConfigError(f"a prompt should be text, not {type(text).__name__}")
+    repeated = range(num_images)
+    return [text for text in prompts for _ in repeated], [text for text in negatives for _ in repeated]
+
+
+def _encoded_once(prompts: list[str], encode: Callable[[list[str]], Conditions]) -> Conditions:
+    """Conditions of all prompts, with each distinct one encoded once."""
+    distinct = list(dict.fromkeys(prompts))
+    rows = [distinct.index(text) for text in prompts]
+    return {name: array[rows] for name, array in encode(distinct).items()}
+
+
+def _fixed_size(bundle: Bundle, kind: Kind, axis: int) -> int | None:
+    """The denoiser's latent size along an axis where its graph allows one only."""
+    for entry in bundle.component(kind.denoiser).inputs:
+        if entry.name == kind.noisy and isinstance(size := entry.shape[axis], int):
+            return size
+    return None
+
+
+def _unscaled(sample: Array, vae: Mapping[str, Any]) -> Array:
+    """Latents as the decoder wants them, from those the denoiser works on."""
+    scaled = sample / np.float32(vae["scaling_factor"])
+    mean, deviation = vae.get("latents_mean"), vae.get("latents_std")
+    if mean is not None and deviation is not None:
+        shape = (1, -1, 1, 1)
+        return scaled * np.array(deviation, np.float32).reshape(shape) + np.array(mean, np.float32).reshape(shape)
+    return scaled + np.float32(vae.get("shift_factor") or 0)

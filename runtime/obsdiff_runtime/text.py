@@ -1,0 +1,59 @@
+"""Prompts to token ids, as transformers' fast tokenizers make them: from tokenizer.json and tokenizer_config.json."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from obsdiff_runtime.bundle import Bundle
+from obsdiff_runtime.errors import BundleError
+
+logger = logging.getLogger(__name__)
+
+LONGEST: Final = 2**20  # transformers writes 1e30 where a tokenizer has no limit
+
+
+class PromptTokenizer:
+    """One tokenizer folder of a bundle.
+
+    Attributes:
+        max_length: longest text it was made for, in tokens with the special ones; None where it has no limit.
+    """
+
+    def __init__(self, bundle: Bundle, name: str) -> None:
+        config = bundle.json(f"{name}/tokenizer_config.json")
+        self._name = name
+        self._tokenizer: Any = Tokenizer.from_file(str(bundle.path(f"{name}/tokenizer.json")))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._pad_id = self._pad(config)
+        limit = config.get("model_max_length")
+        self.max_length: int | None = int(limit) if isinstance(limit, int | float) and limit <= LONGEST else None
+
+    def ids(self, prompts: Sequence[str], length: int) -> NDArray[np.int64]:
+        """Token ids with special tokens, cut and padded to `length`.
+
+        Returns:
+            (len(prompts), length), int64.
+        """
+        rows = np.full((len(prompts), length), self._pad_id, dtype=np.int64)
+        for row, prompt in zip(rows, prompts, strict=True):
+            tokens = len(self._tokenizer.encode(prompt).ids)
+            if tokens > length:
+                logger.warning("%s: %d of %d tokens are used of the prompt %r", self._name, length, tokens, prompt)
+            self._tokenizer.enable_truncation(length)  # keeps the special tokens at the ends
+            ids = self._tokenizer.encode(prompt).ids
+            self._tokenizer.no_truncation()
+            row[: len(ids)] = ids
+        return rows
+
+    def _pad(self, config: dict[str, Any]) -> int:
+        token = config.get("pad_token")
+        content = token.get("content") if isinstance(token, dict) else token
+        pad_id = None if content is None else self._tokenizer.token_to_id(str(content))
+        if pad_id is None:
+            raise BundleError(f"{self._name}/tokenizer_config.json: pad_token {content!r} is no token of the tokenizer")
+        return int(pad_id)

@@ -1,0 +1,194 @@
+"""Timing by turns: what is compared runs interleaved, and a difference within noise is called that.
+
+Each round runs every candidate once, in alternating order, so that a machine that warms up or gets busy does so for all
+of them. A ratio is formed in each round; its median has a distribution-free confidence interval.
+"""
+
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from obsdiff_runtime.backends import backend as find_backend
+from obsdiff_runtime.errors import ConfigError
+from obsdiff_runtime.progress import Progress, silent
+from obsdiff_runtime.version import __version__
+
+CONFIDENCE: Final = 0.95
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    count: int
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    min_ms: float
+    mean_ms: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """How much faster `name` is than `against`.
+
+    Attributes:
+        speedup: median over the rounds of the time of `against` divided by that of `name`.
+        low, high: 95 % confidence interval of that median; None where the rounds are too few for one.
+        verdict: the same in words.
+    """
+
+    name: str
+    against: str
+    rounds: int
+    speedup: float
+    low: float | None
+    high: float | None
+    verdict: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timings:
+    """Latencies by name, and every later candidate compared with the first."""
+
+    latencies: Mapping[str, Latency]
+    comparisons: tuple[Comparison, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    cpu: str
+    logical_cores: int
+    system: str
+    versions: Mapping[str, str]
+
+
+def time_interleaved(
+    callables: Mapping[str, Callable[[], object]],
+    iterations: int,
+    warmup: int = 2,
+    progress: Progress = silent,
+) -> Timings:
+    """Times callables in alternating order.
+
+    Args:
+        callables: by name; the first is what the others are compared with.
+        iterations: rounds that count; a round calls each once.
+        warmup: rounds before that do not.
+        progress: told of stage "bench" after each round.
+
+    Raises:
+        ConfigError: nothing to time.
+    """
+    seconds = interleaved(callables, iterations, warmup, progress)
+    first, *others = seconds
+    return Timings(
+        latencies={name: latency(values) for name, values in seconds.items()},
+        comparisons=tuple(compare(name, seconds[name], first, seconds[first]) for name in others),
+    )
+
+
+def machine(backend: str = "onnxruntime") -> Machine:
+    """What the measurement ran on."""
+    return Machine(
+        cpu=_cpu_model(),
+        logical_cores=os.cpu_count() or 1,
+        system=platform.platform(),
+        versions={
+            "obsdiff_runtime": __version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            **find_backend(backend).versions(),
+        },
+    )
+
+
+def host_peak_bytes() -> int | None:
+    """Largest resident memory this process ever had."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def interleaved(
+    callables: Mapping[str, Callable[[], object]], iterations: int, warmup: int, progress: Progress
+) -> dict[str, list[float]]:
+    """Seconds by name, (iterations,) each; round i of each name belongs together."""
+    if not callables:
+        raise ConfigError("there is nothing to time")
+    if iterations < 1 or warmup < 0:
+        raise ConfigError(f"iterations should be at least 1 and warmup at least 0, not {iterations} and {warmup}")
+    seconds: dict[str, list[float]] = {name: [] for name in callables}
+    for index in range(-warmup, iterations):
+        names = list(callables) if index % 2 == 0 else list(callables)[::-1]
+        for name in names:
+            start = time.perf_counter()
+            callables[name]()
+            took = time.perf_counter() - start
+            if index >= 0:
+                seconds[name].append(took)
+        progress("bench", index + warmup + 1, iterations + warmup)
+    return seconds
+
+
+def latency(seconds: Sequence[float]) -> Latency:
+    ms = np.asarray(seconds) * 1000
+    p50, p90, p99 = (float(value) for value in np.percentile(ms, [50, 90, 99]))
+    return Latency(count=len(ms), p50_ms=p50, p90_ms=p90, p99_ms=p99, min_ms=float(ms.min()), mean_ms=float(ms.mean()))
+
+
+def compare(name: str, seconds: Sequence[float], against: str, base: Sequence[float]) -> Comparison:
+    ratios = np.sort(np.asarray(base) / np.asarray(seconds))
+    speedup = float(np.median(ratios))
+    rank = _interval_rank(len(ratios))
+    low, high = (None, None) if rank is None else (float(ratios[rank]), float(ratios[-1 - rank]))
+    return Comparison(
+        name=name,
+        against=against,
+        rounds=len(ratios),
+        speedup=speedup,
+        low=low,
+        high=high,
+        verdict=_verdict(name, against, speedup, low, high),
+    )
+
+
+def _interval_rank(count: int) -> int | None:
+    """Largest k such that the k-th smallest and k-th largest of `count` values, from 0, enclose the median at 95 %.
+
+    The number of values below the median is binomial with probability 1/2, whatever their distribution.
+    """
+    rank, outside = None, 0.0
+    for below in range(count // 2):
+        outside += 2 * math.comb(count, below) / 2**count
+        if outside > 1 - CONFIDENCE:
+            break
+        rank = below
+    return rank
+
+
+def _verdict(name: str, against: str, speedup: float, low: float | None, high: float | None) -> str:
+    if low is None or high is None:
+        return f"{name} against {against}: {speedup:.2f}x, from too few rounds to tell it from noise"
+    if low <= 1 <= high:
+        return f"{name} against {against}: no difference beyond noise ({speedup:.2f}x, 95 % in {low:.2f} .. {high:.2f})"
+    word = "faster" if speedup > 1 else "slower"
+    return f"{name} is {word} than {against}: {speedup:.2f}x (95 % in {low:.2f} .. {high:.2f})"
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
