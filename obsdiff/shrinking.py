@@ -7,6 +7,7 @@ Works on loaded models, and on the meta device, where it replays the cuts of a s
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ def _check(name: str, units: Sequence[int], group: Group | None) -> None:
         raise ValueError(f"{name}: no unit is kept, of {group.units}")
     if units[0] < 0 or units[-1] >= group.units:
         raise ValueError(f"{name}: kept units {units[0]}..{units[-1]} are not all among its {group.units}")
-    if any(left >= right for left, right in zip(units, units[1:], strict=False)):
+    if any(left >= right for left, right in pairwise(units)):
         raise ValueError(f"{name}: kept units are not ascending and distinct")
 
 

@@ -17,12 +17,14 @@ class Family(Protocol):
         name: "sd3", "unet", ...
         denoiser: attribute and folder of the denoiser in the pipeline: "transformer" or "unet".
         classes: diffusers classes of the denoiser.
+        pipeline: diffusers class of the pipeline that a denoiser on its own is taken to belong to.
         protect: blocks at the start and at the end that keep all their units unless asked otherwise; the paper's.
     """
 
     name: str
     denoiser: str
     classes: tuple[str, ...]
+    pipeline: str
     protect: tuple[int, int]
 
     def linears(self, denoiser: nn.Module) -> tuple[LinearSpec, ...]:

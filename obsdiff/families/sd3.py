@@ -29,6 +29,7 @@ from obsdiff_export.component import Component
 name: str = "sd3"
 denoiser: str = "transformer"
 classes: tuple[str, ...] = ("SD3Transformer2DModel",)
+pipeline: str = "StableDiffusion3Pipeline"
 protect: tuple[int, int] = (1, 1)
 
 

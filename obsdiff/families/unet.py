@@ -27,6 +27,7 @@ from obsdiff_runtime.errors import ConfigError, ModelError
 name: str = "unet"
 denoiser: str = "unet"
 classes: tuple[str, ...] = ("UNet2DConditionModel",)
+pipeline: str = "StableDiffusionPipeline"
 protect: tuple[int, int] = (0, 0)
 
 _TEXT = "encoder_hidden_states"

@@ -1,0 +1,381 @@
+"""Pruned checkpoints: a diffusers folder whose denoiser carries a manifest of what was cut and masked.
+
+    <folder>/model_index.json, scheduler/, tokenizer*/, text_encoder*/, vae/     as in the source pipeline
+    <folder>/<denoiser>/config.json, *.safetensors                              as diffusers writes them
+    <folder>/<denoiser>/obsdiff.json                                            the manifest
+
+Loading builds the empty denoiser from its config, replays the cuts and fills it strictly. Nothing is ever pickled.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import diffusers
+import torch
+from accelerate import init_empty_weights
+from diffusers import DiffusionPipeline
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from obsdiff.families import Family
+from obsdiff.families.table import FAMILIES
+from obsdiff.folders import MANIFEST, new_folder
+from obsdiff.shrinking import shrink
+from obsdiff_runtime.errors import BundleError, CompatibilityError
+from obsdiff_runtime.version import __version__
+
+SCHEMA: Final = 1
+INDEX: Final = "model_index.json"
+DEFAULTS: Final = "obsdiff_defaults.json"
+
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".ckpt", ".h5", ".msgpack", ".onnx", ".pb", ".gguf", ".xml"}
+
+
+def _none_for_nan(value: object) -> object:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class GroupCut(_Strict):
+    """Which of a group's units are left, by their index in the dense model."""
+
+    units: int = Field(ge=1)
+    kept: tuple[int, ...] = Field(min_length=1)
+
+
+class LinearRecord(_Strict):
+    """What became of a linear.
+
+    Attributes:
+        pattern: of its zeros: "2:4", "0.5"; "dense" where it has none.
+        loss: tr(dW G dW^T) / tr(W G W^T) on the calibration tokens; None where no gram was taken.
+        zeros: share of its stored weights that are zero.
+        reason: why it stayed dense, where it did.
+    """
+
+    pattern: str
+    loss: Annotated[float | None, BeforeValidator(_none_for_nan)] = None
+    zeros: float = Field(default=0.0, ge=0, le=1)
+    reason: str | None = None
+
+
+class PrunedManifest(_Strict):
+    """The content of a denoiser's obsdiff.json.
+
+    Attributes:
+        schema_version: of this layout.
+        created_by: program and version.
+        family: a key of FAMILIES.
+        sparsity: as on the command line.
+        groups: by name, for the groups that lost units.
+        linears: by name, for the linears that were considered.
+        recipe: the resolved configuration of the run.
+        prompts_sha256: of the calibration prompts, joined by line feeds; empty where there were none.
+    """
+
+    schema_version: int = SCHEMA
+    created_by: str = f"obsdiff {__version__}"
+    family: str
+    sparsity: str
+    groups: dict[str, GroupCut] = {}
+    linears: dict[str, LinearRecord] = {}
+    recipe: dict[str, Any] = {}
+    prompts_sha256: str = ""
+
+    @property
+    def keep(self) -> dict[str, tuple[int, ...]]:
+        """As `shrink` takes it."""
+        return {name: cut.kept for name, cut in self.groups.items()}
+
+
+def save(
+    pipeline: DiffusionPipeline,
+    denoiser: nn.Module,
+    folder: Path,
+    manifest: PrunedManifest,
+    *,
+    source: Path | None = None,
+    force: bool = False,
+) -> None:
+    """Writes a pruned checkpoint; the folder appears when it is whole.
+
+    Args:
+        pipeline: whose other components go along; those that are None stay None.
+        denoiser: pruned, and shrunk where the manifest says so.
+        folder: to be created.
+        manifest: of the denoiser.
+        source: folder that the pipeline was loaded from: its files are copied instead of written anew.
+        force: replace an earlier result.
+
+    Raises:
+        ConfigError: the folder exists.
+    """
+    with new_folder(folder, force=force) as partial:
+        save_into(partial, pipeline, denoiser, manifest, source=source)
+
+
+def save_into(
+    folder: Path,
+    pipeline: DiffusionPipeline,
+    denoiser: nn.Module,
+    manifest: PrunedManifest,
+    *,
+    source: Path | None = None,
+) -> None:
+    """`save` into a folder that exists and that the caller finishes."""
+    family = FAMILIES[manifest.family]
+    for name, component in _components(pipeline):
+        if name != family.denoiser:
+            _save_component(component, folder / name, source / name if source is not None else None)
+    target = folder / family.denoiser
+    denoiser.save_pretrained(target, safe_serialization=True)  # type: ignore[operator]
+    _without_origin(target / "config.json")
+    _write_json(target / MANIFEST, manifest.model_dump(mode="json"))
+    _check_loads(target)
+    pipeline.save_config(folder)
+    _without_origin(folder / INDEX)
+    if source is not None and (source / DEFAULTS).is_file():
+        shutil.copyfile(source / DEFAULTS, folder / DEFAULTS)
+
+
+def load(folder: Path, *, dtype: torch.dtype | None = None) -> DiffusionPipeline:
+    """The pipeline of a pruned checkpoint.
+
+    Args:
+        folder: as written by `save`.
+        dtype: of all weights; None: as the denoiser is stored.
+
+    Raises:
+        BundleError: a file or tensor is missing, altered or superfluous; names it.
+        CompatibilityError: the manifest is of a newer schema.
+    """
+    family = pruned_family(folder)
+    if family is None:
+        raise BundleError(f"{folder} holds no {MANIFEST} in its denoiser's folder; is it a pruned checkpoint?")
+    denoiser = load_denoiser(folder / family.denoiser, dtype=dtype)
+    try:
+        return assemble(folder, {family.denoiser: denoiser}, dtype=dtype or _dtype(denoiser))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise BundleError(f"{folder}: {error}") from error
+
+
+def assemble(
+    folder: Path, given: Mapping[str, nn.Module], *, dtype: torch.dtype, variant: str | None = None
+) -> DiffusionPipeline:
+    """The pipeline of a diffusers folder, with some components given and those that are null left null.
+
+    diffusers demands that null components without a default are passed as None. Its errors are passed on.
+    """
+    index = _read_json(folder / INDEX)
+    absent = {name: None for name, entry in index.items() if isinstance(entry, list) and entry[0] is None}
+    return DiffusionPipeline.from_pretrained(
+        str(folder), **absent, **given, torch_dtype=dtype, variant=variant, use_safetensors=True, local_files_only=True
+    )
+
+
+def pruned_family(folder: Path) -> Family | None:
+    """The family of a pruned checkpoint; None where the folder is none."""
+    found = [family for family in FAMILIES.values() if (folder / family.denoiser / MANIFEST).is_file()]
+    return FAMILIES[read_manifest(folder / found[0].denoiser).family] if found else None
+
+
+def read_manifest(folder: Path) -> PrunedManifest:
+    """The manifest in a denoiser's folder.
+
+    Raises:
+        BundleError: it is missing, is no manifest or names a family that does not exist.
+        CompatibilityError: it is of a newer schema.
+    """
+    path = folder / MANIFEST
+    data = _read_json(path)
+    version = data.get("schema_version")
+    if isinstance(version, int) and version > SCHEMA:
+        raise CompatibilityError(
+            f"{path} is of schema {version}, and this obsdiff {__version__} reads up to {SCHEMA}; update obsdiff"
+        )
+    try:
+        manifest = PrunedManifest.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise BundleError(f"{path}: {where}: {first['msg']}") from None
+    if manifest.family not in FAMILIES:
+        raise BundleError(f"{path}: unknown family {manifest.family}; known are {', '.join(FAMILIES)}")
+    return manifest
+
+
+def empty_denoiser(folder: Path) -> nn.Module:
+    """The denoiser in a folder, shrunk as its manifest says, parameters on the meta device.
+
+    Raises:
+        BundleError: the config is missing, or the manifest's cuts do not fit it.
+    """
+    manifest = read_manifest(folder)
+    config = _read_json(folder / "config.json")
+    family, name = FAMILIES[manifest.family], config.get("_class_name")
+    if name not in family.classes:
+        raise BundleError(f"{folder / 'config.json'}: {name} is no denoiser of family {manifest.family}")
+    try:
+        with init_empty_weights(include_buffers=False):
+            denoiser: nn.Module = getattr(diffusers, name).from_config(config)
+    except (TypeError, ValueError) as error:
+        raise BundleError(f"{folder / 'config.json'}: {error}") from None
+    replay(denoiser, manifest, folder)
+    return denoiser.eval()
+
+
+def replay(denoiser: nn.Module, manifest: PrunedManifest, folder: Path) -> None:
+    """Changes a dense denoiser, on any device: makes the cuts of the manifest in that folder.
+
+    Raises:
+        BundleError: they do not fit it.
+    """
+    family = FAMILIES[manifest.family]
+    units = {group.name: group.units for group in family.groups(denoiser)}
+    for group, cut in manifest.groups.items():
+        if units.get(group, cut.units) != cut.units:
+            raise BundleError(f"{folder / MANIFEST}: {group} has {units[group]} units in the config, not {cut.units}")
+    try:
+        shrink(denoiser, family, manifest.keep)
+    except ValueError as error:
+        raise BundleError(f"{folder / MANIFEST}: {error}") from None
+
+
+def load_denoiser(folder: Path, *, dtype: torch.dtype | None = None) -> nn.Module:
+    """The denoiser in a folder, filled strictly: every tensor once, with the shape the manifest implies.
+
+    Raises:
+        BundleError: a file or tensor is missing, altered or superfluous; names it.
+        CompatibilityError: the manifest is of a newer schema.
+    """
+    denoiser = empty_denoiser(folder)
+    expected: dict[str, Tensor] = denoiser.state_dict()
+    state: dict[str, Tensor] = {}
+    for path, names in _weight_files(folder).items():
+        for name, tensor in _tensors(path):
+            if name not in expected:
+                raise BundleError(f"{path}: tensor {name} does not belong to this model")
+            if tensor.shape != expected[name].shape:
+                shapes = f"{tuple(tensor.shape)}, and the model takes {tuple(expected[name].shape)}"
+                raise BundleError(f"{path}: tensor {name} has shape {shapes}")
+            if name in state:
+                raise BundleError(f"{path}: tensor {name} is in another file too")
+            state[name] = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        for name in names:
+            if name not in state:
+                raise BundleError(f"{path}: tensor {name} is missing")
+    absent = next((name for name in expected if name not in state), None)
+    if absent is not None:
+        raise BundleError(f"{folder}: tensor {absent} is in no weight file")
+    denoiser.load_state_dict(state, strict=True, assign=True)
+    return denoiser
+
+
+def _weight_files(folder: Path) -> dict[Path, list[str]]:
+    """Each weight file, with the tensors that the index of a sharded checkpoint promises in it."""
+    index = folder / f"{_WEIGHTS}.index.json"
+    if not index.is_file():
+        return {folder / _WEIGHTS: []}
+    shards = _read_json(index).get("weight_map")
+    if not isinstance(shards, dict):
+        raise BundleError(f"{index}: has no weight_map")
+    files: dict[Path, list[str]] = {}
+    for name, shard in shards.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise BundleError(f"{index}: {name} is said to be in {shard!r}, which is no file beside it")
+        files.setdefault(folder / shard, []).append(name)
+    return files
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    if not path.is_file():
+        raise BundleError(f"{path} is missing")
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - no mapping
+                yield name, file.get_tensor(name)
+    except SafetensorError as error:
+        raise BundleError(f"{path} is truncated or altered: {error}") from None
+
+
+def _check_loads(folder: Path) -> None:
+    """A last look before the folder gets its name: what was written must be readable."""
+    expected = empty_denoiser(folder).state_dict()
+    written = {name: tensor.shape for path in _weight_files(folder) for name, tensor in _tensors(path)}
+    for name in expected.keys() | written.keys():
+        if name not in written or name not in expected or written[name] != expected[name].shape:
+            raise BundleError(f"{folder}: tensor {name} was not written as the manifest says; nothing was saved")
+
+
+def _components(pipeline: DiffusionPipeline) -> list[tuple[str, Any]]:
+    return [(name, component) for name, component in pipeline.components.items() if component is not None]
+
+
+def _save_component(component: Any, target: Path, source: Path | None) -> None:
+    files = [] if source is None or not source.is_dir() else [path for path in source.iterdir() if path.is_file()]
+    weights = [path for path in files if path.suffix in _WEIGHT_SUFFIXES]
+    plain = [path for path in weights if path.suffix == ".safetensors" and not is_variant(path)]
+    if not files or (isinstance(component, nn.Module) and not plain):
+        component.save_pretrained(target)
+        if (target / "config.json").is_file():
+            _without_origin(target / "config.json")
+        return
+    target.mkdir()
+    others = [path for path in files if path not in weights and not is_variant(path)]
+    for path in [*plain, *others]:
+        _copy(path, target / path.name)
+
+
+def is_variant(path: Path) -> bool:
+    """Of "model.fp16.safetensors", "model.fp16-00001-of-00002.safetensors" and their index files."""
+    stem = path.name.removesuffix(".json").removesuffix(".index").removesuffix(".safetensors")
+    weights_like = ".safetensors" in path.name or ".bin" in path.name
+    return weights_like and "." in stem
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copies; links instead where the source is a blob of the Hub's cache, which is never written to."""
+    if source.is_symlink() and source.resolve().parent.name == "blobs":
+        try:
+            os.link(source.resolve(), target)
+            return
+        except OSError:  # another file system, or one without links
+            pass
+    shutil.copyfile(source, target)
+
+
+def _dtype(denoiser: nn.Module) -> torch.dtype:
+    return next(parameter.dtype for parameter in denoiser.parameters() if parameter.is_floating_point())
+
+
+def _without_origin(path: Path) -> None:
+    """Rewrites a config without the place it was loaded from, so that the same model gives the same bytes."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("_name_or_path", None)
+    _write_json(path, config, sort=True)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BundleError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path} is unreadable: {error}") from None
+    if not isinstance(data, dict):
+        raise BundleError(f"{path} is no JSON object")
+    return data
+
+
+def _write_json(path: Path, data: Mapping[str, Any], *, sort: bool = False) -> None:
+    path.write_text(json.dumps(data, indent=2, sort_keys=sort) + "\n", encoding="utf-8")

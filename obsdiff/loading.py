@@ -1,0 +1,375 @@
+"""From what the user names, a folder or a model on the Hub, to a pipeline; or to its configurations alone."""
+
+import errno
+import inspect
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from obsdiff import checkpoint
+from obsdiff.checkpoint import DEFAULTS, INDEX
+from obsdiff.families import Family, parts
+from obsdiff.families.table import FAMILIES, family_of
+from obsdiff.folders import MANIFEST
+from obsdiff_runtime.errors import ModelError, ResourceError
+
+_FALLBACK_VAE_SCALE = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """How a pipeline is run where nothing else is asked for.
+
+    Attributes:
+        height: in pixels.
+        width: in pixels.
+        num_inference_steps: denoising steps.
+        guidance_scale: of classifier-free guidance.
+        max_sequence_length: text tokens of T5, or of the zeros in its place; None where the pipeline has no such thing.
+        prompts: name of the prompt set the pipeline was made for; None for general ones.
+    """
+
+    height: int
+    width: int
+    num_inference_steps: int
+    guidance_scale: float
+    max_sequence_length: int | None = None
+    prompts: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedPipeline:
+    """A pipeline, and where it came from.
+
+    Attributes:
+        pipeline: in eval mode, on the device asked for.
+        family: of its denoiser.
+        folder: on this machine: as given, or in the Hub's cache.
+        defaults: of its calls.
+        manifest: what was pruned before; None for a dense one.
+    """
+
+    pipeline: DiffusionPipeline
+    family: Family
+    folder: Path
+    defaults: Defaults
+    manifest: checkpoint.PrunedManifest | None = None
+
+    @property
+    def denoiser(self) -> nn.Module:
+        module: nn.Module = getattr(self.pipeline, self.family.denoiser)
+        return module
+
+
+class ModelConfigs(NamedTuple):
+    """A model without its weights.
+
+    Attributes:
+        denoiser: on the meta device, shrunk where it is a pruned one.
+        family: of the denoiser.
+        configs: by component ("transformer", "vae", "scheduler", "text_encoder", ...), those that are there; and
+            "model_index". A bare denoiser has only its own.
+    """
+
+    denoiser: nn.Module
+    family: Family
+    configs: dict[str, dict[str, Any]]
+
+
+def shipped_pipeline() -> Path:
+    """The small trained pipeline in this package."""
+    return Path(__file__).parent / "assets" / "shapes"
+
+
+def load_pipeline(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    local_files_only: bool = False,
+) -> LoadedPipeline:
+    """The pipeline that a name means.
+
+    Args:
+        model: a diffusers folder, a pruned checkpoint of obsdiff, or the id of a model on the Hub.
+        revision: branch, tag or commit on the Hub.
+        variant: of the weight files, such as "fp16".
+        dtype: of all weights; None: as the denoiser is stored.
+        device: where to put it.
+        local_files_only: do not ask the Hub; HF_HUB_OFFLINE=1 does the same.
+
+    Raises:
+        ModelError: there is no such model, it is no pipeline, its family is unknown or its files are incomplete.
+        BundleError: it is a pruned checkpoint that is incomplete or altered.
+        CompatibilityError: it is a pruned checkpoint of a newer schema.
+    """
+    folder = _local(model)
+    if folder is None:
+        folder = _download(str(model), revision=revision, variant=variant, local_files_only=local_files_only)
+    index = _index(folder)
+    family = _family(folder, index)
+    manifest = None
+    if checkpoint.pruned_family(folder) is not None:
+        manifest = checkpoint.read_manifest(folder / family.denoiser)
+        pipeline = checkpoint.load(folder, dtype=dtype)
+    else:
+        pipeline = _load_dense(folder, index, family, variant=variant, dtype=dtype)
+    for component in pipeline.components.values():
+        if isinstance(component, nn.Module):
+            component.eval()
+    return LoadedPipeline(
+        pipeline=pipeline.to(device),
+        family=family,
+        folder=folder,
+        defaults=defaults_of(folder, _configs(folder, index)),
+        manifest=manifest,
+    )
+
+
+def load_configs(model: str | Path, *, revision: str | None = None, local_files_only: bool = False) -> ModelConfigs:
+    """A model's shape, from its configurations alone; no weights are read or fetched.
+
+    Args:
+        model: as for `load_pipeline`; also a denoiser's folder, or its config.json.
+        revision: branch, tag or commit on the Hub.
+        local_files_only: do not ask the Hub.
+
+    Raises:
+        ModelError: there is no such model, it has no denoiser, or its family is unknown.
+        BundleError: it is a pruned checkpoint whose cuts do not fit.
+    """
+    path = _local(model)
+    if path is None:
+        path = _download_configs(str(model), revision=revision, local_files_only=local_files_only)
+    if path.is_file() or not (path / INDEX).is_file():
+        return _bare(path)
+    index = _index(path)
+    family = _family(path, index)
+    configs = _configs(path, index)
+    return ModelConfigs(_empty(path / family.denoiser, configs[family.denoiser]), family, configs)
+
+
+def defaults_of(folder: Path | None, configs: Mapping[str, Mapping[str, Any]]) -> Defaults:
+    """A pipeline's defaults: its own file's, else those of diffusers' call for its class.
+
+    Args:
+        folder: of the pipeline, where obsdiff_defaults.json may be; None for a bare denoiser.
+        configs: as `load_configs` gives them.
+
+    Raises:
+        ModelError: the file holds something else.
+    """
+    values = _class_defaults(configs)
+    path = folder / DEFAULTS if folder is not None else None
+    if path is not None and path.is_file():
+        given = _json(path)
+        unknown = given.keys() - values.keys()
+        if unknown:
+            raise ModelError(f"{path}: unknown key {min(unknown)}; there are {', '.join(values)}")
+        values |= given
+    return Defaults(**values)
+
+
+def vae_scale(configs: Mapping[str, Mapping[str, Any]]) -> int:
+    """Pixels per side of a latent pixel; 8 where there is no VAE."""
+    return parts.vae_scale(configs["vae"]) if "vae" in configs else _FALLBACK_VAE_SCALE
+
+
+def _class_defaults(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    denoiser = next(configs[family.denoiser] for family in FAMILIES.values() if family.denoiser in configs)
+    name = configs.get("model_index", {}).get("_class_name") or family_of(str(denoiser["_class_name"])).pipeline
+    signature = inspect.signature(getattr(diffusers, name).__call__).parameters
+    sample = denoiser.get("sample_size") or 64
+    rows, columns = (sample, sample) if isinstance(sample, int) else sample
+    scale = vae_scale(configs)
+    length = signature.get("max_sequence_length")
+    return {
+        "height": rows * scale,
+        "width": columns * scale,
+        "num_inference_steps": signature["num_inference_steps"].default,
+        "guidance_scale": signature["guidance_scale"].default,
+        "max_sequence_length": None if length is None else length.default,
+        "prompts": None,
+    }
+
+
+def _load_dense(
+    folder: Path, index: Mapping[str, Any], family: Family, *, variant: str | None, dtype: torch.dtype | None
+) -> DiffusionPipeline:
+    for name, entry in index.items():
+        if isinstance(entry, list) and entry[0] is not None and not (folder / name).is_dir():
+            raise ModelError(f"{folder}: {INDEX} lists {name}, but there is no such folder; is the copy complete?")
+    try:
+        stored = dtype or _stored_dtype(folder / family.denoiser, variant)
+        return checkpoint.assemble(folder, {}, dtype=stored, variant=variant)
+    except SafetensorError as error:
+        raise ModelError(f"{folder}: a weight file is truncated or altered: {error}") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: cannot be loaded: {_first_line(error)}") from error
+
+
+def _stored_dtype(folder: Path, variant: str | None) -> torch.dtype:
+    """Of the largest tensor in the first weight file.
+
+    Raises:
+        ModelError: there is no safetensors file.
+    """
+    files = sorted(folder.glob(f"*.{variant}*.safetensors" if variant else "*.safetensors"))
+    files = [path for path in files if variant or not checkpoint.is_variant(path)]
+    if not files:
+        what = f"of variant {variant} " if variant else ""
+        raise ModelError(
+            f"{folder} holds no weights {what}as safetensors; pickled ones are not read: "
+            "convert them with save_pretrained(safe_serialization=True)"
+        )
+    with safe_open(files[0], framework="pt") as file:
+        name = max(file.keys(), key=lambda key: math.prod(file.get_slice(key).get_shape()))
+        dtype: torch.dtype = file.get_tensor(name).dtype
+    return dtype
+
+
+def _local(model: str | Path) -> Path | None:
+    """The path, where it exists; None where the name can only mean a model on the Hub.
+
+    Raises:
+        ModelError: it can be neither.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir() or (path.name == "config.json" and path.is_file()):
+        return path
+    if path.is_file():
+        raise ModelError(
+            f"{model} is a single file; load it once with from_single_file() of its diffusers pipeline, "
+            "save_pretrained() it to a folder, and name that"
+        )
+    text = str(model)
+    if not text or text.count("/") > 1 or text.startswith((".", "/", "~")) or "\\" in text:
+        raise ModelError(f"{text or 'the empty name'}: there is no such folder")
+    return None
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    if not (folder / INDEX).is_file():
+        raise ModelError(f"{folder} is no diffusers pipeline: it holds no {INDEX}")
+    return _json(folder / INDEX)
+
+
+def _family(folder: Path, index: Mapping[str, Any]) -> Family:
+    if not hasattr(diffusers, str(index.get("_class_name"))):
+        raise ModelError(f"{folder}: diffusers {diffusers.__version__} has no pipeline {index.get('_class_name')}")
+    places = dict.fromkeys(["transformer", "unet", *(family.denoiser for family in FAMILIES.values())])
+    found = [index[place] for place in places if isinstance(index.get(place), list) and index[place][1] is not None]
+    if not found:
+        raise ModelError(f"{folder}: this {index['_class_name']} has no denoiser ({' or '.join(places)})")
+    return family_of(str(found[0][1]))
+
+
+def _configs(folder: Path, index: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    configs = {"model_index": dict(index)}
+    for name in index:
+        for file in ("config.json", "scheduler_config.json"):
+            if (folder / name / file).is_file():
+                configs[name] = _json(folder / name / file)
+    family = _family(folder, index)
+    if family.denoiser not in configs:
+        raise ModelError(f"{folder / family.denoiser / 'config.json'} is missing")
+    return configs
+
+
+def _bare(path: Path) -> ModelConfigs:
+    """A denoiser without a pipeline."""
+    folder = path.parent if path.is_file() else path
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} is neither a diffusers pipeline ({INDEX}) nor a denoiser (config.json)")
+    config = _json(folder / "config.json")
+    family = family_of(str(config.get("_class_name", "a model without _class_name")))
+    return ModelConfigs(_empty(folder, config), family, {family.denoiser: config})
+
+
+def _empty(folder: Path, config: Mapping[str, Any]) -> nn.Module:
+    """The denoiser on the meta device; cuts of a pruned one are replayed."""
+    name = str(config["_class_name"])
+    try:
+        with torch.device("meta"):
+            denoiser: nn.Module = getattr(diffusers, name).from_config(dict(config))
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{folder / 'config.json'}: {_first_line(error)}") from None
+    if (folder / MANIFEST).is_file():
+        manifest = checkpoint.read_manifest(folder)
+        checkpoint.replay(denoiser, manifest, folder)
+    return denoiser.eval()
+
+
+def _download(model: str, *, revision: str | None, variant: str | None, local_files_only: bool) -> Path:
+    options = {"revision": revision, "local_files_only": local_files_only}
+    try:
+        folder = DiffusionPipeline.download(model, variant=variant, use_safetensors=True, **options)
+        _fetch_extras(model, options)
+    except (OSError, ValueError) as error:
+        raise _unreachable(model, error) from error
+    return Path(folder)
+
+
+def _fetch_extras(model: str, options: Mapping[str, Any]) -> None:
+    """Our own files, which diffusers does not know of; most models have none."""
+    for name in (DEFAULTS, *(f"{family.denoiser}/{MANIFEST}" for family in FAMILIES.values())):
+        try:
+            hf_hub_download(model, name, **options)
+        except EntryNotFoundError:
+            continue
+
+
+def _download_configs(model: str, *, revision: str | None, local_files_only: bool) -> Path:
+    options = {"revision": revision, "local_files_only": local_files_only}
+    try:
+        folder = Path(hf_hub_download(model, INDEX, **options)).parent
+        for name, entry in _index(folder).items():
+            if not isinstance(entry, list) or entry[0] is None or "tokenizer" in name:
+                continue
+            file = "scheduler_config.json" if name == "scheduler" else "config.json"
+            try:
+                hf_hub_download(model, f"{name}/{file}", **options)
+            except EntryNotFoundError:  # safety checkers and the like may have none
+                continue
+        _fetch_extras(model, options)
+    except (OSError, ValueError) as error:
+        raise _unreachable(model, error) from error
+    return folder
+
+
+def _unreachable(model: str, error: Exception) -> Exception:
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return ResourceError(f"{model}: the disk is full; set HF_HOME to a larger one")
+    return ModelError(
+        f"{model} is neither a folder here nor a model that can be fetched from the Hub: {_first_line(error)}; "
+        "check the spelling and the network, log in with `hf auth login` if it is gated, "
+        "and unset HF_HUB_OFFLINE if it was never fetched"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} is unreadable: {error}") from None
+    if not isinstance(data, dict):
+        raise ModelError(f"{path} is no JSON object")
+    return data
