@@ -58,13 +58,13 @@ class Counts:
     Attributes:
         parameters: stored numbers, zeros included.
         nonzero: those that are not zero.
-        linear_macs: multiply-accumulates of all linears for one row of one call, zeros included; from shapes.
+        macs: multiply-accumulates of the linears and convolutions for one row of one call, zeros included; see costs.py.
         bytes_on_disk: of its weights as saved.
     """
 
     parameters: int
     nonzero: int
-    linear_macs: int | NotMeasured
+    macs: int | NotMeasured
     bytes_on_disk: int | NotMeasured
 
 

@@ -1,11 +1,13 @@
 """The report of a run: JSON for machines, a table for the terminal, one page for people."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
 
-from obsdiff import wording
+from obsdiff import page, wording
+from obsdiff.evaluation import ImagePair
 from obsdiff.measurements import Report
 
 
@@ -13,6 +15,11 @@ def write_json(report: Report, path: Path) -> None:
     """Writes the report as one JSON object."""
     text = json.dumps(report.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
+
+
+def write_html(report: Report, images: Sequence[ImagePair], path: Path) -> None:
+    """Writes the report as one self-contained page; `images` are the evaluation's picture pairs, or its first ones."""
+    path.write_text(page.render(report, images), encoding="utf-8")
 
 
 def summary_table(report: Report) -> Table:

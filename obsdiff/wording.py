@@ -74,7 +74,7 @@ def summary(report: Report) -> tuple[Row, ...]:
     rows = [
         _counts("parameters of the denoiser", report.dense.parameters, report.pruned.parameters),
         _counts("of these not zero", report.dense.nonzero, report.pruned.nonzero),
-        _counts("linear MACs, zeros counted", report.dense.linear_macs, report.pruned.linear_macs),
+        _counts("MACs of a call, zeros counted", report.dense.macs, report.pruned.macs),
         _counts("denoiser on disk", report.dense.bytes_on_disk, report.pruned.bytes_on_disk, in_bytes=True),
     ]
     if isinstance(report.latency, NotMeasured):
@@ -94,7 +94,7 @@ def headline(report: Report) -> tuple[str, ...]:
 def absences(report: Report) -> tuple[str, ...]:
     """One line for every number that is absent, with the reason."""
     named: Sequence[tuple[str, object]] = (
-        ("linear MACs", report.pruned.linear_macs),
+        ("MACs", report.pruned.macs),
         ("bytes on disk", report.pruned.bytes_on_disk),
         ("ONNX graphs", report.components),
         ("engines", report.engines),
