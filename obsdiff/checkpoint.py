@@ -179,7 +179,7 @@ def assemble(
     index = _read_json(folder / INDEX)
     absent = {name: None for name, entry in index.items() if isinstance(entry, list) and entry[0] is None}
     return DiffusionPipeline.from_pretrained(
-        str(folder), **absent, **given, torch_dtype=dtype, variant=variant, use_safetensors=True, local_files_only=True
+        str(folder), **absent, **given, dtype=dtype, variant=variant, use_safetensors=True, local_files_only=True
     )
 
 

@@ -27,12 +27,16 @@ _SEED = 0
 
 
 def flattened(model: nn.Module, forward: Callable[..., Tensor | tuple[Tensor, ...]]) -> nn.Module:
-    """The same module under another forward: weights shared, their names unchanged, in eval mode.
+    """A module with the model's submodules and weights, under the model's names, and another forward.
 
-    Changes the mode of its argument, which shares the submodules.
+    Puts the model into eval mode.
+
+    Args:
+        model: shared, not copied.
+        forward: takes the new module and the inputs by name; calls the model.
     """
     view = copy.copy(model.eval())
-    view.__class__ = type(f"Flat{type(model).__name__}", (type(model),), {"forward": forward})
+    view.__class__ = type(f"Flat{type(model).__name__}", (nn.Module,), {"forward": forward})
     return view
 
 
@@ -120,7 +124,7 @@ def _clip(name: str, model: Any) -> Component:
     pooled = "text_embeds" if type(model).__name__ == "CLIPTextModelWithProjection" else "pooler_output"
 
     def forward(self: Any, input_ids: Tensor) -> tuple[Tensor, ...]:
-        found = type(model).forward(self, input_ids=input_ids, output_hidden_states=True)
+        found = model(input_ids=input_ids, output_hidden_states=True)
         return (getattr(found, pooled), found.last_hidden_state, *found.hidden_states)
 
     length = int(config.max_position_embeddings)
@@ -149,7 +153,7 @@ def _clip_ids(batch: int, length: int, config: Any) -> Tensor:
 
 def _t5(name: str, model: Any) -> Component:
     def forward(self: Any, input_ids: Tensor) -> Tensor:
-        found: Tensor = type(model).forward(self, input_ids=input_ids, return_dict=False)[0]
+        found: Tensor = model(input_ids=input_ids).last_hidden_state
         return found
 
     generator = torch.Generator().manual_seed(_SEED)

@@ -96,9 +96,7 @@ def components(pipeline: DiffusionPipeline, *, height: int, width: int) -> tuple
     def forward(
         self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, pooled_projections: Tensor, timestep: Tensor
     ) -> Tensor:
-        found: Tensor = type(model).forward(
-            self, hidden_states, encoder_hidden_states, pooled_projections, timestep, return_dict=False
-        )[0]
+        found: Tensor = model(hidden_states, encoder_hidden_states, pooled_projections, timestep, return_dict=False)[0]
         return found
 
     sizes = parts.latent_sizes(

@@ -122,9 +122,7 @@ def components(pipeline: DiffusionPipeline, *, height: int, width: int) -> tuple
         time_ids: Tensor | None = None,
     ) -> Tensor:
         added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
-        found: Tensor = type(model).forward(
-            self, sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False
-        )[0]
+        found: Tensor = model(sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False)[0]
         return found
 
     axes = {key: {0: "batch"} for key in examples[0]}
