@@ -1,0 +1,84 @@
+"""What a denoiser costs: parameters, and multiply-accumulates (MACs) of one forward pass.
+
+MACs are those of every linear and convolution, at a batch of one. The attention product, norms and activations are
+not counted. That is what the paper's tables call TFLOPs for SD3 and SD3.5 (1024 x 1024 pixels, 77 text tokens); for
+SDXL they print twice the MACs.
+
+    positions    tokens of a linear, output pixels of a convolution
+"""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+COUNTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def parameters(denoiser: nn.Module) -> int:
+    """How many parameters there are; a shared one counts once."""
+    return sum(parameter.numel() for parameter in denoiser.parameters())
+
+
+def positions(denoiser: nn.Module, inputs: Mapping[str, Any]) -> dict[str, int]:
+    """How many positions each linear and convolution runs over in one call.
+
+    The call is made on the meta device, on shapes alone, whatever device the weights are on.
+
+    Args:
+        denoiser: in any dtype, on any device, shrunk or not.
+        inputs: keyword arguments of its forward, batch of one; tensors on any device, their values are not looked at.
+
+    Returns:
+        module name -> positions, summed over calls; modules that were not called are absent.
+    """
+    found: dict[str, int] = {}
+
+    def count(name: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
+        channels = x.shape[-1] if isinstance(module, nn.Linear) else y.shape[1]
+        tensor = x if isinstance(module, nn.Linear) else y
+        found[name] = found.get(name, 0) + tensor.numel() // channels
+
+    hooks = [
+        module.register_forward_hook(lambda m, args, output, n=name: count(n, m, args[0], output))
+        for name, module in denoiser.named_modules()
+        if isinstance(module, COUNTED)
+    ]
+    state = {name: _shape_of(tensor) for name, tensor in (*denoiser.named_parameters(), *denoiser.named_buffers())}
+    try:
+        with torch.no_grad(), torch.device("meta"):
+            torch.func.functional_call(denoiser, state, (), tree_map_only(Tensor, _shape_of, dict(inputs)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def macs(denoiser: nn.Module, counts: Mapping[str, int]) -> int:
+    """Multiply-accumulates of one call; `counts` are the denoiser's `positions`."""
+    return sum(number * denoiser.get_submodule(name).get_parameter("weight").numel() for name, number in counts.items())
+
+
+def matmul_speed(device: torch.device | str = "cpu", *, size: int = 1024, seconds: float = 0.2) -> float:
+    """Floating-point operations per second of a float32 matrix product on a device, measured now."""
+    matrix = torch.ones(size, size, device=device)
+
+    def multiply() -> None:
+        torch.mm(matrix, matrix)
+        if matrix.is_cuda:
+            torch.cuda.synchronize()
+
+    multiply()
+    start, products = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        multiply()
+        products += 1
+    return products * 2 * size**3 / (time.perf_counter() - start)
+
+
+def _shape_of(tensor: Tensor) -> Tensor:
+    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    return torch.empty_like(tensor, device="meta", dtype=dtype)

@@ -1,0 +1,143 @@
+"""How long a pruning run will take and how much memory it will hold: estimates, from sizes and a measured speed."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from torch import nn
+
+from obsdiff.core.gram import BYTES_PER_ENTRY
+from obsdiff.groups import LinearSpec
+
+SOLVER_COPIES: Final = 6
+"""Matrices of a gram's size that a factorisation holds at its peak."""
+
+ACTIVATION_COPIES: Final = 4
+"""Tensors of the widest layer's input and output that a forward pass holds at its peak."""
+
+NETWORK_SLOWDOWN: Final = 2.0
+"""A denoiser call against as many operations of a large matrix product: attention, norms, small matrices."""
+
+MODULE_SECONDS: Final = 1e-4
+"""Fixed cost of a layer's call and hook."""
+
+COLUMN_SECONDS: Final = 3e-4
+"""Fixed cost of one column of the sweep."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """How much calibration there is, and what it runs on.
+
+    Attributes:
+        prompts: how many.
+        batch_size: prompts per denoiser call.
+        steps: sampler steps.
+        guided: conditional and unconditional rows are both run.
+        calibrates: whether the method does at all.
+        packages: calibration passes, where `budget_bytes` is None.
+        flops_per_second: costs.matmul_speed of the device.
+        budget_bytes: most bytes of grams in one pass; None: no limit.
+        calls_per_step: denoiser calls of the scheduler per step (Heun: 2).
+        other_bytes: memory held by what else is loaded (text encoders).
+    """
+
+    prompts: int
+    batch_size: int
+    steps: int
+    guided: bool
+    calibrates: bool
+    packages: int
+    flops_per_second: float
+    budget_bytes: int | None = None
+    calls_per_step: int = 1
+    other_bytes: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows of the largest denoiser call."""
+        return min(self.batch_size, self.prompts) * (2 if self.guided else 1)
+
+    @property
+    def calls(self) -> int:
+        """Denoiser calls of one calibration pass."""
+        return -(-self.prompts // self.batch_size) * self.steps * self.calls_per_step
+
+    @property
+    def evaluations(self) -> int:
+        """Rows of all denoiser calls of one calibration pass."""
+        return self.prompts * (2 if self.guided else 1) * self.steps * self.calls_per_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimates:
+    """Neither measured nor promised: numbers to decide by.
+
+    Attributes:
+        memory_bytes: peak where the pruning runs: weights, grams, and the larger of activations and solver.
+        checkpoint_bytes: the pruned denoiser on disk, in the dtype it has now.
+        calibration_seconds, solver_seconds: at the device's matrix-product speed.
+    """
+
+    memory_bytes: int
+    checkpoint_bytes: int
+    calibration_seconds: float
+    solver_seconds: float
+
+
+def estimate(
+    denoiser: nn.Module,
+    workload: Workload,
+    *,
+    packages: Sequence[Sequence[LinearSpec]],
+    gram_bytes: int,
+    positions: Mapping[str, int],
+    macs: int,
+    parameters_after: int,
+) -> Estimates:
+    """Estimates of a run.
+
+    Args:
+        denoiser: for its sizes.
+        workload: how much calibration there is.
+        packages: the linears of each calibration pass.
+        gram_bytes: of the largest package.
+        positions: costs.positions.
+        macs: of one call on one image.
+        parameters_after: of the pruned denoiser.
+    """
+    linears = [linear for package in packages for linear in package]
+    widest = max((width for width in gram_widths(linears).values()), default=0)
+    element = max((parameter.element_size() for parameter in denoiser.parameters()), default=4)
+    wide = max((positions[linear.name] * (linear.in_features + linear.out_features) for linear in linears), default=0)
+    activations = ACTIVATION_COPIES * element * workload.rows * wide
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in denoiser.parameters())
+    solver = SOLVER_COPIES * BYTES_PER_ENTRY * widest * widest
+    return Estimates(
+        memory_bytes=weights + workload.other_bytes + gram_bytes + max(activations, solver),
+        checkpoint_bytes=parameters_after * element,
+        calibration_seconds=sum(_calibration_seconds(package, workload, positions, macs) for package in packages),
+        solver_seconds=sum(_solver_seconds(package, workload) for package in packages),
+    )
+
+
+def gram_widths(linears: Sequence[LinearSpec]) -> dict[str, int]:
+    """Width of each distinct input, by its key."""
+    return {linear.reads: linear.in_features for linear in linears}
+
+
+def _calibration_seconds(
+    package: Sequence[LinearSpec], workload: Workload, positions: Mapping[str, int], macs: int
+) -> float:
+    readers = {linear.reads: linear for linear in package}.values()
+    products = sum(2 * positions[linear.name] * linear.in_features**2 for linear in readers)
+    operations = workload.evaluations * (NETWORK_SLOWDOWN * 2 * macs + products)
+    return operations / workload.flops_per_second + workload.calls * len(positions) * MODULE_SECONDS
+
+
+def _solver_seconds(package: Sequence[LinearSpec], workload: Workload) -> float:
+    """Float64 operations count twice. Factor and inverse: 8/3 d^3; sweep: out d^2; loss, in float64: 8 out d^2."""
+    factors = sum(8 / 3 * width**3 for width in gram_widths(package).values())
+    sweeps = sum(9 * linear.out_features * linear.in_features**2 for linear in package)
+    columns = sum(linear.in_features for linear in package)
+    return (factors + sweeps) / workload.flops_per_second + columns * COLUMN_SECONDS

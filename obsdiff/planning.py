@@ -1,0 +1,374 @@
+"""What a run will do and cost, from the configuration alone: nothing here looks at a weight's value.
+
+tier       linears of one block that do not read one another's outputs; always calibrated together
+package    consecutive tiers whose grams are collected in one calibration pass
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from typing import Any
+
+from torch import nn
+
+from obsdiff import costs, estimates
+from obsdiff.core.gram import BYTES_PER_ENTRY
+from obsdiff.estimates import Estimates, Workload
+from obsdiff.families import Family
+from obsdiff.groups import Group, LinearSpec
+from obsdiff.sparsity import NM, Pattern, Sparsity
+from obsdiff_runtime.errors import ResourceError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """A group and what is left of it; `kept` equals `units` where rounding leaves it whole."""
+
+    name: str
+    kind: str
+    block: int
+    units: int
+    kept: int
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """A linear before and after.
+
+    Attributes:
+        inputs, outputs: its widths today.
+        kept_inputs, kept_outputs: its widths after the cut.
+        positions: tokens it runs over for one image.
+        pattern: "2:4", "0.5", or None where its weights are not pruned one by one.
+        reason: why a pattern was wanted and does not apply.
+    """
+
+    name: str
+    block: int
+    inputs: int
+    outputs: int
+    kept_inputs: int
+    kept_outputs: int
+    positions: int
+    pattern: str | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackagePlan:
+    """One calibration pass: what it is for ("units" or "weights"), its linears and its distinct grams."""
+
+    kind: str
+    linears: int
+    grams: int
+    gram_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run will do.
+
+    Attributes:
+        parameters_before, parameters_after: of the whole denoiser; a pattern removes none.
+        zeros: weights that a pattern sets to zero, of those that are left.
+        macs_before, macs_after: of one denoiser call on one image (see costs); a pattern's zeros count.
+        cuts: every group whose units may go.
+        layers: every linear that is selected for a pattern, or loses rows or columns.
+        packages: the calibration passes, in order; none where the method does not calibrate.
+        gram_bytes: the most memory that grams take at a time.
+        denoiser_calls: calls that calibration makes, over all passes.
+        notes: what may surprise: groups that rounding leaves whole, linears that stay dense.
+        estimates: labelled as such.
+    """
+
+    sparsity: str
+    parameters_before: int
+    parameters_after: int
+    zeros: int
+    macs_before: int
+    macs_after: int
+    cuts: tuple[Cut, ...]
+    layers: tuple[LayerPlan, ...]
+    packages: tuple[PackagePlan, ...]
+    gram_bytes: int
+    denoiser_calls: int
+    notes: tuple[str, ...]
+    estimates: Estimates
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def plan(
+    denoiser: nn.Module,
+    family: Family,
+    sparsity: Sparsity,
+    *,
+    linears: Sequence[LinearSpec],
+    groups: Sequence[Group],
+    positions: Mapping[str, int],
+    align: int,
+    workload: Workload,
+) -> Plan:
+    """Plans a run.
+
+    Args:
+        denoiser: on any device; the meta device is enough.
+        family: of the denoiser.
+        sparsity: what is removed.
+        linears: those whose weights a pattern prunes: after include, exclude and block ranges.
+        groups: those whose units may go: after the same, and without protected blocks.
+        positions: of the denoiser, from costs.positions.
+        align: kept FFN widths are rounded to a multiple of this; 1 is the paper's.
+        workload: how much calibration there is, and what it runs on.
+
+    Raises:
+        ResourceError: the byte budget is smaller than one tier's grams.
+    """
+    removed = removals(groups, sparsity, align=align)
+    rows, columns = _lost(groups, removed)
+    specs = family.linears(denoiser)
+    layers = _layers(specs, linears, rows, columns, positions, sparsity.pattern)
+    packages = _packages(specs, groups, removed, layers, sparsity.pattern, workload)
+    parameters = costs.parameters(denoiser)
+    parameters_lost, macs_lost = _savings(denoiser, rows, columns, positions)
+    macs = costs.macs(denoiser, positions)
+    described = tuple(_describe(kind, package) for kind, package in packages)
+    gram_bytes = max((package.gram_bytes for package in described), default=0)
+    return Plan(
+        sparsity=str(sparsity),
+        parameters_before=parameters,
+        parameters_after=parameters - parameters_lost,
+        zeros=sum(_zeros(layer, sparsity.pattern) for layer in layers),
+        macs_before=macs,
+        macs_after=macs - macs_lost,
+        cuts=tuple(_cut(group, removed[group.name]) for group in groups) if sparsity.structured else (),
+        layers=layers,
+        packages=described,
+        gram_bytes=gram_bytes,
+        denoiser_calls=len(described) * workload.calls,
+        notes=_notes(groups, removed, layers, sparsity, align),
+        estimates=estimates.estimate(
+            denoiser,
+            workload,
+            packages=[package for _, package in packages],
+            gram_bytes=gram_bytes,
+            positions=positions,
+            macs=macs,
+            parameters_after=parameters - parameters_lost,
+        ),
+    )
+
+
+def removals(groups: Sequence[Group], sparsity: Sparsity, *, align: int) -> dict[str, int]:
+    """How many units each group loses.
+
+    round(units * ratio), halves to even, as the paper does. Heads stay whole and at least one is kept; of FFN neurons
+    the number kept is rounded to the nearest multiple of `align`, at least one multiple, at most what there is.
+
+    Returns:
+        group name -> units that go, possibly 0.
+    """
+    return {
+        group.name: group.units - _kept(group, sparsity.heads if group.kind == "heads" else sparsity.ffn, align)
+        for group in groups
+    }
+
+
+def _kept(group: Group, ratio: float, align: int) -> int:
+    kept = group.units - round(group.units * ratio)
+    if ratio == 0:
+        return group.units
+    if group.kind == "heads":
+        return max(kept, 1)
+    return min(max((kept + align // 2) // align, 1) * align, group.units)
+
+
+def split_packages(
+    linears: Sequence[LinearSpec], *, packages: int, budget_bytes: int | None = None
+) -> list[tuple[LinearSpec, ...]]:
+    """Splits linears into the packages of successive calibration passes; a tier is never torn apart.
+
+    Args:
+        linears: in any order.
+        packages: into this many contiguous parts of near-equal numbers of tiers, the first ones larger by one; or into
+            one per tier where there are fewer tiers.
+        budget_bytes: where given, parts are filled up to this many bytes of grams instead.
+
+    Raises:
+        ResourceError: the budget is smaller than one tier's grams.
+    """
+    ordered = sorted(linears, key=_tier)
+    tiers = [tuple(tier) for _, tier in groupby(ordered, key=_tier)]
+    if budget_bytes is not None:
+        return _fill(tiers, budget_bytes)
+    size, larger = divmod(len(tiers), min(packages, len(tiers)) or 1)
+    parts: list[tuple[LinearSpec, ...]] = []
+    start = 0
+    while start < len(tiers):
+        stop = start + size + (1 if len(parts) < larger else 0)
+        parts.append(tuple(linear for tier in tiers[start:stop] for linear in tier))
+        start = stop
+    return parts
+
+
+def gram_bytes(linears: Sequence[LinearSpec]) -> int:
+    """What the grams of these linears take together; those that share an input count once."""
+    return sum(BYTES_PER_ENTRY * width * width for width in estimates.gram_widths(linears).values())
+
+
+def _tier(linear: LinearSpec) -> tuple[int, int]:
+    return linear.block, linear.tier
+
+
+def _fill(tiers: Sequence[tuple[LinearSpec, ...]], budget_bytes: int) -> list[tuple[LinearSpec, ...]]:
+    parts: list[tuple[LinearSpec, ...]] = []
+    for tier in tiers:
+        if gram_bytes(tier) > budget_bytes:
+            raise ResourceError(
+                f"the grams of {tier[0].name} and its tier take {gram_bytes(tier) / 2**20:.1f} MiB, more than the "
+                f"budget of {budget_bytes / 2**20:.1f} MiB; raise --gram-budget"
+            )
+        if parts and gram_bytes(parts[-1] + tier) <= budget_bytes:
+            parts[-1] += tier
+        else:
+            parts.append(tier)
+    return parts
+
+
+def _lost(groups: Sequence[Group], removed: Mapping[str, int]) -> tuple[Counter[str], Counter[str]]:
+    """Rows and columns that modules lose, by name."""
+    rows: Counter[str] = Counter()
+    columns: Counter[str] = Counter()
+    for group in groups:
+        for producer in group.producers:
+            rows[producer.name] += removed[group.name] * group.width * producer.parts
+        for consumer in group.consumers:
+            columns[consumer] += removed[group.name] * group.width
+    return rows, columns
+
+
+def _savings(
+    denoiser: nn.Module, rows: Counter[str], columns: Counter[str], positions: Mapping[str, int]
+) -> tuple[int, int]:
+    """Parameters and MACs that go."""
+    parameters = macs = 0
+    for name in {*rows, *columns}:
+        for parameter in denoiser.get_submodule(name).parameters(recurse=False):
+            height, *rest = parameter.shape
+            matrix = bool(rest)
+            width = rest[0] if matrix else 1
+            gone = height * width - (height - rows[name]) * (width - (columns[name] if matrix else 0))
+            parameters += gone
+            macs += gone * positions.get(name, 0) if matrix else 0
+    return parameters, macs
+
+
+def _layers(
+    specs: Sequence[LinearSpec],
+    selected: Sequence[LinearSpec],
+    rows: Counter[str],
+    columns: Counter[str],
+    positions: Mapping[str, int],
+    pattern: Pattern | None,
+) -> tuple[LayerPlan, ...]:
+    wanted = {linear.name for linear in selected} if pattern is not None else set()
+    layers = []
+    for spec in specs:
+        if spec.name not in wanted and not rows[spec.name] and not columns[spec.name]:
+            continue
+        kept_inputs = spec.in_features - columns[spec.name]
+        fits = not isinstance(pattern, NM) or kept_inputs % pattern.m == 0
+        applies = spec.name in wanted and fits
+        layers.append(
+            LayerPlan(
+                name=spec.name,
+                block=spec.block,
+                inputs=spec.in_features,
+                outputs=spec.out_features,
+                kept_inputs=kept_inputs,
+                kept_outputs=spec.out_features - rows[spec.name],
+                positions=positions.get(spec.name, 0),
+                pattern=str(pattern) if applies else None,
+                reason=f"{kept_inputs} inputs are no multiple of {pattern.m}"
+                if isinstance(pattern, NM) and spec.name in wanted and not fits
+                else None,
+            )
+        )
+    return tuple(layers)
+
+
+def _packages(
+    specs: Sequence[LinearSpec],
+    groups: Sequence[Group],
+    removed: Mapping[str, int],
+    layers: Sequence[LayerPlan],
+    pattern: Pattern | None,
+    workload: Workload,
+) -> list[tuple[str, tuple[LinearSpec, ...]]]:
+    """The calibration passes: for units first, then for weights at their widths after the cut."""
+    if not workload.calibrates:
+        return []
+    consumers = {name for group in groups if removed[group.name] for name in group.consumers}
+    units = [spec for spec in specs if spec.name in consumers]
+    after = {layer.name: layer for layer in layers if layer.pattern is not None}
+    weights = [
+        replace(spec, in_features=after[spec.name].kept_inputs, out_features=after[spec.name].kept_outputs)
+        for spec in specs
+        if spec.name in after and pattern is not None and pattern.ratio > 0
+    ]
+    return [
+        (kind, package)
+        for kind, linears in (("units", units), ("weights", weights))
+        for package in split_packages(linears, packages=workload.packages, budget_bytes=workload.budget_bytes)
+    ]
+
+
+def _describe(kind: str, package: Sequence[LinearSpec]) -> PackagePlan:
+    return PackagePlan(
+        kind=kind,
+        linears=len(package),
+        grams=len(estimates.gram_widths(package)),
+        gram_bytes=gram_bytes(package),
+    )
+
+
+def _cut(group: Group, removed: int) -> Cut:
+    return Cut(
+        name=group.name,
+        kind=group.kind,
+        block=group.block,
+        units=group.units,
+        kept=group.units - removed,
+        width=group.width,
+    )
+
+
+def _zeros(layer: LayerPlan, pattern: Pattern | None) -> int:
+    if pattern is None or layer.pattern is None:
+        return 0
+    return round(layer.kept_inputs * layer.kept_outputs * pattern.ratio)
+
+
+def _notes(
+    groups: Sequence[Group],
+    removed: Mapping[str, int],
+    layers: Sequence[LayerPlan],
+    sparsity: Sparsity,
+    align: int,
+) -> tuple[str, ...]:
+    notes = []
+    for kind, ratio in (("heads", sparsity.heads), ("ffn", sparsity.ffn)):
+        whole = [group for group in groups if group.kind == kind and ratio > 0 and not removed[group.name]]
+        if whole:
+            advice = "ask for more" if kind == "heads" or align == 1 else f"ask for more, or lower --align {align}"
+            notes.append(
+                f"{kind}:{ratio:g} rounds to nothing in {len(whole)} groups, such as {whole[0].name} with "
+                f"{whole[0].units} units; {advice}"
+            )
+    dense = [layer for layer in layers if layer.reason is not None]
+    if dense:
+        notes.append(f"{len(dense)} linears stay dense, such as {dense[0].name}: {dense[0].reason}")
+    return tuple(notes)
