@@ -1,0 +1,1 @@
+"""Components become ONNX graphs and engines; nothing here knows of pruning but the N:M check."""

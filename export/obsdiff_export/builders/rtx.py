@@ -1,0 +1,74 @@
+"""TensorRT-RTX: engines ahead of time, without a GPU, for several architectures at once.
+
+It takes the sparse flag and ignores it in such a build: plans with and without are equal byte for byte (1.7.1).
+"""
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any
+
+from obsdiff_export.builders.polygraph import build_plan, profile_from
+from obsdiff_export.builders.request import Log, RefusalError, Request
+
+DEFAULT_TARGETS = ("8.6", "8.9", "12.0")
+
+
+class Rtx:
+    name = "tensorrt_rtx"
+    extra = "rtx"
+    environment: Mapping[str, str] = {"POLYGRAPHY_USE_TENSORRT_RTX": "1"}
+
+    def missing(self) -> str:
+        absent = [package for package in ("tensorrt_rtx", "polygraphy") if find_spec(package) is None]
+        return f"{' and '.join(absent)} not installed" if absent else ""
+
+    def version(self) -> str:
+        for package in ("tensorrt-rtx", "tensorrt_rtx"):
+            try:
+                return version(package)
+            except PackageNotFoundError:
+                continue
+        return "unknown"
+
+    def targets(self, asked: Sequence[str]) -> tuple[str, ...]:
+        return tuple(asked) or DEFAULT_TARGETS
+
+    def compile(self, request: Request, log: Log) -> bytes:
+        import tensorrt_rtx as trt
+        from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
+
+        capabilities = [_capability(trt, target) for target in request.targets]
+        common = CreateConfigRTX(
+            sparse_weights=request.sparse,
+            profiles=[profile_from(request.profile)],
+            profiling_verbosity=trt.ProfilingVerbosity.DETAILED,
+        )
+
+        def configure(builder: Any, network: Any) -> Any:
+            config = common(builder, network)
+            config.clear_flag(trt.BuilderFlag.TF32)
+            config.num_compute_capabilities = len(capabilities)
+            for index, (target, capability) in enumerate(zip(request.targets, capabilities, strict=True)):
+                if not config.set_compute_capability(capability, index):
+                    raise _unknown(trt, target)
+            return config
+
+        return build_plan(trt, request, log, configure)
+
+
+def _capability(trt: Any, target: str) -> Any:
+    capability = getattr(trt.ComputeCapability, f"SM{target.replace('.', '')}", None)
+    if capability is None:
+        raise _unknown(trt, target)
+    return capability
+
+
+def _unknown(trt: Any, target: str) -> RefusalError:
+    names = [name[2:] for name in dir(trt.ComputeCapability) if name.startswith("SM")]
+    known = ", ".join(sorted((f"{name[:-1]}.{name[-1]}" for name in names), key=float))
+    return RefusalError(
+        "incompatible",
+        f"TensorRT-RTX {trt.__version__} cannot build for compute capability {target}; it knows {known}. "
+        f"For other GPUs, such as H100 (9.0), install 'obsdiff[trt]' on a machine that has one and build there",
+    )

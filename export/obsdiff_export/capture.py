@@ -1,0 +1,126 @@
+"""A module becomes an ONNX graph in memory: torch.export captures it, torch.onnx translates the capture."""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from obsdiff_runtime.errors import ExportError
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.onnx.errors import OnnxExporterError
+
+from obsdiff_export.component import Component
+from obsdiff_export.translations import translations
+
+
+def lower(
+    component: Component, module: nn.Module, inputs: dict[str, Tensor], opset: int
+) -> tuple[ir.Model, frozenset[str]]:
+    """The graph, not optimised, and the names of its initializers that come from the module.
+
+    Args:
+        component: names and dynamic axes.
+        module: the component's, in the dtype to export.
+        inputs: the component's, in the dtype to export.
+        opset: of the default domain.
+
+    Raises:
+        ExportError: the module could not be captured or translated.
+    """
+    with torch.no_grad(), _silence():
+        program = _capture(component, module, inputs)
+        weights = frozenset(program.state_dict) | frozenset(program.constants)
+        plain = program.__class__
+        try:
+            program.__class__ = _Decomposed
+            return _translate(component, program, opset), weights
+        except OnnxExporterError:
+            program.__class__ = plain
+        try:
+            return _translate(component, program, opset), weights
+        except OnnxExporterError as error:
+            raise ExportError(f"{component.name}: torch.onnx could not translate it: {_last_line(error)}") from error
+
+
+class _Decomposed(ExportedProgram):
+    """A program whose operations all have a translation: retracing it, half of the export's time, is skipped."""
+
+    def run_decompositions(
+        self, decomp_table: dict[Any, Callable[..., Any]] | None = None, decompose_custom_triton_ops: bool = False
+    ) -> ExportedProgram:
+        targets = {node.target for node in self.graph.nodes if node.op == "call_function"}
+        pure = all(not target._schema.is_mutable for target in targets if isinstance(target, torch._ops.OpOverload))
+        nested = any(isinstance(target, torch._ops.HigherOrderOperator) for target in targets)
+        if pure and not nested and decomp_table is not None and not targets & decomp_table.keys():
+            return self
+        retraced: ExportedProgram = super().run_decompositions(decomp_table, decompose_custom_triton_ops)
+        return retraced
+
+
+def _capture(component: Component, module: nn.Module, inputs: dict[str, Tensor]) -> ExportedProgram:
+    """The module as a program with symbolic sizes.
+
+    Sizes of 0 and 1 are treated as any other first; some masks (PixArt, Sana) can only be captured without that.
+    """
+    shapes = {name: {axis: Dim.DYNAMIC for axis in component.dynamic_axes.get(name, {})} for name in inputs}
+    failures: list[Exception] = []
+    for oblivious in (True, False):
+        try:
+            with torch.fx.experimental._config.patch(backed_size_oblivious=oblivious):  # type: ignore[attr-defined]
+                return torch.export.export(
+                    module,
+                    (),
+                    kwargs=inputs,
+                    dynamic_shapes=shapes,
+                    strict=False,
+                    prefer_deferred_runtime_asserts_over_guards=True,
+                )
+        except Exception as error:
+            failures.append(error)
+    raise ExportError(f"{component.name}: torch.export could not capture it: {_last_line(failures[0])}") from failures[
+        0
+    ]
+
+
+def _translate(component: Component, program: ExportedProgram, opset: int) -> ir.Model:
+    found = torch.onnx.export(
+        program,
+        dynamo=True,
+        opset_version=opset,
+        optimize=False,
+        verbose=False,
+        input_names=list(component.inputs),
+        output_names=list(component.outputs),
+        custom_translation_table=translations(),
+    )
+    if found is None:
+        raise ExportError(f"{component.name}: torch.onnx gave no graph")
+    return found.model
+
+
+def _last_line(error: BaseException) -> str:
+    """The innermost cause, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Quiets what torch says about itself while exporting, inside only."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch.fx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

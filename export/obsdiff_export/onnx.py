@@ -1,0 +1,199 @@
+"""Components become ONNX graphs: typed, dynamic where the component says so, with the weights' own names.
+
+A weight is an initializer under its parameter's name; one that MatMul reads transposed is `<name>::T`, laid out
+(in, out). Weights lie in one file beside the graph, `model.onnx.data`, each at a multiple of 4096 bytes. The same
+component gives the same bytes.
+"""
+
+import copy
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Final
+
+import onnx_ir as ir
+import torch
+from obsdiff_runtime.errors import ConfigError, ExportError, ResourceError
+from obsdiff_runtime.version import __version__
+from torch import Tensor, nn
+
+from obsdiff_export import passes
+from obsdiff_export.capture import lower
+from obsdiff_export.component import Component
+from obsdiff_export.ports import Port
+
+GRAPH: Final = "model.onnx"
+DATA: Final = "model.onnx.data"
+FLOAT32_INPUTS: Final = frozenset({"timestep", "time_ids"})
+"""Inputs that stay float32 in every graph: bfloat16 knows 996 and 1000, but no timestep between them."""
+
+_NAMES: Final = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_OPSETS: Final = {torch.float32: (18, 20), torch.float16: (18, 20), torch.bfloat16: (22, 22)}
+_ALIGNMENT: Final = 4096
+_INLINE_BYTES: Final = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnnxModel:
+    """An exported component.
+
+    Attributes:
+        name: the component's.
+        path: the graph; its weights are `model.onnx.data` beside it.
+        dtype: "float32", "float16" or "bfloat16": what the graph computes in.
+        opset: of the default domain.
+        inputs, outputs: in order.
+        weights: names of the initializers that come from the module.
+        bytes: graph and weights on disk.
+        seconds: how long the export took.
+    """
+
+    name: str
+    path: Path
+    dtype: str
+    opset: int
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    weights: tuple[str, ...]
+    bytes: int
+    seconds: float
+
+
+def export(component: Component, folder: Path, *, dtype: torch.dtype, opset: int | None = None) -> OnnxModel:
+    """Writes model.onnx, model.onnx.data and config.json into `folder`.
+
+    Args:
+        component: what to export; its module is not changed.
+        folder: made where it is absent.
+        dtype: float32, float16 or bfloat16: of the weights, and of floating inputs but `FLOAT32_INPUTS`.
+        opset: 18 or later, 22 or later for bfloat16; None for 20, or 22.
+
+    Raises:
+        ConfigError: a dtype or an opset that cannot be exported.
+        ExportError: the module could not be captured or translated, or an axis that should change is fixed.
+        ResourceError: not enough disk.
+    """
+    started = perf_counter()
+    opset = _checked_opset(dtype, opset)
+    _check(component)
+    module = in_dtype(component.module, dtype)
+    inputs = inputs_in_dtype(component.inputs, dtype)
+    model, weights = lower(component, module, inputs, opset)
+    passes.simplify(model, weights)
+    passes.fold_transposes(model)
+    passes.lower_doubles(model)
+    passes.name_axes(model, component.dynamic_axes)
+    passes.strip(model, _provenance(component, dtype, opset))
+    _check_axes(model, component)
+    kept = tuple(name for name in model.graph.initializers if name.removesuffix(passes.TRANSPOSED) in weights)
+    size = _save(model, component, folder)
+    return OnnxModel(
+        name=component.name,
+        path=folder / GRAPH,
+        dtype=_NAMES[dtype],
+        opset=opset,
+        inputs=tuple(_port(value) for value in model.graph.inputs),
+        outputs=tuple(_port(value) for value in model.graph.outputs),
+        weights=kept,
+        bytes=size,
+        seconds=perf_counter() - started,
+    )
+
+
+def in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The module itself where it has this dtype already, else a copy, cast leaf by leaf, that shares nothing."""
+    leaves = [*module.parameters(), *module.buffers()]
+    floating = [leaf for leaf in leaves if leaf.is_floating_point()]
+    if all(leaf.dtype == dtype for leaf in floating):
+        return module
+    memo: dict[int, Any] = {}
+    for leaf in floating:
+        with torch.no_grad():
+            moved = leaf.detach().to(dtype)
+        memo[id(leaf)] = nn.Parameter(moved, requires_grad=False) if isinstance(leaf, nn.Parameter) else moved
+    return copy.deepcopy(module, memo)
+
+
+def inputs_in_dtype(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Floating inputs as the graph takes them."""
+    return {
+        name: tensor.to(torch.float32 if name in FLOAT32_INPUTS else dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in inputs.items()
+    }
+
+
+def _checked_opset(dtype: torch.dtype, opset: int | None) -> int:
+    if dtype not in _OPSETS:
+        raise ConfigError(f"cannot export {dtype}; known are float32, float16 and bfloat16")
+    least, default = _OPSETS[dtype]
+    if opset is not None and opset < least:
+        raise ConfigError(
+            f"opset {opset} has no {_NAMES[dtype]} graphs; take {least} or later, {default} is the default"
+        )
+    return opset or default
+
+
+def _check(component: Component) -> None:
+    """Raises ExportError where the component could only be exported wrongly."""
+    if component.module.training:
+        raise ExportError(f"{component.name}: the module is in training mode; call .eval() before exporting it")
+    for name, axes in component.dynamic_axes.items():
+        if name not in component.inputs:
+            raise ExportError(f"{component.name}: dynamic axes are given for {name}, which is no input")
+        for axis, symbol in axes.items():
+            if component.inputs[name].shape[axis] < 2:
+                raise ExportError(f"{component.name}: the example of {name} has {symbol} < 2, which would be baked in")
+
+
+def _check_axes(model: ir.Model, component: Component) -> None:
+    for value in model.graph.inputs:
+        for axis, symbol in component.dynamic_axes.get(str(value.name), {}).items():
+            if _port(value).shape[axis] != symbol:
+                raise ExportError(
+                    f"{component.name}: axis {axis} of {value.name} should be '{symbol}' but is "
+                    f"{_port(value).shape[axis]}: the module fixes that size"
+                )
+
+
+def _provenance(component: Component, dtype: torch.dtype, opset: int) -> dict[str, str]:
+    packages = ("torch", "onnxscript", "onnx-ir")
+    return {
+        "obsdiff.component": component.name,
+        "obsdiff.class": str(component.config.get("_class_name") or type(component.module).__name__),
+        "obsdiff.dtype": _NAMES[dtype],
+        "obsdiff.opset": str(opset),
+        "obsdiff.version": __version__,
+        **{f"obsdiff.{package}": version(package) for package in packages},
+    }
+
+
+def _save(model: ir.Model, component: Component, folder: Path) -> int:
+    """Streams the weights, one at a time; returns the bytes of graph and weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    needed = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ResourceError(f"{component.name}: {folder} has {free:,} bytes free, the weights need {needed:,}")
+    path = folder / GRAPH
+    ir.save(
+        model,
+        path,
+        external_data=DATA,
+        size_threshold_bytes=_INLINE_BYTES,
+        alignment=_ALIGNMENT,
+        align_threshold=_INLINE_BYTES,
+    )
+    config = json.dumps(dict(component.config), indent=2, sort_keys=True)
+    (folder / "config.json").write_text(config + "\n", encoding="utf-8")
+    data = folder / DATA
+    return path.stat().st_size + (data.stat().st_size if data.exists() else 0)
+
+
+def _port(value: ir.Value) -> Port:
+    shape = value.shape if value.shape is not None else ()
+    sizes = tuple(size if isinstance(size, int) else str(size.value) for size in shape)
+    return Port(name=str(value.name), dtype=str(value.dtype and value.dtype.name).lower(), shape=sizes)
