@@ -66,6 +66,20 @@ class Family(Protocol):
         """
         ...
 
+    def example(
+        self, denoiser: nn.Module, *, batch: int, size: tuple[int, int], text_tokens: int, pixels: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        """Seeded inputs of the denoiser as exported, by ONNX name, on the CPU.
+
+        `size` is that of the latents, `pixels` that of the image; both (height, width). A denoiser on the meta device
+        is enough.
+        """
+        ...
+
+    def arguments(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Inputs by ONNX name as keyword arguments of the denoiser's forward."""
+        ...
+
     def components(self, pipeline: DiffusionPipeline, *, height: int, width: int) -> tuple[Component, ...]:
         """Text encoders, denoiser, VAE decoder and encoder: those that the pipeline has, as the export needs them.
 

@@ -87,11 +87,30 @@ def encode(
     return encoded
 
 
+def example(
+    denoiser: nn.Module, *, batch: int, size: tuple[int, int], text_tokens: int, pixels: tuple[int, int]
+) -> dict[str, Tensor]:
+    """See `Family.example`."""
+    config: Any = denoiser.config
+    dtype: Any = denoiser.dtype
+    return {
+        "hidden_states": parts.noise(batch, config.in_channels, *size, dtype=dtype),
+        "encoder_hidden_states": parts.noise(batch, text_tokens, config.joint_attention_dim, dtype=dtype),
+        "pooled_projections": parts.noise(batch, config.pooled_projection_dim, dtype=dtype),
+        "timestep": parts.timesteps(batch, dtype=dtype),
+    }
+
+
+def arguments(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """See `Family.arguments`."""
+    return dict(inputs)
+
+
 def components(pipeline: DiffusionPipeline, *, height: int, width: int) -> tuple[Component, ...]:
     """See `Family.components`."""
     model = pipeline.transformer
     scale = parts.vae_scale(pipeline.vae.config) if pipeline.vae is not None else 8
-    config, dtype = model.config, model.dtype
+    config = model.config
 
     def forward(
         self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, pooled_projections: Tensor, timestep: Tensor
@@ -103,12 +122,7 @@ def components(pipeline: DiffusionPipeline, *, height: int, width: int) -> tuple
         height, width, vae_scale=scale, multiple=config.patch_size, limit=config.pos_embed_max_size
     )
     examples = [
-        {
-            "hidden_states": parts.noise(batch, config.in_channels, *size, dtype=dtype),
-            "encoder_hidden_states": parts.noise(batch, length, config.joint_attention_dim, dtype=dtype),
-            "pooled_projections": parts.noise(batch, config.pooled_projection_dim, dtype=dtype),
-            "timestep": parts.timesteps(batch, dtype=dtype),
-        }
+        example(model, batch=batch, size=size, text_tokens=length, pixels=(height, width))
         for batch, length, size in parts.rows(sizes)
     ]
     transformer = Component(

@@ -103,6 +103,33 @@ def encode(
     return {key: value for key, value in zip(names, encoded, strict=False) if value is not None}
 
 
+def example(
+    denoiser: nn.Module, *, batch: int, size: tuple[int, int], text_tokens: int, pixels: tuple[int, int]
+) -> dict[str, Tensor]:
+    """See `Family.example`."""
+    config: Any = denoiser.config
+    dtype: Any = denoiser.dtype
+    across = config.encoder_hid_dim or config.cross_attention_dim
+    text = across if isinstance(across, int) else across[0]
+    inputs = {
+        "sample": parts.noise(batch, config.in_channels, *size, dtype=dtype),
+        "timestep": parts.timesteps(batch, dtype=dtype),
+        "encoder_hidden_states": parts.noise(batch, text_tokens, text, dtype=dtype),
+    }
+    if _is_xl(denoiser):
+        pooled = config.projection_class_embeddings_input_dim - _TIME_IDS * config.addition_time_embed_dim
+        inputs["text_embeds"] = parts.noise(batch, pooled, dtype=dtype)
+        inputs["time_ids"] = torch.tensor([*pixels, 0, 0, *pixels], dtype=dtype).repeat(batch, 1)
+    return inputs
+
+
+def arguments(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """See `Family.arguments`: what only SDXL has goes into `added_cond_kwargs`."""
+    added = {key: value for key, value in inputs.items() if key in ("text_embeds", "time_ids")}
+    plain = {key: value for key, value in inputs.items() if key not in added}
+    return {**plain, "added_cond_kwargs": added or None}
+
+
 def components(pipeline: DiffusionPipeline, *, height: int, width: int) -> tuple[Component, ...]:
     """See `Family.components`; SDXL's denoiser also reads `text_embeds` and `time_ids`.
 
@@ -111,7 +138,12 @@ def components(pipeline: DiffusionPipeline, *, height: int, width: int) -> tuple
     """
     model = pipeline.unet
     _check_inputs(model.config)
-    examples = _examples(pipeline, height=height, width=width)
+    scale = parts.vae_scale(pipeline.vae.config) if pipeline.vae is not None else 8
+    sizes = parts.latent_sizes(height, width, vae_scale=scale, multiple=2 ** (len(model.config.block_out_channels) - 1))
+    examples = [
+        example(model, batch=batch, size=size, text_tokens=length, pixels=(height, width))
+        for batch, length, size in parts.rows(sizes)
+    ]
 
     def forward(
         self: Any,
@@ -139,28 +171,6 @@ def components(pipeline: DiffusionPipeline, *, height: int, width: int) -> tuple
     )
     vae = parts.autoencoder(pipeline, height=height, width=width)
     return (*parts.text_encoders(pipeline), unet, *vae)
-
-
-def _examples(pipeline: DiffusionPipeline, *, height: int, width: int) -> list[dict[str, Tensor]]:
-    config, dtype = pipeline.unet.config, pipeline.unet.dtype
-    scale = parts.vae_scale(pipeline.vae.config) if pipeline.vae is not None else 8
-    sizes = parts.latent_sizes(height, width, vae_scale=scale, multiple=2 ** (len(config.block_out_channels) - 1))
-    across = config.encoder_hid_dim or config.cross_attention_dim
-    text = across if isinstance(across, int) else across[0]
-    examples = []
-    for batch, length, size in parts.rows(sizes):
-        example = {
-            "sample": parts.noise(batch, config.in_channels, *size, dtype=dtype),
-            "timestep": parts.timesteps(batch, dtype=dtype),
-            "encoder_hidden_states": parts.noise(batch, length, text, dtype=dtype),
-        }
-        if _is_xl(pipeline.unet):
-            pooled = config.projection_class_embeddings_input_dim - _TIME_IDS * config.addition_time_embed_dim
-            example["text_embeds"] = parts.noise(batch, pooled, dtype=dtype)
-            sizes_and_crops = [height, width, 0, 0, height, width]
-            example["time_ids"] = torch.tensor(sizes_and_crops, dtype=dtype).repeat(batch, 1)
-        examples.append(example)
-    return examples
 
 
 def _is_xl(model: nn.Module) -> bool:
