@@ -58,7 +58,7 @@ class Counts:
     Attributes:
         parameters: stored numbers, zeros included.
         nonzero: those that are not zero.
-        macs: multiply-accumulates of the linears and convolutions for one row of one call, zeros included; see costs.py.
+        macs: multiply-accumulates of the linears and convolutions for a batch of one, zeros included; see costs.py.
         bytes_on_disk: of its weights as saved.
     """
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich import box
 from rich.table import Table
 
 from obsdiff import page, wording
@@ -24,7 +25,8 @@ def write_html(report: Report, images: Sequence[ImagePair], path: Path) -> None:
 
 def summary_table(report: Report) -> Table:
     """Dense, pruned and their ratio, for the terminal."""
-    table = Table(title=f"{report.model}  {report.sparsity}  {report.method}", title_justify="left", title_style="bold")
+    title = f"{report.model}  {report.sparsity}  {report.method}"
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     table.add_column("")
     for name in ("dense", "pruned", "pruned / dense"):
         table.add_column(name, justify="right")

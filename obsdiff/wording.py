@@ -146,24 +146,29 @@ def _quality(evaluation: Evaluation) -> list[Row]:
 def _done(report: Report) -> str:
     pruned = [layer for layer in report.layers if layer.pattern != "dense"]
     kept = report.pruned.nonzero / report.dense.nonzero if report.dense.nonzero else 1.0
-    return (
+    said = (
         f"{len(pruned)} of {len(report.layers)} linears were pruned to {report.sparsity} by {report.method}:"
         f" {percent(1 - kept)} of the denoiser's weights are gone or zero."
     )
+    before, after = report.dense.bytes_on_disk, report.pruned.bytes_on_disk
+    stored = not isinstance(before, NotMeasured) and not isinstance(after, NotMeasured) and after > 0.98 * before
+    if stored and has_pattern(report.sparsity):
+        said += " The file is no smaller: zeros are stored like other numbers."
+    return said
 
 
 def _speed(report: Report) -> str:
     if isinstance(report.latency, NotMeasured):
         return f"Whether it is faster was not measured: {report.latency.why}."
     latency = report.latency[0]
-    times = f"{milliseconds(latency.pruned.p50_ms)} against {milliseconds(latency.dense.p50_ms)} dense"
-    where = f"{latency.what} on {latency.backend}: {times} (median of {latency.pruned.runs} runs)"
+    dense, pruned = milliseconds(latency.dense.p50_ms), milliseconds(latency.pruned.p50_ms)
+    found = f"{latency.what} on {latency.backend} takes {pruned}, dense {dense} (medians of {latency.pruned.runs} runs)"
     if latency.verdict == "no different":
-        said = f"No faster here. {where}; the difference is within the noise."
+        said = f"No faster here: {found}; the difference is within the noise."
     elif latency.verdict == "slower":
-        said = f"Slower here. {where}, {1 / latency.speedup:.2f} times the dense time."
+        said = f"Slower here: {found}, {1 / latency.speedup:.2f} times the dense time."
     else:
-        said = f"Faster here. {where}, {latency.speedup:.2f} times as fast."
+        said = f"Faster here: {found}, {latency.speedup:.2f} times as fast."
     if has_pattern(report.sparsity) and "CPU" in latency.backend:
         said += " Zeros inside a matrix give no speed-up on a CPU: it multiplies them like any other number."
     return said
@@ -173,10 +178,12 @@ def _goodness(report: Report) -> str:
     evaluation = report.evaluation
     if isinstance(evaluation, NotMeasured):
         return f"Quality was not measured: {evaluation.why}."
-    said = f"Velocity error {small(evaluation.velocity_error)} along the dense trajectory; pictures differ by"
-    said += (
-        " nothing." if evaluation.psnr_db is None else f" {evaluation.psnr_db:.1f} dB PSNR, SSIM {evaluation.ssim:.3f}."
+    pictures = (
+        "the pictures are identical"
+        if evaluation.psnr_db is None
+        else f"pictures against the dense ones: PSNR {evaluation.psnr_db:.1f} dB, SSIM {evaluation.ssim:.3f}"
     )
+    said = f"Velocity error {small(evaluation.velocity_error)} along the dense trajectory; {pictures}."
     dense, pruned = evaluation.dense_obedience, evaluation.pruned_obedience
     if dense is None or pruned is None:
         return said
