@@ -183,3 +183,38 @@ def _compare_components(runs: Mapping[str, _Run], iterations: int) -> dict[str, 
         for name in mine
         if name in theirs
     }
+
+
+def table(report: BenchReport) -> str:
+    """The report as text for a terminal."""
+    guidance = f"guidance {report.guidance_scale:g}"
+    lines = [
+        f"{report.height}x{report.width}, {report.num_inference_steps} steps, {guidance}, batch {report.num_images}; "
+        f"{report.iterations} rounds after {report.warmup} of warm-up",
+        f"{report.machine.cpu}, {report.threads or report.machine.logical_cores} threads; "
+        + ", ".join(f"{name} {version}" for name, version in report.machine.versions.items()),
+    ]
+    width = max(len(name) for candidate in report.candidates.values() for name in ("end to end", *candidate.components))
+    for label, candidate in report.candidates.items():
+        lines += [
+            "",
+            f"{label}: {candidate.path} ({candidate.sparsity}, {candidate.bundle_bytes / 1e6:.1f} MB), "
+            f"{candidate.images_per_second:.2f} images/s",
+            f"  {'':{width}}  {'runs':>6}" + "".join(f"{name:>10}" for name in _COLUMNS),
+        ]
+        rows = {"end to end": candidate.end_to_end, **candidate.components}
+        lines += [f"  {name:{width}}  {_row(found)}" for name, found in rows.items()]
+    if report.comparisons:
+        lines.append("")
+        lines += [f"{name.replace('_', ' ')}: {found.verdict}" for name, found in report.comparisons.items()]
+    if report.host_peak_bytes is not None:
+        lines += ["", f"peak memory of the process: {report.host_peak_bytes / 2**20:.0f} MiB"]
+    return "\n".join(lines)
+
+
+_COLUMNS: Final = ("p50 ms", "p90 ms", "p99 ms", "min ms", "mean ms")
+
+
+def _row(found: Latency) -> str:
+    values = (found.p50_ms, found.p90_ms, found.p99_ms, found.min_ms, found.mean_ms)
+    return f"{found.count:>6}" + "".join(f"{value:>10.2f}" for value in values)

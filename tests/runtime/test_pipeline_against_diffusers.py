@@ -1,0 +1,56 @@
+"""The same prompt and noise through diffusers and through the bundle: the same image."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from obsdiff_runtime.pipeline import Images, Pipeline
+
+PROMPTS = ["a large red circle above a small blue square", "a small green triangle"]
+
+
+def both(pair: tuple[Any, Path], *, height: int = 32, width: int = 32, **options: Any) -> tuple[np.ndarray, Images]:
+    """(n, height, width, 3) of diffusers, in 0..1, and what the runtime draws."""
+    theirs, folder = pair
+    ours = Pipeline(folder, threads=1)
+    count = len(PROMPTS) * options.get("num_images", 1)
+    noise = np.random.default_rng(1).standard_normal((count, 4, height // 2, width // 2), dtype=np.float32)
+    if "max_sequence_length" not in options and "StableDiffusion3" in type(theirs).__name__:
+        options["max_sequence_length"] = 5
+    given = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": height, "width": width} | options
+    with torch.no_grad():
+        expected = theirs(
+            PROMPTS,
+            num_images_per_prompt=given.get("num_images", 1),
+            latents=torch.from_numpy(noise),
+            output_type="np",
+            **{name: value for name, value in given.items() if name != "num_images"},
+        ).images
+    given.setdefault("negative_prompt", "")
+    return expected, ours(PROMPTS, latents=noise, **given)
+
+
+def psnr(expected: np.ndarray, images: Images) -> float:
+    error = np.mean((expected - images.arrays / 255) ** 2)
+    return float(-10 * np.log10(error))
+
+
+def test_an_image_is_what_diffusers_draws(pair: tuple[Any, Path]) -> None:
+    expected, images = both(pair)
+    assert images.arrays.dtype == np.uint8
+    assert expected.std() > 0.02  # not a grey square, on which everything agrees
+    assert psnr(expected, images) > 50  # rounding to uint8 alone leaves 59 dB
+
+
+def test_sizes_steps_and_negative_prompts_are_what_diffusers_makes_of_them(pair: tuple[Any, Path]) -> None:
+    negative = ["a small green triangle", "two yellow stars"]
+    expected, images = both(pair, height=24, width=32, num_inference_steps=6, negative_prompt=negative)
+    assert images.arrays.shape == (2, 24, 32, 3)
+    assert psnr(expected, images) > 50
+
+
+def test_no_guidance_and_several_images_of_a_prompt(pair: tuple[Any, Path]) -> None:
+    expected, images = both(pair, guidance_scale=1.0, num_images=2)
+    assert len(images) == 4
+    assert psnr(expected, images) > 50
