@@ -5,18 +5,15 @@ Nothing is ever borrowed from elsewhere.
 """
 
 import dataclasses
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from obsdiff.evaluation import Evaluation
 from obsdiff.pruning import LayerResult
+from obsdiff_runtime.timing import Comparison, Latency, Timings
 
-Verdict = Literal["faster", "slower", "no different"]
-
-LEAST_DIFFERENCE = 0.02
-"""A median that moved by less than this share is called no different, however narrow its interval."""
+Verdict = Literal["faster", "slower", "no different", "unknown"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,70 +66,44 @@ class Counts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Timing:
-    """Repeated timings of one thing.
+class LatencyPair:
+    """The same work by the dense and by the pruned model, timed by turns.
 
     Attributes:
-        p50_ms, p95_ms: percentiles.
-        low_ms, high_ms: 95 % interval of the median, from order statistics, free of assumptions on the noise's shape.
-        runs: how many timings, warm-up not counted.
-    """
-
-    p50_ms: float
-    p95_ms: float
-    low_ms: float
-    high_ms: float
-    runs: int
-
-    @classmethod
-    def of(cls, samples_ms: Sequence[float]) -> "Timing":
-        """From the timings themselves, in milliseconds.
-
-        Raises:
-            ValueError: fewer than 6, too few for a 95 % interval of the median.
-        """
-        if len(samples_ms) < 6:
-            raise ValueError(f"{len(samples_ms)} timings are too few for an interval of the median; at least 6")
-        ordered = sorted(samples_ms)
-        rank = _median_rank(len(ordered))
-        return cls(
-            p50_ms=_percentile(ordered, 0.5),
-            p95_ms=_percentile(ordered, 0.95),
-            low_ms=ordered[rank],
-            high_ms=ordered[-1 - rank],
-            runs=len(ordered),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Latency:
-    """The same work by the dense and by the pruned model.
-
-    Attributes:
-        what: "denoiser, one call", "text to image", ...
-        backend: "ONNX Runtime, CPU", ...
-        shape: what was run, in words: "2 rows of 64x64 pixels, 20 steps".
+        what: "one denoiser call", "text to image", ...
+        backend: "ONNX Runtime on the CPU", ...
+        shape: what was run, in words: "2 rows of 64x64 pixels".
+        comparison: of "pruned" against "dense".
     """
 
     what: str
     backend: str
     shape: str
-    dense: Timing
-    pruned: Timing
+    dense: Latency
+    pruned: Latency
+    comparison: Comparison
 
-    @property
-    def speedup(self) -> float:
-        """How many times faster the pruned model is; below 1 it is slower."""
-        return self.dense.p50_ms / self.pruned.p50_ms
+    @classmethod
+    def of(cls, timings: Timings, *, what: str, backend: str, shape: str) -> "LatencyPair":
+        """From `time_interleaved({"dense": ..., "pruned": ...})`."""
+        latencies = timings.latencies
+        found = next(entry for entry in timings.comparisons if (entry.name, entry.against) == ("pruned", "dense"))
+        return cls(
+            what=what,
+            backend=backend,
+            shape=shape,
+            dense=latencies["dense"],
+            pruned=latencies["pruned"],
+            comparison=found,
+        )
 
     @property
     def verdict(self) -> Verdict:
-        """Faster or slower only where the intervals of the medians do not touch and the medians differ by 2 %."""
-        if self.pruned.high_ms < self.dense.low_ms and self.pruned.p50_ms < self.dense.p50_ms * (1 - LEAST_DIFFERENCE):
-            return "faster"
-        if self.pruned.low_ms > self.dense.high_ms and self.pruned.p50_ms > self.dense.p50_ms * (1 + LEAST_DIFFERENCE):
-            return "slower"
-        return "no different"
+        """Faster or slower only where the 95 % interval of the ratio leaves 1 out."""
+        low, high = self.comparison.low, self.comparison.high
+        if low is None or high is None:
+            return "unknown"
+        return "faster" if low > 1 else "slower" if high < 1 else "no different"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +146,7 @@ class Report:
         model: as the user named it.
         command: what to type to get this again; None where the run was not started from a shell.
         recipe: the resolved configuration, as JSON data.
-        licence: of the base model, where known: an identifier as the Hub uses it.
+        licence: of the base model where known, as its card says it: license, license_name, license_link.
         latency: one entry or more, the most telling one first.
         notes: what the user should know, in plain sentences.
     """
@@ -192,19 +163,19 @@ class Report:
     layers: tuple[LayerResult, ...]
     components: tuple[ExportedComponent, ...] | NotMeasured
     engines: tuple[BuiltEngine, ...] | NotMeasured
-    latency: tuple[Latency, ...] | NotMeasured
+    latency: tuple[LatencyPair, ...] | NotMeasured
     evaluation: Evaluation | NotMeasured
     stages: tuple[Stage, ...]
     notes: tuple[str, ...] = ()
     command: str | None = None
-    licence: str | None = None
+    licence: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; an absent number becomes {"not_measured": reason}."""
         data = _plain(self)
         if isinstance(self.latency, tuple):
             for entry, latency in zip(data["latency"], self.latency, strict=True):
-                entry |= {"speedup": latency.speedup, "verdict": latency.verdict}
+                entry["verdict"] = latency.verdict
         return data  # type: ignore[no-any-return]
 
 
@@ -218,21 +189,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Iterable) and not isinstance(value, str | bytes):
         return [_plain(entry) for entry in value]
     return value
-
-
-def _percentile(ordered: Sequence[float], share: float) -> float:
-    """Linear between the two nearest ranks."""
-    place = share * (len(ordered) - 1)
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
-
-
-def _median_rank(count: int) -> int:
-    """The largest r with P(Binomial(count, 1/2) <= r) <= 2.5 %: values r and -1-r bound the median at 95 %."""
-    rank, probability = -1, 0.0
-    while True:
-        probability += math.comb(count, rank + 1) / 2**count
-        if probability > 0.025:
-            return max(rank, 0)
-        rank += 1

@@ -56,7 +56,7 @@ def render(report: Report, images: Sequence[ImagePair]) -> str:
         keep_trailing_newline=True,
     )
     environment.globals |= {
-        name: getattr(wording, name) for name in ("size", "seconds", "milliseconds", "percent", "small")
+        name: getattr(wording, name) for name in ("size", "seconds", "milliseconds", "percent", "small", "speedup")
     }
     return environment.get_template("report.html.j2").render(
         report=report,

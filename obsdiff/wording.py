@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from obsdiff.evaluation import Evaluation, Share
-from obsdiff.measurements import Latency, NotMeasured, Report
+from obsdiff.measurements import LatencyPair, NotMeasured, Report
 
 ABSENT = "not measured"
 NO_RATIO = ""
@@ -69,6 +69,15 @@ def interval(share: Share) -> str:
     return f"95 % interval {100 * share.low:.0f} to {100 * share.high:.0f} %"
 
 
+def speedup(latency: LatencyPair) -> str:
+    """1.02x the dense speed, 95 % interval 0.99 to 1.05."""
+    found = latency.comparison
+    said = f"{found.speedup:.2f}x the dense speed"
+    if found.low is None or found.high is None:
+        return said
+    return f"{said}, 95 % interval {found.low:.2f} to {found.high:.2f}"
+
+
 def summary(report: Report) -> tuple[Row, ...]:
     """The table of the summary: size, speed, quality."""
     rows = [
@@ -118,12 +127,12 @@ def _counts(label: str, dense: int | NotMeasured, pruned: int | NotMeasured, *, 
     return Row(label=label, dense=show(dense), pruned=show(pruned), ratio=ratio)
 
 
-def _latency(latency: Latency) -> Row:
+def _latency(latency: LatencyPair) -> Row:
     return Row(
         label=f"{latency.what}, median",
         dense=milliseconds(latency.dense.p50_ms),
         pruned=milliseconds(latency.pruned.p50_ms),
-        ratio=f"{1 / latency.speedup:.3f}, {latency.verdict}",
+        ratio=f"{1 / latency.comparison.speedup:.3f}, {latency.verdict}",
     )
 
 
@@ -162,13 +171,13 @@ def _speed(report: Report) -> str:
         return f"Whether it is faster was not measured: {report.latency.why}."
     latency = report.latency[0]
     dense, pruned = milliseconds(latency.dense.p50_ms), milliseconds(latency.pruned.p50_ms)
-    found = f"{latency.what} on {latency.backend} takes {pruned}, dense {dense} (medians of {latency.pruned.runs} runs)"
-    if latency.verdict == "no different":
-        said = f"No faster here: {found}; the difference is within the noise."
-    elif latency.verdict == "slower":
-        said = f"Slower here: {found}, {1 / latency.speedup:.2f} times the dense time."
-    else:
-        said = f"Faster here: {found}, {latency.speedup:.2f} times as fast."
+    found = f"{latency.what}, {latency.backend}: {pruned}, dense {dense} (medians of {latency.pruned.count} runs)"
+    said = {
+        "faster": f"Faster here: {found}, {speedup(latency)}.",
+        "slower": f"Slower here: {found}, {speedup(latency)}.",
+        "no different": f"No faster here: {found}; the difference is within the noise, {speedup(latency)}.",
+        "unknown": f"Too few runs to tell: {found}.",
+    }[latency.verdict]
     if has_pattern(report.sparsity) and "CPU" in latency.backend:
         said += " Zeros inside a matrix give no speed-up on a CPU: it multiplies them like any other number."
     return said
