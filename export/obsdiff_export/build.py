@@ -16,8 +16,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import obsdiff_runtime.errors
 import onnx
+
+import obsdiff_export
+import obsdiff_runtime.errors
+from obsdiff_export.builders.request import Answer, Builder, Request
+from obsdiff_export.builders.rtx import Rtx
+from obsdiff_export.builders.tensorrt import TensorRt
+from obsdiff_export.pattern import PatternReport
+from obsdiff_export.ports import read_ports
+from obsdiff_export.profiles import Profile
+from obsdiff_export.receipt import Receipt, load, parse_log
 from obsdiff_runtime.errors import (
     BuildError,
     BundleError,
@@ -29,15 +38,6 @@ from obsdiff_runtime.errors import (
     ResourceError,
 )
 from obsdiff_runtime.progress import Progress, silent
-
-import obsdiff_export
-from obsdiff_export.builders.request import Answer, Builder, Request
-from obsdiff_export.builders.rtx import Rtx
-from obsdiff_export.builders.tensorrt import TensorRt
-from obsdiff_export.pattern import PatternReport
-from obsdiff_export.ports import read_ports
-from obsdiff_export.profiles import Profile
-from obsdiff_export.receipt import Receipt, load, parse_log
 
 BUILDERS: Final[dict[str, Builder]] = {"tensorrt": TensorRt(), "tensorrt_rtx": Rtx()}
 
@@ -182,6 +182,11 @@ def content_hash(model: Path) -> str:
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
+def place_of(builder: Builder) -> str:
+    """Where the building process finds a builder: "module:Class"."""
+    return f"{type(builder).__module__}:{type(builder).__qualname__}"
+
+
 def _check_profile(model: Path, profile: Mapping[str, Profile]) -> None:
     inputs, _ = read_ports(model)
     names = {port.name for port in inputs}
@@ -240,7 +245,7 @@ def _request(
     targets: tuple[str, ...],
 ) -> Request:
     return Request(
-        builder=f"{type(builder).__module__}:{type(builder).__qualname__}",
+        builder=place_of(builder),
         onnx=str(model.resolve()),
         plan=str((scratch / "plan").resolve()),
         answer=str((scratch / "answer.json").resolve()),

@@ -8,13 +8,13 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from obsdiff_runtime.errors import ExportError
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.onnx.errors import OnnxExporterError
 
 from obsdiff_export.component import Component
 from obsdiff_export.translations import translations
+from obsdiff_runtime.errors import ExportError
 
 
 def lower(

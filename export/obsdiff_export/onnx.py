@@ -17,14 +17,14 @@ from typing import Any, Final
 
 import onnx_ir as ir
 import torch
-from obsdiff_runtime.errors import ConfigError, ExportError, ResourceError
-from obsdiff_runtime.version import __version__
 from torch import Tensor, nn
 
 from obsdiff_export import passes
 from obsdiff_export.capture import lower
 from obsdiff_export.component import Component
 from obsdiff_export.ports import Port
+from obsdiff_runtime.errors import ConfigError, ExportError, ResourceError
+from obsdiff_runtime.version import __version__
 
 GRAPH: Final = "model.onnx"
 DATA: Final = "model.onnx.data"

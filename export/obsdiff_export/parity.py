@@ -14,11 +14,11 @@ from typing import Any, Final
 import numpy as np
 import onnx
 import torch
-from obsdiff_runtime.errors import ExportError, MissingPackageError
 from torch import Tensor
 
 from obsdiff_export.component import Component
 from obsdiff_export.onnx import OnnxModel, export, in_dtype, inputs_in_dtype
+from obsdiff_runtime.errors import ExportError, MissingPackageError
 
 _Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -14,8 +14,9 @@ from typing import Any, Final
 
 import numpy as np
 import onnx
-from obsdiff_runtime.errors import ConfigError, ExportError
 from onnx import TensorProto
+
+from obsdiff_runtime.errors import ConfigError, ExportError
 
 _Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
+
 from obsdiff_runtime.errors import ExportError
 
 

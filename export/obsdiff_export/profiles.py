@@ -3,9 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from obsdiff_runtime.errors import ConfigError
-
 from obsdiff_export.ports import Port
+from obsdiff_runtime.errors import ConfigError
 
 Size = int | tuple[int, int, int]
 """One size, or smallest, best (the one tactics are timed at: choose the served size) and largest."""

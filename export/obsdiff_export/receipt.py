@@ -10,9 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from obsdiff_runtime.errors import BundleError
-
 from obsdiff_export.pattern import PatternReport
+from obsdiff_runtime.errors import BundleError
 
 SCHEMA: Final = 1
 

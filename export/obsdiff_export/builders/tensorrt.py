@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-from obsdiff_runtime.errors import CompatibilityError
-
 from obsdiff_export.builders.polygraph import build_plan, profile_from
 from obsdiff_export.builders.request import Log, Request
 from obsdiff_export.gpu import compute_capability
+from obsdiff_runtime.errors import CompatibilityError
 
 
 class TensorRt:

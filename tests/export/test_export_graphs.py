@@ -1,0 +1,210 @@
+import copy
+import json
+import warnings
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, numpy_helper
+from torch import Tensor, nn
+
+from obsdiff_export.component import Component
+from obsdiff_export.onnx import OnnxModel, export, in_dtype
+from obsdiff_runtime.errors import ConfigError, ExportError
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def graph_of(model: OnnxModel) -> onnx.GraphProto:
+    return onnx.load(model.path).graph
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_parameter_is_an_initializer_under_its_own_name(toy, exports, dtype):
+    graph = graph_of(getattr(exports, dtype))
+    stored = {tensor.name.removesuffix("::T") for tensor in graph.initializer}
+    assert {name for name, _ in toy.module.named_parameters()} <= stored
+
+
+def test_weights_of_matmul_are_stored_as_it_reads_them_and_those_of_gemm_as_torch_does(toy, exports):
+    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph_of(exports.float32).initializer}
+    weights = dict(toy.module.named_parameters())
+    for name in ("up.weight", "gate.weight", "down.weight"):
+        np.testing.assert_array_equal(stored[f"{name}::T"], weights[name].detach().numpy().T)
+    np.testing.assert_array_equal(stored["embed.weight"], weights["embed.weight"].detach().numpy())
+    assert not [node for node in graph_of(exports.float32).node if node.op_type == "Transpose"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_graph_computes_in_its_dtype_and_timesteps_stay_float32(exports, dtype):
+    model = getattr(exports, dtype)
+    onnx_name = {"float32": "float", "float16": "float16", "bfloat16": "bfloat16"}[dtype]
+    assert {port.name: port.dtype for port in model.inputs} == {"tokens": onnx_name, "timestep": "float"}
+    assert {port.dtype for port in model.outputs} == {onnx_name}
+    kinds = {tensor.name: tensor.data_type for tensor in graph_of(model).initializer}
+    assert kinds["up.weight::T"] == getattr(TensorProto, onnx_name.upper())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_float64_is_left(exports, dtype):
+    graph = graph_of(getattr(exports, dtype))
+    kinds = {tensor.data_type for tensor in graph.initializer}
+    kinds |= {value.type.tensor_type.elem_type for value in graph.value_info}
+    casts = {attribute.i for node in graph.node if node.op_type == "Cast" for attribute in node.attribute}
+    assert TensorProto.DOUBLE not in kinds | casts
+
+
+def test_axes_carry_the_components_names(exports):
+    shapes = {port.name: port.shape for port in (*exports.float32.inputs, *exports.float32.outputs)}
+    assert shapes == {
+        "tokens": ("batch", "length", 16),
+        "timestep": ("batch",),
+        "out": ("batch", "length", 16),
+        "shift": ("batch", 16),
+    }
+
+
+def test_the_same_component_gives_the_same_bytes(toy, exports, tmp_path):
+    again = export(toy, tmp_path, dtype=torch.float32)
+    for name in ("model.onnx", "model.onnx.data", "config.json"):
+        assert (tmp_path / name).read_bytes() == (exports.float32.path.parent / name).read_bytes()
+    assert again.bytes == exports.float32.bytes
+
+
+def test_the_callers_module_is_left_as_it_was(toy, exports):
+    assert {parameter.dtype for parameter in toy.module.parameters()} == {torch.float32}
+    cast = in_dtype(toy.module, torch.float16)
+    assert {leaf.dtype for leaf in cast.state_dict().values()} == {torch.float16}
+    assert in_dtype(toy.module, torch.float32) is toy.module
+
+
+def test_a_cast_keeps_tied_weights_tied():
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    module[1].weight = module[0].weight
+    cast = in_dtype(module, torch.float16)
+    assert cast[1].weight is cast[0].weight
+
+
+def test_external_weights_are_aligned_to_pages(exports):
+    graph = onnx.load(exports.float32.path, load_external_data=False).graph
+    places = [{entry.key: entry.value for entry in tensor.external_data} for tensor in graph.initializer]
+    external = [place for place in places if place]
+    assert external
+    assert all(int(place["offset"]) % 4096 == 0 and place["location"] == "model.onnx.data" for place in external)
+
+
+def test_config_and_provenance_travel_with_the_graph(exports):
+    folder = exports.float16.path.parent
+    assert json.loads((folder / "config.json").read_text()) == {"_class_name": "Toy", "width": 16}
+    facts = {
+        entry.key: entry.value for entry in onnx.load(exports.float16.path, load_external_data=False).metadata_props
+    }
+    assert facts["obsdiff.class"] == "Toy"
+    assert facts["obsdiff.dtype"] == "float16"
+    assert facts["obsdiff.torch"] == version("torch")
+
+
+def test_no_source_path_is_left_in_the_graph(exports):
+    assert b".py" not in exports.float32.path.read_bytes()
+
+
+class Doubles(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2
+
+
+class InPlace(nn.Module):
+    """Needs the exporter's own decompositions: writes in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 2
+        y[:, 0] = 1.0
+        return y.add_(x)
+
+
+def one_input(module: nn.Module, **changes: object) -> Component:
+    component = Component(
+        name="one",
+        module=module.eval(),
+        inputs={"x": torch.arange(24.0).reshape(3, 8)},
+        dynamic_axes={"x": {0: "batch"}},
+        outputs=("y",),
+        config={},
+    )
+    return replace(component, **changes)
+
+
+def test_a_module_that_writes_in_place_is_decomposed_first(tmp_path):
+    from obsdiff_export.parity import compare
+
+    component = one_input(InPlace())
+    model = export(component, tmp_path, dtype=torch.float32)
+    assert compare(component, model).max_relative_error == 0
+
+
+class Unpatchify(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bpc->bcp", x.reshape(-1, 2, 4)).reshape(-1, 8)
+
+
+def test_an_einsum_that_only_permutes_is_a_transpose_so_that_bfloat16_is_valid(tmp_path):
+    model = export(one_input(Unpatchify()), tmp_path, dtype=torch.bfloat16)
+    onnx.checker.check_model(str(model.path), full_check=True)
+    kinds = {node.op_type for node in graph_of(model).node}
+    assert "Transpose" in kinds
+    assert "Einsum" not in kinds
+
+
+class Bakes(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.zeros(int(x.shape[0]), 1) if x.shape[0] == 3 else x
+
+
+def test_an_axis_that_the_module_fixes_is_an_error_that_names_it(tmp_path):
+    with pytest.raises(ExportError, match="one"):
+        export(one_input(Bakes()), tmp_path, dtype=torch.float32)
+    assert not (tmp_path / "model.onnx").exists()
+
+
+def test_an_example_of_batch_one_is_an_error_because_it_would_be_baked_in(tmp_path):
+    with pytest.raises(ExportError, match="batch < 2"):
+        export(one_input(Doubles(), inputs={"x": torch.ones(1, 8)}), tmp_path, dtype=torch.float32)
+
+
+def test_a_module_in_training_mode_is_an_error(tmp_path):
+    component = one_input(Doubles())
+    component.module.train()
+    with pytest.raises(ExportError, match="training mode"):
+        export(component, tmp_path, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "opset", "message"),
+    [(torch.bfloat16, 20, "22 or later"), (torch.float32, 17, "18 or later"), (torch.int8, None, "float32, float16")],
+)
+def test_a_dtype_or_opset_that_gives_no_valid_graph_is_refused(toy, tmp_path, dtype, opset, message):
+    with pytest.raises(ConfigError, match=message):
+        export(toy, tmp_path, dtype=dtype, opset=opset)
+
+
+def test_exporting_leaves_warnings_and_loggers_as_they_were(tmp_path):
+    import logging
+
+    filters, level = copy.copy(warnings.filters), logging.getLogger("torch.onnx").level
+    export(one_input(Doubles()), tmp_path, dtype=torch.float32)
+    assert warnings.filters == filters
+    assert logging.getLogger("torch.onnx").level == level
+
+
+def test_nothing_is_printed(capfd, tmp_path):
+    export(one_input(Doubles()), tmp_path, dtype=torch.float32)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_folder_is_made_where_it_is_absent(tmp_path: Path):
+    model = export(one_input(Doubles()), tmp_path / "a" / "b", dtype=torch.float32)
+    assert model.path == tmp_path / "a" / "b" / "model.onnx"

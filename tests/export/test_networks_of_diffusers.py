@@ -1,0 +1,171 @@
+"""Real networks, tiny and random, against torch in float32 at three sizes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+from obsdiff_export.component import Component
+from obsdiff_export.onnx import export
+from obsdiff_export.parity import compare
+
+Sizes = tuple[int, int, int, int]
+"""batch, height, width, tokens"""
+
+SIZES: tuple[Sizes, ...] = ((2, 8, 12, 5), (3, 16, 8, 7), (1, 4, 4, 2))
+
+
+class Flat(nn.Module):
+    def __init__(self, net: nn.Module, call: Callable[..., Any]) -> None:
+        super().__init__()
+        self.net = net
+        self.call = call
+
+    def forward(self, **inputs: Tensor) -> Any:
+        return self.call(self.net, **inputs)
+
+
+def component(net: nn.Module, call, make, axes, outputs: tuple[str, ...]) -> Component:
+    first, *more = [make(*sizes) for sizes in SIZES]
+    return Component(
+        name="tiny",
+        module=Flat(net, call).eval(),
+        inputs=first,
+        dynamic_axes=axes,
+        outputs=outputs,
+        config={},
+        more_inputs=tuple(more),
+    )
+
+
+def sd3() -> Component:
+    net = SD3Transformer2DModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        caption_projection_dim=32,
+        pooled_projection_dim=20,
+        pos_embed_max_size=16,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+
+    def make(batch: int, height: int, width: int, tokens: int) -> dict[str, Tensor]:
+        return {
+            "hidden_states": torch.randn(batch, 4, height, width),
+            "encoder_hidden_states": torch.randn(batch, tokens, 24),
+            "pooled_projections": torch.randn(batch, 20),
+            "timestep": torch.linspace(999.5, 1, batch),
+        }
+
+    axes = {
+        "hidden_states": {0: "batch", 2: "height", 3: "width"},
+        "encoder_hidden_states": {0: "batch", 1: "text_tokens"},
+        "pooled_projections": {0: "batch"},
+        "timestep": {0: "batch"},
+    }
+    call = lambda net, **inputs: net(**inputs, return_dict=False)[0]  # noqa: E731
+    return component(net, call, make, axes, ("out_hidden_states",))
+
+
+def sdxl() -> Component:
+    net = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=24,
+        attention_head_dim=8,
+        norm_num_groups=4,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 20,
+    )
+
+    def make(batch: int, height: int, width: int, tokens: int) -> dict[str, Tensor]:
+        return {
+            "sample": torch.randn(batch, 4, height, width),
+            "timestep": torch.linspace(999, 1, batch),
+            "encoder_hidden_states": torch.randn(batch, tokens, 24),
+            "text_embeds": torch.randn(batch, 20),
+            "time_ids": torch.full((batch, 6), 1024.0),
+        }
+
+    def call(net: nn.Module, sample, timestep, encoder_hidden_states, **added: Tensor) -> Tensor:
+        return net(sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False)[0]
+
+    axes = {
+        "sample": {0: "batch", 2: "height", 3: "width"},
+        "timestep": {0: "batch"},
+        "encoder_hidden_states": {0: "batch", 1: "text_tokens"},
+        "text_embeds": {0: "batch"},
+        "time_ids": {0: "batch"},
+    }
+    return component(net, call, make, axes, ("out_sample",))
+
+
+def vae_decoder() -> Component:
+    net = AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    make = lambda batch, height, width, tokens: {"latent_sample": torch.randn(batch, 4, height, width)}  # noqa: E731
+    call = lambda net, latent_sample: net.decode(latent_sample, return_dict=False)[0]  # noqa: E731
+    return component(net, call, make, {"latent_sample": {0: "batch", 2: "height", 3: "width"}}, ("sample",))
+
+
+def clip() -> Component:
+    net = CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=99,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+            projection_dim=20,
+            bos_token_id=97,
+            eos_token_id=98,
+        )
+    )
+
+    def make(batch: int, height: int, width: int, tokens: int) -> dict[str, Tensor]:
+        ids = torch.randint(0, 97, (batch, 9))
+        ids[:, tokens:] = 98
+        return {"input_ids": ids}
+
+    def call(net: Any, input_ids: Tensor) -> tuple[Tensor, ...]:
+        found = net(input_ids, output_hidden_states=True)
+        return (found.text_embeds, found.last_hidden_state, *found.hidden_states)
+
+    names = ("text_embeds", "last_hidden_state", "hidden_states.0", "hidden_states.1", "hidden_states.2")
+    return component(net, call, make, {"input_ids": {0: "batch"}}, names)
+
+
+@pytest.mark.parametrize("make", [sd3, sdxl, vae_decoder, clip], ids=lambda make: make.__name__)
+def test_a_float32_graph_agrees_with_torch_and_keeps_the_names(make, tmp_path):
+    tiny = make()
+    model = export(tiny, tmp_path, dtype=torch.float32)
+    assert compare(tiny, model).max_relative_error <= 1e-5  # rounding in another order; the contract is 1e-4
+    stored = {name.removesuffix("::T") for name in model.weights}
+    read = {name for name, _ in tiny.module.named_parameters() if "encoder." not in name or make is not vae_decoder}
+    assert read - stored <= ({"net.quant_conv.weight", "net.quant_conv.bias"} if make is vae_decoder else set())
+
+
+def test_sdxl_in_float16_joins_its_float32_embeddings(tmp_path):
+    tiny = sdxl()
+    model = export(tiny, tmp_path, dtype=torch.float16)
+    assert compare(tiny, model).measured == "float16"
