@@ -1,5 +1,6 @@
 """From what the user names, a folder or a model on the Hub, to a pipeline; or to its configurations alone."""
 
+import contextlib
 import errno
 import inspect
 import json
@@ -130,8 +131,10 @@ def load_pipeline(
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             component.eval()
+    if torch.device(device).type != "cpu":
+        pipeline.to(device)
     return LoadedPipeline(
-        pipeline=pipeline.to(device),
+        pipeline=pipeline,
         family=family,
         folder=folder,
         defaults=defaults_of(folder, _configs(folder, index)),
@@ -247,7 +250,10 @@ def _local(model: str | Path) -> Path | None:
     Raises:
         ModelError: it can be neither.
     """
+    text = str(model)
     path = Path(model).expanduser()
+    if not text:
+        raise ModelError("the model's name is empty; name a diffusers folder or a model on the Hub")
     if path.is_dir() or (path.name == "config.json" and path.is_file()):
         return path
     if path.is_file():
@@ -255,9 +261,8 @@ def _local(model: str | Path) -> Path | None:
             f"{model} is a single file; load it once with from_single_file() of its diffusers pipeline, "
             "save_pretrained() it to a folder, and name that"
         )
-    text = str(model)
-    if not text or text.count("/") > 1 or text.startswith((".", "/", "~")) or "\\" in text:
-        raise ModelError(f"{text or 'the empty name'}: there is no such folder")
+    if text.count("/") > 1 or text.startswith((".", "/", "~")) or "\\" in text:
+        raise ModelError(f"{text}: there is no such folder")
     return None
 
 
@@ -314,40 +319,39 @@ def _empty(folder: Path, config: Mapping[str, Any]) -> nn.Module:
 
 
 def _download(model: str, *, revision: str | None, variant: str | None, local_files_only: bool) -> Path:
-    options = {"revision": revision, "local_files_only": local_files_only}
     try:
-        folder = DiffusionPipeline.download(model, variant=variant, use_safetensors=True, **options)
-        _fetch_extras(model, options)
+        folder = DiffusionPipeline.download(
+            model, revision=revision, variant=variant, use_safetensors=True, local_files_only=local_files_only
+        )
+        _fetch_extras(model, revision, local_files_only)
     except (OSError, ValueError) as error:
         raise _unreachable(model, error) from error
     return Path(folder)
 
 
-def _fetch_extras(model: str, options: Mapping[str, Any]) -> None:
-    """Our own files, which diffusers does not know of; most models have none."""
-    for name in (DEFAULTS, *(f"{family.denoiser}/{MANIFEST}" for family in FAMILIES.values())):
-        try:
-            hf_hub_download(model, name, **options)
-        except EntryNotFoundError:
-            continue
-
-
 def _download_configs(model: str, *, revision: str | None, local_files_only: bool) -> Path:
-    options = {"revision": revision, "local_files_only": local_files_only}
     try:
-        folder = Path(hf_hub_download(model, INDEX, **options)).parent
+        folder = _fetch(model, INDEX, revision, local_files_only).parent
         for name, entry in _index(folder).items():
-            if not isinstance(entry, list) or entry[0] is None or "tokenizer" in name:
-                continue
-            file = "scheduler_config.json" if name == "scheduler" else "config.json"
-            try:
-                hf_hub_download(model, f"{name}/{file}", **options)
-            except EntryNotFoundError:  # safety checkers and the like may have none
-                continue
-        _fetch_extras(model, options)
+            if isinstance(entry, list) and entry[0] is not None and "tokenizer" not in name:
+                file = "scheduler_config.json" if name == "scheduler" else "config.json"
+                with contextlib.suppress(EntryNotFoundError):  # feature extractors have none
+                    _fetch(model, f"{name}/{file}", revision, local_files_only)
+        _fetch_extras(model, revision, local_files_only)
     except (OSError, ValueError) as error:
         raise _unreachable(model, error) from error
     return folder
+
+
+def _fetch_extras(model: str, revision: str | None, local_files_only: bool) -> None:
+    """Our own files, which diffusers does not know of; most models have none."""
+    for name in (DEFAULTS, *(f"{family.denoiser}/{MANIFEST}" for family in FAMILIES.values())):
+        with contextlib.suppress(EntryNotFoundError):
+            _fetch(model, name, revision, local_files_only)
+
+
+def _fetch(model: str, name: str, revision: str | None, local_files_only: bool) -> Path:
+    return Path(str(hf_hub_download(model, name, revision=revision, local_files_only=local_files_only)))
 
 
 def _unreachable(model: str, error: Exception) -> Exception:

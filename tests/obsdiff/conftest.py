@@ -1,6 +1,7 @@
 """Tiny random pipelines of every family, built from configurations; no network, no stored files."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -167,7 +168,7 @@ def sd15_pipeline(**changes: Any) -> StableDiffusionPipeline:
     tokenizer = clip_tokenizer()
     return StableDiffusionPipeline(
         unet=sd15_unet(**changes).eval(),
-        scheduler=DDIMScheduler(clip_sample=False),
+        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
         vae=autoencoder().eval(),
         text_encoder=CLIPTextModel(clip_config(tokenizer, 16)).eval(),
         tokenizer=tokenizer,
@@ -182,7 +183,7 @@ def sdxl_pipeline(**changes: Any) -> StableDiffusionXLPipeline:
     tokenizer = clip_tokenizer()
     return StableDiffusionXLPipeline(
         unet=sdxl_unet(**changes).eval(),
-        scheduler=DDIMScheduler(clip_sample=False),
+        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
         vae=autoencoder().eval(),
         text_encoder=CLIPTextModel(clip_config(tokenizer, 8)).eval(),
         tokenizer=tokenizer,
@@ -241,3 +242,19 @@ def denoise() -> Callable[[nn.Module], torch.Tensor]:
             return denoiser(sample, time, text, added_cond_kwargs=added, return_dict=False)[0]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def sd3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SD3 pipeline without T5, saved by diffusers. Not to be changed: copy it."""
+    folder = tmp_path_factory.mktemp("models") / "sd3"
+    sd3_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sd15_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Stable Diffusion 1.5 pipeline, saved by diffusers. Not to be changed: copy it."""
+    folder = tmp_path_factory.mktemp("models") / "sd15"
+    sd15_pipeline().save_pretrained(folder)
+    return folder

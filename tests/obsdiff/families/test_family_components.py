@@ -1,0 +1,125 @@
+"""Components for the export: names, sizes, and the numbers the pipeline itself would see."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from obsdiff.families import parts
+from obsdiff.families.table import FAMILIES
+from obsdiff_export.component import Component
+from obsdiff_runtime.errors import ModelError
+
+CASES = [("sd3", {"with_t5": True}), ("sd15", {}), ("sdxl", {})]
+NAMES = {
+    "sd3": ["text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae_decoder", "vae_encoder"],
+    "sd15": ["text_encoder", "unet", "vae_decoder", "vae_encoder"],
+    "sdxl": ["text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder"],
+}
+
+
+def of(pipeline: Any, kind: str) -> dict[str, Component]:
+    family = FAMILIES["sd3" if kind == "sd3" else "unet"]
+    return {component.name: component for component in family.components(pipeline, height=32, width=48)}
+
+
+def run(component: Component, inputs: Any) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        found = component.module(**inputs)
+    return found if isinstance(found, tuple) else (found,)
+
+
+@pytest.mark.parametrize(("kind", "changes"), CASES)
+def test_every_component_runs_on_all_its_examples(
+    kind: str, changes: dict[str, Any], build_pipeline: Callable[..., Any]
+) -> None:
+    components = of(build_pipeline(kind, **changes), kind)
+    assert list(components) == NAMES[kind]
+    for component in components.values():
+        assert len(component.more_inputs) == 2
+        assert not component.module.training
+        assert component.config
+        assert "_name_or_path" not in component.config
+        for inputs in (component.inputs, *component.more_inputs):
+            found = run(component, inputs)
+            assert len(found) == len(component.outputs)
+            assert all(torch.isfinite(tensor).all() for tensor in found)
+
+
+@pytest.mark.parametrize(("kind", "changes"), CASES)
+def test_dynamic_sizes_are_distinct_in_the_traced_example_and_change_in_the_others(
+    kind: str, changes: dict[str, Any], build_pipeline: Callable[..., Any]
+) -> None:
+    for component in of(build_pipeline(kind, **changes), kind).values():
+        seen: list[dict[str, int]] = []
+        for inputs in (component.inputs, *component.more_inputs):
+            sizes: dict[str, int] = {}
+            for name, axes in component.dynamic_axes.items():
+                for axis, symbol in axes.items():
+                    assert sizes.setdefault(symbol, inputs[name].shape[axis]) == inputs[name].shape[axis]
+            seen.append(sizes)
+        assert min(seen[0].values()) >= 2
+        assert len(set(seen[0].values())) == len(seen[0])
+        for symbol in seen[0]:
+            assert len({sizes[symbol] for sizes in seen}) > 1, (component.name, symbol)
+
+
+@pytest.mark.parametrize(("kind", "changes"), CASES)
+def test_weights_are_shared_and_keep_their_names(
+    kind: str, changes: dict[str, Any], build_pipeline: Callable[..., Any]
+) -> None:
+    pipeline = build_pipeline(kind, **changes)
+    for component in of(pipeline, kind).values():
+        source = pipeline.vae if component.name.startswith("vae") else getattr(pipeline, component.name)
+        weights = dict(source.named_parameters())
+        own = dict(component.module.named_parameters())
+        assert all(weights[name] is parameter for name, parameter in own.items())
+        if source is not pipeline.vae:
+            assert own.keys() == weights.keys()
+            assert type(source).forward is not type(component.module).forward
+
+
+def test_clip_gives_what_the_pipelines_read(build_pipeline: Callable[..., Any]) -> None:
+    pipeline = build_pipeline("sdxl")
+    components = of(pipeline, "sdxl")
+    for name, pooled in (("text_encoder", "pooler_output"), ("text_encoder_2", "text_embeds")):
+        component, model = components[name], getattr(pipeline, name)
+        found = dict(zip(component.outputs, run(component, component.inputs), strict=True))
+        with torch.no_grad():
+            expected = model(component.inputs["input_ids"], output_hidden_states=True)
+        assert component.outputs[0] == pooled
+        assert torch.equal(found[pooled], expected[pooled])
+        assert torch.equal(found["last_hidden_state"], expected.last_hidden_state)
+        layers = model.config.num_hidden_layers
+        assert len(expected.hidden_states) == layers + 1
+        assert torch.equal(found[f"hidden_states.{layers - 1}"], expected.hidden_states[-2])
+
+
+def test_the_vae_halves_are_those_of_diffusers(build_pipeline: Callable[..., Any]) -> None:
+    pipeline = build_pipeline("sd15")
+    components = of(pipeline, "sd15")
+    decoder, encoder = components["vae_decoder"], components["vae_encoder"]
+    with torch.no_grad():
+        pixels = pipeline.vae.decode(decoder.inputs["latent_sample"]).sample
+        posterior = pipeline.vae.encode(encoder.inputs["sample"]).latent_dist
+    assert torch.equal(run(decoder, decoder.inputs)[0], pixels)
+    assert torch.equal(run(encoder, encoder.inputs)[0], posterior.parameters)
+
+
+def test_the_last_example_has_the_asked_size_up_to_256_pixels() -> None:
+    sizes = parts.latent_sizes(1024, 192, vae_scale=8, multiple=2, limit=192)
+    assert sizes[-1] == (32, 24)
+    assert parts.latent_sizes(1024, 1024, vae_scale=8, multiple=2, limit=10)[-1] == (20, 20)
+
+
+def test_absent_components_are_left_out(build_pipeline: Callable[..., Any]) -> None:
+    pipeline = build_pipeline("sd3")
+    pipeline.vae = None
+    assert list(of(pipeline, "sd3")) == ["text_encoder", "text_encoder_2", "transformer"]
+
+
+def test_a_unet_with_further_inputs_is_an_error_that_names_them(build_pipeline: Callable[..., Any]) -> None:
+    with pytest.raises(ModelError, match="time_cond_proj_dim=8"):
+        of(build_pipeline("sd15", time_cond_proj_dim=8), "sd15")

@@ -1,0 +1,197 @@
+"""Linears, groups and token counts of the families, against what a running model does."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+from torch import Tensor, nn
+
+from obsdiff.families import layers
+from obsdiff.families.table import FAMILIES, family_of
+from obsdiff_runtime.errors import ModelError
+
+KINDS = ["sd3", "sd35", "sd15", "sdxl"]
+
+
+@contextmanager
+def inputs_of(denoiser: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
+    seen: dict[str, Tensor] = {}
+    handles = [
+        denoiser.get_submodule(name).register_forward_pre_hook(
+            lambda _, inputs, name=name: seen.__setitem__(name, inputs[0])
+        )
+        for name in names
+    ]
+    yield seen
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_linears_share_a_key_exactly_when_they_read_the_same_tensor(
+    kind: str, build_denoiser: Callable[..., Any], denoise: Callable[[nn.Module], Tensor]
+) -> None:
+    denoiser = build_denoiser(kind)
+    linears = family_of(denoiser).linears(denoiser)
+    with inputs_of(denoiser, [linear.name for linear in linears]) as seen:
+        denoise(denoiser)
+    readers: dict[str, set[int]] = {}
+    for linear in linears:
+        readers.setdefault(linear.reads, set()).add(id(seen[linear.name]))
+    assert all(len(tensors) == 1 for tensors in readers.values())
+    assert len(set.union(*readers.values())) == len(readers)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_linears_run_over_as_many_tokens_as_the_family_says(
+    kind: str, build_denoiser: Callable[..., Any], denoise: Callable[[nn.Module], Tensor]
+) -> None:
+    denoiser = build_denoiser(kind)
+    family = family_of(denoiser)
+    linears = family.linears(denoiser)
+    with inputs_of(denoiser, [linear.name for linear in linears]) as seen:
+        denoise(denoiser)
+    tokens = family.tokens(denoiser.config, height=12 * 4, width=16 * 4, text_tokens=7, vae_scale=4)
+    for linear in linears:
+        assert seen[linear.name].shape[1:] == (tokens[linear.tokens], linear.in_features), linear.name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_linears_of_a_tier_do_not_read_one_another(
+    kind: str, build_denoiser: Callable[..., Any], denoise: Callable[[nn.Module], Tensor]
+) -> None:
+    denoiser = build_denoiser(kind)
+    linears = family_of(denoiser).linears(denoiser)
+    tiers: dict[tuple[int, int], list[str]] = {}
+    for linear in linears:
+        tiers.setdefault((linear.block, linear.tier), []).append(linear.name)
+    with inputs_of(denoiser, [linear.name for linear in linears]) as seen:
+        denoise(denoiser)
+    for names in tiers.values():
+        disturbances = [
+            denoiser.get_submodule(name).register_forward_hook(lambda _, inputs, output: output + 1) for name in names
+        ]
+        with inputs_of(denoiser, names) as disturbed:
+            denoise(denoiser)
+        for disturbance in disturbances:
+            disturbance.remove()
+        assert all(torch.equal(seen[name], disturbed[name]) for name in names), names
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_are_numbered_in_the_order_they_run(
+    kind: str, build_denoiser: Callable[..., Any], denoise: Callable[[nn.Module], Tensor]
+) -> None:
+    denoiser = build_denoiser(kind)
+    linears = {linear.name: linear.block for linear in family_of(denoiser).linears(denoiser)}
+    with inputs_of(denoiser, list(linears)) as seen:
+        denoise(denoiser)
+    order = [linears[name] for name in seen]
+    assert order == sorted(order)
+    assert set(order) == set(range(max(order) + 1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_group_covers_its_linears_whole(kind: str, build_denoiser: Callable[..., Any]) -> None:
+    denoiser = build_denoiser(kind)
+    family = family_of(denoiser)
+    linears = {linear.name: linear for linear in family.linears(denoiser)}
+    for group in family.groups(denoiser):
+        for producer in group.producers:
+            assert linears[producer.name].out_features == producer.parts * group.units * group.width
+        for consumer in group.consumers:
+            assert linears[consumer].in_features == group.units * group.width
+    consumers = [name for group in family.groups(denoiser) for name in group.consumers]
+    assert len(consumers) == len(set(consumers))
+
+
+def test_an_sd3_block_has_eight_inputs_and_the_last_one_five(build_denoiser: Callable[..., Any]) -> None:
+    denoiser = build_denoiser("sd3")
+    linears = FAMILIES["sd3"].linears(denoiser)
+    inputs = [len({linear.reads for linear in linears if linear.block == block}) for block in range(3)]
+    assert inputs == [8, 8, 5]
+
+
+def test_the_last_sd3_block_has_one_consumer_of_heads_and_six_producers(build_denoiser: Callable[..., Any]) -> None:
+    groups = {group.name: group for group in FAMILIES["sd3"].groups(build_denoiser("sd3"))}
+    last = groups["transformer_blocks.2.attn.heads"]
+    assert len(last.consumers) == 1
+    assert len(last.producers) == 6
+    assert len(groups["transformer_blocks.1.attn.heads"].consumers) == 2
+    assert "transformer_blocks.2.ff_context.neurons" not in groups
+
+
+def test_the_second_attention_of_sd35_medium_is_a_group_of_its_own(build_denoiser: Callable[..., Any]) -> None:
+    names = [group.name for group in FAMILIES["sd3"].groups(build_denoiser("sd35"))]
+    assert [name for name in names if "attn2" in name] == [
+        "transformer_blocks.0.attn2.heads",
+        "transformer_blocks.1.attn2.heads",
+    ]
+
+
+def test_geglu_holds_a_neuron_twice(build_denoiser: Callable[..., Any]) -> None:
+    groups = FAMILIES["unet"].groups(build_denoiser("sd15"))
+    assert {producer.parts for group in groups if group.kind == "ffn" for producer in group.producers} == {2}
+
+
+def test_all_text_keys_and_values_of_a_unet_share_one_input(build_denoiser: Callable[..., Any]) -> None:
+    linears = FAMILIES["unet"].linears(build_denoiser("sdxl"))
+    text = [linear for linear in linears if linear.reads == "encoder_hidden_states"]
+    blocks = 1 + max(linear.block for linear in linears)
+    assert len(text) == 2 * blocks
+
+
+def test_a_block_of_sd35_large_has_the_papers_macs_per_token_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        denoiser = SD3Transformer2DModel(num_layers=2, num_attention_heads=38, caption_projection_dim=2432)
+    linears = FAMILIES["sd3"].linears(denoiser)
+    image = [linear for linear in linears if linear.block == 0 and linear.tokens == "image"]
+    # METHOD 2.7: 70.975 M per stream and block
+    assert sum(linear.in_features * linear.out_features for linear in image) / 1e6 == pytest.approx(70.975, abs=1e-3)
+    assert FAMILIES["sd3"].tokens(denoiser.config, height=1024, width=1024, text_tokens=77)["image"] == 4096
+
+
+def test_sdxl_has_the_papers_seventy_blocks_and_parameters() -> None:
+    with torch.device("meta"):
+        denoiser = UNet2DConditionModel(
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=(320, 640, 1280),
+            transformer_layers_per_block=[1, 2, 10],
+            attention_head_dim=[5, 10, 20],
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+        )
+    linears = FAMILIES["unet"].linears(denoiser)
+    assert max(linear.block for linear in linears) == 69
+    # METHOD 1.6: 2.184 B
+    assert sum(linear.in_features * linear.out_features for linear in linears) / 1e9 == pytest.approx(2.184, abs=1e-3)
+    assert {group.width for group in FAMILIES["unet"].groups(denoiser) if group.kind == "heads"} == {64}
+
+
+def test_an_unknown_denoiser_is_an_error_that_lists_the_known_ones() -> None:
+    with pytest.raises(ModelError, match=r"FluxTransformer2DModel.*sd3 \(SD3Transformer2DModel\); unet"):
+        family_of("FluxTransformer2DModel")
+
+
+def test_a_unet_without_transformer_blocks_is_an_error() -> None:
+    plain = UNet2DConditionModel(
+        down_block_types=("DownBlock2D",),
+        mid_block_type="UNetMidBlock2D",
+        up_block_types=("UpBlock2D",),
+        block_out_channels=(8,),
+        norm_num_groups=4,
+    )
+    with pytest.raises(ModelError, match="no transformer blocks"):
+        FAMILIES["unet"].linears(plain)
+
+
+def test_a_wrapped_linear_is_an_error_that_names_it() -> None:
+    class Adapter(nn.Linear):
+        pass
+
+    with pytest.raises(ModelError, match="0 is a Adapter, not a plain linear"):
+        layers.linear(nn.Sequential(Adapter(4, 4)), "0", block=0, tier=0, reads="x", tokens="image")

@@ -1,0 +1,245 @@
+"""What a model's name can mean, and the one clear line for everything else."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from obsdiff import checkpoint, loading
+from obsdiff.checkpoint import GroupCut, PrunedManifest
+from obsdiff.loading import Defaults, load_configs, load_pipeline
+from obsdiff.shrinking import shrink
+from obsdiff_runtime.errors import ModelError
+
+HEADS = "transformer_blocks.1.attn.heads"
+
+
+@pytest.fixture
+def copied(sd3_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sd3_folder, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory, sd3_folder: Path) -> Path:
+    pipeline = checkpoint.assemble(sd3_folder, {}, dtype=torch.float32)
+    folder = tmp_path_factory.mktemp("pruned") / "cut"
+    manifest = PrunedManifest(family="sd3", sparsity="heads:0.5", groups={HEADS: GroupCut(units=4, kept=(0, 3))})
+    shrink(pipeline.transformer, loading.family_of("SD3Transformer2DModel"), manifest.keep)
+    checkpoint.save(pipeline, pipeline.transformer, folder, manifest, source=sd3_folder)
+    return folder
+
+
+def test_a_pipeline_without_t5_loads_and_keeps_null_components_null(
+    sd3_folder: Path, build_pipeline: Callable[..., Any], denoise: Callable[[nn.Module], Tensor]
+) -> None:
+    loaded = load_pipeline(sd3_folder)
+    assert loaded.pipeline.text_encoder_3 is None
+    assert loaded.family.name == "sd3"
+    assert loaded.manifest is None
+    assert torch.equal(denoise(loaded.denoiser), denoise(build_pipeline("sd3").transformer))
+    assert not any(module.training for module in (loaded.denoiser, loaded.pipeline.vae, loaded.pipeline.text_encoder))
+
+
+def test_a_pruned_checkpoint_is_known_by_its_manifest(pruned: Path) -> None:
+    loaded = load_pipeline(str(pruned))
+    assert loaded.manifest is not None
+    assert loaded.manifest.sparsity == "heads:0.5"
+    assert loaded.denoiser.get_submodule("transformer_blocks.1.attn").heads == 2
+
+
+def test_weights_keep_the_precision_they_are_stored_in(copied: Path) -> None:
+    half = load_pipeline(copied, dtype=torch.float16)
+    half.denoiser.save_pretrained(copied / "transformer")
+    loaded = load_pipeline(copied)
+    assert loaded.denoiser.dtype == loaded.pipeline.text_encoder.dtype == torch.float16
+    assert load_pipeline(copied, dtype=torch.float32).denoiser.dtype == torch.float32
+
+
+def test_a_variant_is_loaded_where_it_is_asked_for(copied: Path) -> None:
+    pipeline = checkpoint.assemble(copied, {}, dtype=torch.float32)
+    shutil.rmtree(copied)
+    pipeline.save_pretrained(copied, variant="fp16")
+    assert load_pipeline(copied, variant="fp16").family.name == "sd3"
+    with pytest.raises(ModelError, match="holds no weights as safetensors"):
+        load_pipeline(copied)
+    with pytest.raises(ModelError, match="no weights of variant bf16"):
+        load_pipeline(copied, variant="bf16")
+
+
+@pytest.mark.parametrize("load", [load_pipeline, load_configs])
+@pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "~/nowhere", "a/b/c", r"C:\models\sd3"])
+def test_a_path_to_nothing_is_an_error_without_asking_the_hub(load: Callable[..., Any], name: str) -> None:
+    with pytest.raises(ModelError, match="there is no such folder"):
+        load(name)
+
+
+@pytest.mark.parametrize("load", [load_pipeline, load_configs])
+def test_an_empty_name_is_an_error_and_not_this_folder(load: Callable[..., Any]) -> None:
+    with pytest.raises(ModelError, match="name is empty"):
+        load("")
+
+
+@pytest.mark.parametrize("load", [load_pipeline, load_configs])
+def test_a_model_that_cannot_be_fetched_is_an_error_that_says_what_to_do(load: Callable[..., Any]) -> None:
+    with pytest.raises(ModelError, match=r"obsdiff-tests/nowhere is neither a folder here nor .*unset HF_HUB_OFFLINE"):
+        load("obsdiff-tests/nowhere", local_files_only=True)
+
+
+def test_a_folder_without_an_index_is_no_pipeline(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"is no diffusers pipeline: it holds no model_index.json"):
+        load_pipeline(tmp_path)
+
+
+def test_a_single_file_is_an_error_that_says_how_to_convert_it(tmp_path: Path) -> None:
+    (tmp_path / "sd.safetensors").touch()
+    with pytest.raises(ModelError, match="from_single_file"):
+        load_pipeline(tmp_path / "sd.safetensors")
+
+
+def edit_index(folder: Path, **changes: Any) -> None:
+    path = folder / "model_index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("load", [load_pipeline, load_configs])
+def test_an_unknown_family_is_an_error_with_the_list(load: Callable[..., Any], copied: Path) -> None:
+    edit_index(copied, _class_name="FluxPipeline", transformer=["diffusers", "FluxTransformer2DModel"])
+    with pytest.raises(ModelError, match=r"FluxTransformer2DModel is of no known family.*sd3.*unet"):
+        load(copied)
+
+
+def test_a_pipeline_class_that_does_not_exist_is_an_error(copied: Path) -> None:
+    edit_index(copied, _class_name="SomePipeline")
+    with pytest.raises(ModelError, match="has no pipeline SomePipeline"):
+        load_pipeline(copied)
+
+
+def test_an_index_that_is_no_json_is_an_error(copied: Path) -> None:
+    (copied / "model_index.json").write_text("{")
+    with pytest.raises(ModelError, match=r"model_index\.json is unreadable"):
+        load_pipeline(copied)
+
+
+def test_a_pipeline_without_denoiser_is_an_error(copied: Path) -> None:
+    edit_index(copied, transformer=[None, None])
+    with pytest.raises(ModelError, match="has no denoiser"):
+        load_pipeline(copied)
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("transformer/diffusion_pytorch_model.safetensors", "transformer holds no weights as safetensors"),
+        ("text_encoder_2/model.safetensors", "cannot be loaded: .*model.safetensors"),
+        ("transformer/config.json", "config.json"),
+        ("vae", "lists vae, but there is no such folder"),
+    ],
+)
+def test_what_is_missing_is_named(missing: str, message: str, copied: Path) -> None:
+    path = copied / missing
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(ModelError, match=message):
+        load_pipeline(copied)
+
+
+def test_pickled_weights_are_not_read(copied: Path) -> None:
+    path = copied / "transformer" / "diffusion_pytorch_model.safetensors"
+    path.rename(path.with_suffix(".bin"))
+    with pytest.raises(ModelError, match="pickled ones are not read"):
+        load_pipeline(copied)
+
+
+def test_a_truncated_weight_file_is_an_error(copied: Path) -> None:
+    path = copied / "vae" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ModelError, match=r"truncated or altered|cannot be loaded"):
+        load_pipeline(copied)
+
+
+def test_a_truncated_denoiser_is_an_error(copied: Path) -> None:
+    path = copied / "transformer" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ModelError, match="truncated or altered"):
+        load_pipeline(copied)
+
+
+def test_defaults_come_from_diffusers(sd3_folder: Path, sd15_folder: Path) -> None:
+    assert load_pipeline(sd3_folder).defaults == Defaults(
+        height=32, width=32, num_inference_steps=28, guidance_scale=7.0, max_sequence_length=256
+    )
+    assert load_pipeline(sd15_folder).defaults == Defaults(
+        height=32, width=32, num_inference_steps=50, guidance_scale=7.5
+    )
+
+
+def test_a_pipelines_own_defaults_go_first(copied: Path) -> None:
+    own = {"height": 48, "guidance_scale": 3.5, "max_sequence_length": 1, "prompts": "shapes"}
+    (copied / "obsdiff_defaults.json").write_text(json.dumps(own))
+    assert load_pipeline(copied).defaults == Defaults(
+        height=48, width=32, num_inference_steps=28, guidance_scale=3.5, max_sequence_length=1, prompts="shapes"
+    )
+    (copied / "obsdiff_defaults.json").write_text('{"hieght": 48}')
+    with pytest.raises(ModelError, match="unknown key hieght"):
+        load_pipeline(copied)
+
+
+def test_configurations_are_enough_to_plan_with(copied: Path) -> None:
+    for weights in copied.rglob("*.safetensors"):
+        weights.unlink()
+    denoiser, family, configs = load_configs(copied)
+    assert family.name == "sd3"
+    assert all(parameter.is_meta for parameter in denoiser.parameters())
+    assert set(configs) == {"model_index", "transformer", "vae", "scheduler", "text_encoder", "text_encoder_2"} | {
+        name for name in configs if name.startswith("tokenizer")
+    }
+    assert loading.vae_scale(configs) == 2
+    assert loading.defaults_of(copied, configs).height == 32
+
+
+@pytest.mark.parametrize("name", ["transformer", "transformer/config.json"])
+def test_a_bare_denoiser_is_enough_to_plan_with(name: str, sd3_folder: Path) -> None:
+    denoiser, family, configs = load_configs(sd3_folder / name)
+    assert len(family.groups(denoiser)) == len(family.groups(load_configs(sd3_folder).denoiser))
+    assert loading.defaults_of(None, configs).num_inference_steps == 28
+    assert loading.vae_scale(configs) == 8
+
+
+def test_a_folder_that_is_neither_pipeline_nor_denoiser_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="neither a diffusers pipeline"):
+        load_configs(tmp_path)
+
+
+def test_configurations_of_a_pruned_checkpoint_include_its_cuts(pruned: Path) -> None:
+    denoiser, family, _ = load_configs(pruned)
+    units = {group.name: group.units for group in family.groups(denoiser)}
+    assert units[HEADS] == 2
+
+
+def test_a_name_on_the_hub_is_fetched_and_loaded_from_the_cache(pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def download(model: str, **options: Any) -> str:
+        asked.append((model, options["revision"], options["use_safetensors"]))
+        return str(pruned)
+
+    def hf_hub_download(model: str, name: str, **options: Any) -> str:
+        if not (pruned / name).exists():
+            raise huggingface_hub.errors.EntryNotFoundError(name)
+        return str(pruned / name)
+
+    monkeypatch.setattr(DiffusionPipeline, "download", download)
+    monkeypatch.setattr(loading, "hf_hub_download", hf_hub_download)
+    assert load_pipeline("someone/sd3", revision="main").manifest is not None
+    assert asked == [("someone/sd3", "main", True)]
+    assert load_configs("someone/sd3").family.name == "sd3"
+
+
+def test_the_shipped_pipeline_is_named() -> None:
+    assert loading.shipped_pipeline().name == "shapes"
