@@ -1,8 +1,8 @@
 """What a denoiser costs: parameters, and multiply-accumulates (MACs) of one forward pass.
 
-MACs are those of every linear and convolution, at a batch of one. The attention product, norms and activations are
-not counted. That is what the paper's tables call TFLOPs for SD3 and SD3.5 (1024 x 1024 pixels, 77 text tokens); for
-SDXL they print twice the MACs.
+MACs are those of every linear and convolution at a batch of one, one for each weight and each bias at each position.
+The attention product, norms and activations are not counted. Counted so at 1024 x 1024 pixels and 77 text tokens, every
+printed digit of the paper's "TFLOPs" comes out for SD3, SD3.5 and SDXL; for SDXL they print twice the MACs.
 
     positions    tokens of a linear, output pixels of a convolution
 """
@@ -59,7 +59,7 @@ def positions(denoiser: nn.Module, inputs: Mapping[str, Any]) -> dict[str, int]:
 
 def macs(denoiser: nn.Module, counts: Mapping[str, int]) -> int:
     """Multiply-accumulates of one call; `counts` are the denoiser's `positions`."""
-    return sum(number * denoiser.get_submodule(name).get_parameter("weight").numel() for name, number in counts.items())
+    return sum(number * _own_parameters(denoiser.get_submodule(name)) for name, number in counts.items())
 
 
 def matmul_speed(device: torch.device | str = "cpu", *, size: int = 1024, seconds: float = 0.2) -> float:
@@ -77,6 +77,10 @@ def matmul_speed(device: torch.device | str = "cpu", *, size: int = 1024, second
         multiply()
         products += 1
     return products * 2 * size**3 / (time.perf_counter() - start)
+
+
+def _own_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters(recurse=False))
 
 
 def _shape_of(tensor: Tensor) -> Tensor:

@@ -262,7 +262,7 @@ def _savings(
             width = rest[0] if matrix else 1
             gone = height * width - (height - rows[name]) * (width - (columns[name] if matrix else 0))
             parameters += gone
-            macs += gone * positions.get(name, 0) if matrix else 0
+            macs += gone * positions.get(name, 0)
     return parameters, macs
 
 

@@ -10,6 +10,7 @@ of the heads and of the FFN neurons leave the model. At most one of N:M and unst
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 
 from obsdiff_runtime.errors import ConfigError
 
@@ -21,7 +22,7 @@ class Unstructured:
     ratio: float
 
     def __str__(self) -> str:
-        return f"{self.ratio:g}"
+        return _decimal(self.ratio)
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,11 @@ class Sparsity:
     def __str__(self) -> str:
         parts = []
         if self.heads == self.ffn and self.structured:
-            parts.append(f"structured:{self.heads:g}")
+            parts.append(f"structured:{_decimal(self.heads)}")
         else:
-            parts += [f"{kind}:{ratio:g}" for kind, ratio in (("heads", self.heads), ("ffn", self.ffn)) if ratio]
+            parts += [
+                f"{kind}:{_decimal(ratio)}" for kind, ratio in (("heads", self.heads), ("ffn", self.ffn)) if ratio
+            ]
         if self.pattern is not None:
             parts.append(str(self.pattern))
         return "+".join(parts) or "structured:0"
@@ -85,7 +88,7 @@ def parse(text: str) -> Sparsity:
                 raise ConfigError(f"--sparsity {text}: {kind} is given twice")
             heads = ratio if kind != "ffn" else heads
             ffn = ratio if kind != "heads" else ffn
-        elif pattern is not None:
+        elif pattern is not None and part:
             raise ConfigError(f"--sparsity {text}: two patterns for the same weights, {pattern} and {part}")
         elif ":" in part:
             pattern = _n_of_m(part, text)
@@ -94,13 +97,19 @@ def parse(text: str) -> Sparsity:
     return Sparsity(heads=heads or 0.0, ffn=ffn or 0.0, pattern=pattern)
 
 
+def _decimal(ratio: float) -> str:
+    """The shortest decimal number, without exponent, that reads back as this ratio."""
+    text = format(Decimal(repr(ratio)), "f")
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
 def _ratio(text: str, whole: str) -> float:
     match = re.fullmatch(r"(\d+\.?\d*|\.\d+)(%?)", text)
     if match is None:
         raise ConfigError(f"--sparsity {whole}: '{text}' is no ratio; examples: {EXAMPLES}")
     ratio = float(match[1]) / (100 if match[2] else 1)
     if not 0 <= ratio < 1:
-        hint = f"; did you mean {text}%?" if ratio <= 100 else ""
+        hint = f"; did you mean {text}%?" if 1 < ratio < 100 and not match[2] else ""
         raise ConfigError(f"--sparsity {whole}: {text} is not in [0, 1){hint}")
     return ratio
 

@@ -1,0 +1,304 @@
+"""Plans from configurations alone, on the meta device, against the paper's tables.
+
+The printed digits are those of arXiv 2510.06751, tables 3, 4 and 9, at 1024 x 1024 pixels and 77 text tokens.
+"""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor, nn
+
+from obsdiff import costs, planning
+from obsdiff.estimates import Workload
+from obsdiff.families import Family
+from obsdiff.families.table import family_of
+from obsdiff.groups import Group, LinearSpec, Producer
+from obsdiff.sparsity import Sparsity, parse
+from obsdiff_runtime.errors import ResourceError
+
+CONFIGS = Path(__file__).parent / "configs"
+WORKLOAD = Workload(
+    prompts=100, batch_size=4, steps=25, guided=True, calibrates=True, packages=4, flops_per_second=1e14
+)
+
+
+def nothing(*shape: int) -> Tensor:
+    return torch.empty(shape, device="meta")
+
+
+INPUTS: dict[str, dict[str, Any]] = {
+    "sd3": {
+        "hidden_states": nothing(1, 16, 128, 128),
+        "encoder_hidden_states": nothing(1, 77, 4096),
+        "pooled_projections": nothing(1, 2048),
+        "timestep": nothing(1),
+    },
+    "unet": {
+        "sample": nothing(1, 4, 128, 128),
+        "timestep": nothing(1),
+        "encoder_hidden_states": nothing(1, 77, 2048),
+        "added_cond_kwargs": {"text_embeds": nothing(1, 1280), "time_ids": nothing(1, 6)},
+    },
+}
+
+
+@functools.cache
+def model(name: str) -> tuple[nn.Module, Family, dict[str, int]]:
+    config = json.loads((CONFIGS / f"{name}.json").read_text())
+    with torch.device("meta"):
+        denoiser: nn.Module = getattr(diffusers, config["_class_name"]).from_config(config)
+    family = family_of(denoiser)
+    return denoiser, family, costs.positions(denoiser, INPUTS[family.name])
+
+
+def planned(
+    name: str, sparsity: str, *, protect: int = 0, align: int = 1, workload: Workload = WORKLOAD
+) -> planning.Plan:
+    denoiser, family, positions = model(name)
+    linears, groups = family.linears(denoiser), family.groups(denoiser)
+    last = max(linear.block for linear in linears) - protect
+    return planning.plan(
+        denoiser,
+        family,
+        parse(sparsity),
+        linears=linears,
+        groups=[group for group in groups if protect <= group.block <= last],
+        positions=positions,
+        align=align,
+        workload=workload,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "share", "heads", "ffn", "billions", "tera"),
+    [
+        ("sd35_large", "15%", 6, 8269, 7.28, 9.63),
+        ("sd35_large", "20%", 8, 7782, 7.02, 9.09),
+        ("sd35_large", "25%", 10, 7296, 6.76, 8.55),
+        ("sd35_large", "30%", 11, 6810, 6.54, 8.10),
+        ("sd3_medium", "10%", 2, 5530, 1.91, 2.59),
+        ("sd3_medium", "15%", 4, 5222, 1.83, 2.43),
+        ("sd3_medium", "20%", 5, 4915, 1.78, 2.31),
+        ("sd3_medium", "25%", 6, 4608, 1.72, 2.19),
+    ],
+)
+def test_structured_sd3_comes_out_as_printed(
+    name: str, share: str, heads: int, ffn: int, billions: float, tera: float
+) -> None:
+    plan = planned(name, f"structured:{share}", protect=1)
+    assert {cut.units - cut.kept for cut in plan.cuts if cut.kind == "heads"} == {heads}
+    assert {cut.kept for cut in plan.cuts if cut.kind == "ffn"} == {ffn}
+    assert round(plan.parameters_after / 1e9, 2) == billions
+    assert round(plan.macs_after / 1e12, 2) == tera
+
+
+@pytest.mark.parametrize(("share", "billions", "tera"), [("15%", 2.24, 5.33), ("20%", 2.13, 5.12), ("30%", 1.91, 4.70)])
+def test_structured_sdxl_comes_out_as_printed(share: str, billions: float, tera: float) -> None:
+    """All 70 blocks; "TFLOPs" are two per MAC here."""
+    plan = planned("sdxl", f"structured:{share}")
+    assert round(plan.parameters_after / 1e9, 2) == billions
+    assert round(2 * plan.macs_after / 1e12, 2) == tera
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "tera"), [("sd35_large", 8.06, 11.26), ("sd3_medium", 2.03, 2.84), ("sdxl", 2.57, 5.98)]
+)
+def test_the_dense_models_cost_what_is_printed(name: str, billions: float, tera: float) -> None:
+    plan = planned(name, "2:4")
+    assert round(plan.parameters_before / 1e9, 2) == billions
+    assert round((2 if name == "sdxl" else 1) * plan.macs_before / 1e12, 2) == tera
+    assert plan.parameters_after == plan.parameters_before
+    assert plan.macs_after == plan.macs_before
+
+
+def test_savings_follow_the_closed_form() -> None:
+    """Per block with r heads and n neurons out, both streams: -2 (4 d 64 r + 3 * 64 r + 2 d n + n) parameters."""
+    plan = planned("sd35_large", "structured:0.2", protect=1)
+    d, r, n = 2432, 8, 1946
+    assert plan.parameters_before - plan.parameters_after == 36 * 2 * (4 * d * 64 * r + 3 * 64 * r + 2 * d * n + n)
+
+
+def test_a_loaded_shrunk_model_costs_what_was_planned() -> None:
+    """A small model with real weights, and one built narrower: costs of the one after the cut are the other's."""
+
+    def small(heads: int, ffn: int) -> nn.Module:
+        block = nn.Sequential(
+            nn.Linear(16, heads * 4), nn.Linear(heads * 4, 16), nn.Linear(16, ffn), nn.Linear(ffn, 16)
+        )
+        return block.half()
+
+    before, after = small(4, 64), small(3, 48)
+    group = {"block": 0, "kind": "heads"}
+    heads = Group(name="h", units=4, width=4, producers=(Producer(name="0"),), consumers=("1",), **group)  # type: ignore[arg-type]
+    ffn = Group(name="f", units=64, width=1, producers=(Producer(name="2"),), consumers=("3",), block=0, kind="ffn")
+    positions = costs.positions(before, {"input": torch.ones(1, 7, 16)})
+    assert positions == {"0": 7, "1": 7, "2": 7, "3": 7}
+    specs = tuple(spec(name, *module.weight.shape[::-1]) for name, module in before.named_children())
+    plan = planning.plan(
+        before,
+        FakeFamily(specs),  # type: ignore[arg-type]
+        Sparsity(heads=0.25, ffn=0.25),
+        linears=specs,
+        groups=[heads, ffn],
+        positions=positions,
+        align=1,
+        workload=WORKLOAD,
+    )
+    assert plan.parameters_after == costs.parameters(after)
+    assert plan.macs_after == costs.macs(after, costs.positions(after, {"input": torch.ones(1, 7, 16)}))
+    assert plan.estimates.checkpoint_bytes == 2 * plan.parameters_after
+    assert next(before.parameters()).device.type == "cpu"
+
+
+class FakeFamily:
+    def __init__(self, specs: tuple[LinearSpec, ...]) -> None:
+        self._specs = specs
+
+    def linears(self, denoiser: nn.Module) -> tuple[LinearSpec, ...]:
+        return self._specs
+
+
+def spec(
+    name: str, inputs: int, outputs: int, *, block: int = 0, tier: int = 0, reads: str | None = None
+) -> LinearSpec:
+    return LinearSpec(
+        name=name,
+        block=block,
+        tier=tier,
+        reads=reads or name,
+        in_features=inputs,
+        out_features=outputs,
+        tokens="image",
+    )
+
+
+def group_of(units: int, kind: str) -> Group:
+    return Group(name="g", kind=kind, block=0, units=units, width=1, producers=(), consumers=())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("units", "ratio", "align", "kept"),
+    [
+        (9728, 0.15, 1, 8269),
+        (9728, 0.15, 64, 8256),
+        (9728, 0.30, 64, 6784),
+        (256, 0.25, 64, 192),
+        (256, 0.10, 64, 256),
+        (256, 0.99, 64, 64),
+        (48, 0.5, 64, 48),
+        (160, 0.0, 64, 160),
+        (160, 0.05, 64, 128),
+        (100, 0.999, 1, 1),
+    ],
+)
+def test_ffn_widths_are_rounded_to_what_kernels_like(units: int, ratio: float, align: int, kept: int) -> None:
+    removed = planning.removals([group_of(units, "ffn")], Sparsity(ffn=ratio, heads=0.9), align=align)
+    assert units - removed["g"] == kept
+
+
+@pytest.mark.parametrize(
+    ("units", "ratio", "kept"), [(38, 0.25, 28), (10, 0.15, 8), (10, 0.25, 8), (2, 0.9, 1), (1, 0.9, 1)]
+)
+def test_heads_stay_whole_and_one_is_kept(units: int, ratio: float, kept: int) -> None:
+    """Halves go to even: 9.5, 1.5 and 2.5 heads are 10, 2 and 2."""
+    removed = planning.removals([group_of(units, "heads")], Sparsity(heads=ratio), align=64)
+    assert units - removed["g"] == kept
+
+
+def test_q_k_and_v_share_a_gram_so_a_block_has_eight() -> None:
+    plan = planned("sd3_medium", "2:4")
+    assert sum(package.grams for package in plan.packages) == 23 * 8 + 5
+    assert sum(package.linears for package in plan.packages) == len(plan.layers) == 23 * 12 + 9
+    assert {layer.pattern for layer in plan.layers} == {"2:4"}
+    assert plan.zeros == sum(layer.inputs * layer.outputs for layer in plan.layers) // 2
+
+
+def test_calls_are_counted_over_all_passes() -> None:
+    assert planned("sd3_medium", "2:4").denoiser_calls == 4 * 25 * 25
+    structured = planned("sd3_medium", "structured:0.2+2:4", protect=1)
+    assert [package.kind for package in structured.packages] == ["units"] * 4 + ["weights"] * 4
+    assert structured.denoiser_calls == 8 * 25 * 25
+    silent = Workload(**{**vars(WORKLOAD), "calibrates": False})
+    assert planned("sd3_medium", "2:4", workload=silent).denoiser_calls == 0
+
+
+def test_a_pattern_after_a_cut_is_checked_at_the_width_that_is_left() -> None:
+    plan = planned("sd3_medium", "structured:0.15+2:4", protect=1)
+    out = next(layer for layer in plan.layers if layer.name == "transformer_blocks.1.ff.net.2")
+    assert (out.kept_inputs, out.pattern, out.reason) == (5222, None, "5222 inputs are no multiple of 4")
+    assert plan.notes == (
+        "44 linears stay dense, such as transformer_blocks.1.ff.net.2: 5222 inputs are no multiple of 4",
+    )
+    aligned = planned("sd3_medium", "structured:0.15+2:4", protect=1, align=64)
+    assert not aligned.notes
+    assert all(layer.pattern == "2:4" for layer in aligned.layers)
+
+
+def test_a_share_that_rounds_to_nothing_is_noted() -> None:
+    plan = planned("sd3_medium", "structured:0.5%", protect=1, align=64)
+    assert len(plan.notes) == 2
+    assert "heads:0.005 rounds to nothing in 22 groups" in plan.notes[0]
+    assert "lower --align 64" in plan.notes[1]
+
+
+def test_nothing_asked_costs_and_changes_nothing() -> None:
+    plan = planned("sd3_medium", "structured:0")
+    assert plan.parameters_after == plan.parameters_before
+    assert not plan.packages
+    assert not plan.layers
+    assert not plan.notes
+
+
+def tiers(count: int, width: int = 8) -> list[LinearSpec]:
+    return [
+        spec(f"{block}.{tier}.{name}", width, 4, block=block, tier=tier, reads=f"{block}.{tier}")
+        for block in range(count)
+        for tier in range(2)
+        for name in "qk"
+    ]
+
+
+def test_packages_are_contiguous_near_equal_and_tear_no_tier_apart() -> None:
+    linears = tiers(5)
+    parts = planning.split_packages(linears[::-1], packages=4)
+    assert [len({(linear.block, linear.tier) for linear in part}) for part in parts] == [3, 3, 2, 2]
+    assert sorted(linear.name for part in parts for linear in part) == sorted(linear.name for linear in linears)
+    places = [(linear.block, linear.tier) for part in parts for linear in part]
+    assert places == sorted(places)
+
+
+def test_fewer_tiers_than_packages_give_one_package_each() -> None:
+    assert len(planning.split_packages(tiers(1), packages=4)) == 2
+    assert planning.split_packages([], packages=4) == []
+
+
+def test_a_byte_budget_fills_packages_and_counts_shared_inputs_once() -> None:
+    one = planning.gram_bytes(tiers(1)[:2])
+    assert one == 8 * 8 * 8
+    parts = planning.split_packages(tiers(4), packages=1, budget_bytes=3 * one)
+    assert [len(part) for part in parts] == [6, 6, 4]
+    with pytest.raises(ResourceError, match=r"0\.0\.q.*--gram-budget"):
+        planning.split_packages(tiers(4), packages=1, budget_bytes=one - 1)
+
+
+def test_a_plan_is_json() -> None:
+    data = json.loads(json.dumps(planned("sd3_medium", "structured:0.2+2:4", protect=1).to_json()))
+    assert data["estimates"]["memory_bytes"] > data["parameters_before"] * 4
+    assert data["gram_bytes"] == max(package["gram_bytes"] for package in data["packages"])
+
+
+def test_tokens_of_the_family_agree_with_those_of_a_call() -> None:
+    for name in ("sd3_medium", "sdxl"):
+        denoiser, family, positions = model(name)
+        tokens = family.tokens(denoiser.config, height=1024, width=1024, text_tokens=77)  # type: ignore[arg-type]
+        for linear in family.linears(denoiser):
+            assert positions[linear.name] == tokens[linear.tokens], linear.name
+
+
+def test_the_speed_of_a_device_is_measured() -> None:
+    assert costs.matmul_speed("cpu", size=64, seconds=0.01) > 1e6
