@@ -1,5 +1,12 @@
-"""Tiny random diffusers pipelines and the bundles made of them; everything heavy is imported when it is used."""
+"""Tiny random diffusers pipelines and the bundles made of them; everything heavy is imported when it is used.
 
+Pipelines share networks, and a network is exported once.
+"""
+
+import copy
+import functools
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +23,6 @@ CAPTIONS = (
 
 def clip_tokenizer(**options: Any) -> Any:
     """A CLIP tokenizer whose merges are learned from the captions."""
-    import json
-
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
@@ -48,9 +53,11 @@ def t5_tokenizer() -> Any:
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
 
 
-def clip(tokenizer: Any, *, width: int, projection: bool) -> Any:
+@functools.cache
+def clip(*, width: int, projection: bool) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+    tokenizer = clip_tokenizer()
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -66,7 +73,8 @@ def clip(tokenizer: Any, *, width: int, projection: bool) -> Any:
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
 
 
-def vae(**options: Any) -> Any:
+@functools.cache
+def _vae() -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -76,40 +84,59 @@ def vae(**options: Any) -> Any:
         latent_channels=4,
         norm_num_groups=4,
         sample_size=32,
-        **options,
+    ).eval()
+
+
+def vae(**options: Any) -> Any:
+    """The same weights under another configuration."""
+    view = copy.copy(_vae())
+    view.register_to_config(**options)
+    return view
+
+
+@functools.cache
+def t5_encoder() -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
+    )
+    return T5EncoderModel(config).eval()
+
+
+@functools.cache
+def sd3_transformer() -> Any:
+    from diffusers import SD3Transformer2DModel
+
+    return SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pooled_projection_dim=28,
+        pos_embed_max_size=8,
+        qk_norm="rms_norm",
     ).eval()
 
 
 def sd3_pipeline(*, t5: bool = False) -> Any:
-    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-    from transformers import T5Config, T5EncoderModel
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
     tokenizer, second = clip_tokenizer(), clip_tokenizer(pad_token="!")
-    encoder = T5EncoderModel(
-        T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
-    )
     return StableDiffusion3Pipeline(
-        transformer=SD3Transformer2DModel(
-            sample_size=16,
-            patch_size=2,
-            in_channels=4,
-            out_channels=4,
-            num_layers=2,
-            attention_head_dim=8,
-            num_attention_heads=2,
-            joint_attention_dim=32,
-            caption_projection_dim=16,
-            pooled_projection_dim=28,
-            pos_embed_max_size=8,
-            qk_norm="rms_norm",
-        ).eval(),
+        transformer=sd3_transformer(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=vae(scaling_factor=1.5, shift_factor=0.06),
-        text_encoder=clip(tokenizer, width=8, projection=True),
+        text_encoder=clip(width=8, projection=True),
         tokenizer=tokenizer,
-        text_encoder_2=clip(second, width=12, projection=True),
+        text_encoder_2=clip(width=12, projection=True),
         tokenizer_2=second,
-        text_encoder_3=encoder.eval() if t5 else None,
+        text_encoder_3=t5_encoder() if t5 else None,
         tokenizer_3=t5_tokenizer() if t5 else None,
     )
 
@@ -139,7 +166,7 @@ def sd_pipeline() -> Any:
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
         ),
         vae=vae(),
-        text_encoder=clip(tokenizer, width=12, projection=False),
+        text_encoder=clip(width=12, projection=False),
         tokenizer=tokenizer,
         safety_checker=None,
         feature_extractor=None,
@@ -153,7 +180,7 @@ def sdxl_pipeline() -> Any:
     tokenizer, second = clip_tokenizer(), clip_tokenizer(pad_token="!")
     return StableDiffusionXLPipeline(
         unet=unet(
-            cross_attention_dim=20,
+            cross_attention_dim=24,
             addition_embed_type="text_time",
             addition_time_embed_dim=4,
             projection_class_embeddings_input_dim=16 + 6 * 4,
@@ -163,9 +190,9 @@ def sdxl_pipeline() -> Any:
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading"
         ),
         vae=vae(scaling_factor=0.13),
-        text_encoder=clip(tokenizer, width=8, projection=False),
+        text_encoder=clip(width=12, projection=False),
         tokenizer=tokenizer,
-        text_encoder_2=clip(second, width=12, projection=True),
+        text_encoder_2=clip(width=12, projection=True),
         tokenizer_2=second,
         add_watermarker=False,
     )
@@ -181,17 +208,16 @@ PIPELINES: dict[str, Callable[[], Any]] = {
 
 def write_bundle(pipeline: Any, folder: Path, *, sparsity: str = "dense") -> Path:
     """What `obsdiff export` leaves, without engines."""
-    import torch
-    from obsdiff_export.onnx import export
-    from obsdiff_runtime.bundle import ComponentEntry, Defaults, Manifest, TensorEntry, write_manifest
-
     from obsdiff.families.table import family_of
+    from obsdiff_runtime.bundle import ComponentEntry, Defaults, Manifest, TensorEntry, write_manifest
 
     denoiser = getattr(pipeline, "transformer", None) or pipeline.unet
     family = family_of(denoiser)
     components = {}
     for component in family.components(pipeline, height=32, width=32):
-        model = export(component, folder / component.name, dtype=torch.float32)
+        if component.name == "vae_encoder":  # text to image needs none
+            continue
+        model = _exported(component, folder / component.name)
         inputs, outputs = (
             tuple(TensorEntry(name=port.name, dtype=port.dtype, shape=port.shape) for port in ports)
             for ports in (model.inputs, model.outputs)
@@ -215,6 +241,24 @@ def write_bundle(pipeline: Any, folder: Path, *, sparsity: str = "dense") -> Pat
         ),
     )
     return folder
+
+
+_EXPORTED: dict[tuple[str, int], Any] = {}
+
+
+def _exported(component: Any, folder: Path) -> Any:
+    """An OnnxModel; a network that was exported for another bundle is copied."""
+    import torch
+
+    from obsdiff_export.onnx import export
+
+    key = (component.name.removesuffix("_2"), next(component.module.parameters()).data_ptr())
+    if key not in _EXPORTED:
+        _EXPORTED[key] = export(component, folder, dtype=torch.float32)
+    else:
+        shutil.copytree(_EXPORTED[key].path.parent, folder)
+        (folder / "config.json").write_text(json.dumps(component.config))
+    return _EXPORTED[key]
 
 
 @pytest.fixture(scope="session", params=list(PIPELINES))

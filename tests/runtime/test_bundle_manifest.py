@@ -3,6 +3,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from obsdiff_runtime import bundle as bundles
 from obsdiff_runtime.bundle import (
     Bundle,

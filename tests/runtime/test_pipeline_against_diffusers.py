@@ -4,8 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+
 from obsdiff_runtime.pipeline import Images, Pipeline
+
+# diffusers' Euler hands torch tensors to numpy functions
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
 
 PROMPTS = ["a large red circle above a small blue square", "a small green triangle"]
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from obsdiff_runtime.bundle import Bundle, Defaults, Manifest, open_bundle, read_manifest, write_manifest
 from obsdiff_runtime.errors import BundleError
 from obsdiff_runtime.text import PromptTokenizer

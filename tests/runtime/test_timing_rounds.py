@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+
 from obsdiff_runtime import timing
 from obsdiff_runtime.decoding import encode
 from obsdiff_runtime.errors import ConfigError

@@ -6,6 +6,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+
 from obsdiff_runtime.errors import CompatibilityError, ConfigError
 from obsdiff_runtime.schedulers import make_scheduler
 
