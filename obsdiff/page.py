@@ -6,11 +6,9 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
@@ -18,8 +16,8 @@ from obsdiff import charts, wording
 from obsdiff.evaluation import Evaluation, ImagePair, PromptResult
 from obsdiff.measurements import NotMeasured, Report
 from obsdiff.metrics import Picture
+from obsdiff.templates import FOLDER, environment
 
-TEMPLATES: Final = Path(__file__).parent / "templates"
 PIXELATED_BELOW: Final = 200
 """Pictures with a longer side below this are enlarged pixel by pixel, so that what is compared can be seen."""
 
@@ -47,21 +45,14 @@ def render(report: Report, images: Sequence[ImagePair]) -> str:
         report: everything that is said.
         images: the picture pairs, those of the report's evaluation or its first ones.
     """
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.globals |= {
+    templates = environment(escape=True)
+    templates.globals |= {
         name: getattr(wording, name) for name in ("size", "seconds", "milliseconds", "percent", "small", "speedup")
     }
-    return environment.get_template("report.html.j2").render(
+    return templates.get_template("report.html.j2").render(
         report=report,
         # Our own stylesheet, written for this page: nothing of the user's is in it.
-        style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
+        style=Markup((FOLDER / "report.css").read_text(encoding="utf-8")),
         headline=wording.headline(report),
         summary=wording.summary(report),
         absences=wording.absences(report),

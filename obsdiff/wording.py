@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from obsdiff.evaluation import Evaluation, Share
 from obsdiff.measurements import LatencyPair, NotMeasured, Report
+from obsdiff.sparsity import parse
 
 ABSENT = "not measured"
 NO_RATIO = ""
@@ -115,7 +116,7 @@ def absences(report: Report) -> tuple[str, ...]:
 
 def has_pattern(sparsity: str) -> bool:
     """Whether the sparsity leaves zeros in the stored weights (N:M or unstructured), beside what is cut out."""
-    return any(not part.strip().startswith(("structured:", "heads:", "ffn:")) for part in sparsity.split("+"))
+    return parse(sparsity).pattern is not None
 
 
 def _counts(label: str, dense: int | NotMeasured, pruned: int | NotMeasured, *, in_bytes: bool = False) -> Row:

@@ -1,0 +1,138 @@
+"""The model card: README.md of a pruned folder or of a bundle, as the Hub reads it."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import diffusers
+import yaml
+
+from obsdiff import wording
+from obsdiff.measurements import NotMeasured, Report
+from obsdiff.sparsity import NM, Unstructured, parse
+from obsdiff.templates import environment
+
+Kind = Literal["checkpoint", "bundle"]
+
+LICENCE_KEYS: Final = ("license", "license_name", "license_link")
+FOLDER: Final = "path/to/this/folder"
+
+
+def write_card(report: Report, folder: Path, kind: Kind, *, base_model: str | None = None) -> None:
+    """Writes README.md into a folder that is otherwise complete.
+
+    Args:
+        report: of the run that made the folder.
+        folder: holds model_index.json.
+        kind: a pruned diffusers folder, or a bundle.
+        base_model: id of the dense model on the Hub; None where it is not from there.
+    """
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    (folder / "README.md").write_text(render(report, index, kind, base_model=base_model), encoding="utf-8")
+
+
+def render(report: Report, index: Mapping[str, Any], kind: Kind, *, base_model: str | None = None) -> str:
+    """The card; `index` is the content of the folder's model_index.json."""
+    templates = environment(escape=False)
+    templates.filters["cell"] = _cell
+    evaluation = report.evaluation
+    text = templates.get_template("card.md.j2").render(
+        report=report,
+        kind=kind,
+        front_matter=_front_matter(report, kind, base_model),
+        headline=wording.headline(report),
+        summary=wording.summary(report),
+        absences=wording.absences(report),
+        sampling=None if isinstance(evaluation, NotMeasured) else evaluation.sampling,
+        prompts=0 if isinstance(evaluation, NotMeasured) else len(evaluation.per_prompt),
+        code=_code(report, index, kind),
+        limits=_limits(report, kind),
+        size=wording.size,
+        small=wording.small,
+    )
+    return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def licence_of(folder: Path) -> dict[str, str]:
+    """What the card of a model's folder says of its licence: license, license_name, license_link; {} where nothing."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return {}
+    match = re.match(r"---\s*\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), flags=re.DOTALL)
+    try:
+        data = yaml.safe_load(match[1]) if match is not None else None
+    except yaml.YAMLError:
+        return {}
+    if not isinstance(data, dict):
+        return {}
+    return {key: data[key] for key in LICENCE_KEYS if isinstance(data.get(key), str)}
+
+
+def _front_matter(report: Report, kind: Kind, base_model: str | None) -> str:
+    data: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
+    if base_model is not None:
+        data["base_model"] = base_model
+    data["tags"] = ["obsdiff", "pruned", "sparsity", report.family, *(["onnx"] if kind == "bundle" else [])]
+    return yaml.safe_dump(data | dict(report.licence), sort_keys=False, allow_unicode=True)
+
+
+def _code(report: Report, index: Mapping[str, Any], kind: Kind) -> str:
+    """Three lines that draw a picture from the folder, the way it was compared."""
+    evaluation = report.evaluation
+    prompt, options = "a prompt", ""
+    if not isinstance(evaluation, NotMeasured):
+        prompt, sampling = evaluation.per_prompt[0].prompt, evaluation.sampling
+        options = f", num_inference_steps={sampling.num_inference_steps}, guidance_scale={sampling.guidance_scale}"
+        if sampling.max_sequence_length is not None:
+            options += f", max_sequence_length={sampling.max_sequence_length}"
+    quoted = json.dumps(prompt, ensure_ascii=False)
+    if kind == "bundle":
+        first, load = "from obsdiff_runtime import Pipeline", f'pipeline = Pipeline("{FOLDER}")'
+        return f'{first}\n{load}\npipeline({quoted}, seed=1).pil()[0].save("picture.png")'
+    if parse(report.sparsity).structured:
+        first, load = "import obsdiff", f'pipeline = obsdiff.load("{FOLDER}")'
+    else:
+        absent = "".join(f", {name}=None" for name in _absent(index))
+        first = "from diffusers import DiffusionPipeline"
+        load = f'pipeline = DiffusionPipeline.from_pretrained("{FOLDER}"{absent})'
+    return f'{first}\n{load}\npipeline({quoted}{options}).images[0].save("picture.png")'
+
+
+def _absent(index: Mapping[str, Any]) -> list[str]:
+    """Components that are null and that diffusers wants to be told so."""
+    pipeline = getattr(diffusers, str(index.get("_class_name")), None)
+    optional = getattr(pipeline, "_optional_components", [])
+    null = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is None]
+    return [name for name in null if name not in optional]
+
+
+def _limits(report: Report, kind: Kind) -> list[str]:
+    sparsity = parse(report.sparsity)
+    limits = []
+    if isinstance(sparsity.pattern, NM):
+        limits.append(
+            f"The {sparsity.pattern} zeros are stored as numbers: no smaller file, and no faster where dense kernels"
+            " run them, which is every CPU and TensorRT-RTX. Some NVIDIA GPUs have kernels that use 2:4; whether they"
+            " are faster depends on GPU, precision and shape, so measure."
+        )
+    if isinstance(sparsity.pattern, Unstructured):
+        limits.append("Zeros anywhere make no engine faster and no file smaller: this is a study of quality.")
+    if sparsity.structured and kind == "checkpoint":
+        limits.append("Widths differ from layer to layer: `obsdiff.load` reads the folder, plain diffusers does not.")
+    evaluation = report.evaluation
+    if not isinstance(evaluation, NotMeasured):
+        limits.append(
+            f"Quality was compared on {len(evaluation.per_prompt)} prompts at one size and one guidance scale; other"
+            " prompts may fare worse."
+        )
+    limits.append("Nothing was trained: what the dense model cannot draw or should not be used for holds here too.")
+    if not report.licence:
+        limits.append("The licence of the dense model was not found; it applies to this model as well.")
+    return limits
+
+
+def _cell(text: object) -> str:
+    """Text that stays inside its cell of a Markdown table."""
+    return " ".join(str(text).replace("|", "\\|").split())

@@ -1,0 +1,189 @@
+import io
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from obsdiff import wording
+from obsdiff.environment import environment
+from obsdiff.evaluation import ImagePair
+from obsdiff.measurements import Counts, LatencyPair, NotMeasured, Report
+from obsdiff.page import data_uri, render
+from obsdiff.report import summary_table, write_html, write_json
+from obsdiff_runtime.timing import Timings
+
+MakeReport = Callable[..., Report]
+MakeTimings = Callable[[list[float], list[float]], Timings]
+Pairs = tuple[ImagePair, ...]
+VOID = {"meta", "img", "br"}
+
+
+class Elements(HTMLParser):
+    """Checks that elements nest, and gathers attributes and text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.text = ""
+        self.feed(page)
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def latency(timings: Timings) -> LatencyPair:
+    return LatencyPair.of(timings, what="one denoiser call", backend="ONNX Runtime on the CPU", shape="2 rows")
+
+
+def test_json_says_everything_and_only_finite_numbers(make_report: MakeReport, tmp_path: Path) -> None:
+    report = make_report(engines=NotMeasured(why="--trt was not given"))
+    write_json(report, tmp_path / "report.json")
+    data = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert data["dense"]["parameters"] == report.dense.parameters
+    assert data["evaluation"]["sampling"]["num_inference_steps"] == 20
+    assert data["engines"] == {"not_measured": "--trt was not given"}
+    assert data["components"][2]["max_error"] == {"not_measured": "the day is short"}
+    assert data["latency"][0]["verdict"] == "no different"
+    assert len(data["layers"]) == len(report.layers)
+
+
+def test_the_page_asks_nothing_of_the_network(make_report: MakeReport, pairs: Pairs, tmp_path: Path) -> None:
+    write_html(make_report(), pairs, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    elements = Elements(page)
+    links = [value for _, name, value in elements.attributes if name in ("src", "href", "srcset", "data", "action")]
+    assert len(links) == 3 * len(pairs)
+    assert all(link.startswith("data:image/") for link in links)
+    assert "url(" not in page
+    assert "@import" not in page
+    assert "<script" not in page
+    assert ("meta", "content", "default-src 'none'; img-src data:; style-src 'unsafe-inline'") in elements.attributes
+
+
+def test_the_page_shows_every_pair_layer_and_engine(make_report: MakeReport, pairs: Pairs) -> None:
+    report = make_report()
+    text = Elements(render(report, pairs)).text
+    for pair in pairs:
+        assert pair.prompt in text
+        assert f"seed {pair.seed}" in text
+    for layer in report.layers:
+        assert layer.name in text
+    assert "ignores the sparse flag" in text
+    assert "obsdiff export --sparsity 2:4 --trt -o out" in text
+    assert text.count("✗ disobeys") == 1
+    assert "both models obey 7, only the dense one 1, only the pruned one 0, neither 0" in text
+
+
+def test_what_users_write_is_text_not_markup(make_report: MakeReport, pairs: Pairs) -> None:
+    evil = "<script>alert('x')</script> & \"quotes\""
+    first = pairs[0]
+    nasty = ImagePair(prompt=evil, seed=first.seed, dense=first.dense, pruned=first.pruned)
+    report = make_report(model=evil, notes=(evil,), command=evil, recipe={"prompt": evil})
+    object.__setattr__(report.evaluation.per_prompt[0], "prompt", evil)  # type: ignore[union-attr]
+    object.__setattr__(report.layers[0], "name", evil)
+    page = render(report, (nasty, *pairs[1:]))
+    assert "<script" not in page
+    assert Elements(page).text.count(evil) >= 4
+
+
+@pytest.mark.parametrize("missing", ["components", "engines", "latency", "evaluation"])
+def test_what_is_absent_is_said_to_be_absent_and_why(make_report: MakeReport, missing: str) -> None:
+    report = make_report(**{missing: NotMeasured(why="nobody asked for it")})
+    text = Elements(render(report, ())).text
+    assert re.search(r"[Nn]ot measured[:,] nobody asked for it", text)
+    assert any("nobody asked for it" in line for line in wording.absences(report))
+    assert "nan" not in text.lower().replace("nanoseconds", "")
+
+
+def test_nothing_measured_is_a_page_without_numbers_made_up(make_report: MakeReport) -> None:
+    absent = NotMeasured(why="the run stopped after pruning")
+    counts = Counts(parameters=10, nonzero=10, macs=absent, bytes_on_disk=absent)
+    values = dict.fromkeys(("components", "engines", "latency", "evaluation"), absent)
+    report = make_report(**values, dense=counts, pruned=counts, layers=(), stages=(), notes=(), command=None)
+    Elements(render(report, ()))
+    rows = wording.summary(report)
+    assert [row.pruned for row in rows if row.label not in ("parameters of the denoiser", "of these not zero")] == [
+        "not measured"
+    ] * 4
+    json.dumps(report.to_json(), allow_nan=False)
+
+
+def test_no_judge_leaves_obedience_out(make_report: MakeReport, pairs: Pairs) -> None:
+    text = Elements(render(make_report(judged=False), pairs)).text
+    assert "obeys" not in text
+    assert "prompts obeyed" not in text
+
+
+def test_faster_and_slower_are_said_only_beyond_the_noise(make_report: MakeReport, make_timings: MakeTimings) -> None:
+    steady = [10.0 + i % 3 for i in range(20)]
+    verdicts = {factor: latency(make_timings(steady, [factor * t for t in steady])) for factor in (0.5, 1.0, 2.0)}
+    assert [pair.verdict for pair in verdicts.values()] == ["faster", "no different", "slower"]
+    assert latency(make_timings(steady[:3], steady[:3])).verdict == "unknown"
+    said = [wording.headline(make_report(latency=(pair,)))[1] for pair in verdicts.values()]
+    assert said[0].startswith("Faster here")
+    assert "2.00x the dense speed" in said[0]
+    assert said[1].startswith("No faster here")
+    assert said[2].startswith("Slower here")
+
+
+def test_zeros_on_a_cpu_are_said_to_give_no_speed(make_report: MakeReport) -> None:
+    assert "no speed-up on a CPU" in wording.headline(make_report())[1]
+    assert "no speed-up on a CPU" not in wording.headline(make_report(sparsity="structured:0.25"))[1]
+    assert "no smaller" in wording.headline(make_report())[0]
+
+
+def test_the_table_has_a_line_for_size_speed_and_quality(make_report: MakeReport) -> None:
+    console = Console(width=120, file=io.StringIO())
+    with console.capture() as capture:
+        console.print(summary_table(make_report()))
+    text = capture.get()
+    for label in ("parameters", "on disk", "one denoiser call", "prompts obeyed", "velocity error", "SSIM"):
+        assert label in text
+
+
+def test_numbers_are_worded_with_units() -> None:
+    assert wording.size(0) == "0 B"
+    assert wording.size(1536) == "1.5 KiB"
+    assert wording.size(9.4 * 2**30) == "9.4 GiB"
+    assert wording.count(8_060_000_000) == "8.06 G"
+    assert wording.count(999_600) == "1 M"
+    assert wording.seconds(0.5) == "0.50 s"
+    assert wording.seconds(119.7) == "2 min 0 s"
+    assert wording.seconds(7260) == "2 h 1 min"
+    assert wording.milliseconds(12.34) == "12.3 ms"
+    assert wording.milliseconds(2500) == "2.50 s"
+
+
+def test_small_pictures_are_embedded_to_the_last_bit_and_large_ones_reduced() -> None:
+    rng = np.random.default_rng(0)
+    assert data_uri(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).startswith("data:image/png;base64,")
+    large = data_uri(np.zeros((1024, 1024, 3), np.uint8))
+    assert large.startswith("data:image/jpeg;base64,")
+    assert len(large) < 20_000
+
+
+def test_the_environment_is_this_machine() -> None:
+    found = environment(threads=1)
+    assert found.cores >= 1
+    assert found.memory_bytes > 2**28
+    assert found.cpu
+    assert "torch" in found.packages
