@@ -97,6 +97,20 @@ class PrunedManifest(_Strict):
         """As `shrink` takes it."""
         return {name: cut.kept for name, cut in self.groups.items()}
 
+    def after(self, previous: "PrunedManifest | None") -> "PrunedManifest":
+        """This manifest, of a model that had been pruned before, told from the dense model on."""
+        if previous is None:
+            return self
+        groups = dict(previous.groups)
+        for name, cut in self.groups.items():
+            before = groups.get(name)
+            groups[name] = (
+                cut
+                if before is None
+                else GroupCut(units=before.units, kept=tuple(before.kept[unit] for unit in cut.kept))
+            )
+        return self.model_copy(update={"groups": groups, "linears": {**previous.linears, **self.linears}})
+
 
 def save(
     pipeline: DiffusionPipeline,

@@ -26,6 +26,7 @@ from obsdiff.folders import MANIFEST
 from obsdiff_runtime.errors import ModelError, ResourceError
 
 _FALLBACK_VAE_SCALE = 8
+_DEFAULTS_KEY = Path(DEFAULTS).stem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,7 @@ class ModelConfigs(NamedTuple):
         denoiser: on the meta device, shrunk where it is a pruned one.
         family: of the denoiser.
         configs: by component ("transformer", "vae", "scheduler", "text_encoder", ...), those that are there; and
-            "model_index". A bare denoiser has only its own.
+            "model_index" and, where the pipeline has its own, "obsdiff_defaults". A bare denoiser has only its config.
     """
 
     denoiser: nn.Module
@@ -169,20 +170,19 @@ def defaults_of(folder: Path | None, configs: Mapping[str, Mapping[str, Any]]) -
     """A pipeline's defaults: its own file's, else those of diffusers' call for its class.
 
     Args:
-        folder: of the pipeline, where obsdiff_defaults.json may be; None for a bare denoiser.
+        folder: of the pipeline, for messages.
         configs: as `load_configs` gives them.
 
     Raises:
-        ModelError: the file holds something else.
+        ModelError: the pipeline's own file names something else.
     """
     values = _class_defaults(configs)
-    path = folder / DEFAULTS if folder is not None else None
-    if path is not None and path.is_file():
-        given = _json(path)
-        unknown = given.keys() - values.keys()
-        if unknown:
-            raise ModelError(f"{path}: unknown key {min(unknown)}; there are {', '.join(values)}")
-        values |= given
+    given = configs.get(_DEFAULTS_KEY, {})
+    unknown = given.keys() - values.keys()
+    if unknown:
+        where = folder / DEFAULTS if folder is not None else DEFAULTS
+        raise ModelError(f"{where}: unknown key {min(unknown)}; there are {', '.join(values)}")
+    values |= given
     return Defaults(**values)
 
 
@@ -288,6 +288,8 @@ def _configs(folder: Path, index: Mapping[str, Any]) -> dict[str, dict[str, Any]
         for file in ("config.json", "scheduler_config.json"):
             if (folder / name / file).is_file():
                 configs[name] = _json(folder / name / file)
+    if (folder / DEFAULTS).is_file():
+        configs[_DEFAULTS_KEY] = _json(folder / DEFAULTS)
     family = _family(folder, index)
     if family.denoiser not in configs:
         raise ModelError(f"{folder / family.denoiser / 'config.json'} is missing")

@@ -30,7 +30,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-TEXT_TOKENS = 9
+TEXT_TOKENS = 12
 
 
 @pytest.fixture(autouse=True)
@@ -130,7 +130,7 @@ def t5() -> tuple[T5Tokenizer, T5EncoderModel]:
     pieces += [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
     tokenizer = T5Tokenizer(vocab=pieces, extra_ids=0)
     config = T5Config(vocab_size=32, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=3)
-    return tokenizer, T5EncoderModel(config)
+    return tokenizer, T5EncoderModel(config).eval()
 
 
 def autoencoder() -> AutoencoderKL:

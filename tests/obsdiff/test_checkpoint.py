@@ -279,3 +279,17 @@ def test_only_plain_safetensors_and_configs_of_the_source_are_copied(
 def test_a_loss_that_was_not_measured_is_null_in_json() -> None:
     record = LinearRecord(pattern="2:4", loss=float("nan"))
     assert json.loads(record.model_dump_json())["loss"] is None
+
+
+def test_pruning_a_pruned_model_again_is_told_from_the_dense_one_on(
+    saved: Path, denoise: Callable[[nn.Module], Tensor], tmp_path: Path
+) -> None:
+    pipeline = checkpoint.load(saved)
+    previous = checkpoint.read_manifest(saved / "transformer")
+    cut = {HEADS: GroupCut(units=2, kept=(1,)), "transformer_blocks.0.attn.heads": GroupCut(units=4, kept=(0, 3))}
+    again = PrunedManifest(family="sd3", sparsity="heads:0.5", groups=cut).after(previous)
+    assert again.groups[HEADS] == GroupCut(units=4, kept=(2,))
+    assert again.groups.keys() == previous.groups.keys() | cut.keys()
+    shrink(pipeline.transformer, family_of(pipeline.transformer), {name: group.kept for name, group in cut.items()})
+    checkpoint.save(pipeline, pipeline.transformer, tmp_path / "again", again, source=saved)
+    assert torch.equal(denoise(checkpoint.load(tmp_path / "again").transformer), denoise(pipeline.transformer))
