@@ -74,7 +74,8 @@ class Estimates:
     """Neither measured nor promised: numbers to decide by.
 
     Attributes:
-        memory_bytes: peak where the pruning runs: weights, grams, and the larger of activations and solver.
+        memory_bytes: peak where the pruning runs: weights, grams, and the larger of activations and solver; without
+            the interpreter and its libraries.
         checkpoint_bytes: the pruned denoiser on disk, in the dtype it has now.
         calibration_seconds, solver_seconds: at the device's matrix-product speed.
     """
