@@ -8,9 +8,8 @@
 Names of inputs and outputs are those of optimum's ONNX folders. Networks keep the names of their weights.
 """
 
-import copy
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,18 +25,21 @@ _LARGEST_EXAMPLE = 256
 _SEED = 0
 
 
-def flattened(model: nn.Module, forward: Callable[..., Tensor | tuple[Tensor, ...]]) -> nn.Module:
-    """A module with the model's submodules and weights, under the model's names, and another forward.
+class Flat(nn.Module):
+    """A model under another forward: its submodules and weights, under the names they have in it.
 
-    Puts the model into eval mode.
-
-    Args:
-        model: shared, not copied.
-        forward: takes the new module and the inputs by name; calls the model.
+    Subclasses define a forward that takes the inputs by name, calls `self.source`, and returns tensors. Copies stay
+    whole: a deep copy's `source` has the copied weights. Puts the model into eval mode.
     """
-    view = copy.copy(model.eval())
-    view.__class__ = type(f"Flat{type(model).__name__}", (nn.Module,), {"forward": forward})
-    return view
+
+    source: Any
+
+    def __init__(self, source: nn.Module) -> None:
+        super().__init__()
+        self._parameters, self._buffers, self._modules = source._parameters, source._buffers, source._modules
+        self._non_persistent_buffers_set = source._non_persistent_buffers_set
+        self.__dict__["source"] = source.eval()  # beside the registry: all it holds is registered already
+        self.training = False
 
 
 def latent_sizes(height: int, width: int, *, vae_scale: int, multiple: int, limit: int | None = None) -> list[Size]:
@@ -118,21 +120,25 @@ def text_encoders(pipeline: DiffusionPipeline) -> list[Component]:
     return found
 
 
+class _Clip(Flat):
+    """Tokens (b, l) to the pooled embedding (b, width), the last and all hidden states (b, l, width)."""
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+        found = self.source(input_ids=input_ids, output_hidden_states=True)
+        pooled = found.text_embeds if "text_embeds" in found else found.pooler_output
+        return (pooled, found.last_hidden_state, *found.hidden_states)
+
+
 def _clip(name: str, model: Any) -> Component:
     """A CLIP text encoder. Its sequence is always padded to the full length, so that axis is fixed."""
     config = model.config
     pooled = "text_embeds" if type(model).__name__ == "CLIPTextModelWithProjection" else "pooler_output"
-
-    def forward(self: Any, input_ids: Tensor) -> tuple[Tensor, ...]:
-        found = model(input_ids=input_ids, output_hidden_states=True)
-        return (getattr(found, pooled), found.last_hidden_state, *found.hidden_states)
-
     length = int(config.max_position_embeddings)
     states = [f"hidden_states.{index}" for index in range(config.num_hidden_layers + 1)]
     examples = [{"input_ids": _clip_ids(batch, length, config)} for batch in (2, 3, 1)]
     return Component(
         name=name,
-        module=flattened(model, forward),
+        module=_Clip(model),
         inputs=examples[0],
         dynamic_axes={"input_ids": {0: "batch"}},
         outputs=(pooled, "last_hidden_state", *states),
@@ -151,11 +157,15 @@ def _clip_ids(batch: int, length: int, config: Any) -> Tensor:
     return ids
 
 
-def _t5(name: str, model: Any) -> Component:
-    def forward(self: Any, input_ids: Tensor) -> Tensor:
-        found: Tensor = model(input_ids=input_ids).last_hidden_state
-        return found
+class _T5(Flat):
+    """Tokens (b, l) to the last hidden state (b, l, width)."""
 
+    def forward(self, input_ids: Tensor) -> Tensor:
+        states: Tensor = self.source(input_ids=input_ids).last_hidden_state
+        return states
+
+
+def _t5(name: str, model: Any) -> Component:
     generator = torch.Generator().manual_seed(_SEED)
     examples = [
         {"input_ids": torch.randint(2, model.config.vocab_size, (batch, length), generator=generator)}
@@ -163,7 +173,7 @@ def _t5(name: str, model: Any) -> Component:
     ]
     return Component(
         name=name,
-        module=flattened(model, forward),
+        module=_T5(model),
         inputs=examples[0],
         dynamic_axes={"input_ids": {0: "batch", 1: "sequence"}},
         outputs=("last_hidden_state",),

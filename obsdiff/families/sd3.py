@@ -106,17 +106,22 @@ def arguments(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
     return dict(inputs)
 
 
+class _Flat(parts.Flat):
+    """The transformer, without options; (b, channels, h, w) to the same."""
+
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, pooled_projections: Tensor, timestep: Tensor
+    ) -> Tensor:
+        inputs = (hidden_states, encoder_hidden_states, pooled_projections, timestep)
+        velocity: Tensor = self.source(*inputs, return_dict=False)[0]
+        return velocity
+
+
 def components(pipeline: DiffusionPipeline, *, height: int, width: int) -> tuple[Component, ...]:
     """See `Family.components`."""
     model = pipeline.transformer
     scale = parts.vae_scale(pipeline.vae.config) if pipeline.vae is not None else 8
     config = model.config
-
-    def forward(
-        self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, pooled_projections: Tensor, timestep: Tensor
-    ) -> Tensor:
-        found: Tensor = model(hidden_states, encoder_hidden_states, pooled_projections, timestep, return_dict=False)[0]
-        return found
 
     sizes = parts.latent_sizes(
         height, width, vae_scale=scale, multiple=config.patch_size, limit=config.pos_embed_max_size
@@ -127,7 +132,7 @@ def components(pipeline: DiffusionPipeline, *, height: int, width: int) -> tuple
     ]
     transformer = Component(
         name=denoiser,
-        module=parts.flattened(model, forward),
+        module=_Flat(model),
         inputs=examples[0],
         dynamic_axes={
             "hidden_states": {0: "batch", 2: "height", 3: "width"},

@@ -130,6 +130,23 @@ def arguments(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
     return {**plain, "added_cond_kwargs": added or None}
 
 
+class _Flat(parts.Flat):
+    """The UNet, without options; (b, channels, h, w) to the same."""
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+    ) -> Tensor:
+        added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
+        inputs = (sample, timestep, encoder_hidden_states)
+        noise: Tensor = self.source(*inputs, added_cond_kwargs=added, return_dict=False)[0]
+        return noise
+
+
 def components(pipeline: DiffusionPipeline, *, height: int, width: int) -> tuple[Component, ...]:
     """See `Family.components`; SDXL's denoiser also reads `text_embeds` and `time_ids`.
 
@@ -145,24 +162,12 @@ def components(pipeline: DiffusionPipeline, *, height: int, width: int) -> tuple
         for batch, length, size in parts.rows(sizes)
     ]
 
-    def forward(
-        self: Any,
-        sample: Tensor,
-        timestep: Tensor,
-        encoder_hidden_states: Tensor,
-        text_embeds: Tensor | None = None,
-        time_ids: Tensor | None = None,
-    ) -> Tensor:
-        added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
-        found: Tensor = model(sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False)[0]
-        return found
-
     axes = {key: {0: "batch"} for key in examples[0]}
     axes["sample"] |= {2: "height", 3: "width"}
     axes["encoder_hidden_states"] |= {1: "text_tokens"}
     unet = Component(
         name=denoiser,
-        module=parts.flattened(model, forward),
+        module=_Flat(model),
         inputs=examples[0],
         dynamic_axes=axes,
         outputs=("out_sample",),

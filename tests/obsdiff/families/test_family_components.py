@@ -1,5 +1,6 @@
 """Components for the export: names, sizes, and the numbers the pipeline itself would see."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -78,7 +79,27 @@ def test_weights_are_shared_and_keep_their_names(
         assert all(weights[name] is parameter for name, parameter in own.items())
         if source is not pipeline.vae:
             assert own.keys() == weights.keys()
-            assert type(source).forward is not type(component.module).forward
+
+
+@pytest.mark.parametrize(("kind", "changes"), CASES)
+def test_a_copy_in_another_precision_computes_with_its_own_weights(
+    kind: str, changes: dict[str, Any], build_pipeline: Callable[..., Any]
+) -> None:
+    for component in of(build_pipeline(kind, **changes), kind).values():
+        double = copy.deepcopy(component.module).double()
+        assert not {id(weight) for weight in double.parameters()} & {
+            id(weight) for weight in component.module.parameters()
+        }
+        assert {weight.dtype for weight in component.module.parameters()} == {torch.float32}
+        inputs = {
+            name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in component.inputs.items()
+        }
+        with torch.no_grad():
+            found = double(**inputs)
+        found = found if isinstance(found, tuple) else (found,)
+        for precise, expected in zip(found, run(component, component.inputs), strict=True):
+            assert precise.dtype == torch.float64
+            assert (precise - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 def test_clip_gives_what_the_pipelines_read(build_pipeline: Callable[..., Any]) -> None:
