@@ -236,7 +236,10 @@ def open_bundle(path: Path | str, verify: Verify = "full") -> Bundle:
     root = Path(path)
     manifest = read_manifest(root)
     for relative, entry in manifest.files.items():
-        _check_size(root, relative, entry)
+        try:
+            _check_size(root, relative, entry)
+        except (OSError, ValueError) as error:  # ValueError: a name that no file system has
+            raise BundleError(f"{root}: {relative!r} cannot be read: {error}") from error
     if verify == "full":
         for relative, entry in manifest.files.items():
             if _sha256(root / relative) != entry.sha256:
