@@ -178,7 +178,8 @@ def _export(run: Run) -> None:
         console.print(summary_table(exported.report))
         for note in exported.report.notes:
             console.print(f"[yellow]note[/] {note}", highlight=False)
-        console.print(f"report  {output / 'report.html'}\nnext    obsdiff generate {output} '...' -o a.png", style="dim")
+        console.print(f"report  {output / 'report.html'}", style="dim")
+        console.print(f"next    obsdiff generate {output} '...' -o a.png", style="dim")
 
     run.print_result(exported.to_json(), show)
 
@@ -199,8 +200,10 @@ def _prune(run: Run) -> None:
     def show() -> None:
         from rich.console import Console
 
+        from obsdiff.display import layers_table
+
         console = Console()
-        console.print(verbs.layers_table(result.layers))
+        console.print(layers_table(result.layers))
         console.print(f"next    obsdiff export {output} --trt -o {output}-bundle", style="dim")
 
     run.print_result({"folder": str(output), **result.to_json()}, show)

@@ -1,11 +1,18 @@
-"""What a person at the terminal sees: progress with the time left, on stderr."""
+"""What a person at the terminal sees: progress with the time left on stderr, tables on stdout."""
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from obsdiff_runtime.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from obsdiff.planning import Plan
+    from obsdiff.pruning import LayerResult
 
 
 @contextmanager
@@ -23,7 +30,14 @@ def progress_on_stderr(*, quiet: bool = False) -> Iterator[Progress]:
 @contextmanager
 def _bars() -> Iterator[Progress]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description:<18}"),
@@ -54,3 +68,80 @@ class _Lines:
         if done >= total and started >= 0:
             self._started[stage] = -1.0
             print(f"{stage}: {total} of {total} in {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)
+
+
+def show_plan(plan: "Plan", *, verbose: bool = False) -> None:
+    """Prints a plan on stdout: what changes, what it costs, and what may surprise; every layer where verbose."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title=f"plan  {plan.sparsity}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for name in ("", "before", "after", "after / before"):
+        table.add_column(name, justify="left" if not name else "right")
+    after, zeros = plan.parameters_after, plan.zeros
+    table.add_row("parameters stored", *_pair(plan.parameters_before, after))
+    table.add_row("parameters not zero", *_pair(plan.parameters_before, after - zeros))
+    table.add_row("MACs of one denoiser call, one image", *_pair(plan.macs_before, plan.macs_after))
+    console.print(table)
+    for kind in ("heads", "ffn"):
+        cuts = [cut for cut in plan.cuts if cut.kind == kind and cut.kept < cut.units]
+        if cuts:
+            sizes = sorted({f"{cut.kept} of {cut.units}" for cut in cuts})
+            console.print(f"{kind:<12}{len(cuts)} groups keep {', '.join(sizes)}", highlight=False)
+    patterned = [layer for layer in plan.layers if layer.pattern is not None]
+    if patterned:
+        console.print(f"{'linears':<12}{len(patterned)} get the pattern {patterned[0].pattern}", highlight=False)
+    grams = ", ".join(f"{package.grams} ({package.gram_bytes / 1e6:.0f} MB)" for package in plan.packages)
+    console.print(
+        f"{'calibration':<12}{plan.denoiser_calls} denoiser calls; grams by package: {grams or 'none'}", highlight=False
+    )
+    estimates = plan.estimates
+    console.print(
+        f"{'estimates':<12}{estimates.memory_bytes / 1e9:.1f} GB of memory, {estimates.checkpoint_bytes / 1e9:.2f} GB "
+        f"checkpoint, {estimates.calibration_seconds:.0f} s calibration and {estimates.solver_seconds:.0f} s solving "
+        "on this machine; estimates, not measurements",
+        highlight=False,
+    )
+    for note in plan.notes:
+        console.print(f"[yellow]note[/] {note}", highlight=False)
+    if verbose:
+        console.print(_plan_layers(plan))
+
+
+def _pair(before: int, after: int) -> tuple[str, str, str]:
+    return f"{before / 1e6:,.2f} M", f"{after / 1e6:,.2f} M", f"{after / before:.3f}"
+
+
+def _plan_layers(plan: "Plan") -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("linear", "inputs", "outputs", "pattern", "left dense because"):
+        table.add_column(name)
+    for layer in plan.layers:
+        inputs = str(layer.inputs) if layer.kept_inputs == layer.inputs else f"{layer.inputs} -> {layer.kept_inputs}"
+        outputs = (
+            str(layer.outputs) if layer.kept_outputs == layer.outputs else f"{layer.outputs} -> {layer.kept_outputs}"
+        )
+        table.add_row(layer.name, inputs, outputs, layer.pattern or "", layer.reason or "")
+    return table
+
+
+def layers_table(layers: "Sequence[LayerResult]") -> "Table":
+    """What became of each linear."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("linear")
+    table.add_column("pattern")
+    table.add_column("zeros", justify="right")
+    table.add_column("loss", justify="right")
+    table.add_column("left dense because")
+    for layer in layers:
+        loss = "not measured" if layer.loss is None else f"{layer.loss:.2e}"
+        table.add_row(layer.name, layer.pattern, f"{layer.zeros:.0%}", loss, layer.reason or "")
+    return table

@@ -6,7 +6,7 @@ unstructured pattern follows, on what is left.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -69,20 +69,28 @@ class Pruned:
     Attributes:
         pipeline: the pipeline given, with its denoiser pruned and shrunk in place.
         kept: group name -> kept units, sorted, for every group that lost some.
+        units: group name -> how many units it had, for the same groups.
         layers: one record for each linear considered.
-        grams: number of grams taken in one pass over the model (linears that share an input share one).
     """
 
     pipeline: DiffusionPipeline
     family: Family
     recipe: Recipe
     kept: Mapping[str, tuple[int, ...]]
+    units: Mapping[str, int]
     layers: tuple[LayerResult, ...]
 
     @property
     def denoiser(self) -> nn.Module:
         module: nn.Module = getattr(self.pipeline, self.family.denoiser)
         return module
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "recipe": self.recipe.to_json(),
+            "kept": {name: list(units) for name, units in self.kept.items()},
+            "layers": [asdict(layer) for layer in self.layers],
+        }
 
 
 def prune(
@@ -114,13 +122,21 @@ def prune(
     run = _Run(pipeline, family, recipe, method, stored, journal, progress)
     kept: dict[str, tuple[int, ...]] = {}
     layers: list[LayerResult] = []
+    units = {group.name: group.units for group in family.groups(denoiser)}
     if recipe.sparsity.structured:
         kept, records = run.structured()
         shrink(denoiser, family, kept)
         layers += records
     if recipe.sparsity.pattern is not None:
         layers += run.pattern(recipe.sparsity.pattern)
-    return Pruned(pipeline=pipeline, family=family, recipe=recipe, kept=kept, layers=tuple(layers))
+    return Pruned(
+        pipeline=pipeline,
+        family=family,
+        recipe=recipe,
+        kept=kept,
+        units={name: units[name] for name in kept},
+        layers=tuple(layers),
+    )
 
 
 class _Run:
@@ -157,7 +173,9 @@ class _Run:
         kept: dict[str, tuple[int, ...]] = {}
         records: list[LayerResult] = []
 
-        def solve(package: Sequence[LinearSpec], grams: Mapping[str, Gram], done: Callable[[str], None]) -> PackageResult:
+        def solve(
+            package: Sequence[LinearSpec], grams: Mapping[str, Gram], done: Callable[[str], None]
+        ) -> PackageResult:
             weights, chosen, layers = {}, {}, []
             for group in dict.fromkeys(of_linear[linear.name] for linear in package):
                 members = [self._layer(linears[name], grams) for name in group.consumers]
@@ -186,9 +204,7 @@ class _Run:
 
     def pattern(self, pattern: Pattern) -> list[LayerResult]:
         """Prunes single weights; linears whose width does not fit an N:M pattern stay dense."""
-        linears, _ = select(
-            self._recipe, self._family.linears(self._denoiser), self._family.groups(self._denoiser)
-        )
+        linears, _ = select(self._recipe, self._family.linears(self._denoiser), self._family.groups(self._denoiser))
         records: list[LayerResult] = []
         fitting = []
         for linear in linears:
@@ -199,7 +215,9 @@ class _Run:
             else:
                 fitting.append(linear)
 
-        def solve(package: Sequence[LinearSpec], grams: Mapping[str, Gram], done: Callable[[str], None]) -> PackageResult:
+        def solve(
+            package: Sequence[LinearSpec], grams: Mapping[str, Gram], done: Callable[[str], None]
+        ) -> PackageResult:
             weights, layers = {}, []
             for sharing in _by_input(package):
                 members = [self._layer(linear, grams) for linear in sharing]
@@ -283,9 +301,7 @@ def _loss(loss: float) -> float | None:
     return None if loss != loss else loss
 
 
-def _pieces(
-    consumers: Sequence[LinearSpec], of_linear: Mapping[str, Group]
-) -> Callable[[Sequence[LinearSpec]], int]:
+def _pieces(consumers: Sequence[LinearSpec], of_linear: Mapping[str, Group]) -> Callable[[Sequence[LinearSpec]], int]:
     return lambda package: len({of_linear[linear.name].name for linear in package})
 
 

@@ -1,0 +1,269 @@
+"""From a pipeline to a bundle's content: ONNX folders, engines, manifest entries."""
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+from diffusers import DiffusionPipeline
+
+from obsdiff.families import Family
+from obsdiff.measurements import BuiltEngine, ExportedComponent, LatencyPair, NotMeasured
+from obsdiff.recipe import Sampling
+from obsdiff.settings import Settings
+from obsdiff.sparsity import NM
+from obsdiff_export import onnx, parity, pattern, receipt
+from obsdiff_export.build import Builder, Engine, build
+from obsdiff_export.component import Component
+from obsdiff_export.onnx import OnnxModel
+from obsdiff_export.pattern import PatternReport
+from obsdiff_export.profiles import Size, profile_for
+from obsdiff_runtime.backends.ort import open_graph
+from obsdiff_runtime.bundle import ComponentEntry, EngineEntry, TensorEntry
+from obsdiff_runtime.errors import ConfigError
+from obsdiff_runtime.progress import Progress, silent
+from obsdiff_runtime.timing import time_interleaved
+
+DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+RUNS: Final = 40
+"""Timed denoiser calls of each model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delivered:
+    """A component in the bundle."""
+
+    component: Component
+    model: OnnxModel
+    max_error: float
+    patterns: tuple[PatternReport, ...]
+    engines: tuple[Engine, ...] = ()
+
+    def report(self) -> ExportedComponent:
+        return ExportedComponent(
+            name=self.model.name,
+            dtype=self.model.dtype,
+            bytes_on_disk=self.model.bytes,
+            max_error=self.max_error,
+        )
+
+    def entry(self, root: Path) -> ComponentEntry:
+        return ComponentEntry(
+            onnx=self.model.path.relative_to(root).as_posix(),
+            dtype=self.model.dtype,
+            inputs=tuple(TensorEntry(name=port.name, dtype=port.dtype, shape=port.shape) for port in self.model.inputs),
+            outputs=tuple(
+                TensorEntry(name=port.name, dtype=port.dtype, shape=port.shape) for port in self.model.outputs
+            ),
+            engines=tuple(engine_entry(engine, root) for engine in self.engines),
+        )
+
+
+def dtype_of(component: str, settings: Settings) -> torch.dtype:
+    """The precision of a component's graph.
+
+    auto: float16 where engines are built, because sparse kernels exist for it and not for float32; but the VAE
+    stays float32, because several overflow in float16.
+    """
+    asked = settings.dtype or "auto"
+    if asked == "auto":
+        asked = "fp16" if settings.trt and not component.startswith("vae") else "fp32"
+    if asked not in DTYPES:
+        raise ConfigError(f"--dtype {asked}: there are auto, {', '.join(DTYPES)}")
+    return DTYPES[asked]
+
+
+def deliver(
+    pipeline: DiffusionPipeline,
+    family: Family,
+    folder: Path,
+    sampling: Sampling,
+    settings: Settings,
+    *,
+    pruned: Sequence[str],
+    expected: NM | None,
+    progress: Progress = silent,
+) -> tuple[Delivered, ...]:
+    """Exports every component, compares it with torch, and checks the pattern in the denoiser's graph.
+
+    Args:
+        pipeline: with the pruned denoiser.
+        family: of the denoiser.
+        folder: the bundle being written.
+        sampling: the served size.
+        settings: dtype and opset.
+        pruned: linears whose weights must hold the pattern.
+        expected: the pattern, where there is one.
+        progress: told component by component.
+
+    Raises:
+        ExportError: a graph that cannot be made, differs from torch, or does not hold the pattern.
+    """
+    components = family.components(pipeline, height=sampling.height, width=sampling.width)
+    delivered = []
+    for index, component in enumerate(components):
+        progress("export", index, len(components), component.name)
+        dtype = dtype_of(component.name, settings)
+        model = onnx.export(component, folder / component.name, dtype=dtype, opset=settings.opset)
+        error = parity.compare(component, model).max_relative_error
+        reports: list[PatternReport] = []
+        if component.name == family.denoiser and expected is not None:
+            names = [f"{name}.weight" for name in pruned]
+            reports = pattern.check(model.path, expected.n, expected.m, names)
+        delivered.append(Delivered(component=component, model=model, max_error=error, patterns=tuple(reports)))
+    progress("export", len(components), len(components))
+    return tuple(delivered)
+
+
+def copy_rest(pipeline: DiffusionPipeline, folder: Path) -> None:
+    """Writes what the runtime needs beside the networks: model_index.json, tokenizers, the scheduler."""
+    pipeline.save_config(folder)
+    for name, component in pipeline.components.items():
+        if component is not None and (name.startswith("tokenizer") or name == "scheduler"):
+            component.save_pretrained(folder / name)
+
+
+def sizes_of(family: Family, sampling: Sampling, *, text_tokens: int, vae_scale: int) -> dict[str, Size]:
+    """What every dynamic axis is at the served size: one image, with guidance if there is any, or up to four."""
+    rows = 2 if sampling.guidance_scale > 1 else 1
+    return {
+        "batch": (1, rows, 4 * rows),
+        "height": sampling.height // vae_scale,
+        "width": sampling.width // vae_scale,
+        "image_height": sampling.height,
+        "image_width": sampling.width,
+        "text_tokens": text_tokens,
+        "sequence": sampling.max_sequence_length or 256,
+    }
+
+
+def build_engines(
+    graphs: Mapping[str, Path],
+    folder: Path,
+    sizes: Mapping[str, Size],
+    *,
+    builder: Builder,
+    targets: Sequence[str],
+    sparse: str | None,
+    patterns: Sequence[PatternReport] = (),
+    progress: Progress = silent,
+) -> dict[str, Engine]:
+    """One engine for each component.
+
+    Args:
+        graphs: component -> its ONNX file.
+        folder: the bundle; engines go to engines/<component>/.
+        sizes: of the dynamic axes.
+        builder: from choose_builder.
+        targets: compute capabilities; empty for the builder's own choice.
+        sparse: the component that may use sparse tactics.
+        patterns: verdicts on that component's weights.
+        progress: told component by component.
+    """
+    from obsdiff_export.ports import read_ports
+
+    engines = {}
+    for index, (name, graph) in enumerate(graphs.items()):
+        progress("build", index, len(graphs), name)
+        inputs, _ = read_ports(graph)
+        engines[name] = build(
+            graph,
+            folder / "engines" / name,
+            builder=builder,
+            profile=profile_for(inputs, sizes),
+            sparse=name == sparse,
+            targets=targets,
+            patterns=patterns if name == sparse else (),
+        )
+    progress("build", len(graphs), len(graphs))
+    return engines
+
+
+def engine_entry(engine: Engine, root: Path) -> EngineEntry:
+    return EngineEntry(
+        path=engine.path.relative_to(root).as_posix(),
+        key=engine.key,
+        backend=engine.backend,
+        backend_version=engine.backend_version,
+        targets=engine.targets,
+        sparse_requested=engine.sparse_requested,
+        sparsity=receipt.sparsity_statement(receipt.load(engine.receipt_path)),
+        receipt=engine.receipt_path.relative_to(root).as_posix(),
+    )
+
+
+def built(name: str, engine: Engine) -> BuiltEngine:
+    return BuiltEngine(
+        component=name,
+        backend=f"{engine.backend} {engine.backend_version}",
+        targets=engine.targets,
+        sparsity=receipt.sparsity_statement(receipt.load(engine.receipt_path)),
+        bytes_on_disk=engine.bytes,
+        seconds=engine.seconds,
+    )
+
+
+def time_denoisers(
+    dense: Component,
+    pruned: OnnxModel,
+    family: Family,
+    sampling: Sampling,
+    *,
+    text_tokens: int,
+    vae_scale: int,
+    opset: int | None,
+    progress: Progress = silent,
+) -> LatencyPair | NotMeasured:
+    """One call of the dense and of the pruned graph through ONNX Runtime on the CPU, in turn.
+
+    Args:
+        dense: the denoiser before pruning; exported for this in the dtype of `pruned`.
+        pruned: the denoiser in the bundle.
+        family: of both.
+        sampling: the served size.
+        text_tokens: of one prompt.
+        vae_scale: pixels per side of a latent pixel.
+        opset: as for the bundle.
+        progress: told of the runs.
+    """
+    if pruned.dtype == "bfloat16":
+        return NotMeasured(why="ONNX Runtime has no bfloat16 kernels on the CPU; build engines and bench those")
+    rows = 2 if sampling.guidance_scale > 1 else 1
+    size = (sampling.height // vae_scale, sampling.width // vae_scale)
+    dtype = {"float32": torch.float32, "float16": torch.float16}[pruned.dtype]
+    with tempfile.TemporaryDirectory(prefix="obsdiff-") as scratch:
+        model = onnx.export(dense, Path(scratch), dtype=dtype, opset=opset)
+        sessions = {"dense": open_graph(model.path), "pruned": open_graph(pruned.path)}
+        example = family.example(
+            dense.module, batch=rows, size=size, text_tokens=text_tokens, pixels=(sampling.height, sampling.width)
+        )
+        inputs = {name: tensor.float().numpy() for name, tensor in example.items()}
+        timings = time_interleaved(
+            {name: lambda session=session: session.run(inputs) for name, session in sessions.items()},  # type: ignore[misc]
+            RUNS,
+            3,
+            lambda stage, done, total, note="": progress("time", done, total, note),
+        )
+    return LatencyPair.of(
+        timings,
+        what="one denoiser call",
+        backend=f"ONNX Runtime on the CPU, {pruned.dtype}",
+        shape=f"{rows} x {sampling.height}x{sampling.width} pixels, {text_tokens} text tokens",
+    )
+
+
+def dense_component(
+    pipeline: DiffusionPipeline, family: Family, dense: torch.nn.Module, sampling: Sampling
+) -> Component:
+    """The denoiser's component with the dense network in the pipeline."""
+    pruned = getattr(pipeline, family.denoiser)
+    setattr(pipeline, family.denoiser, dense)
+    try:
+        components: Iterator[Component] = iter(
+            family.components(pipeline, height=sampling.height, width=sampling.width)
+        )
+        return next(component for component in components if component.name == family.denoiser)
+    finally:
+        setattr(pipeline, family.denoiser, pruned)

@@ -1,0 +1,83 @@
+"""What can be read off this machine and off a model: the environment, sizes, how many tokens a text has."""
+
+import datetime
+import os
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+import torch
+from torch import nn
+
+from obsdiff import costs
+from obsdiff.families import Family
+from obsdiff.measurements import Counts, Environment, NotMeasured
+from obsdiff.recipe import Sampling
+from obsdiff_runtime.timing import machine
+
+PACKAGES: Final = (
+    *("obsdiff", "torch", "diffusers", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu"),
+    *("tensorrt", "tensorrt-rtx", "polygraphy"),
+)
+CLIP_TOKENS: Final = 77
+
+
+def environment(threads: int) -> Environment:
+    """This machine, now; `threads` are those of the measured sessions."""
+    here = machine()
+    return Environment(
+        date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        python=platform.python_version(),
+        platform=here.system,
+        cpu=here.cpu,
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else here.logical_cores,
+        threads=threads,
+        memory_bytes=psutil.virtual_memory().total,
+        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        packages={name: found for name in PACKAGES if (found := _version(name)) is not None},
+    )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def text_tokens(configs: Mapping[str, Mapping[str, Any]], max_sequence_length: int | None) -> int:
+    """Text tokens of one prompt: CLIP's, and T5's (or the zeros in its place) where the pipeline has them."""
+    clip = int(configs.get("text_encoder", {}).get("max_position_embeddings", CLIP_TOKENS))
+    return clip + (max_sequence_length or 0)
+
+
+def positions(
+    denoiser: nn.Module, family: Family, sampling: Sampling, *, text_tokens: int, vae_scale: int
+) -> dict[str, int]:
+    """costs.positions of one denoiser call on one image of the sampled size."""
+    inputs = family.example(
+        denoiser,
+        batch=1,
+        size=(sampling.height // vae_scale, sampling.width // vae_scale),
+        text_tokens=text_tokens,
+        pixels=(sampling.height, sampling.width),
+    )
+    return costs.positions(denoiser, family.arguments(inputs))
+
+
+def counts(denoiser: nn.Module, macs: int, bytes_on_disk: int | NotMeasured) -> Counts:
+    """Size of a denoiser."""
+    return Counts(
+        parameters=costs.parameters(denoiser),
+        nonzero=sum(int(torch.count_nonzero(parameter)) for parameter in denoiser.parameters()),
+        macs=macs,
+        bytes_on_disk=bytes_on_disk,
+    )
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the safetensors files in a folder."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

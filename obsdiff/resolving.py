@@ -1,0 +1,112 @@
+"""From what the user gave, and what the pipeline says of itself, to a recipe with no field left open."""
+
+import difflib
+from collections.abc import Sequence
+
+from obsdiff.core.timesteps import SCHEDULES
+from obsdiff.families import Family
+from obsdiff.loading import Defaults
+from obsdiff.methods.table import METHODS
+from obsdiff.recipe import Recipe, Sampling, calibration_prompts, parse_blocks, parse_bytes
+from obsdiff.settings import Settings
+from obsdiff.sparsity import parse
+from obsdiff_runtime.errors import ConfigError
+
+
+def resolve(
+    settings: Settings,
+    *,
+    model: str,
+    family: Family,
+    defaults: Defaults,
+    prompts: Sequence[str] | None = None,
+) -> Recipe:
+    """The recipe of a run.
+
+    Args:
+        settings: as given.
+        model: name of the model, for the record.
+        family: of its denoiser.
+        defaults: of its pipeline.
+        prompts: to calibrate on, instead of those the settings name.
+
+    Raises:
+        ConfigError: a value that makes no sense, or a choice that does not exist (names the nearest).
+    """
+    if settings.sparsity is None:
+        raise ConfigError("--sparsity is missing; for example --sparsity 2:4")
+    if prompts is None:
+        texts, source = calibration_prompts(settings, defaults.prompts)
+    else:
+        texts, source = tuple(prompts), "given"
+    if not texts:
+        raise ConfigError("there is no prompt to calibrate on; give some with --prompts-file")
+    options = dict(settings.method_options or {})
+    block_columns = int(options.pop("block", 128))
+    if options:
+        raise ConfigError(f"method_options.{next(iter(options))}: no such option; there is: block")
+    first, last = family.protect
+    return Recipe(
+        model=model,
+        revision=settings.revision,
+        variant=settings.variant,
+        family=family.name,
+        sparsity=parse(settings.sparsity),
+        method=_choice("--method", settings.method or "obsdiff", METHODS),
+        include=tuple(settings.include or ()),
+        exclude=tuple(settings.exclude or ()),
+        blocks=parse_blocks(settings.blocks or ()),
+        protect_first=_at_least("--protect-first", 0, settings.protect_first, first),
+        protect_last=_at_least("--protect-last", 0, settings.protect_last, last),
+        align=_at_least("--align", 1, settings.align, 64),
+        damp=_positive("--damp", settings.damp, 0.01),
+        block_columns=_at_least("method_options.block", 1, block_columns, 128),
+        prompts=texts,
+        prompts_source=source,
+        sampling=sampling(settings, defaults),
+        time_weights=_choice("--time-weights", settings.time_weights or "log-decrease", SCHEDULES),
+        packages=_at_least("--packages", 1, settings.packages, 4),
+        gram_budget_bytes=None if settings.gram_budget is None else parse_bytes(settings.gram_budget, "--gram-budget"),
+    )
+
+
+def sampling(settings: Settings, defaults: Defaults) -> Sampling:
+    """How the pipeline is to be run: what is given, else its own defaults."""
+    guidance = defaults.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
+    if guidance < 0:
+        raise ConfigError(f"--guidance-scale {guidance:g}: must not be negative")
+    length = defaults.max_sequence_length if settings.max_sequence_length is None else settings.max_sequence_length
+    return Sampling(
+        num_inference_steps=_at_least("--steps", 1, settings.steps, defaults.num_inference_steps),
+        guidance_scale=guidance,
+        height=_at_least("--height", 1, settings.height, defaults.height),
+        width=_at_least("--width", 1, settings.width, defaults.width),
+        max_sequence_length=length,
+        batch_size=_at_least("--batch-size", 1, settings.batch_size, 4),
+        seed=_at_least("--seed", 0, settings.seed, 0),
+    )
+
+
+def _choice(flag: str, value: str, table: object) -> str:
+    names = list(table)  # type: ignore[call-overload]
+    if value not in names:
+        near = difflib.get_close_matches(value, names, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"{flag} {value}: unknown; there are {', '.join(names)}{hint}")
+    return value
+
+
+def _at_least(flag: str, least: int, value: int | None, default: int) -> int:
+    if value is None:
+        return default
+    if value < least:
+        raise ConfigError(f"{flag} {value}: must be at least {least}")
+    return value
+
+
+def _positive(flag: str, value: float | None, default: float) -> float:
+    if value is None:
+        return default
+    if not 0 < value < float("inf"):
+        raise ConfigError(f"{flag} {value:g}: must be positive")
+    return value
