@@ -8,7 +8,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.export import Dim, ExportedProgram
 from torch.onnx.errors import OnnxExporterError
 
@@ -17,22 +17,19 @@ from obsdiff_export.translations import translations
 from obsdiff_runtime.errors import ExportError
 
 
-def lower(
-    component: Component, module: nn.Module, inputs: dict[str, Tensor], opset: int
-) -> tuple[ir.Model, frozenset[str]]:
+def lower(component: Component, inputs: dict[str, Tensor], opset: int) -> tuple[ir.Model, frozenset[str]]:
     """The graph, not optimised, and the names of its initializers that come from the module.
 
     Args:
-        component: names and dynamic axes.
-        module: the component's, in the dtype to export.
-        inputs: the component's, in the dtype to export.
+        component: its module in the dtype to export.
+        inputs: its inputs, in that dtype.
         opset: of the default domain.
 
     Raises:
         ExportError: the module could not be captured or translated.
     """
     with torch.no_grad(), _silence():
-        program = _capture(component, module, inputs)
+        program = _capture(component, inputs)
         weights = frozenset(program.state_dict) | frozenset(program.constants)
         plain = program.__class__
         try:
@@ -61,7 +58,7 @@ class _Decomposed(ExportedProgram):
         return retraced
 
 
-def _capture(component: Component, module: nn.Module, inputs: dict[str, Tensor]) -> ExportedProgram:
+def _capture(component: Component, inputs: dict[str, Tensor]) -> ExportedProgram:
     """The module as a program with symbolic sizes.
 
     Sizes of 0 and 1 are treated as any other first; some masks (PixArt, Sana) can only be captured without that.
@@ -72,7 +69,7 @@ def _capture(component: Component, module: nn.Module, inputs: dict[str, Tensor])
         try:
             with torch.fx.experimental._config.patch(backed_size_oblivious=oblivious):  # type: ignore[attr-defined]
                 return torch.export.export(
-                    module,
+                    component.module,
                     (),
                     kwargs=inputs,
                     dynamic_shapes=shapes,
@@ -81,9 +78,8 @@ def _capture(component: Component, module: nn.Module, inputs: dict[str, Tensor])
                 )
         except Exception as error:
             failures.append(error)
-    raise ExportError(f"{component.name}: torch.export could not capture it: {_last_line(failures[0])}") from failures[
-        0
-    ]
+    why = _last_line(failures[0])
+    raise ExportError(f"{component.name}: torch.export could not capture it: {why}") from failures[0]
 
 
 def _translate(component: Component, program: ExportedProgram, opset: int) -> ir.Model:

@@ -5,22 +5,20 @@ A weight is an initializer under its parameter's name; one that MatMul reads tra
 component gives the same bytes.
 """
 
-import copy
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Final
+from typing import Final
 
 import onnx_ir as ir
 import torch
-from torch import Tensor, nn
 
 from obsdiff_export import passes
 from obsdiff_export.capture import lower
+from obsdiff_export.casting import cast_to, inputs_in
 from obsdiff_export.component import Component
 from obsdiff_export.ports import Port
 from obsdiff_runtime.errors import ConfigError, ExportError, ResourceError
@@ -28,9 +26,6 @@ from obsdiff_runtime.version import __version__
 
 GRAPH: Final = "model.onnx"
 DATA: Final = "model.onnx.data"
-FLOAT32_INPUTS: Final = frozenset({"timestep", "time_ids"})
-"""Inputs that stay float32 in every graph: bfloat16 knows 996 and 1000, but no timestep between them."""
-
 _NAMES: Final = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _OPSETS: Final = {torch.float32: (18, 20), torch.float16: (18, 20), torch.bfloat16: (22, 22)}
 _ALIGNMENT: Final = 4096
@@ -67,9 +62,9 @@ def export(component: Component, folder: Path, *, dtype: torch.dtype, opset: int
     """Writes model.onnx, model.onnx.data and config.json into `folder`.
 
     Args:
-        component: what to export; its module is not changed.
+        component: what to export; its module is as before afterwards.
         folder: made where it is absent.
-        dtype: float32, float16 or bfloat16: of the weights, and of floating inputs but `FLOAT32_INPUTS`.
+        dtype: float32, float16 or bfloat16: of the weights, and of floating inputs but `casting.FLOAT32_INPUTS`.
         opset: 18 or later, 22 or later for bfloat16; None for 20, or 22.
 
     Raises:
@@ -80,9 +75,8 @@ def export(component: Component, folder: Path, *, dtype: torch.dtype, opset: int
     started = perf_counter()
     opset = _checked_opset(dtype, opset)
     _check(component)
-    module = in_dtype(component.module, dtype)
-    inputs = inputs_in_dtype(component.inputs, dtype)
-    model, weights = lower(component, module, inputs, opset)
+    with cast_to(component.module, dtype):
+        model, weights = lower(component, inputs_in(dtype, component.inputs), opset)
     passes.simplify(model, weights)
     passes.fold_transposes(model)
     passes.lower_doubles(model)
@@ -102,28 +96,6 @@ def export(component: Component, folder: Path, *, dtype: torch.dtype, opset: int
         bytes=size,
         seconds=perf_counter() - started,
     )
-
-
-def in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The module itself where it has this dtype already, else a copy, cast leaf by leaf, that shares nothing."""
-    leaves = [*module.parameters(), *module.buffers()]
-    floating = [leaf for leaf in leaves if leaf.is_floating_point()]
-    if all(leaf.dtype == dtype for leaf in floating):
-        return module
-    memo: dict[int, Any] = {}
-    for leaf in floating:
-        with torch.no_grad():
-            moved = leaf.detach().to(dtype)
-        memo[id(leaf)] = nn.Parameter(moved, requires_grad=False) if isinstance(leaf, nn.Parameter) else moved
-    return copy.deepcopy(module, memo)
-
-
-def inputs_in_dtype(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Floating inputs as the graph takes them."""
-    return {
-        name: tensor.to(torch.float32 if name in FLOAT32_INPUTS else dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in inputs.items()
-    }
 
 
 def _checked_opset(dtype: torch.dtype, opset: int | None) -> int:

@@ -16,8 +16,9 @@ import onnx
 import torch
 from torch import Tensor
 
+from obsdiff_export.casting import cast_to, inputs_in
 from obsdiff_export.component import Component
-from obsdiff_export.onnx import OnnxModel, export, in_dtype, inputs_in_dtype
+from obsdiff_export.onnx import OnnxModel, export
 from obsdiff_runtime.errors import ExportError, MissingPackageError
 
 _Array = np.ndarray[Any, np.dtype[Any]]
@@ -101,11 +102,10 @@ def require_onnxruntime() -> None:
 def _errors(component: Component, model: OnnxModel, sets: Sequence[Mapping[str, Tensor]]) -> list[dict[str, float]]:
     """Relative error by output name, per set of inputs; infinite where a value is not finite."""
     session = _session(component, model)
-    reference = in_dtype(component.module, torch.float32)
     errors = []
     for inputs in sets:
-        with torch.no_grad():
-            answer = reference(**inputs_in_dtype(inputs, torch.float32))
+        with torch.no_grad(), cast_to(component.module, torch.float32):
+            answer = component.module(**inputs_in(torch.float32, inputs))
         expected = (answer,) if isinstance(answer, Tensor) else tuple(answer)
         found = _run(session, component, model, inputs)
         errors.append(
@@ -138,7 +138,7 @@ def _session(component: Component, model: OnnxModel) -> Any:
 
 
 def _run(session: Any, component: Component, model: OnnxModel, inputs: Mapping[str, Tensor]) -> Sequence[_Array]:
-    typed = inputs_in_dtype(inputs, getattr(torch, model.dtype))
+    typed = inputs_in(getattr(torch, model.dtype), inputs)
     try:
         found: Sequence[_Array] = session.run(None, {name: tensor.numpy() for name, tensor in typed.items()})
     except Exception as error:

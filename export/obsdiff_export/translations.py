@@ -1,5 +1,6 @@
 """How torch operations become ONNX where the exporter's own answer is wrong, missing, or invalid in bfloat16."""
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         aten.einsum.default: einsum,
         aten.to.dtype: cast,
         aten.to.device: move,
+        operator.floordiv: floor_divide,
     }
 
 
@@ -54,6 +56,11 @@ def move(
     x: Any, device: str, dtype: int, non_blocking: bool = False, copy: bool = False, memory_format: Any = None
 ) -> Any:
     return cast(x, dtype)
+
+
+def floor_divide(a: Any, b: Any) -> Any:
+    """Of sizes, rounding down as Python does; ONNX's Div rounds towards zero, and captured sizes do become negative."""
+    return op.Div(op.Sub(a, op.Mod(a, b)), b)
 
 
 def _widest(dtypes: Sequence[ir.DataType | None]) -> ir.DataType | None:

@@ -12,8 +12,10 @@ import torch
 from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 
+from obsdiff_export.casting import cast_to
 from obsdiff_export.component import Component
-from obsdiff_export.onnx import OnnxModel, export, in_dtype
+from obsdiff_export.onnx import OnnxModel, export
+from obsdiff_export.parity import compare
 from obsdiff_runtime.errors import ConfigError, ExportError
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -75,18 +77,22 @@ def test_the_same_component_gives_the_same_bytes(toy, exports, tmp_path):
     assert again.bytes == exports.float32.bytes
 
 
-def test_the_callers_module_is_left_as_it_was(toy, exports):
-    assert {parameter.dtype for parameter in toy.module.parameters()} == {torch.float32}
-    cast = in_dtype(toy.module, torch.float16)
-    assert {leaf.dtype for leaf in cast.state_dict().values()} == {torch.float16}
-    assert in_dtype(toy.module, torch.float32) is toy.module
-
-
-def test_a_cast_keeps_tied_weights_tied():
+def test_a_cast_is_undone_and_keeps_tied_weights_tied():
     module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     module[1].weight = module[0].weight
-    cast = in_dtype(module, torch.float16)
-    assert cast[1].weight is cast[0].weight
+    before = dict(module.named_parameters(remove_duplicate=False))
+    with cast_to(module, torch.float16):
+        assert {leaf.dtype for leaf in module.state_dict().values()} == {torch.float16}
+        assert module[1].weight is module[0].weight
+    after = dict(module.named_parameters(remove_duplicate=False))
+    assert all(after[name] is before[name] for name in before)
+
+
+def test_a_failed_export_leaves_the_module_as_it_was(tmp_path):
+    component = one_input(Unbound())
+    with pytest.raises(ExportError, match=r"one: torch\.export could not capture it: .*no_such_name"):
+        export(component, tmp_path, dtype=torch.float16)
+    assert component.module.linear.weight.dtype == torch.float32
 
 
 def test_external_weights_are_aligned_to_pages(exports):
@@ -110,6 +116,15 @@ def test_config_and_provenance_travel_with_the_graph(exports):
 
 def test_no_source_path_is_left_in_the_graph(exports):
     assert b".py" not in exports.float32.path.read_bytes()
+
+
+class Unbound(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + self.no_such_name
 
 
 class Doubles(nn.Module):
@@ -139,8 +154,6 @@ def one_input(module: nn.Module, **changes: object) -> Component:
 
 
 def test_a_module_that_writes_in_place_is_decomposed_first(tmp_path):
-    from obsdiff_export.parity import compare
-
     component = one_input(InPlace())
     model = export(component, tmp_path, dtype=torch.float32)
     assert compare(component, model).max_relative_error == 0
@@ -157,6 +170,28 @@ def test_an_einsum_that_only_permutes_is_a_transpose_so_that_bfloat16_is_valid(t
     kinds = {node.op_type for node in graph_of(model).node}
     assert "Transpose" in kinds
     assert "Einsum" not in kinds
+
+
+class CentreCrop(nn.Module):
+    """As SD3 crops its position table: the end of the crop is captured as a floor division of a negative size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.arange(17.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.shape[1]
+        start = (17 - size) // 2
+        return x + self.table[start : start + size]
+
+
+def test_odd_sizes_are_halved_as_python_does(tmp_path):
+    component = one_input(
+        CentreCrop(),
+        dynamic_axes={"x": {0: "batch", 1: "size"}},
+        more_inputs=tuple({"x": torch.ones(2, size)} for size in (3, 4, 5, 6, 17)),
+    )
+    assert compare(component, export(component, tmp_path, dtype=torch.float32)).max_relative_error == 0
 
 
 class Bakes(nn.Module):

@@ -159,6 +159,24 @@ def test_what_is_no_pattern_is_refused(tmp_path, n, m):
         check(tmp_path / "model.onnx", n, m)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])  # polygraphy is wrong in bfloat16
+@pytest.mark.parametrize("layout", ["matmul", "gemm", "transpose"])
+@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")  # its sys.float_info.max
+def test_polygraphy_finds_the_same(tmp_path, capfd, layout, dtype, broken):
+    sparse = pytest.importorskip("polygraphy.tools.sparse")
+    from polygraphy.logger import G_LOGGER
+
+    weight = two_of_four(8, 16)
+    weight[3, 4:8] = 1 if broken else 0
+    path = save(tmp_path, weight, layout, dtype, external=False)
+    with G_LOGGER.verbosity(G_LOGGER.INFO):
+        sparse.SparsityPruner(onnx.load(path)).check()
+    said = "".join(capfd.readouterr())
+    assert ("Found sparse tensor: w" in said, "Found non-sparse tensor: w" in said) == (not broken, broken)
+    assert check(path, 2, 4)[0].holds is not broken
+
+
 @pytest.mark.parametrize("layout", ["matmul", "gemm"])
 def test_ten_million_weights_take_less_than_three_seconds(tmp_path, layout):
     path = save(tmp_path, two_of_four(2048, 5120), layout, "float16")

@@ -1,0 +1,48 @@
+"""Networks and inputs in the dtype of a graph."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+FLOAT32_INPUTS: Final = frozenset({"timestep", "time_ids"})
+"""Inputs that stay float32 in every graph: bfloat16 knows 996 and 1000, but no timestep between them."""
+
+
+@contextmanager
+def cast_to(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """The module's floating parameters and buffers are `dtype` inside, and the very ones of before outside.
+
+    Nothing is copied but the casts, tied weights stay tied, and whoever shares the submodules sees the same.
+    """
+    casts: dict[int, Tensor] = {}
+    before: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
+    try:
+        for part in module.modules():
+            for leaves in (part._parameters, part._buffers):
+                for name, leaf in leaves.items():
+                    if leaf is None or not leaf.is_floating_point() or leaf.dtype == dtype:
+                        continue
+                    before.append((leaves, name, leaf))
+                    if id(leaf) not in casts:
+                        casts[id(leaf)] = _cast(leaf, dtype)
+                    leaves[name] = casts[id(leaf)]
+        yield
+    finally:
+        for leaves, name, leaf in before:
+            leaves[name] = leaf
+
+
+def inputs_in(dtype: torch.dtype, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Floating inputs as a graph of this dtype takes them."""
+    return {
+        name: tensor.to(torch.float32 if name in FLOAT32_INPUTS else dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in inputs.items()
+    }
+
+
+def _cast(leaf: Tensor, dtype: torch.dtype) -> Tensor:
+    moved = leaf.detach().to(dtype)
+    return nn.Parameter(moved, requires_grad=False) if isinstance(leaf, nn.Parameter) else moved
