@@ -44,6 +44,7 @@ def render(report: Report, index: Mapping[str, Any], kind: Kind, *, base_model: 
         front_matter=_front_matter(report, kind, base_model),
         headline=wording.headline(report),
         summary=wording.summary(report),
+        notes=wording.notes(report),
         absences=wording.absences(report),
         sampling=None if isinstance(evaluation, NotMeasured) else evaluation.sampling,
         prompts=0 if isinstance(evaluation, NotMeasured) else len(evaluation.per_prompt),

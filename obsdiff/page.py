@@ -55,6 +55,7 @@ def render(report: Report, images: Sequence[ImagePair]) -> str:
         style=Markup((FOLDER / "report.css").read_text(encoding="utf-8")),
         headline=wording.headline(report),
         summary=wording.summary(report),
+        notes=wording.notes(report),
         absences=wording.absences(report),
         recipe=json.dumps(dict(report.recipe), indent=2, ensure_ascii=False, default=str),
         layer_chart=_layer_chart(report),

@@ -1,5 +1,6 @@
 """Numbers and findings in words, the same ones on the terminal, on the page and on the card."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -101,6 +102,21 @@ def headline(report: Report) -> tuple[str, ...]:
     return (_done(report), _speed(report), _goodness(report))
 
 
+def notes(report: Report) -> tuple[str, ...]:
+    """The run's own notes, then what its numbers call for."""
+    said = list(report.notes)
+    engines = () if isinstance(report.engines, NotMeasured) else report.engines
+    if has_pattern(report.sparsity) and any("rtx" in engine.backend.lower() for engine in engines):
+        said.append(
+            "TensorRT-RTX ignores the sparse-weights flag: these engines multiply the zeros. Sparse kernels need"
+            " TensorRT on the GPU that will run them: obsdiff build."
+        )
+    reasons = Counter(layer.reason for layer in report.layers if layer.pattern == "dense" and layer.reason)
+    for reason, linears in reasons.items():
+        said.append(f"{linears} {'linear' if linears == 1 else 'linears'} stayed dense: {reason}.")
+    return tuple(said)
+
+
 def absences(report: Report) -> tuple[str, ...]:
     """One line for every number that is absent, with the reason."""
     named: Sequence[tuple[str, object]] = (
@@ -155,6 +171,8 @@ def _quality(evaluation: Evaluation) -> list[Row]:
 
 def _done(report: Report) -> str:
     pruned = [layer for layer in report.layers if layer.pattern != "dense"]
+    if not pruned:
+        return "Nothing was pruned: the model is as it was given."
     kept = report.pruned.nonzero / report.dense.nonzero if report.dense.nonzero else 1.0
     said = (
         f"{len(pruned)} of {len(report.layers)} linears were pruned to {report.sparsity} by {report.method}:"

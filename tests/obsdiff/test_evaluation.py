@@ -11,12 +11,14 @@ from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    PNDMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
 from torch import Tensor, nn
 
 from obsdiff.evaluation import Evaluation, ImagePair, evaluate
+from obsdiff.families.table import FAMILIES
 from obsdiff.recipe import Sampling
 from obsdiff_runtime.errors import CalibrationError, ConfigError, QualityError
 
@@ -78,11 +80,11 @@ def tiny_pipeline(scheduler: Any = FlowMatchEulerDiscreteScheduler) -> StableDif
     return pipeline
 
 
-def scaled(denoiser: nn.Module, factor: float) -> nn.Module:
+def scaled(denoiser: nn.Module, factor: float, last: str = "proj_out") -> nn.Module:
     """A copy whose every velocity is `factor` times the original's."""
     scaled = copy.deepcopy(denoiser)
     with torch.no_grad():
-        for parameter in scaled.get_submodule("proj_out").parameters():
+        for parameter in scaled.get_submodule(last).parameters():
             parameter.mul_(factor)
     return scaled
 
@@ -335,3 +337,41 @@ def test_a_model_is_not_compared_with_itself_or_in_another_precision() -> None:
         measure(pipeline, pipeline.transformer)
     with pytest.raises(ConfigError, match="float16"):
         measure(pipeline, copy.deepcopy(pipeline.transformer).half())
+
+
+@pytest.mark.parametrize(
+    ("kind", "family", "last", "scheduler"),
+    [
+        ("sd3", "sd3", "proj_out", None),
+        ("sd15", "unet", "conv_out", PNDMScheduler),
+        ("sdxl", "unet", "conv_out", None),
+    ],
+)
+def test_every_family_is_measured_on_its_own_pipeline(
+    build_pipeline: Any, kind: str, family: str, last: str, scheduler: Any
+) -> None:
+    pipeline = build_pipeline(kind)
+    pipeline.vae.register_to_config(shift_factor=0.0)
+    if scheduler is not None:
+        pipeline.scheduler = scheduler(skip_prk_steps=True)
+    dense = getattr(pipeline, FAMILIES[family].denoiser)
+    sampling = Sampling(
+        num_inference_steps=3,
+        guidance_scale=3.0,
+        height=32,
+        width=32,
+        max_sequence_length=8 if kind == "sd3" else None,
+        batch_size=2,
+        seed=0,
+    )
+    evaluation, pairs = evaluate(
+        pipeline,
+        FAMILIES[family],
+        dense=dense,
+        pruned=scaled(dense, 1.1, last),
+        prompts=["a red dog", "a cat", "a"],
+        sampling=sampling,
+    )
+    assert evaluation.velocity_error_per_step == pytest.approx([0.01] * 3, rel=1e-3)
+    assert pairs[2].dense.shape == (32, 32, 3)
+    assert evaluation.latents_mse > 0

@@ -10,7 +10,6 @@ import pytest
 from rich.console import Console
 
 from obsdiff import wording
-from obsdiff.environment import environment
 from obsdiff.evaluation import ImagePair
 from obsdiff.measurements import Counts, LatencyPair, NotMeasured, Report
 from obsdiff.page import data_uri, render
@@ -181,9 +180,17 @@ def test_small_pictures_are_embedded_to_the_last_bit_and_large_ones_reduced() ->
     assert len(large) < 20_000
 
 
-def test_the_environment_is_this_machine() -> None:
-    found = environment(threads=1)
-    assert found.cores >= 1
-    assert found.memory_bytes > 2**28
-    assert found.cpu
-    assert "torch" in found.packages
+def test_rtx_engines_are_said_to_ignore_zeros(make_report: MakeReport) -> None:
+    report = make_report(notes=("a note of the run",))
+    notes = wording.notes(report)
+    assert notes[0] == "a note of the run"
+    assert any("TensorRT-RTX ignores" in note for note in notes)
+    assert not any("TensorRT-RTX" in note for note in wording.notes(make_report(sparsity="structured:0.3", notes=())))
+
+
+def test_linears_left_dense_are_counted_with_their_reason(make_report: MakeReport) -> None:
+    assert "1 linear stayed dense: 6 inputs are no multiple of 4." in wording.notes(make_report())
+
+
+def test_nothing_pruned_is_said_plainly(make_report: MakeReport) -> None:
+    assert wording.headline(make_report(layers=()))[0] == "Nothing was pruned: the model is as it was given."
