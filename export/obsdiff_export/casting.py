@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Final
+from typing import Final, cast
 
 import torch
 from torch import Tensor, nn
+
+_Leaves = dict[str, Tensor | None]
 
 FLOAT32_INPUTS: Final = frozenset({"timestep", "time_ids"})
 """Inputs that stay float32 in every graph: bfloat16 knows 996 and 1000, but no timestep between them."""
@@ -18,10 +20,10 @@ def cast_to(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     Nothing is copied but the casts, tied weights stay tied, and whoever shares the submodules sees the same.
     """
     casts: dict[int, Tensor] = {}
-    before: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
+    before: list[tuple[_Leaves, str, Tensor]] = []
     try:
         for part in module.modules():
-            for leaves in (part._parameters, part._buffers):
+            for leaves in cast("tuple[_Leaves, _Leaves]", (part._parameters, part._buffers)):
                 for name, leaf in leaves.items():
                     if leaf is None or not leaf.is_floating_point() or leaf.dtype == dtype:
                         continue
