@@ -9,9 +9,9 @@ Loading builds the empty denoiser from its config, replays the cuts and fills it
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -19,10 +19,13 @@ import diffusers
 import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
+from obsdiff import folders
 from obsdiff.families import Family
 from obsdiff.families.table import FAMILIES
 from obsdiff.folders import MANIFEST, new_folder
@@ -35,7 +38,6 @@ INDEX: Final = "model_index.json"
 DEFAULTS: Final = "obsdiff_defaults.json"
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
-_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".ckpt", ".h5", ".msgpack", ".onnx", ".pb", ".gguf", ".xml"}
 
 
 def _none_for_nan(value: object) -> object:
@@ -192,9 +194,23 @@ def assemble(
     """
     index = _read_json(folder / INDEX)
     absent = {name: None for name, entry in index.items() if isinstance(entry, list) and entry[0] is None}
-    return DiffusionPipeline.from_pretrained(
-        str(folder), **absent, **given, dtype=dtype, variant=variant, use_safetensors=True, local_files_only=True
-    )
+    with _without_progress_bars():
+        return DiffusionPipeline.from_pretrained(
+            str(folder), **absent, **given, dtype=dtype, variant=variant, use_safetensors=True, local_files_only=True
+        )
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """A library does not print: the bars that diffusers and transformers draw while loading are off inside."""
+    enabled = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
+    for library in enabled:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in enabled:
+            library.enable_progress_bar()
 
 
 def pruned_family(folder: Path) -> Family | None:
@@ -336,36 +352,15 @@ def _components(pipeline: DiffusionPipeline) -> list[tuple[str, Any]]:
 
 
 def _save_component(component: Any, target: Path, source: Path | None) -> None:
-    files = [] if source is None or not source.is_dir() else [path for path in source.iterdir() if path.is_file()]
-    weights = [path for path in files if path.suffix in _WEIGHT_SUFFIXES]
-    plain = [path for path in weights if path.suffix == ".safetensors" and not is_variant(path)]
-    if not files or (isinstance(component, nn.Module) and not plain):
+    weights, others = folders.component_files(source) if source is not None and source.is_dir() else ([], [])
+    if not weights and (not others or isinstance(component, nn.Module)):
         component.save_pretrained(target)
         if (target / "config.json").is_file():
             _without_origin(target / "config.json")
         return
     target.mkdir()
-    others = [path for path in files if path not in weights and not is_variant(path)]
-    for path in [*plain, *others]:
-        _copy(path, target / path.name)
-
-
-def is_variant(path: Path) -> bool:
-    """Of "model.fp16.safetensors", "model.fp16-00001-of-00002.safetensors" and their index files."""
-    stem = path.name.removesuffix(".json").removesuffix(".index").removesuffix(".safetensors")
-    weights_like = ".safetensors" in path.name or ".bin" in path.name
-    return weights_like and "." in stem
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Copies; links instead where the source is a blob of the Hub's cache, which is never written to."""
-    if source.is_symlink() and source.resolve().parent.name == "blobs":
-        try:
-            os.link(source.resolve(), target)
-            return
-        except OSError:  # another file system, or one without links
-            pass
-    shutil.copyfile(source, target)
+    for path in [*weights, *others]:
+        folders.copy(path, target / path.name)
 
 
 def _dtype(denoiser: nn.Module) -> torch.dtype:

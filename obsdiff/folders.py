@@ -1,5 +1,6 @@
-"""Result folders that are whole or absent: written beside, then renamed."""
+"""Result folders that are whole or absent, written beside and then renamed; and what is copied into them."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +9,8 @@ from pathlib import Path
 from obsdiff_runtime.errors import ConfigError
 
 MANIFEST = "obsdiff.json"
+
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".ckpt", ".h5", ".msgpack", ".onnx", ".pb", ".gguf", ".xml"}
 
 
 def partial_of(path: Path) -> Path:
@@ -75,3 +78,27 @@ def _replace(path: Path, partial: Path) -> None:
         previous.rename(path)
         raise
     shutil.rmtree(previous)
+
+
+def component_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """A component's weights as plain safetensors, and its other files; variants and other formats are left out."""
+    files = [path for path in folder.iterdir() if path.is_file() and not is_variant(path)]
+    weights = [path for path in files if path.suffix == ".safetensors"]
+    return weights, [path for path in files if path.suffix not in _WEIGHT_SUFFIXES]
+
+
+def is_variant(path: Path) -> bool:
+    """Of "model.fp16.safetensors", "model.fp16-00001-of-00002.safetensors" and their index files."""
+    stem = path.name.removesuffix(".json").removesuffix(".index").removesuffix(".safetensors")
+    return (".safetensors" in path.name or ".bin" in path.name) and "." in stem
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copies; links instead where the source is a blob of the Hub's cache, which is never written to."""
+    if source.is_symlink() and source.resolve().parent.name == "blobs":
+        try:
+            os.link(source.resolve(), target)
+            return
+        except OSError:  # another file system, or one without links
+            pass
+    shutil.copyfile(source, target)

@@ -22,7 +22,7 @@ from obsdiff import checkpoint
 from obsdiff.checkpoint import DEFAULTS, INDEX
 from obsdiff.families import Family, parts
 from obsdiff.families.table import FAMILIES, family_of
-from obsdiff.folders import MANIFEST
+from obsdiff.folders import MANIFEST, is_variant
 from obsdiff_runtime.errors import ModelError, ResourceError
 
 _FALLBACK_VAE_SCALE = 8
@@ -231,7 +231,7 @@ def _stored_dtype(folder: Path, variant: str | None) -> torch.dtype:
         ModelError: there is no safetensors file.
     """
     files = sorted(folder.glob(f"*.{variant}*.safetensors" if variant else "*.safetensors"))
-    files = [path for path in files if variant or not checkpoint.is_variant(path)]
+    files = [path for path in files if variant or not is_variant(path)]
     if not files:
         what = f"of variant {variant} " if variant else ""
         raise ModelError(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from obsdiff.folders import new_folder, partial_of
+from obsdiff.folders import copy, new_folder, partial_of
 from obsdiff_runtime.errors import ConfigError
 
 
@@ -76,3 +76,15 @@ def test_force_leaves_alone_what_obsdiff_did_not_write(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="is no plain folder"), new_folder(tmp_path / "file", force=True):
         pytest.fail("the block ran")
+
+
+def test_blobs_of_the_hubs_cache_are_linked_and_all_else_is_copied(tmp_path: Path) -> None:
+    blob = tmp_path / "blobs" / "0123"
+    blob.parent.mkdir()
+    blob.write_text("x")
+    (tmp_path / "model.safetensors").symlink_to(blob)
+    copy(tmp_path / "model.safetensors", tmp_path / "linked")
+    assert (tmp_path / "linked").samefile(blob)
+    copy(blob, tmp_path / "copied")
+    assert not (tmp_path / "copied").samefile(blob)
+    assert (tmp_path / "copied").read_text() == "x"
