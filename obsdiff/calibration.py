@@ -58,9 +58,7 @@ def batches(count: int, size: int) -> Iterator[range]:
         yield range(start, min(start + size, count))
 
 
-def sample(
-    pipeline: DiffusionPipeline, prompts: Prompts, rows: range, sampling: Sampling, **overrides: Any
-) -> Tensor:
+def sample(pipeline: DiffusionPipeline, prompts: Prompts, rows: range, sampling: Sampling, **overrides: Any) -> Tensor:
     """Final latents of some prompts, (rows, channels, height, width)."""
     generators = [torch.Generator().manual_seed(sampling.seed + row) for row in rows]
     arguments: dict[str, Any] = {

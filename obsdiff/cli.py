@@ -128,9 +128,11 @@ def _setting(field: str) -> tuple[Any, Any]:
 
 def _perform(work: Callable[[Run], None], values: dict[str, Any], fields: Sequence[str], has_model: bool) -> int:
     """Runs a verb and turns what a user can cause into one line and an exit code; bugs show their traceback."""
-    from obsdiff.display import progress_on_stderr
+    from obsdiff.display import progress_on_stderr, quiet_libraries
 
     logging.basicConfig(level=logging.INFO if values["verbose"] else logging.ERROR, stream=sys.stderr)
+    if not values["verbose"]:
+        quiet_libraries()
     try:
         flags = {key: values[key] for key in (*fields, *(("model",) if has_model else ()))}
         settings = gather(flags, config=values["config"], assignments=values["set"] or ())
@@ -173,10 +175,11 @@ def _export(run: Run) -> None:
         from rich.console import Console
 
         from obsdiff.report import summary_table
+        from obsdiff.wording import notes
 
         console = Console()
         console.print(summary_table(exported.report))
-        for note in exported.report.notes:
+        for note in notes(exported.report):
             console.print(f"[yellow]note[/] {note}", highlight=False)
         console.print(f"report  {output / 'report.html'}", style="dim")
         console.print(f"next    obsdiff generate {output} '...' -o a.png", style="dim")

@@ -1,13 +1,14 @@
 """From a pipeline to a bundle's content: ONNX folders, engines, manifest entries."""
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import torch
 from diffusers import DiffusionPipeline
+from torch import nn
 
 from obsdiff.families import Family
 from obsdiff.measurements import BuiltEngine, ExportedComponent, LatencyPair, NotMeasured
@@ -206,38 +207,44 @@ def built(name: str, engine: Engine) -> BuiltEngine:
 
 
 def time_denoisers(
-    dense: Component,
-    pruned: OnnxModel,
+    pipeline: DiffusionPipeline,
     family: Family,
+    dense: nn.Module,
+    pruned: OnnxModel,
     sampling: Sampling,
     *,
     text_tokens: int,
     vae_scale: int,
     opset: int | None,
     progress: Progress = silent,
-) -> LatencyPair | NotMeasured:
+) -> tuple[LatencyPair | NotMeasured, int]:
     """One call of the dense and of the pruned graph through ONNX Runtime on the CPU, in turn.
 
     Args:
+        pipeline: that the denoisers belong to.
+        family: of both.
         dense: the denoiser before pruning; exported for this in the dtype of `pruned`.
         pruned: the denoiser in the bundle.
-        family: of both.
         sampling: the served size.
         text_tokens: of one prompt.
         vae_scale: pixels per side of a latent pixel.
         opset: as for the bundle.
         progress: told of the runs.
+
+    Returns:
+        the timings, and the size of the dense graph in bytes.
     """
-    if pruned.dtype == "bfloat16":
-        return NotMeasured(why="ONNX Runtime has no bfloat16 kernels on the CPU; build engines and bench those")
     rows = 2 if sampling.guidance_scale > 1 else 1
     size = (sampling.height // vae_scale, sampling.width // vae_scale)
-    dtype = {"float32": torch.float32, "float16": torch.float16}[pruned.dtype]
     with tempfile.TemporaryDirectory(prefix="obsdiff-") as scratch:
-        model = onnx.export(dense, Path(scratch), dtype=dtype, opset=opset)
+        component = _component(pipeline, family, dense, sampling)
+        model = onnx.export(component, Path(scratch), dtype=getattr(torch, pruned.dtype), opset=opset)
+        if pruned.dtype == "bfloat16":
+            why = "ONNX Runtime has no bfloat16 kernels on the CPU; build engines and time those"
+            return NotMeasured(why=why), model.bytes
         sessions = {"dense": open_graph(model.path), "pruned": open_graph(pruned.path)}
         example = family.example(
-            dense.module, batch=rows, size=size, text_tokens=text_tokens, pixels=(sampling.height, sampling.width)
+            dense, batch=rows, size=size, text_tokens=text_tokens, pixels=(sampling.height, sampling.width)
         )
         inputs = {name: tensor.float().numpy() for name, tensor in example.items()}
         timings = time_interleaved(
@@ -246,24 +253,21 @@ def time_denoisers(
             3,
             lambda stage, done, total, note="": progress("time", done, total, note),
         )
-    return LatencyPair.of(
+    pair = LatencyPair.of(
         timings,
         what="one denoiser call",
         backend=f"ONNX Runtime on the CPU, {pruned.dtype}",
         shape=f"{rows} x {sampling.height}x{sampling.width} pixels, {text_tokens} text tokens",
     )
+    return pair, model.bytes
 
 
-def dense_component(
-    pipeline: DiffusionPipeline, family: Family, dense: torch.nn.Module, sampling: Sampling
-) -> Component:
-    """The denoiser's component with the dense network in the pipeline."""
-    pruned = getattr(pipeline, family.denoiser)
-    setattr(pipeline, family.denoiser, dense)
+def _component(pipeline: DiffusionPipeline, family: Family, denoiser: nn.Module, sampling: Sampling) -> Component:
+    """The denoiser's component as it is with another network in the pipeline."""
+    own = getattr(pipeline, family.denoiser)
+    setattr(pipeline, family.denoiser, denoiser)
     try:
-        components: Iterator[Component] = iter(
-            family.components(pipeline, height=sampling.height, width=sampling.width)
-        )
-        return next(component for component in components if component.name == family.denoiser)
+        components = family.components(pipeline, height=sampling.height, width=sampling.width)
     finally:
-        setattr(pipeline, family.denoiser, pruned)
+        setattr(pipeline, family.denoiser, own)
+    return next(component for component in components if component.name == family.denoiser)

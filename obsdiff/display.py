@@ -1,7 +1,9 @@
 """What a person at the terminal sees: progress with the time left on stderr, tables on stdout."""
 
+import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -13,6 +15,13 @@ if TYPE_CHECKING:
 
     from obsdiff.planning import Plan
     from obsdiff.pruning import LayerResult
+
+
+def quiet_libraries() -> None:
+    """Keeps what diffusers and transformers tell their own users off stderr; call it before they are imported."""
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.simplefilter("ignore")
 
 
 @contextmanager

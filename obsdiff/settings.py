@@ -8,11 +8,12 @@ the Python functions. `None` means "not given"; recipe.py resolves it. Nothing h
 import dataclasses
 import difflib
 import json
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
+
+import tomllib
 
 from obsdiff_runtime.errors import ConfigError
 
@@ -21,7 +22,9 @@ from obsdiff_runtime.errors import ConfigError
 class Settings:
     """Everything optional; the text beside each field is its `--help`."""
 
-    model: Annotated[str | None, "diffusers folder or Hub id; default: the small trained pipeline in the package"] = None
+    model: Annotated[str | None, "diffusers folder or Hub id; default: the small trained pipeline in the package"] = (
+        None
+    )
     revision: Annotated[str | None, "branch, tag or commit on the Hub"] = None
     variant: Annotated[str | None, "file variant, such as fp16"] = None
     device: Annotated[str | None, "cpu, cuda or cuda:N; default: cuda where there is one"] = None
@@ -33,7 +36,9 @@ class Settings:
     include: Annotated[list[str] | None, "prune only linears whose name matches this glob; repeatable"] = None
     exclude: Annotated[list[str] | None, "leave linears whose name matches this glob dense; repeatable"] = None
     blocks: Annotated[list[str] | None, "prune only these blocks: 3, 2-24, 5- or -3; repeatable"] = None
-    protect_first: Annotated[int | None, "blocks left whole at the start, structured only; default: the family's"] = None
+    protect_first: Annotated[int | None, "blocks left whole at the start, structured only; default: the family's"] = (
+        None
+    )
     protect_last: Annotated[int | None, "blocks left whole at the end, structured only; default: the family's"] = None
     align: Annotated[int | None, "round kept FFN widths to a multiple; 1 is the paper's; default: 64"] = None
     damp: Annotated[float | None, "added to a gram's diagonal, as a share of its mean; default: 0.01"] = None
@@ -53,13 +58,15 @@ class Settings:
     packages: Annotated[int | None, "calibration passes the layers are split into; default: 4"] = None
     gram_budget: Annotated[str | None, "split by memory for grams instead, such as 8GiB"] = None
 
-    dtype: Annotated[str | None, "precision in the ONNX graphs: auto, fp32, fp16 or bf16; auto: fp16 for engines"] = None
+    dtype: Annotated[str | None, "precision in the ONNX graphs: auto, fp32, fp16 or bf16; auto: fp16 for engines"] = (
+        None
+    )
     opset: Annotated[int | None, "ONNX opset; default: 20, or 22 for bf16"] = None
     trt: Annotated[bool | None, "build TensorRT engines (TensorRT-RTX ahead of time where there is no GPU)"] = None
     targets: Annotated[list[str] | None, "compute capabilities of TensorRT-RTX engines; default: 8.6 8.9 12.0"] = None
-    eval_prompts: Annotated[int | None, "held-out prompts for the comparison; default: 16, or 48 on the shipped one"] = (
-        None
-    )
+    eval_prompts: Annotated[
+        int | None, "held-out prompts for the comparison; default: 16, or 48 on the shipped one"
+    ] = None
     eval_prompts_file: Annotated[str | None, "held-out prompts, one a line"] = None
     method_options: Annotated[dict[str, float] | None, "knobs of the method (--set method_options.block=64)"] = field(
         default=None, metadata={"flag": False}
@@ -69,9 +76,7 @@ class Settings:
 FIELDS: dict[str, "dataclasses.Field[Any]"] = {f.name: f for f in dataclasses.fields(Settings)}
 
 
-def gather(
-    flags: Mapping[str, Any], *, config: Path | None = None, assignments: Iterable[str] = ()
-) -> Settings:
+def gather(flags: Mapping[str, Any], *, config: Path | None = None, assignments: Iterable[str] = ()) -> Settings:
     """Settings from a file, then flags, then `--set` assignments; the later ones win.
 
     Raises:

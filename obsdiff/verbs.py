@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils.logging import disable_progress_bar
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
 from obsdiff import card, checkpoint, costs, delivery, facts, planning, pruning, report
 from obsdiff.estimates import Workload
@@ -30,7 +32,7 @@ from obsdiff.loading import (
     shipped_pipeline,
     vae_scale,
 )
-from obsdiff.measurements import LatencyPair, NotMeasured, Report, Stage
+from obsdiff.measurements import Counts, LatencyPair, NotMeasured, Report, Stage
 from obsdiff.methods.table import METHODS
 from obsdiff.planning import Plan
 from obsdiff.pruning import Pruned
@@ -212,21 +214,25 @@ def export(
     held_out = evaluation_prompts(settings, job.defaults.prompts)
     _require(job, output, copies=3)
     journal = FolderJournal(output, job.recipe.digest(), resume=resume)
-    with _watch() as stages:
-        with stages("load"):
-            loaded = _load(settings)
-            stored = _computable(loaded)
-            dense = copy.deepcopy(loaded.denoiser)
-        with stages("calibrate and prune"):
-            pruned = pruning.prune(
-                loaded.pipeline, loaded.family, job.recipe, stored=stored, journal=journal, progress=progress
-            )
-        with stages("verify"):
-            evaluation, images = _compare(job, pruned, dense, held_out, progress)
-        with new_folder(output, force=force) as folder:
-            finished = _deliver(job, settings, pruned, dense, folder, builder, stages, progress)
-            found = _report(job, pruned, dense, stored, finished, evaluation, stages.done, command)
-            _finish(folder, job, found, images, finished)
+    stages = _Stages()
+    with stages("load"):
+        loaded = _load(settings)
+        stored = _computable(loaded)
+        dense = copy.deepcopy(loaded.denoiser)
+    with stages("calibrate and prune"):
+        pruned = pruning.prune(
+            loaded.pipeline, loaded.family, job.recipe, stored=stored, journal=journal, progress=progress
+        )
+    with stages("verify"):
+        evaluation, images = _compare(job, pruned, dense, held_out, progress)
+    with new_folder(output, force=force) as folder:
+        finished = _deliver(job, settings, pruned, dense, folder, builder, stages, progress)
+        found = dataclasses.replace(
+            _report(job, pruned, dense, finished, evaluation, stages.done),
+            command=command,
+            licence=card.licence_of(loaded.folder),
+        )
+        _finish(folder, job, found, images, finished)
     journal.remove()
     return Exported(folder=output, report=found)
 
@@ -293,11 +299,16 @@ def evaluate(
         units={},
         layers=layers,
     )
-    with _watch() as stages, stages("verify"):
+    stages = _Stages()
+    with stages("verify"):
         evaluation, images = _compare(
             job, result, dense.denoiser, evaluation_prompts(settings, job.defaults.prompts), progress
         )
-    found = _report(job, result, dense.denoiser, torch.float32, None, evaluation, stages.done, None)
+    finished = _Delivery(
+        dense_bytes=facts.weight_bytes(dense.folder / dense.family.denoiser),
+        pruned_bytes=facts.weight_bytes(pruned / other.family.denoiser),
+    )
+    found = _report(job, result, dense.denoiser, finished, evaluation, stages.done)
     if html is not None:
         report.write_html(found, images, html)
     return found
@@ -305,11 +316,19 @@ def evaluate(
 
 @dataclass(frozen=True, kw_only=True)
 class _Delivery:
-    """What went into the bundle."""
+    """What was written, and how large and fast the denoiser is in it.
 
-    components: tuple[delivery.Delivered, ...]
-    latency: LatencyPair | NotMeasured
-    sizes: Mapping[str, Any]
+    Attributes:
+        dense_bytes, pruned_bytes: of the denoiser's weights, in the same format.
+        components: in the bundle; none where nothing was exported.
+        sizes: of the dynamic axes at the served size.
+    """
+
+    dense_bytes: int
+    pruned_bytes: int
+    components: tuple[delivery.Delivered, ...] = ()
+    latency: LatencyPair | NotMeasured = NotMeasured(why="nothing was exported")
+    sizes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class _Stages:
@@ -323,11 +342,6 @@ class _Stages:
         started = time.monotonic()
         yield
         self.done.append(Stage(name=name, seconds=time.monotonic() - started))
-
-
-@contextlib.contextmanager
-def _watch() -> Iterator[_Stages]:
-    yield _Stages()
 
 
 def _name(settings: Settings) -> str:
@@ -350,6 +364,8 @@ def _job(settings: Settings, *, sparsity_required: bool = True) -> _Job:
 
 def _load(settings: Settings) -> LoadedPipeline:
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
@@ -456,10 +472,11 @@ def _deliver(
         delivery.copy_rest(pruned.pipeline, folder)
     denoiser = next(item for item in components if item.model.name == job.family.denoiser)
     with stages("time"):
-        latency = delivery.time_denoisers(
-            delivery.dense_component(pruned.pipeline, job.family, dense, sampled),
-            denoiser.model,
+        latency, dense_bytes = delivery.time_denoisers(
+            pruned.pipeline,
             job.family,
+            dense,
+            denoiser.model,
             sampled,
             text_tokens=job.text_tokens,
             vae_scale=scale,
@@ -480,28 +497,28 @@ def _deliver(
                 progress=progress,
             )
         components = tuple(dataclasses.replace(item, engines=(engines[item.model.name],)) for item in components)
-    return _Delivery(components=components, latency=latency, sizes=sizes)
+    return _Delivery(
+        dense_bytes=dense_bytes,
+        pruned_bytes=denoiser.model.bytes,
+        components=components,
+        latency=latency,
+        sizes=sizes,
+    )
 
 
 def _report(
     job: _Job,
     pruned: Pruned,
     dense: nn.Module,
-    stored: torch.dtype,
-    finished: _Delivery | None,
+    finished: _Delivery,
     evaluation: Evaluation | NotMeasured,
     stages: Sequence[Stage],
-    command: str | None,
 ) -> Report:
-    absent = NotMeasured(why="nothing was exported")
-    components = finished.components if finished is not None else ()
+    def counts(denoiser: nn.Module, size: int) -> Counts:
+        return facts.counts(denoiser, costs.macs(denoiser, job.positions(denoiser)), size)
+
+    components = finished.components
     engines = tuple(delivery.built(item.model.name, engine) for item in components for engine in item.engines)
-    size = torch.empty(0, dtype=stored).element_size()
-
-    def counts(denoiser: nn.Module) -> Any:
-        macs = costs.macs(denoiser, job.positions(denoiser))
-        return facts.counts(denoiser, macs, size * costs.parameters(denoiser))
-
     return Report(
         obsdiff_version=__version__,
         model=job.model,
@@ -510,17 +527,14 @@ def _report(
         method=job.recipe.method,
         recipe=job.recipe.to_json(),
         environment=facts.environment(torch.get_num_threads()),
-        dense=counts(dense),
-        pruned=counts(pruned.denoiser),
+        dense=counts(dense, finished.dense_bytes),
+        pruned=counts(pruned.denoiser, finished.pruned_bytes),
         layers=pruned.layers,
-        components=tuple(item.report() for item in components) if components else absent,
+        components=tuple(item.report() for item in components) or NotMeasured(why="nothing was exported"),
         engines=engines or NotMeasured(why="no engines were asked for; --trt builds them"),
-        latency=(finished.latency,)
-        if finished is not None and isinstance(finished.latency, LatencyPair)
-        else (finished.latency if finished is not None else absent),
+        latency=(finished.latency,) if isinstance(finished.latency, LatencyPair) else finished.latency,
         evaluation=evaluation,
         stages=tuple(stages),
-        command=command,
     )
 
 
