@@ -213,10 +213,16 @@ def _without_progress_bars() -> Iterator[None]:
             library.enable_progress_bar()
 
 
+def pruned_manifest(folder: Path) -> PrunedManifest | None:
+    """The manifest of a pruned checkpoint; None where the folder is none."""
+    found = [family for family in FAMILIES.values() if (folder / family.denoiser / MANIFEST).is_file()]
+    return read_manifest(folder / found[0].denoiser) if found else None
+
+
 def pruned_family(folder: Path) -> Family | None:
     """The family of a pruned checkpoint; None where the folder is none."""
-    found = [family for family in FAMILIES.values() if (folder / family.denoiser / MANIFEST).is_file()]
-    return FAMILIES[read_manifest(folder / found[0].denoiser).family] if found else None
+    manifest = pruned_manifest(folder)
+    return FAMILIES[manifest.family] if manifest is not None else None
 
 
 def read_manifest(folder: Path) -> PrunedManifest:

@@ -7,6 +7,7 @@ Results go to stdout, everything else to stderr. Nothing heavy is imported until
 import inspect
 import json
 import logging
+import shlex
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -168,7 +169,12 @@ def _export(run: Run) -> None:
         _show_plan(run, verbs.plan(run.settings, before=output, force=run.options["force"]))
         return
     exported = verbs.export(
-        run.settings, output, force=run.options["force"], resume=run.options["resume"], progress=run.progress
+        run.settings,
+        output,
+        force=run.options["force"],
+        resume=run.options["resume"],
+        command=shlex.join(["obsdiff", *sys.argv[1:]]),
+        progress=run.progress,
     )
 
     def show() -> None:

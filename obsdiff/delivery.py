@@ -16,7 +16,8 @@ from obsdiff.recipe import Sampling
 from obsdiff.settings import Settings
 from obsdiff.sparsity import NM
 from obsdiff_export import onnx, parity, pattern, receipt
-from obsdiff_export.build import Builder, Engine, build
+from obsdiff_export.build import Engine, build
+from obsdiff_export.builders.request import Builder
 from obsdiff_export.component import Component
 from obsdiff_export.onnx import OnnxModel
 from obsdiff_export.pattern import PatternReport

@@ -1,0 +1,147 @@
+"""A model known by its configurations alone, and what is to be done with it; then the model itself."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils.logging import disable_progress_bar
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from obsdiff import costs, facts, planning
+from obsdiff.estimates import Workload
+from obsdiff.families import Family
+from obsdiff.families.table import family_of
+from obsdiff.loading import (
+    Defaults,
+    LoadedPipeline,
+    defaults_of,
+    load_configs,
+    load_pipeline,
+    shipped_pipeline,
+    vae_scale,
+)
+from obsdiff.methods.table import METHODS
+from obsdiff.planning import Plan
+from obsdiff.recipe import Recipe, select
+from obsdiff.resolving import resolve
+from obsdiff.resources import require_disk, require_memory
+from obsdiff.settings import Settings
+from obsdiff_runtime.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A model known by its configurations alone, and what is to be done with it."""
+
+    model: str
+    family: Family
+    denoiser: nn.Module
+    configs: Mapping[str, Mapping[str, Any]]
+    defaults: Defaults
+    recipe: Recipe
+
+    @property
+    def text_tokens(self) -> int:
+        return facts.text_tokens(self.configs, self.recipe.sampling.max_sequence_length)
+
+    def positions(self, denoiser: nn.Module) -> dict[str, int]:
+        return facts.positions(
+            denoiser,
+            self.family,
+            self.recipe.sampling,
+            text_tokens=self.text_tokens,
+            vae_scale=vae_scale(self.configs),
+        )
+
+    def plan(self) -> Plan:
+        recipe = self.recipe
+        linears, groups = select(recipe, self.family.linears(self.denoiser), self.family.groups(self.denoiser))
+        return planning.plan(
+            self.denoiser,
+            self.family,
+            recipe.sparsity,
+            linears=linears,
+            groups=groups,
+            positions=self.positions(self.denoiser),
+            align=recipe.align,
+            workload=Workload(
+                prompts=len(recipe.prompts),
+                batch_size=recipe.sampling.batch_size,
+                steps=recipe.sampling.num_inference_steps,
+                guided=recipe.sampling.guidance_scale > 1,
+                calibrates=METHODS[recipe.method].calibrates,
+                packages=recipe.packages,
+                budget_bytes=recipe.gram_budget_bytes,
+                flops_per_second=costs.matmul_speed(),
+            ),
+        )
+
+
+def open_job(settings: Settings, *, sparsity_required: bool = True) -> Job:
+    if settings.sparsity is None and not sparsity_required:
+        settings = dataclasses.replace(settings, sparsity="structured:0")
+    source = settings.model or shipped_pipeline()
+    denoiser, family, configs = load_configs(source, revision=settings.revision)
+    defaults = defaults_of(None, configs)
+    recipe = resolve(settings, model=name_of(settings), family=family, defaults=defaults)
+    select(recipe, family.linears(denoiser), family.groups(denoiser))
+    return Job(
+        model=name_of(settings), family=family, denoiser=denoiser, configs=configs, defaults=defaults, recipe=recipe
+    )
+
+
+def name_of(settings: Settings) -> str:
+    return settings.model or "the shipped pipeline"
+
+
+def load(settings: Settings) -> LoadedPipeline:
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise ConfigError(f"--device {device}: this torch cannot use it here") from None
+    return load_pipeline(
+        settings.model or shipped_pipeline(), revision=settings.revision, variant=settings.variant, device=device
+    )
+
+
+def given(pipeline: DiffusionPipeline) -> LoadedPipeline:
+    """A pipeline object, as if it had been loaded."""
+
+    index = {"_class_name": type(pipeline).__name__}
+    configs: dict[str, dict[str, Any]] = {
+        name: dict(component.config)
+        for name, component in pipeline.components.items()
+        if name in ("transformer", "unet", "vae") and component is not None
+    }
+    name = next(name for name in ("transformer", "unet") if name in configs)
+    family = family_of(getattr(pipeline, name))
+    configs[name]["_class_name"] = family.classes[0]
+    folder = Path(str(pipeline.config.get("_name_or_path", "")))
+    defaults = defaults_of(folder if folder.is_dir() else None, {**configs, "model_index": index})
+    return LoadedPipeline(pipeline=pipeline, family=family, folder=folder, defaults=defaults)
+
+
+def computable(loaded: LoadedPipeline) -> torch.dtype:
+    """The dtype the denoiser is stored in; on a CPU the pipeline is widened to float32, which CPUs compute faster."""
+    stored: torch.dtype = next(loaded.denoiser.parameters()).dtype
+    if loaded.pipeline.device.type == "cpu":
+        for component in loaded.pipeline.components.values():
+            if isinstance(component, nn.Module):
+                component.to(torch.float32)
+    return stored
+
+
+def require(job: Job, output: Path, *, copies: int) -> None:
+    """Raises ResourceError where memory or disk are too small for the plan."""
+    planned = job.plan()
+    weights = planned.estimates.checkpoint_bytes
+    require_memory(planned.estimates.memory_bytes + (copies - 1) * weights)
+    require_disk(output, copies * weights)
