@@ -135,7 +135,7 @@ def computable(loaded: LoadedPipeline) -> torch.dtype:
     if loaded.pipeline.device.type == "cpu":
         for component in loaded.pipeline.components.values():
             if isinstance(component, nn.Module):
-                component.to(torch.float32)
+                nn.Module.to(component, torch.float32)  # diffusers' own warns of modules it does not have
     return stored
 
 

@@ -112,7 +112,7 @@ def calibration_prompts(settings: Settings, kind: str | None) -> tuple[tuple[str
     if kind == "shapes":
         from obsdiff import shapes
 
-        return tuple(shapes.calibration_captions(wanted or 32, seed=0)), "shapes"
+        return tuple(shapes.calibration_captions(wanted or 24, seed=0)), "shapes"
     prompts = read_prompts(ASSETS / "prompts.txt")
     if wanted is not None and wanted > len(prompts):
         raise ConfigError(
@@ -129,7 +129,7 @@ def evaluation_prompts(settings: Settings, kind: str | None) -> tuple[str, ...]:
     if kind == "shapes":
         from obsdiff import shapes
 
-        return tuple(shapes.evaluation_captions(48 if wanted is None else wanted, seed=0))
+        return tuple(shapes.evaluation_captions(32 if wanted is None else wanted, seed=0))
     return read_prompts(ASSETS / "evaluation_prompts.txt")[: 16 if wanted is None else wanted]
 
 
@@ -154,7 +154,7 @@ def parse_blocks(texts: Iterable[str]) -> tuple[BlockRange, ...]:
 
 def parse_bytes(text: str, flag: str) -> int:
     """A number of bytes from "8GiB", "500 MB" or "1e9"."""
-    match = re.fullmatch(r"([\d.]+(?:e\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), flags=re.IGNORECASE)
+    match = re.fullmatch(r"(\d+(?:\.\d*)?(?:e\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), flags=re.IGNORECASE)
     if match is None:
         raise ConfigError(f"{flag} {text}: expected a size such as 8GiB")
     power = " KMGT".index(match[2].upper() or " ")

@@ -44,7 +44,7 @@ class Settings:
     damp: Annotated[float | None, "added to a gram's diagonal, as a share of its mean; default: 0.01"] = None
 
     prompts_file: Annotated[str | None, "calibration prompts, one a line; default: the built-in set"] = None
-    num_samples: Annotated[int | None, "calibration prompts used; default: 100, or 32 on the shipped pipeline"] = None
+    num_samples: Annotated[int | None, "calibration prompts used; default: 100, or 24 on the shipped pipeline"] = None
     steps: Annotated[int | None, "denoising steps; default: the pipeline's"] = None
     guidance_scale: Annotated[float | None, "classifier-free guidance; default: the pipeline's"] = None
     height: Annotated[int | None, "image height in pixels; default: the pipeline's"] = None
@@ -65,7 +65,7 @@ class Settings:
     trt: Annotated[bool | None, "build TensorRT engines (TensorRT-RTX ahead of time where there is no GPU)"] = None
     targets: Annotated[list[str] | None, "compute capabilities of TensorRT-RTX engines; default: 8.6 8.9 12.0"] = None
     eval_prompts: Annotated[
-        int | None, "held-out prompts for the comparison; default: 16, or 48 on the shipped one"
+        int | None, "held-out prompts for the comparison; default: 16, or 32 on the shipped one"
     ] = None
     eval_prompts_file: Annotated[str | None, "held-out prompts, one a line"] = None
     method_options: Annotated[dict[str, float] | None, "knobs of the method (--set method_options.block=64)"] = field(
