@@ -20,6 +20,7 @@ from obsdiff.core.gram import Gram, GramAccumulator
 from obsdiff.families import Family
 from obsdiff.groups import LinearSpec
 from obsdiff.recipe import Sampling
+from obsdiff.sampling import quiet
 from obsdiff_runtime.errors import CalibrationError
 from obsdiff_runtime.progress import Progress, silent
 
@@ -70,7 +71,6 @@ def sample(pipeline: DiffusionPipeline, prompts: Prompts, rows: range, sampling:
         "generator": generators,
         "output_type": "latent",
     }
-    pipeline.set_progress_bar_config(disable=True)
     latents: Tensor = pipeline(**(arguments | overrides)).images
     return latents
 
@@ -141,7 +141,7 @@ def calibrate(
     passes = list(batches(len(prompts.texts), sampling.batch_size))
     total = len(passes) * sampling.num_inference_steps
 
-    with collector.attached(steps), torch.no_grad():
+    with collector.attached(steps), quiet(pipeline), torch.no_grad():
         for index, rows in enumerate(passes):
             steps.restart()
             collector.prompts = f"prompts {rows.start + 1} to {rows.stop}"

@@ -1,6 +1,11 @@
-"""What every test gets: two threads, no hub, the same random numbers."""
+"""What every test gets: one thread (workers share the cores), no hub, no noise from libraries."""
 
 import os
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+for name, value in {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "DIFFUSERS_VERBOSITY": "error",
+    "TRANSFORMERS_VERBOSITY": "error",
+}.items():
+    os.environ.setdefault(name, value)
