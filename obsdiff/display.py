@@ -85,6 +85,8 @@ def show_plan(plan: "Plan", *, verbose: bool = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from obsdiff.wording import seconds, size
+
     console = Console()
     table = Table(title=f"plan  {plan.sparsity}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for name in ("", "before", "after", "after / before"):
@@ -102,14 +104,14 @@ def show_plan(plan: "Plan", *, verbose: bool = False) -> None:
     patterned = [layer for layer in plan.layers if layer.pattern is not None]
     if patterned:
         console.print(f"{'linears':<12}{len(patterned)} get the pattern {patterned[0].pattern}", highlight=False)
-    grams = ", ".join(f"{package.grams} ({package.gram_bytes / 1e6:.0f} MB)" for package in plan.packages)
+    grams = ", ".join(f"{package.grams} ({size(package.gram_bytes)})" for package in plan.packages)
     console.print(
         f"{'calibration':<12}{plan.denoiser_calls} denoiser calls; grams by package: {grams or 'none'}", highlight=False
     )
     estimates = plan.estimates
     console.print(
-        f"{'estimates':<12}{estimates.memory_bytes / 1e9:.1f} GB of memory, {estimates.checkpoint_bytes / 1e9:.2f} GB "
-        f"checkpoint, {estimates.calibration_seconds:.0f} s calibration and {estimates.solver_seconds:.0f} s solving "
+        f"{'estimates':<12}{size(estimates.memory_bytes)} of memory, {size(estimates.checkpoint_bytes)} checkpoint, "
+        f"{seconds(estimates.calibration_seconds)} calibration and {seconds(estimates.solver_seconds)} solving "
         "on this machine; estimates, not measurements",
         highlight=False,
     )
@@ -120,7 +122,9 @@ def show_plan(plan: "Plan", *, verbose: bool = False) -> None:
 
 
 def _pair(before: int, after: int) -> tuple[str, str, str]:
-    return f"{before / 1e6:,.2f} M", f"{after / 1e6:,.2f} M", f"{after / before:.3f}"
+    from obsdiff.wording import count
+
+    return count(before), count(after), f"{after / before:.3f}"
 
 
 def _plan_layers(plan: "Plan") -> "Table":

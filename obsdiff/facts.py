@@ -49,9 +49,13 @@ def _version(name: str) -> str | None:
 
 
 def text_tokens(configs: Mapping[str, Mapping[str, Any]], max_sequence_length: int | None) -> int:
-    """Text tokens of one prompt: CLIP's, and T5's (or the zeros in its place) where the pipeline has them."""
-    clip = int(configs.get("text_encoder", {}).get("max_position_embeddings", CLIP_TOKENS))
-    return clip + (max_sequence_length or 0)
+    """Text tokens of one prompt: CLIP's, and T5's (or the zeros in its place) where the pipeline has them.
+
+    A denoiser on its own has CLIP's 77, which is what the paper counts.
+    """
+    if "text_encoder" not in configs:
+        return CLIP_TOKENS
+    return int(configs["text_encoder"].get("max_position_embeddings", CLIP_TOKENS)) + (max_sequence_length or 0)
 
 
 def positions(
