@@ -188,16 +188,21 @@ def evaluate(
     return evaluation, tuple(pairs)
 
 
+def check_size(sampling: Sampling) -> None:
+    """Raises ConfigError where pictures are too small to compare; asked before the work too."""
+    if min(sampling.height, sampling.width) < WINDOW:
+        raise ConfigError(
+            f"pictures of {sampling.height}x{sampling.width} pixels are too small to compare; SSIM needs"
+            f" {WINDOW}x{WINDOW}: raise --height and --width, or compare nothing with --eval-prompts 0"
+        )
+
+
 def _check(dense: nn.Module, pruned: nn.Module, prompts: Sequence[str], sampling: Sampling) -> None:
     if not prompts:
         raise ConfigError("evaluation needs at least one prompt; is --eval-prompts-file empty?")
     if sampling.batch_size < 1:
         raise ConfigError(f"--batch-size {sampling.batch_size}: must be at least 1")
-    if min(sampling.height, sampling.width) < WINDOW:
-        raise ConfigError(
-            f"pictures of {sampling.height}x{sampling.width} pixels are too small to compare;"
-            f" SSIM needs {WINDOW}x{WINDOW}: raise --height and --width"
-        )
+    check_size(sampling)
     if dense is pruned:
         raise ConfigError("the pruned denoiser is the dense one itself; copy or load the dense one before pruning")
     before, after = next(dense.parameters()), next(pruned.parameters())

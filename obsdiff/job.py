@@ -27,10 +27,11 @@ from obsdiff.loading import (
 )
 from obsdiff.methods.table import METHODS
 from obsdiff.planning import Plan
-from obsdiff.recipe import Recipe, select
+from obsdiff.recipe import Recipe, Sampling, select
 from obsdiff.resolving import resolve
 from obsdiff.resources import require_disk, require_memory
 from obsdiff.settings import Settings
+from obsdiff_runtime.conditioning import KINDS
 from obsdiff_runtime.errors import ConfigError
 
 
@@ -90,9 +91,31 @@ def open_job(settings: Settings, *, sparsity_required: bool = True) -> Job:
     defaults = defaults_of(None, configs)
     recipe = resolve(settings, model=name_of(settings), family=family, defaults=defaults)
     select(recipe, family.linears(denoiser), family.groups(denoiser))
+    pipeline = str(configs.get("model_index", {}).get("_class_name", family.pipeline))
+    check_size(pipeline, configs[family.denoiser], vae_scale(configs), recipe.sampling)
     return Job(
         model=name_of(settings), family=family, denoiser=denoiser, configs=configs, defaults=defaults, recipe=recipe
     )
+
+
+def check_size(pipeline: str, config: Mapping[str, Any], scale: int, sampling: Sampling) -> None:
+    """Raises ConfigError for an image size that the denoiser cannot draw.
+
+    Args:
+        pipeline: class of it; of one that the runtime does not know, only whole latent pixels are asked for.
+        config: of the denoiser.
+        scale: pixels per side of a latent pixel.
+        sampling: the size.
+    """
+    kind = KINDS.get(pipeline)
+    step = scale * (1 if kind is None else kind.patch(config))
+    largest = None if kind is None else kind.largest(config)
+    for flag, pixels in (("--height", sampling.height), ("--width", sampling.width)):
+        if pixels % step:
+            below = max(pixels // step * step, step)
+            raise ConfigError(f"{flag} {pixels}: must be a multiple of {step}; near are {below} and {below + step}")
+        if largest is not None and pixels > largest * scale:
+            raise ConfigError(f"{flag} {pixels}: this denoiser draws at most {largest * scale} pixels a side")
 
 
 def name_of(settings: Settings) -> str:

@@ -124,6 +124,8 @@ def calibration_prompts(settings: Settings, kind: str | None) -> tuple[tuple[str
 def evaluation_prompts(settings: Settings, kind: str | None) -> tuple[str, ...]:
     """Prompts that calibration never sees, for comparing the pruned with the dense model."""
     wanted = settings.eval_prompts
+    if wanted is not None and wanted < 0:
+        raise ConfigError(f"--eval-prompts {wanted}: must not be negative; 0 compares nothing")
     if settings.eval_prompts_file is not None:
         return read_prompts(settings.eval_prompts_file, "--eval-prompts-file")[:wanted]
     if kind == "shapes":
@@ -154,7 +156,7 @@ def parse_blocks(texts: Iterable[str]) -> tuple[BlockRange, ...]:
 
 def parse_bytes(text: str, flag: str) -> int:
     """A number of bytes from "8GiB", "500 MB" or "1e9"."""
-    match = re.fullmatch(r"(\d+(?:\.\d*)?(?:e\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), flags=re.IGNORECASE)
+    match = re.fullmatch(r"(\d+(?:\.\d*)?(?:e\d{1,2})?)\s*([KMGT]?)(i?)B?", text.strip(), flags=re.IGNORECASE)
     if match is None:
         raise ConfigError(f"{flag} {text}: expected a size such as 8GiB")
     power = " KMGT".index(match[2].upper() or " ")

@@ -1,7 +1,9 @@
 """From what the user gave, and what the pipeline says of itself, to a recipe with no field left open."""
 
 import difflib
+import math
 from collections.abc import Sequence
+from typing import Final
 
 from obsdiff.core.timesteps import SCHEDULES
 from obsdiff.families import Family
@@ -11,6 +13,12 @@ from obsdiff.recipe import Recipe, Sampling, calibration_prompts, parse_blocks, 
 from obsdiff.settings import Settings
 from obsdiff.sparsity import parse
 from obsdiff_runtime.errors import ConfigError
+
+MOST_TEXT_TOKENS: Final = 512
+"""Of T5: diffusers' own limit."""
+
+LARGEST_SEED: Final = 2**62
+"""Leaves room for the prompts' indices below torch's limit."""
 
 
 def resolve(
@@ -73,18 +81,23 @@ def resolve(
 def sampling(settings: Settings, defaults: Defaults) -> Sampling:
     """How the pipeline is to be run: what is given, else its own defaults."""
     guidance = defaults.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
-    if guidance < 0:
-        raise ConfigError(f"--guidance-scale {guidance:g}: must not be negative")
-    length = defaults.max_sequence_length if settings.max_sequence_length is None else settings.max_sequence_length
+    if not 0 <= guidance < math.inf:
+        raise ConfigError(f"--guidance-scale {guidance:g}: must be a finite number and not negative")
+    if settings.max_sequence_length is not None and defaults.max_sequence_length is None:
+        raise ConfigError(f"--max-sequence-length {settings.max_sequence_length}: this pipeline has no such length")
     return Sampling(
         num_inference_steps=_at_least("--steps", 1, settings.steps, defaults.num_inference_steps),
         guidance_scale=guidance,
         height=_at_least("--height", 1, settings.height, defaults.height),
         width=_at_least("--width", 1, settings.width, defaults.width),
-        max_sequence_length=length,
+        max_sequence_length=_text_tokens(settings.max_sequence_length, defaults.max_sequence_length),
         batch_size=_at_least("--batch-size", 1, settings.batch_size, 4),
-        seed=_at_least("--seed", 0, settings.seed, 0),
+        seed=_at_least("--seed", 0, settings.seed, 0, most=LARGEST_SEED),
     )
+
+
+def _text_tokens(asked: int | None, default: int | None) -> int | None:
+    return default if asked is None else _at_least("--max-sequence-length", 1, asked, 1, most=MOST_TEXT_TOKENS)
 
 
 def _choice(flag: str, value: str, table: object) -> str:
@@ -96,11 +109,13 @@ def _choice(flag: str, value: str, table: object) -> str:
     return value
 
 
-def _at_least(flag: str, least: int, value: int | None, default: int) -> int:
+def _at_least(flag: str, least: int, value: int | None, default: int, *, most: int | None = None) -> int:
     if value is None:
         return default
     if value < least:
         raise ConfigError(f"{flag} {value}: must be at least {least}")
+    if most is not None and value > most:
+        raise ConfigError(f"{flag} {value}: must be at most {most}")
     return value
 
 

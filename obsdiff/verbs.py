@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 
 from obsdiff import card, checkpoint, delivery, facts, pruning, report
 from obsdiff.bundling import Delivery, Stages, compare, deliver, finish, report_of
+from obsdiff.evaluation import check_size
 from obsdiff.families.table import FAMILIES
 from obsdiff.folders import check_free, new_folder
 from obsdiff.job import computable, given, name_of, open_job, require
@@ -143,10 +144,14 @@ def export(
     check_free(output, force=force)
     require_onnxruntime()
     builder = choose_builder() if settings.trt else None
+    if builder is not None:
+        builder.targets(settings.targets or ())
     for part in ("denoiser", "vae"):
         delivery.dtype_of(part, settings)
     job = open_job(settings, sparsity_required=False)
     held_out = evaluation_prompts(settings, job.defaults.prompts)
+    if held_out:
+        check_size(job.recipe.sampling)
     require(job, output, copies=3)
     journal = FolderJournal(output, job.recipe.digest(), resume=resume)
     stages = Stages()

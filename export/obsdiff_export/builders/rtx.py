@@ -10,8 +10,11 @@ from typing import Any
 
 from obsdiff_export.builders.polygraph import build_plan, profile_from
 from obsdiff_export.builders.request import Log, RefusalError, Request
+from obsdiff_runtime.errors import CompatibilityError
 
 DEFAULT_TARGETS = ("8.6", "8.9", "12.0")
+KNOWN_TARGETS = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+"""What 1.7 builds for."""
 
 
 class Rtx:
@@ -32,6 +35,9 @@ class Rtx:
         return "unknown"
 
     def targets(self, asked: Sequence[str]) -> tuple[str, ...]:
+        for target in asked:
+            if target not in KNOWN_TARGETS:
+                raise CompatibilityError(_unknown(target, KNOWN_TARGETS))
         return tuple(asked) or DEFAULT_TARGETS
 
     def compile(self, request: Request, log: Log) -> bytes:
@@ -51,7 +57,7 @@ class Rtx:
             config.num_compute_capabilities = len(capabilities)
             for index, (target, capability) in enumerate(zip(request.targets, capabilities, strict=True)):
                 if not config.set_compute_capability(capability, index):
-                    raise _unknown(trt, target)
+                    raise RefusalError("incompatible", _unknown(target, _members(trt)))
             return config
 
         return build_plan(trt, request, log, configure)
@@ -60,15 +66,17 @@ class Rtx:
 def _capability(trt: Any, target: str) -> Any:
     capability = getattr(trt.ComputeCapability, f"SM{target.replace('.', '')}", None)
     if capability is None:
-        raise _unknown(trt, target)
+        raise RefusalError("incompatible", _unknown(target, _members(trt)))
     return capability
 
 
-def _unknown(trt: Any, target: str) -> RefusalError:
+def _members(trt: Any) -> list[str]:
     names = [name[2:] for name in dir(trt.ComputeCapability) if name.startswith("SM")]
-    known = ", ".join(sorted((f"{name[:-1]}.{name[-1]}" for name in names), key=float))
-    return RefusalError(
-        "incompatible",
-        f"TensorRT-RTX {trt.__version__} cannot build for compute capability {target}; it knows {known}. "
-        f"For other GPUs, such as H100 (9.0), install 'obsdiff[trt]' on a machine that has one and build there",
+    return sorted((f"{name[:-1]}.{name[-1]}" for name in names), key=float)
+
+
+def _unknown(target: str, known: Sequence[str]) -> str:
+    return (
+        f"TensorRT-RTX cannot build for compute capability {target}; it knows {', '.join(known)}. "
+        "For other GPUs, such as H100 (9.0), install 'obsdiff[trt]' on a machine that has one and build there"
     )
