@@ -23,6 +23,11 @@ def check_free(path: Path, *, force: bool) -> None:
 
     With `force`, an earlier result of obsdiff or an empty folder may be replaced, and nothing else.
     """
+    if path.name in ("", ".."):
+        raise ConfigError(f"{path}: name the folder to create")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise ConfigError(f"{path}: {above} is a file; choose another folder")
     if not path.exists() and not path.is_symlink():
         return
     if not force:

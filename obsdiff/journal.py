@@ -26,33 +26,41 @@ class FolderJournal:
 
     def __init__(self, output: Path, digest: str, *, resume: bool) -> None:
         self.folder = output.with_name(output.name + ".journal")
+        self._digest = digest
         if not resume:
             self.remove()
-        self.folder.mkdir(parents=True, exist_ok=True)
         stamp = self.folder / "recipe"
         if stamp.exists() and stamp.read_text() != digest:
             raise ConfigError(f"{self.folder}: was begun with other settings; repeat them, or drop --resume")
-        stamp.write_text(digest)
 
     def read(self, package: str) -> PackageResult | None:
         try:
             record = json.loads((self.folder / f"{package}.json").read_text())
-            weights = load_file(self.folder / f"{package}.safetensors")
-        except (FileNotFoundError, json.JSONDecodeError, SafetensorError):
+            return PackageResult(
+                weights=load_file(self.folder / f"{package}.safetensors"),
+                kept={name: tuple(units) for name, units in record["kept"].items()},
+                layers=tuple(LayerResult(**layer) for layer in record["layers"]),
+            )
+        except (FileNotFoundError, json.JSONDecodeError, SafetensorError, KeyError):
             return None
-        return PackageResult(
-            weights=weights,
-            kept={name: tuple(units) for name, units in record["kept"].items()},
-            layers=tuple(LayerResult(**layer) for layer in record["layers"]),
-        )
 
     def write(self, package: str, result: PackageResult) -> None:
+        self._begin()
         tensors = {name: weight.contiguous() for name, weight in result.weights.items()}
         save_file(tensors, self.folder / f"{package}.safetensors")
         record = {"kept": result.kept, "layers": [dataclasses.asdict(layer) for layer in result.layers]}
-        partial = self.folder / f"{package}.json.partial"
-        partial.write_text(json.dumps(record))
-        partial.replace(self.folder / f"{package}.json")
+        self._put(f"{package}.json", json.dumps(record))
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _begin(self) -> None:
+        """Makes the folder with the first package: a run that failed before leaves nothing behind."""
+        if not (self.folder / "recipe").exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._put("recipe", self._digest)
+
+    def _put(self, name: str, text: str) -> None:
+        partial = self.folder / f"{name}.partial"
+        partial.write_text(text)
+        partial.replace(self.folder / name)

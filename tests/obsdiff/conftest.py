@@ -133,7 +133,7 @@ def t5() -> tuple[T5Tokenizer, T5EncoderModel]:
     return tokenizer, T5EncoderModel(config).eval()
 
 
-def autoencoder() -> AutoencoderKL:
+def autoencoder(shift_factor: float | None = None) -> AutoencoderKL:
     """Two levels: a latent pixel is two pixels wide."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -142,6 +142,7 @@ def autoencoder() -> AutoencoderKL:
         latent_channels=4,
         norm_num_groups=4,
         sample_size=32,
+        shift_factor=shift_factor,
     )
 
 
@@ -153,7 +154,7 @@ def sd3_pipeline(*, with_t5: bool = False, **changes: Any) -> StableDiffusion3Pi
     return StableDiffusion3Pipeline(
         transformer=sd35_transformer(**changes).eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=autoencoder().eval(),
+        vae=autoencoder(shift_factor=0.1).eval(),
         text_encoder=encoders[0],
         tokenizer=tokenizer,
         text_encoder_2=encoders[1],
