@@ -1,7 +1,8 @@
 """A model known by its configurations alone, and what is to be done with it; then the model itself."""
 
 import dataclasses
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from obsdiff import costs, facts, planning
+from obsdiff.checkpoint import DEFAULTS
 from obsdiff.estimates import Workload
 from obsdiff.families import Family
 from obsdiff.families.table import family_of
@@ -32,7 +34,7 @@ from obsdiff.resolving import resolve
 from obsdiff.resources import require_disk, require_memory
 from obsdiff.settings import Settings
 from obsdiff_runtime.conditioning import KINDS
-from obsdiff_runtime.errors import ConfigError
+from obsdiff_runtime.errors import ConfigError, ModelError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +100,13 @@ def open_job(settings: Settings, *, sparsity_required: bool = True) -> Job:
     )
 
 
+def check_size_of(loaded: LoadedPipeline, sampling: Sampling) -> None:
+    """`check_size` of a pipeline in memory."""
+    vae = getattr(loaded.pipeline, "vae", None)
+    scale = vae_scale({} if vae is None else {"vae": dict(vae.config)})
+    check_size(type(loaded.pipeline).__name__, dict(loaded.denoiser.config), scale, sampling)  # type: ignore[arg-type]
+
+
 def check_size(pipeline: str, config: Mapping[str, Any], scale: int, sampling: Sampling) -> None:
     """Raises ConfigError for an image size that the denoiser cannot draw.
 
@@ -136,19 +145,27 @@ def load(settings: Settings) -> LoadedPipeline:
 
 
 def given(pipeline: DiffusionPipeline) -> LoadedPipeline:
-    """A pipeline object, as if it had been loaded."""
+    """A pipeline object, as if it had been loaded.
 
+    Raises:
+        ModelError: it has no denoiser, or one of no known family.
+    """
     index = {"_class_name": type(pipeline).__name__}
     configs: dict[str, dict[str, Any]] = {
         name: dict(component.config)
         for name, component in pipeline.components.items()
         if name in ("transformer", "unet", "vae") and component is not None
     }
-    name = next(name for name in ("transformer", "unet") if name in configs)
+    name = next((name for name in ("transformer", "unet") if name in configs), None)
+    if name is None:
+        raise ModelError(f"this {type(pipeline).__name__} has no denoiser (transformer or unet)")
     family = family_of(getattr(pipeline, name))
     configs[name]["_class_name"] = family.classes[0]
-    folder = Path(str(pipeline.config.get("_name_or_path", "")))
-    defaults = defaults_of(folder if folder.is_dir() else None, {**configs, "model_index": index})
+    configs["model_index"] = index
+    folder = Path(str(pipeline.config.get("_name_or_path") or "in memory"))
+    if (folder / DEFAULTS).is_file():
+        configs[Path(DEFAULTS).stem] = json.loads((folder / DEFAULTS).read_text(encoding="utf-8"))
+    defaults = defaults_of(folder, configs)
     return LoadedPipeline(pipeline=pipeline, family=family, folder=folder, defaults=defaults)
 
 
@@ -160,6 +177,40 @@ def computable(loaded: LoadedPipeline) -> torch.dtype:
             if isinstance(component, nn.Module):
                 nn.Module.to(component, torch.float32)  # diffusers' own warns of modules it does not have
     return stored
+
+
+def remember_dtypes(pipeline: DiffusionPipeline) -> Callable[[], None]:
+    """Call before `computable`; what it returns gives every weight of the pipeline the dtype back that it has now."""
+    before = {key: tensor.dtype for key, tensor in _tensors(pipeline).items()}
+
+    def restore() -> None:
+        for key, tensor in _tensors(pipeline).items():
+            tensor.data = tensor.data.to(before.get(key, tensor.dtype))
+
+    return restore
+
+
+def _tensors(pipeline: DiffusionPipeline) -> dict[tuple[str, str], torch.Tensor]:
+    return {
+        (name, leaf): tensor
+        for name, component in pipeline.components.items()
+        if isinstance(component, nn.Module)
+        for leaf, tensor in (*component.named_parameters(), *component.named_buffers())
+    }
+
+
+def require_same_config(dense: LoadedPipeline, pruned: LoadedPipeline) -> None:
+    """Raises ConfigError where one denoiser cannot have come from the other: their configs say so."""
+    before, after = (
+        {key: value for key, value in dict(loaded.denoiser.config).items() if not key.startswith("_")}  # type: ignore[arg-type]
+        for loaded in (dense, pruned)
+    )
+    differing = [key for key in before if key not in after or after[key] != before[key]]
+    if dense.family is not pruned.family or differing:
+        what = f"{differing[0]} differs" if differing else f"they are {dense.family.name} and {pruned.family.name}"
+        raise ConfigError(
+            f"{pruned.folder} was not pruned from {dense.folder}: {what}; name the dense model with --against"
+        )
 
 
 def require(job: Job, output: Path, *, copies: int) -> None:

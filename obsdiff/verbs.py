@@ -15,7 +15,16 @@ from obsdiff.bundling import Delivery, Stages, compare, deliver, finish, report_
 from obsdiff.evaluation import check_size
 from obsdiff.families.table import FAMILIES
 from obsdiff.folders import check_free, new_folder
-from obsdiff.job import computable, given, name_of, open_job, require
+from obsdiff.job import (
+    check_size_of,
+    computable,
+    given,
+    name_of,
+    open_job,
+    remember_dtypes,
+    require,
+    require_same_config,
+)
 from obsdiff.job import load as load_model
 from obsdiff.journal import FolderJournal
 from obsdiff.loading import load_pipeline
@@ -26,9 +35,10 @@ from obsdiff.recipe import evaluation_prompts, prompts_digest
 from obsdiff.resolving import resolve
 from obsdiff.settings import Settings
 from obsdiff_export.build import choose_builder
+from obsdiff_export.onnx import checked_opset
 from obsdiff_export.parity import require_onnxruntime
 from obsdiff_runtime.bundle import EngineEntry, open_bundle, write_manifest
-from obsdiff_runtime.errors import ConfigError
+from obsdiff_runtime.errors import CompatibilityError, ConfigError
 from obsdiff_runtime.progress import Progress, silent
 
 
@@ -69,7 +79,7 @@ def prune(
     """Prunes a pipeline in memory: `prune(pipe, sparsity="2:4", prompts=[...])`.
 
     Args:
-        model: a pipeline, whose denoiser is pruned in place, or what `obsdiff prune` takes.
+        model: a pipeline, whose denoiser is pruned in place and keeps its dtype, or what `obsdiff prune` takes.
         prompts: to calibrate on; None: the built-in ones, or `prompts_file`.
         progress: told of calibration and solving.
         **settings: the flags of `obsdiff prune`.
@@ -81,9 +91,13 @@ def prune(
     else:
         asked = Settings(model=None if model is None else str(model), **settings)
         loaded, name = load_model(asked), name_of(asked)
-    stored = computable(loaded)
     recipe = resolve(asked, model=name, family=loaded.family, defaults=loaded.defaults, prompts=prompts)
-    return pruning.prune(loaded.pipeline, loaded.family, recipe, stored=stored, progress=progress)
+    check_size_of(loaded, recipe.sampling)
+    restore = remember_dtypes(loaded.pipeline)
+    try:
+        return pruning.prune(loaded.pipeline, loaded.family, recipe, stored=computable(loaded), progress=progress)
+    finally:
+        restore()
 
 
 def save(pruned: Pruned, folder: Path | str, *, source: Path | None = None, force: bool = False) -> None:
@@ -143,11 +157,13 @@ def export(
     """
     check_free(output, force=force)
     require_onnxruntime()
+    if settings.targets and not settings.trt:
+        raise ConfigError("--targets says what engines are built for, and none are without --trt")
     builder = choose_builder() if settings.trt else None
     if builder is not None:
         builder.targets(settings.targets or ())
     for part in ("denoiser", "vae"):
-        delivery.dtype_of(part, settings)
+        checked_opset(delivery.dtype_of(part, settings), settings.opset)
     job = open_job(settings, sparsity_required=False)
     held_out = evaluation_prompts(settings, job.defaults.prompts)
     if held_out:
@@ -184,7 +200,9 @@ def build(
     builder = choose_builder()
     opened = open_bundle(bundle)
     manifest = opened.manifest
-    family = FAMILIES[manifest.family]
+    family = FAMILIES.get(manifest.family)
+    if family is None:
+        raise CompatibilityError(f"{bundle}: family {manifest.family} is unknown here; there are {', '.join(FAMILIES)}")
     shape = manifest.recipe
     sizes = shape.get("sizes")
     if not isinstance(sizes, dict):
@@ -226,6 +244,7 @@ def evaluate(
     other = load_pipeline(pruned, dtype=next(dense.denoiser.parameters()).dtype, device=dense.pipeline.device)
     if other.manifest is None:
         raise ConfigError(f"{pruned} was not pruned by obsdiff; `obsdiff prune` makes such a folder")
+    require_same_config(dense, other)
     asked = dataclasses.replace(settings, model=against, sparsity=other.manifest.sparsity)
     job = open_job(asked)
     layers = tuple(
@@ -250,6 +269,7 @@ def evaluate(
     )
     found = report_of(job, result, dense.denoiser, finished, evaluation, stages.done)
     if html is not None:
+        html.parent.mkdir(parents=True, exist_ok=True)
         report.write_html(found, images, html)
     return found
 

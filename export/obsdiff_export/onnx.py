@@ -73,7 +73,7 @@ def export(component: Component, folder: Path, *, dtype: torch.dtype, opset: int
         ResourceError: not enough disk.
     """
     started = perf_counter()
-    opset = _checked_opset(dtype, opset)
+    opset = checked_opset(dtype, opset)
     _check(component)
     with cast_to(component.module, dtype):
         model, weights = lower(component, inputs_in(dtype, component.inputs), opset)
@@ -98,7 +98,7 @@ def export(component: Component, folder: Path, *, dtype: torch.dtype, opset: int
     )
 
 
-def _checked_opset(dtype: torch.dtype, opset: int | None) -> int:
+def checked_opset(dtype: torch.dtype, opset: int | None) -> int:
     if dtype not in _OPSETS:
         raise ConfigError(f"cannot export {dtype}; known are float32, float16 and bfloat16")
     least, default = _OPSETS[dtype]

@@ -254,6 +254,14 @@ def sd3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def sd3_t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SD3 pipeline with T5, saved by diffusers. Not to be changed: copy it."""
+    folder = tmp_path_factory.mktemp("models") / "sd3-t5"
+    sd3_pipeline(with_t5=True).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def sd15_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Stable Diffusion 1.5 pipeline, saved by diffusers. Not to be changed: copy it."""
     folder = tmp_path_factory.mktemp("models") / "sd15"

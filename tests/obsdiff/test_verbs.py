@@ -1,0 +1,280 @@
+"""The verbs on tiny pipelines, from folder to folder: what one writes, the next one reads."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from PIL import Image
+from torch import Tensor, nn
+
+import obsdiff
+from obsdiff import delivery, verbs
+from obsdiff.checkpoint import pruned_manifest
+from obsdiff.settings import Settings
+from obsdiff_export.build import BUILDERS, Engine
+from obsdiff_runtime.bundle import open_bundle
+from obsdiff_runtime.errors import BuildError, BundleError, CompatibilityError, ConfigError, ModelError
+
+PROMPTS = ["a red circle", "a blue square"]
+TINY: dict[str, Any] = {"steps": 1, "height": 32, "width": 32, "num_samples": 2, "eval_prompts": 1}
+WHOLE: dict[str, Any] = {"protect_first": 0, "protect_last": 0, "align": 1}
+
+needs_rtx = pytest.mark.skipif(
+    bool(BUILDERS["tensorrt_rtx"].missing()), reason=f"TensorRT-RTX: {BUILDERS['tensorrt_rtx'].missing()}"
+)
+
+
+@pytest.fixture(scope="module")
+def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("\n".join(PROMPTS))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory, sd3_t5_folder: Path, prompts_file: str) -> Path:
+    """A tiny SD3 with T5, pruned to 2:4."""
+    folder = tmp_path_factory.mktemp("pruned") / "half"
+    settings = Settings(
+        model=str(sd3_t5_folder), sparsity="2:4", prompts_file=prompts_file, max_sequence_length=4, **TINY
+    )
+    verbs.prune_to_folder(settings, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory: pytest.TempPathFactory, sd3_folder: Path, prompts_file: str) -> Path:
+    """A tiny SD3 without T5 that lost heads and neurons."""
+    folder = tmp_path_factory.mktemp("pruned") / "cut"
+    settings = Settings(
+        model=str(sd3_folder),
+        sparsity="structured:0.25",
+        prompts_file=prompts_file,
+        max_sequence_length=4,
+        **TINY,
+        **WHOLE,
+    )
+    verbs.prune_to_folder(settings, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory, half: Path, prompts_file: str) -> Path:
+    """The bundle of `half`, exported as it is."""
+    folder = tmp_path_factory.mktemp("bundles") / "half"
+    settings = Settings(model=str(half), prompts_file=prompts_file, max_sequence_length=4, **TINY)
+    verbs.export(settings, folder)
+    return folder
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def zeros(module: nn.Module, names: list[str]) -> float:
+    weights = [module.get_submodule(name).weight for name in names]
+    return float(sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights))
+
+
+def without_torch(*arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'diffusers', 'transformers', 'onnx'):\n    sys.modules[name] = None\n"
+        "from obsdiff.cli import main\nmain()"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_a_masked_folder_loads_with_plain_diffusers(half: Path) -> None:
+    pipeline = StableDiffusion3Pipeline.from_pretrained(half)
+    manifest = pruned_manifest(half)
+    assert manifest is not None
+    assert zeros(pipeline.transformer, list(manifest.linears)) == 0.5
+
+
+def test_a_shrunk_folder_loads_with_obsdiff_and_draws(cut: Path, denoise: Callable[[nn.Module], Tensor]) -> None:
+    pipeline = obsdiff.load(cut)
+    assert pipeline.transformer.get_submodule("transformer_blocks.1.attn").heads == 3
+    assert torch.isfinite(denoise(pipeline.transformer)).all()
+
+
+def test_a_shrunk_folder_can_be_pruned_again(cut: Path, tmp_path: Path, prompts_file: str) -> None:
+    settings = Settings(model=str(cut), sparsity="heads:0.34+2:4", prompts_file=prompts_file, max_sequence_length=4)
+    again = verbs.prune_to_folder(Settings(**{**vars(settings), **TINY, **WHOLE}), tmp_path / "again")
+    loaded = obsdiff.load(tmp_path / "again")
+    assert loaded.transformer.get_submodule("transformer_blocks.1.attn").heads == 2
+    manifest = pruned_manifest(tmp_path / "again")
+    assert manifest is not None
+    group = manifest.groups["transformer_blocks.1.attn.heads"]
+    assert (group.units, len(group.kept)) == (4, 2)  # told from the dense model on
+    assert manifest.groups.keys() > again.kept.keys()  # the neurons that went the first time
+    assert any(record.pattern == "2:4" for record in manifest.linears.values())
+
+
+def test_pruning_twice_gives_the_same_bytes(cut: Path, sd3_folder: Path, tmp_path: Path, prompts_file: str) -> None:
+    settings = {"model": str(sd3_folder), "sparsity": "structured:0.25", "prompts_file": prompts_file, **TINY, **WHOLE}
+    verbs.prune_to_folder(Settings(**settings, max_sequence_length=4), tmp_path / "out")
+    assert digests(tmp_path / "out") == digests(cut)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]  # no journal, no partial
+
+
+@pytest.mark.slow
+def test_a_pruned_folder_exports_as_it_is(bundle: Path, half: Path) -> None:
+    opened = open_bundle(bundle)
+    report = json.loads((bundle / "report.json").read_text(), parse_constant=pytest.fail)
+    assert {"transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae_decoder"} <= set(
+        opened.manifest.components
+    )
+    assert report["dense"]["parameters"] == report["pruned"]["parameters"]
+    assert all(component["max_error"] < 1e-4 for component in report["components"])
+    assert (bundle / "report.html").stat().st_size > 1000
+
+
+def test_a_bundle_draws_without_torch(bundle: Path, tmp_path: Path) -> None:
+    result = without_torch("generate", str(bundle), "a red circle", "-o", "new/a.png", "--json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["image"] == "new/a.png"
+    assert result.stderr == ""
+    assert np.asarray(Image.open(tmp_path / "new" / "a.png")).shape == (32, 32, 3)
+
+
+def test_a_bundle_is_measured_without_torch(bundle: Path, tmp_path: Path) -> None:
+    result = without_torch("bench", str(bundle), "--iterations", "1", "--warmup", "0", "--json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("\n") == 1
+    json.loads(result.stdout, parse_constant=pytest.fail)
+
+
+@pytest.mark.slow
+@needs_rtx
+def test_engines_are_added_to_a_bundle_in_place(bundle: Path, tmp_path: Path) -> None:
+    before = open_bundle(bundle).manifest
+    engines = verbs.build(bundle, targets=["8.9"])
+    after = open_bundle(bundle).manifest  # every file as listed
+    assert len(engines) == len(before.components)
+    for name, component in after.components.items():
+        assert [engine.targets for engine in component.engines] == [("8.9",)], name
+        assert "ignores it" in component.engines[0].sparsity
+    assert before.files.items() <= after.files.items()
+    listed = digests(bundle)
+    verbs.build(bundle, targets=["8.9"])
+    assert digests(bundle) == listed  # equal engines are reused
+
+
+def test_a_build_that_dies_half_way_leaves_the_bundle_valid(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (bundle / "obsdiff.json").read_bytes()
+    calls = []
+
+    def build(graph: Path, folder: Path, **options: Any) -> Engine:
+        calls.append(graph)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "half.plan").write_bytes(b"half")
+        raise BuildError("the builder crashed")
+
+    class Any8:
+        def targets(self, asked: Any) -> tuple[str, ...]:
+            return tuple(asked)
+
+    monkeypatch.setattr(delivery, "build", build)
+    monkeypatch.setattr(verbs, "choose_builder", Any8)
+    with pytest.raises(BuildError):
+        verbs.build(bundle)
+    assert (bundle / "obsdiff.json").read_bytes() == before
+    with pytest.raises(BundleError, match="not a file of this bundle"):
+        open_bundle(bundle).path(f"engines/{calls[0].parent.name}/half.plan")
+
+
+@pytest.mark.slow
+def test_a_stable_diffusion_unet_goes_the_whole_way(sd15_folder: Path, tmp_path: Path, prompts_file: str) -> None:
+    settings = Settings(
+        model=str(sd15_folder), sparsity="structured:0.5+2:4", prompts_file=prompts_file, **TINY, **WHOLE
+    )
+    exported = verbs.export(settings, tmp_path / "out")
+    assert exported.report.pruned.parameters < exported.report.dense.parameters
+    json.dumps(exported.to_json(), allow_nan=False)
+    result = without_torch("generate", "out", "a red circle", "-o", "a.png", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "a.png"}
+
+
+def test_eval_compares_a_folder_with_its_dense_model(half: Path, sd3_t5_folder: Path, tmp_path: Path) -> None:
+    settings = Settings(max_sequence_length=4, **{**TINY, "num_samples": None})
+    report = verbs.evaluate(half, str(sd3_t5_folder), settings, html=tmp_path / "new" / "page.html")
+    assert report.evaluation.velocity_error > 0  # type: ignore[union-attr]
+    assert report.pruned.nonzero < report.dense.nonzero
+    json.dumps(report.to_json(), allow_nan=False)
+    assert (tmp_path / "new" / "page.html").is_file()
+
+
+def test_eval_of_something_that_was_not_pruned_is_an_error(sd3_folder: Path) -> None:
+    with pytest.raises(ConfigError, match="was not pruned by obsdiff"):
+        verbs.evaluate(sd3_folder, str(sd3_folder), Settings(**TINY))
+
+
+def test_eval_against_another_model_is_an_error_that_names_the_flag(half: Path, sd15_folder: Path) -> None:
+    for other in (None, str(sd15_folder)):
+        with pytest.raises(ConfigError, match=r"was not pruned from .*--against"):
+            verbs.evaluate(half, other, Settings(**TINY))
+
+
+def test_a_pipeline_in_memory_is_pruned_saved_and_loaded(
+    build_pipeline: Callable[..., DiffusionPipeline], tmp_path: Path, denoise: Callable[[nn.Module], Tensor]
+) -> None:
+    pipeline = build_pipeline("sd3")
+    seen: list[str] = []
+    pruned = obsdiff.prune(
+        pipeline,
+        sparsity="structured:0.5+2:4",
+        prompts=PROMPTS,
+        steps=1,
+        max_sequence_length=2,
+        progress=lambda stage, *_: seen.append(stage),
+        **WHOLE,
+    )
+    assert pruned.pipeline is pipeline
+    assert pruned.recipe.prompts == tuple(PROMPTS)
+    assert "prune" in seen
+    obsdiff.save(pruned, str(tmp_path / "out"))
+    loaded = obsdiff.load(str(tmp_path / "out"))
+    assert torch.equal(denoise(loaded.transformer), denoise(pipeline.transformer))
+
+
+def test_a_pipeline_in_memory_keeps_its_precision(
+    build_pipeline: Callable[..., DiffusionPipeline], tmp_path: Path
+) -> None:
+    pipeline = build_pipeline("sd3").to(torch.float16)
+    pipeline.vae.float()
+    text = {name: tensor.clone() for name, tensor in pipeline.text_encoder.state_dict().items()}
+    pruned = obsdiff.prune(pipeline, sparsity="2:4", prompts=PROMPTS, steps=1, max_sequence_length=2)
+    assert pipeline.transformer.dtype == pipeline.text_encoder.dtype == torch.float16
+    assert pipeline.vae.dtype == torch.float32
+    assert all(torch.equal(tensor, text[name]) for name, tensor in pipeline.text_encoder.state_dict().items())
+    obsdiff.save(pruned, tmp_path / "out")
+    assert zeros(obsdiff.load(tmp_path / "out").transformer, [layer.name for layer in pruned.layers]) == 0.5
+
+
+def test_a_pipeline_in_memory_without_a_denoiser_is_an_error(build_pipeline: Callable[..., DiffusionPipeline]) -> None:
+    pipeline = build_pipeline("sd3")
+    pipeline.transformer = None
+    with pytest.raises(ModelError, match="has no denoiser"):
+        obsdiff.prune(pipeline, sparsity="2:4", prompts=PROMPTS)
+
+
+def test_a_bundle_of_an_unknown_family_gets_no_engines(bundle: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(verbs, "FAMILIES", {})
+    monkeypatch.setattr(verbs, "choose_builder", lambda: None)
+    with pytest.raises(CompatibilityError, match="family sd3 is unknown here"):
+        verbs.build(bundle)
