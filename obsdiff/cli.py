@@ -4,9 +4,11 @@ Results go to stdout, everything else to stderr. Nothing heavy is imported until
 `generate` never import torch.
 """
 
+import errno
 import inspect
 import json
 import logging
+import re
 import shlex
 import sys
 import typing
@@ -143,20 +145,38 @@ def _perform(work: Callable[[Run], None], values: dict[str, Any], fields: Sequen
             work(Run(settings=settings, options=values, progress=progress))
     except ObsdiffError as error:
         print(f"obsdiff: {error}", file=sys.stderr)
-        return error.exit_code
+        return NOT_ENOUGH_ROOM if _full(error) else error.exit_code
     except KeyboardInterrupt:
-        again = "; the same command with --resume continues" if "resume" in values else ""
-        print(f"obsdiff: interrupted{again}", file=sys.stderr)
+        print(f"obsdiff: interrupted{_again(values)}", file=sys.stderr)
         return INTERRUPTED
     except MemoryError:
         print("obsdiff: out of memory; lower --batch-size or raise --packages", file=sys.stderr)
         return NOT_ENOUGH_ROOM
-    except OSError as error:
-        if error.errno is None:
+    except Exception as error:
+        if _full(error):
+            print(f"obsdiff: the disk is full: {error}{_again(values)}", file=sys.stderr)
+            return NOT_ENOUGH_ROOM
+        if not isinstance(error, OSError) or error.errno is None:
             raise
         print(f"obsdiff: {error.filename or 'disk'}: {error.strerror}", file=sys.stderr)
-        return NOT_ENOUGH_ROOM if error.strerror == "No space left on device" else 1
+        return 1
     return 0
+
+
+def _full(error: BaseException | None) -> bool:
+    """Whether a full disk, a quota or a limit on file sizes is behind it; safetensors tells of it in words only."""
+    if error is None:
+        return False
+    number = error.errno if isinstance(error, OSError) else None
+    said = re.search(r"\(os error (\d+)\)", str(error))
+    codes = {number, int(said[1]) if said else None}
+    return bool(codes & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}) or _full(error.__cause__)
+
+
+def _again(values: Mapping[str, Any]) -> str:
+    """How to go on, where finished packages were kept."""
+    kept = "resume" in values and values["output"].with_name(f"{values['output'].name}.journal").exists()
+    return "; the same command with --resume continues" if kept else ""
 
 
 @_verb("export", (*PRUNE, *DELIVER, *SAMPLE, *MODEL), model=MODEL_ARGUMENT, **OUTPUT)

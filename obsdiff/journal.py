@@ -47,9 +47,15 @@ class FolderJournal:
     def write(self, package: str, result: PackageResult) -> None:
         self._begin()
         tensors = {name: weight.contiguous() for name, weight in result.weights.items()}
-        save_file(tensors, self.folder / f"{package}.safetensors")
         record = {"kept": result.kept, "layers": [dataclasses.asdict(layer) for layer in result.layers]}
-        self._put(f"{package}.json", json.dumps(record))
+        try:
+            save_file(tensors, self.folder / f"{package}.safetensors")
+            self._put(f"{package}.json", json.dumps(record))
+        except BaseException:
+            (self.folder / f"{package}.safetensors").unlink(missing_ok=True)
+            if not any(self.folder.glob("*.json")):
+                self.remove()
+            raise
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

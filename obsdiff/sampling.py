@@ -159,11 +159,11 @@ def _prompt_of(values: Any, prompts: Sequence[str]) -> str:
 def _refuse(who: str, where: str, prompt: str) -> None:
     if who == "dense":
         raise CalibrationError(
-            f"the dense pipeline gives values that are not finite {where}, prompt {prompt!r}; try --dtype fp32"
+            f"the dense pipeline gives values that are not finite {where}, prompt {prompt!r}; are its weights finite?"
         )
     raise QualityError(
         f"the pruned pipeline gives values that are not finite {where}, prompt {prompt!r};"
-        " prune less or use --dtype fp32"
+        " prune less, or fewer layers with --exclude"
     )
 
 

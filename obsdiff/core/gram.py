@@ -102,6 +102,7 @@ def _what_is_wrong(x: Tensor) -> str:
     if nans or infinities:
         return (
             f"the activation is not finite: {nans} NaN and {infinities} infinite of {x.numel()} values in "
-            f"{str(x.dtype).removeprefix('torch.')}; try --dtype float32 or bfloat16"
+            f"{str(x.dtype).removeprefix('torch.')}; are the weights finite? "
+            "A float16 model may overflow: --device cpu computes in float32"
         )
     return f"the activation is too large to be squared in float32: its largest value is {float(x.abs().max()):.3g}"
