@@ -213,9 +213,28 @@ def require_same_config(dense: LoadedPipeline, pruned: LoadedPipeline) -> None:
         )
 
 
-def require(job: Job, output: Path, *, copies: int) -> None:
-    """Raises ResourceError where memory or disk are too small for the plan."""
+def require(job: Job, output: Path, *, copies: int) -> int:
+    """The bytes of the pruned denoiser's checkpoint.
+
+    Raises:
+        ResourceError: memory or disk are too small for the plan.
+    """
     planned = job.plan()
     weights = planned.estimates.checkpoint_bytes
     require_memory(planned.estimates.memory_bytes + (copies - 1) * weights)
     require_disk(output, copies * weights)
+    return weights
+
+
+def require_disk_for(loaded: LoadedPipeline, output: Path, denoiser_bytes: int) -> None:
+    """Raises ResourceError where the disk is too small for so much of the denoiser, and everything else beside it.
+
+    Asked before calibration, when the other components' sizes are known too; blobs of the Hub's cache are linked and
+    count nothing.
+    """
+    others = sum(
+        path.stat().st_size
+        for path in loaded.folder.glob("*/*.safetensors")
+        if path.parent.name != loaded.family.denoiser and not path.is_symlink()
+    )
+    require_disk(output, denoiser_bytes + others)

@@ -6,7 +6,7 @@ unstructured pattern follows, on what is left.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -267,7 +267,7 @@ class _Run:
             self._progress("prune", solved, total)
             for name, weight in result.weights.items():
                 self._weight(name).copy_(weight)
-            results.append(result)
+            results.append(replace(result, weights={}))  # the denoiser holds them now
         return results
 
     def _grams(self, package: Sequence[LinearSpec], stage: str) -> Mapping[str, Gram]:

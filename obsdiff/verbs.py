@@ -23,6 +23,7 @@ from obsdiff.job import (
     open_job,
     remember_dtypes,
     require,
+    require_disk_for,
     require_same_config,
 )
 from obsdiff.job import load as load_model
@@ -120,8 +121,9 @@ def prune_to_folder(
     """`obsdiff prune`: a pruned diffusers folder."""
     check_free(output, force=force)
     job = open_job(settings)
-    require(job, output, copies=1)
+    weights = require(job, output, copies=1)
     loaded = load_model(settings)
+    require_disk_for(loaded, output, 2 * weights)
     stored = computable(loaded)
     journal = FolderJournal(output, job.recipe.digest(), resume=resume)
     pruned = pruning.prune(
@@ -168,11 +170,12 @@ def export(
     held_out = evaluation_prompts(settings, job.defaults.prompts)
     if held_out:
         check_size(job.recipe.sampling)
-    require(job, output, copies=3)
+    weights = require(job, output, copies=3)
     journal = FolderJournal(output, job.recipe.digest(), resume=resume)
     stages = Stages()
     with stages("load"):
         loaded = load_model(settings)
+        require_disk_for(loaded, output, 3 * weights)
         stored = computable(loaded)
         dense = copy.deepcopy(loaded.denoiser)
     with stages("calibrate and prune"):

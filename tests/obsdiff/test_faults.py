@@ -194,6 +194,15 @@ def test_too_little_disk_is_found_before_the_work(
     assert "are free; free some, or choose another disk with -o" in fails(*command, code=4)
 
 
+def test_a_disk_that_holds_the_denoiser_but_not_the_rest_is_found_before_calibration(
+    fails: Fails, sd3_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    denoiser = next((sd3_folder / "transformer").glob("*.safetensors")).stat().st_size
+    monkeypatch.setattr(resources.shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * denoiser))
+    monkeypatch.setattr(verbs.pruning, "prune", lambda *_, **__: pytest.fail("calibration had begun"))
+    assert "are free; free some" in fails(*prune(), code=4)
+
+
 @pytest.mark.usefixtures("no_work")
 @pytest.mark.parametrize("command", [prune(), export()])
 def test_too_little_memory_is_found_before_the_work(
