@@ -149,12 +149,15 @@ def layers_table(layers: "Sequence[LayerResult]") -> "Table":
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("linear")
-    table.add_column("pattern")
-    table.add_column("zeros", justify="right")
+    table.add_column("linear", overflow="fold")
+    table.add_column("pattern", no_wrap=True)
+    table.add_column("zeros", justify="right", no_wrap=True)
     table.add_column("loss", justify="right")
-    table.add_column("left dense because")
+    explained = any(layer.reason for layer in layers)
+    if explained:
+        table.add_column("left dense because")
     for layer in layers:
         loss = "not measured" if layer.loss is None else f"{layer.loss:.2e}"
-        table.add_row(layer.name, layer.pattern, f"{layer.zeros:.0%}", loss, layer.reason or "")
+        reason = [layer.reason or ""] if explained else []
+        table.add_row(layer.name, layer.pattern, f"{layer.zeros:.0%}", loss, *reason)
     return table
