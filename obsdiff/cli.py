@@ -8,6 +8,7 @@ import errno
 import inspect
 import json
 import logging
+import os
 import re
 import shlex
 import sys
