@@ -2,45 +2,29 @@
 
     python benchmarks/obedience.py obsdiff/assets/shapes --prompts 200
 
-Generates with plain diffusers, one seed a prompt, and scores with `obsdiff.shapes.obeys`. The prompts are unseen in
+Generates with diffusers, one seed a prompt, and scores with `obsdiff.shapes.obeys`. The prompts are unseen in
 training; those of the row "held-out pairs" moreover name a (colour, shape) pair that training never showed.
 """
 
 import argparse
-import json
-import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from obsdiff import shapes
+from obsdiff.loading import Defaults, load_pipeline
+from obsdiff.metrics import wilson
 
 ATTRIBUTES = ("count", "colour", "shape", "size", "position")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Defaults:
-    """The pipeline's own defaults, from its obsdiff_defaults.json."""
-
-    height: int
-    width: int
-    num_inference_steps: int
-    guidance_scale: float
-    max_sequence_length: int
-
-
-def read_defaults(folder: Path) -> Defaults:
-    values = json.loads((folder / "obsdiff_defaults.json").read_text())
-    return Defaults(**{name: values[name] for name in Defaults.__dataclass_fields__})
-
-
 def generate(
-    pipe: StableDiffusion3Pipeline, prompts: list[str], defaults: Defaults, guidance: float, seed: int, batch: int = 25
+    pipe: DiffusionPipeline, prompts: list[str], defaults: Defaults, guidance: float, seed: int, batch: int = 25
 ) -> list[shapes.Image]:
     """One picture a prompt; prompt i starts from the noise of seed + i."""
     pictures: list[shapes.Image] = []
@@ -59,20 +43,12 @@ def generate(
     return pictures
 
 
-def interval(successes: int, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a proportion, both ends in percent."""
-    z, p = 1.96, successes / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return 100 * (centre - half), 100 * (centre + half)
-
-
 def row(name: str, verdicts: Iterable[shapes.Obedience]) -> str:
     found = [asdict(v) | {"all": v.all} for v in verdicts]
     if not found:
         return f"| {name} | 0 | | | " + "| " * len(ATTRIBUTES)
     obeyed = sum(v["all"] for v in found)
-    low, high = interval(obeyed, len(found))
+    low, high = (100 * end for end in wilson(obeyed, len(found)))
     shares = " | ".join(f"{100 * sum(v[a] for v in found) / len(found):.0f}" for a in ATTRIBUTES)
     return f"| {name} | {len(found)} | {100 * obeyed / len(found):.1f} | {low:.0f} to {high:.0f} | {shares} |"
 
@@ -95,10 +71,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    defaults = read_defaults(given.pipeline)
+    loaded = load_pipeline(given.pipeline, dtype=torch.float32)
+    pipe, defaults = loaded.pipeline, loaded.defaults
     if given.steps:
-        defaults = Defaults(**asdict(defaults) | {"num_inference_steps": given.steps})
-    pipe = StableDiffusion3Pipeline.from_pretrained(given.pipeline, text_encoder_3=None, tokenizer_3=None)
+        defaults = replace(defaults, num_inference_steps=given.steps)
     pipe.set_progress_bar_config(disable=True)
     unseen = shapes.evaluation_captions(given.prompts, given.seed)
     held_out = shapes.evaluation_captions(given.prompts, given.seed, held_out=True)
