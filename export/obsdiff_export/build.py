@@ -7,6 +7,7 @@ reused only where its key and its checksum both match; a name alone proves nothi
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,6 +41,9 @@ from obsdiff_runtime.errors import (
 from obsdiff_runtime.progress import Progress, silent
 
 BUILDERS: Final[dict[str, Builder]] = {"tensorrt": TensorRt(), "tensorrt_rtx": Rtx()}
+
+SCRATCH: Final = "building"
+"""Begins the name, behind a dot, of the folder that a build works in, beside its plan."""
 
 _TAIL_LINES: Final = 8
 
@@ -134,12 +138,14 @@ def build(
     shapes = {name: asdict(shape) for name, shape in sorted(profile.items())}
     key = _key(content, builder, chosen, shapes, sparse)
     out_folder.mkdir(parents=True, exist_ok=True)
+    for left in out_folder.glob(f".{SCRATCH}-*"):  # of a build that was killed
+        shutil.rmtree(left, ignore_errors=True)
     note = f"{model.parent.name} for {', '.join(chosen)}"
     progress("build", 0, 1, note)
     engine = _existing(out_folder, key)
     if engine is None:
         log = out_folder / f"{key}.log"
-        with tempfile.TemporaryDirectory(prefix=f".{key}-", dir=out_folder) as scratch:
+        with tempfile.TemporaryDirectory(prefix=f".{SCRATCH}-", dir=out_folder) as scratch:
             request = _request(Path(scratch), model, builder, shapes, sparse, chosen)
             seconds = _run(request, builder, log)
             plan = Path(request.plan)

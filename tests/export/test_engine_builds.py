@@ -175,6 +175,14 @@ def test_an_equal_engine_is_reused_and_an_altered_one_is_built_again(graph, scri
     assert again.path.read_bytes() == b"a plan"
 
 
+def test_what_a_killed_build_left_is_swept_away(graph, scripted):
+    left = graph.parent.parent / "engines" / ".building-x"
+    left.mkdir(parents=True)
+    (left / "plan").write_bytes(b"half")
+    build_here(graph, scripted("return b'a plan'"))
+    assert not left.exists()
+
+
 def test_everything_that_makes_an_engine_is_in_its_key(graph, scripted, exports):
     builder = scripted("return b'a plan'")
     keys = [
