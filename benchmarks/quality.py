@@ -75,7 +75,7 @@ def main(
             "" if obeyed is None else f"{obeyed.obeyed} of {obeyed.prompts}",
             f"{seconds:.0f}",
         )
-    Console().print(table)
+    Console(width=120).print(table)
     if dense_obedience is not None:
         print(f"dense: {dense_obedience.obeyed} of {dense_obedience.prompts} prompts obeyed")
 
