@@ -49,7 +49,7 @@ def _bars() -> Iterator[Progress]:
     )
 
     columns = (
-        TextColumn("{task.description:<18}"),
+        TextColumn("{task.description:<22}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

@@ -5,7 +5,7 @@ unstructured pattern follows, on what is left.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
@@ -258,13 +258,16 @@ class _Run:
             key = f"{kind}-{index}"
             result = self._journal.read(key) if self._journal is not None else None
             if result is None:
-                grams = self._grams(package, f"calibrate {index + 1}/{len(packages)}")
-                count = iter(range(solved + 1, total + 1))
-                result = solve(package, grams, lambda name, c=count: self._progress("prune", next(c), total, name))  # type: ignore[misc]
+                grams = self._grams(package, f"calibrate {kind} {index + 1}/{len(packages)}")
+
+                def told(name: str, count: Iterator[int] = iter(range(solved + 1, total + 1))) -> None:  # noqa: B008
+                    self._progress(f"prune {kind}", next(count), total, name)
+
+                result = solve(package, grams, told)
                 if self._journal is not None:
                     self._journal.write(key, result)
             solved += pieces(package)
-            self._progress("prune", solved, total)
+            self._progress(f"prune {kind}", solved, total)
             for name, weight in result.weights.items():
                 self._weight(name).copy_(weight)
             results.append(replace(result, weights={}))  # the denoiser holds them now
