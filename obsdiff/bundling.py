@@ -130,7 +130,7 @@ def deliver(
             opset=settings.opset,
             progress=progress,
         )
-    sizes = delivery.sizes_of(job.family, sampled, text_tokens=job.text_tokens, vae_scale=scale)
+    sizes = delivery.sizes_of(sampled, text_tokens=job.text_tokens, vae_scale=scale)
     if builder is not None:
         with stages("build engines"):
             engines = delivery.build_engines(

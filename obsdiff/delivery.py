@@ -21,6 +21,7 @@ from obsdiff_export.builders.request import Builder
 from obsdiff_export.component import Component
 from obsdiff_export.onnx import OnnxModel
 from obsdiff_export.pattern import PatternReport
+from obsdiff_export.ports import read_ports
 from obsdiff_export.profiles import Size, profile_for
 from obsdiff_runtime.backends.ort import open_graph
 from obsdiff_runtime.bundle import ComponentEntry, EngineEntry, TensorEntry
@@ -127,7 +128,7 @@ def copy_rest(pipeline: DiffusionPipeline, folder: Path) -> None:
             component.save_pretrained(folder / name)
 
 
-def sizes_of(family: Family, sampling: Sampling, *, text_tokens: int, vae_scale: int) -> dict[str, Size]:
+def sizes_of(sampling: Sampling, *, text_tokens: int, vae_scale: int) -> dict[str, Size]:
     """What every dynamic axis is at the served size: one image, with guidance if there is any, or up to four."""
     rows = 2 if sampling.guidance_scale > 1 else 1
     return {
@@ -164,8 +165,6 @@ def build_engines(
         patterns: verdicts on that component's weights.
         progress: told component by component.
     """
-    from obsdiff_export.ports import read_ports
-
     engines = {}
     for index, (name, graph) in enumerate(graphs.items()):
         progress("build", index, len(graphs), name)

@@ -35,6 +35,7 @@ from obsdiff.pruning import Pruned
 from obsdiff.recipe import evaluation_prompts, prompts_digest
 from obsdiff.resolving import resolve
 from obsdiff.settings import Settings
+from obsdiff.sparsity import parse
 from obsdiff_export.build import choose_builder
 from obsdiff_export.onnx import checked_opset
 from obsdiff_export.parity import require_onnxruntime
@@ -184,6 +185,10 @@ def export(
         )
     with stages("verify"):
         evaluation, images = compare(job, pruned, dense, held_out, progress)
+    if settings.sparsity is None and loaded.manifest is not None:  # pruned by an earlier run: say and check what it is
+        recipe = dataclasses.replace(job.recipe, sparsity=parse(loaded.manifest.sparsity))
+        job = dataclasses.replace(job, recipe=recipe)
+        pruned = dataclasses.replace(pruned, layers=_layers(loaded.manifest))
     with new_folder(output, force=force) as folder:
         finished = deliver(job, settings, pruned, dense, folder, builder, stages, progress)
         found = dataclasses.replace(
@@ -248,18 +253,18 @@ def evaluate(
     if other.manifest is None:
         raise ConfigError(f"{pruned} was not pruned by obsdiff; `obsdiff prune` makes such a folder")
     require_same_config(dense, other)
-    asked = dataclasses.replace(settings, model=against, sparsity=other.manifest.sparsity)
-    job = open_job(asked)
-    layers = tuple(
-        pruning.LayerResult(name=name, **record.model_dump()) for name, record in other.manifest.linears.items()
+    recipe = other.manifest.recipe
+    asked = dataclasses.replace(
+        settings, model=against, sparsity=other.manifest.sparsity, method=recipe.get("method", settings.method)
     )
+    job = open_job(asked)
     result = Pruned(
         pipeline=other.pipeline,
         family=other.family,
         recipe=job.recipe,
         kept=other.manifest.keep,
         units={},
-        layers=layers,
+        layers=_layers(other.manifest),
     )
     stages = Stages()
     with stages("verify"):
@@ -271,10 +276,15 @@ def evaluate(
         pruned_bytes=facts.weight_bytes(pruned / other.family.denoiser),
     )
     found = report_of(job, result, dense.denoiser, finished, evaluation, stages.done)
+    found = dataclasses.replace(found, recipe=recipe or found.recipe)
     if html is not None:
         html.parent.mkdir(parents=True, exist_ok=True)
         report.write_html(found, images, html)
     return found
+
+
+def _layers(manifest: checkpoint.PrunedManifest) -> tuple[pruning.LayerResult, ...]:
+    return tuple(pruning.LayerResult(name=name, **record.model_dump()) for name, record in manifest.linears.items())
 
 
 def _pruned_manifest(pruned: Pruned) -> checkpoint.PrunedManifest:

@@ -141,6 +141,8 @@ def test_a_pruned_folder_exports_as_it_is(bundle: Path, half: Path) -> None:
     assert report["dense"]["parameters"] == report["pruned"]["parameters"]
     assert all(component["max_error"] < 1e-4 for component in report["components"])
     assert (bundle / "report.html").stat().st_size > 1000
+    assert opened.manifest.sparsity == report["sparsity"] == pruned_manifest(half).sparsity
+    assert any(layer["zeros"] >= 0.5 for layer in report["layers"])
 
 
 def test_a_bundle_draws_without_torch(bundle: Path, tmp_path: Path) -> None:
@@ -215,6 +217,8 @@ def test_eval_compares_a_folder_with_its_dense_model(half: Path, sd3_t5_folder: 
     report = verbs.evaluate(half, str(sd3_t5_folder), settings, html=tmp_path / "new" / "page.html")
     assert report.evaluation.velocity_error > 0  # type: ignore[union-attr]
     assert report.pruned.nonzero < report.dense.nonzero
+    assert report.recipe == pruned_manifest(half).recipe
+    assert report.method == report.recipe["method"]
     json.dumps(report.to_json(), allow_nan=False)
     assert (tmp_path / "new" / "page.html").is_file()
 
