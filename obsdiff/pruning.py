@@ -291,8 +291,11 @@ class _Run:
         )
 
     def _layer(self, linear: LinearSpec, grams: Mapping[str, Gram]) -> Layer:
-        gram = grams[linear.reads].matrix if self._method.calibrates else None
-        return Layer(name=linear.name, weight=self._weight(linear.name), gram=gram)
+        weight = self._weight(linear.name)
+        if not self._method.calibrates:
+            return Layer(name=linear.name, weight=weight, gram=None)
+        gram = grams[linear.reads]
+        return Layer(name=linear.name, weight=weight, gram=gram.matrix, mean=gram.mean)
 
     def _weight(self, name: str) -> Tensor:
         weight: Any = self._denoiser.get_submodule(name).weight

@@ -22,11 +22,13 @@ class Layer:
         weight: (out, in), any float dtype; never changed in place.
         gram: (in, in), float32 or wider, the weighted mean of x x^T over the calibration tokens; None where the
             method does not calibrate.
+        mean: (in,), float64, the same weighted mean of x; None where it was not collected.
     """
 
     name: str
     weight: Tensor
     gram: Tensor | None
+    mean: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
