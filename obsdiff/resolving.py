@@ -11,7 +11,7 @@ from obsdiff.loading import Defaults
 from obsdiff.methods.table import METHODS
 from obsdiff.recipe import Recipe, Sampling, calibration_prompts, parse_blocks, parse_bytes
 from obsdiff.settings import Settings
-from obsdiff.sparsity import parse
+from obsdiff.sparsity import Sparsity, parse
 from obsdiff_runtime.errors import ConfigError
 
 MOST_TEXT_TOKENS: Final = 512
@@ -54,13 +54,15 @@ def resolve(
     if options:
         raise ConfigError(f"method_options.{next(iter(options))}: no such option; there is: block")
     first, last = family.protect
+    sparsity = parse(settings.sparsity)
+    method = _method(settings.method, sparsity)
     return Recipe(
         model=model,
         revision=settings.revision,
         variant=settings.variant,
         family=family.name,
-        sparsity=parse(settings.sparsity),
-        method=_choice("--method", settings.method or "obsdiff", METHODS),
+        sparsity=sparsity,
+        method=method,
         include=tuple(settings.include or ()),
         exclude=tuple(settings.exclude or ()),
         blocks=parse_blocks(settings.blocks or ()),
@@ -72,7 +74,11 @@ def resolve(
         prompts=texts,
         prompts_source=source,
         sampling=sampling(settings, defaults),
-        time_weights=_choice("--time-weights", settings.time_weights or "log-decrease", SCHEDULES),
+        time_weights=_choice(
+            "--time-weights",
+            METHODS[method].time_weights if settings.time_weights is None else settings.time_weights,
+            SCHEDULES,
+        ),
         packages=_at_least("--packages", 1, settings.packages, 4),
         gram_budget_bytes=None if settings.gram_budget is None else parse_bytes(settings.gram_budget, "--gram-budget"),
     )
@@ -94,6 +100,17 @@ def sampling(settings: Settings, defaults: Defaults) -> Sampling:
         batch_size=_at_least("--batch-size", 1, settings.batch_size, 4),
         seed=_at_least("--seed", 0, settings.seed, 0, most=LARGEST_SEED),
     )
+
+
+def _method(asked: str | None, sparsity: Sparsity) -> str:
+    name = _choice("--method", "obsdiff" if asked is None else asked, METHODS)
+    if sparsity.structured and not METHODS[name].removes_units:
+        others = ", ".join(other for other, method in METHODS.items() if method.removes_units)
+        raise ConfigError(
+            f"--method {name}: removes single weights only, and --sparsity {sparsity} asks for heads or FFN neurons; "
+            f"methods that remove them: {others}"
+        )
+    return name
 
 
 def _text_tokens(asked: int | None, default: int | None) -> int | None:

@@ -32,7 +32,9 @@ class Settings:
     sparsity: Annotated[
         str | None, "2:4, any N:M (N of every M zero), 0.5 or 50%, structured:0.25, heads:0.2, ffn:0.3; joined with +"
     ] = None
-    method: Annotated[str | None, "obsdiff (the paper), wanda or magnitude; default: obsdiff"] = None
+    method: Annotated[
+        str | None, "obsdiff (the paper), sparsegpt, dsnot (single weights only), wanda or magnitude; default: obsdiff"
+    ] = None
     include: Annotated[list[str] | None, "prune only linears whose name matches this glob; repeatable"] = None
     exclude: Annotated[list[str] | None, "leave linears whose name matches this glob dense; repeatable"] = None
     blocks: Annotated[list[str] | None, "prune only these blocks: 3, 2-24, 5- or -3; repeatable"] = None
@@ -53,7 +55,8 @@ class Settings:
     batch_size: Annotated[int | None, "prompts per batch; default: 4"] = None
     seed: Annotated[int | None, "each prompt's noise is seeded by this plus its index; default: 0"] = None
     time_weights: Annotated[
-        str | None, "log-decrease (1.2 to 0.8), uniform, linear-increase, linear-decrease or log-increase"
+        str | None,
+        "log-decrease (1.2 to 0.8), uniform, linear-increase, linear-decrease or log-increase; default: the method's",
     ] = None
     packages: Annotated[int | None, "calibration passes the layers are split into; default: 4"] = None
     gram_budget: Annotated[str | None, "split by memory for grams instead, such as 8GiB"] = None

@@ -60,10 +60,19 @@ class Options:
 
 
 class Method(Protocol):
-    """What a pruning method provides; each module of this package is one."""
+    """What a pruning method provides; each module of this package is one.
+
+    Attributes:
+        name: its key in table.METHODS, and its --method.
+        calibrates: whether its layers need a gram.
+        removes_units: whether it has a structured form; where not, `prune_units` is never called.
+        time_weights: the schedule of core.timesteps it weighs the denoising steps by, unless the user names one.
+    """
 
     name: str
     calibrates: bool
+    removes_units: bool
+    time_weights: str
 
     def prune_weights(self, layers: Sequence[Layer], pattern: Pattern, options: Options) -> list[Pruned]:
         """Removes weights from linears that read the same tensor, so that they share one gram and one factorisation.

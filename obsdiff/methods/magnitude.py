@@ -14,6 +14,8 @@ from obsdiff.sparsity import NM, Pattern
 
 name: str = "magnitude"
 calibrates: bool = False
+removes_units: bool = True
+time_weights: str = "log-decrease"
 
 
 def prune_weights(layers: Sequence[Layer], pattern: Pattern, options: Options) -> list[Pruned]:

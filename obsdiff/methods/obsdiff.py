@@ -14,6 +14,8 @@ from obsdiff.sparsity import Pattern
 
 name: str = "obsdiff"
 calibrates: bool = True
+removes_units: bool = True
+time_weights: str = "log-decrease"
 
 
 def prune_weights(layers: Sequence[Layer], pattern: Pattern, options: Options) -> list[Pruned]:

@@ -2,10 +2,12 @@
 
 from typing import Final
 
-from obsdiff.methods import Method, magnitude, obsdiff, wanda
+from obsdiff.methods import Method, dsnot, magnitude, obsdiff, sparsegpt, wanda
 
 METHODS: Final[dict[str, Method]] = {
     "obsdiff": obsdiff,
+    "sparsegpt": sparsegpt,
+    "dsnot": dsnot,
     "wanda": wanda,
     "magnitude": magnitude,
 }

@@ -16,6 +16,8 @@ from obsdiff.sparsity import NM, Pattern
 
 name: str = "wanda"
 calibrates: bool = True
+removes_units: bool = True
+time_weights: str = "log-decrease"
 
 
 def prune_weights(layers: Sequence[Layer], pattern: Pattern, options: Options) -> list[Pruned]:
@@ -28,16 +30,24 @@ def prune_units(layers: Sequence[Layer], *, width: int, remove: int, options: Op
     return drop_lowest_units(layers, [_score(layer).square() for layer in layers], width=width, remove=remove)
 
 
-def _prune(layer: Layer, pattern: Pattern) -> Pruned:
-    if pattern.ratio == 0:
-        return result.unchanged(layer)
+def support_of(layer: Layer, pattern: Pattern) -> Tensor:
+    """What stays, (out, in), bool.
+
+    Raises:
+        CalibrationError: the gram cannot be used; names the layer.
+        ConfigError: N:M, and the input width is no multiple of M.
+    """
     score = _score(layer)
     if isinstance(pattern, NM):
         with result.named([layer]):
-            drop = n_of_m(score, pattern)
-    else:
-        drop = support.smallest(score, support.count(score.shape[1], pattern.ratio))
-    return result.stored(layer, layer.weight.detach(), ~drop)
+            return ~n_of_m(score, pattern)
+    return ~support.smallest(score, support.count(score.shape[1], pattern.ratio))
+
+
+def _prune(layer: Layer, pattern: Pattern) -> Pruned:
+    if pattern.ratio == 0:
+        return result.unchanged(layer)
+    return result.stored(layer, layer.weight.detach(), support_of(layer, pattern))
 
 
 def _score(layer: Layer) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from obsdiff.core.gram import GramAccumulator
+from obsdiff.core.timesteps import SCHEDULES
 from obsdiff.methods import Layer, Options, Pruned
 from obsdiff.methods.table import METHODS
 from obsdiff.sparsity import NM, Pattern, Unstructured
@@ -15,6 +16,9 @@ from obsdiff_runtime.errors import CalibrationError, ConfigError
 
 OPTIONS = Options()
 PATTERNS: Sequence[Pattern] = (NM(2, 4), NM(4, 8), Unstructured(0.5))
+CALIBRATING = [name for name, method in METHODS.items() if method.calibrates]
+REMOVING_UNITS = [name for name, method in METHODS.items() if method.removes_units]
+COMPENSATING = ["obsdiff", "sparsegpt"]
 
 
 def activations(width: int, seed: int = 0, tokens: int = 2000) -> Tensor:
@@ -26,12 +30,12 @@ def activations(width: int, seed: int = 0, tokens: int = 2000) -> Tensor:
 
 def layer_of(x: Tensor | None, width: int, rows: int = 48, dtype: torch.dtype = torch.float32, seed: int = 1) -> Layer:
     weight = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    gram = None
-    if x is not None:
-        accumulator = GramAccumulator(width)
-        accumulator.add(x)
-        gram = accumulator.gram().matrix
-    return Layer(name="block.0.to_q", weight=weight, gram=gram)
+    if x is None:
+        return Layer(name="block.0.to_q", weight=weight, gram=None)
+    accumulator = GramAccumulator(width)
+    accumulator.add(x)
+    gram = accumulator.gram()
+    return Layer(name="block.0.to_q", weight=weight, gram=gram.matrix, mean=gram.mean)
 
 
 def output_loss(layer: Layer, pruned: Pruned, x: Tensor) -> float:
@@ -61,7 +65,8 @@ def test_the_logged_loss_is_that_of_the_output_on_stored_activations(method: str
     x = activations(64)
     layer = layer_of(x, 64, dtype=dtype)
     results = [METHODS[method].prune_weights([layer], pattern, OPTIONS)[0] for pattern in PATTERNS]
-    results += METHODS[method].prune_units([layer], width=8, remove=3, options=OPTIONS)[1]
+    if METHODS[method].removes_units:
+        results += METHODS[method].prune_units([layer], width=8, remove=3, options=OPTIONS)[1]
     for pruned in results:
         assert pruned.loss == pytest.approx(output_loss(layer, pruned, x), rel=1e-4)
 
@@ -82,7 +87,7 @@ def test_units_are_chosen_better_with_compensation(width: int, remove: int) -> N
     layer = layer_of(x, 128)
     loss = {
         name: METHODS[name].prune_units([layer], width=width, remove=remove, options=OPTIONS)[1][0].loss
-        for name in METHODS
+        for name in REMOVING_UNITS
     }
     assert loss["obsdiff"] < 0.6 * loss["wanda"]
     assert loss["wanda"] < loss["magnitude"]
@@ -93,8 +98,10 @@ def test_nothing_asked_changes_no_bit(method: str) -> None:
     layer = layer_of(activations(32), 32)
     before = layer.weight.clone()
     pruned = METHODS[method].prune_weights([layer, layer], Unstructured(0.0), OPTIONS)
-    kept, units = METHODS[method].prune_units([layer], width=8, remove=0, options=OPTIONS)
-    assert kept.tolist() == [0, 1, 2, 3]
+    units: list[Pruned] = []
+    if METHODS[method].removes_units:
+        kept, units = METHODS[method].prune_units([layer], width=8, remove=0, options=OPTIONS)
+        assert kept.tolist() == [0, 1, 2, 3]
     for result in (*pruned, *units):
         assert torch.equal(result.weight, before)
         assert bool(result.keep.all())
@@ -111,7 +118,7 @@ def test_the_weight_given_is_left_alone_and_the_same_comes_out_twice(method: str
     assert torch.equal(first.weight, again.weight)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", REMOVING_UNITS)
 def test_removed_units_are_zero_and_kept_ones_counted(method: str) -> None:
     layers = [layer_of(activations(48), 48), layer_of(activations(48, seed=5), 48, rows=20, seed=2)]
     kept, pruned = METHODS[method].prune_units(layers, width=8, remove=2, options=OPTIONS)
@@ -124,30 +131,62 @@ def test_removed_units_are_zero_and_kept_ones_counted(method: str) -> None:
         assert bool((result.weight[~result.keep] == 0).all())
 
 
-def test_linears_that_share_a_gram_are_pruned_as_if_alone() -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_linears_that_share_a_gram_are_pruned_as_if_alone(method: str) -> None:
     x = activations(64)
     layers = [layer_of(x, 64, seed=seed) for seed in range(3)]
     for pattern in PATTERNS:
-        together = METHODS["obsdiff"].prune_weights(layers, pattern, OPTIONS)
+        together = METHODS[method].prune_weights(layers, pattern, OPTIONS)
         for layer, result in zip(layers, together, strict=True):
-            alone = METHODS["obsdiff"].prune_weights([layer], pattern, OPTIONS)[0]
+            alone = METHODS[method].prune_weights([layer], pattern, OPTIONS)[0]
             assert torch.equal(result.weight, alone.weight)
 
 
-@pytest.mark.parametrize("method", ["obsdiff", "wanda"])
-def test_fewer_tokens_than_channels_and_a_silent_channel_are_no_obstacle(method: str) -> None:
-    x = activations(64, tokens=10)
-    x[:, 5] = 0
-    layer = layer_of(x, 64)
-    for pattern in PATTERNS:
-        (pruned,) = METHODS[method].prune_weights([layer], pattern, OPTIONS)
-        assert bool(pruned.weight.isfinite().all())
-        assert 0 <= pruned.loss < 1
-    _, (pruned,) = METHODS[method].prune_units([layer], width=1, remove=20, options=OPTIONS)
-    assert bool((pruned.weight[:, 5] == 0).all())
+@pytest.mark.parametrize("method", COMPENSATING)
+@pytest.mark.parametrize(("width", "remove"), [(1, 20), (8, 3)])
+def test_what_stays_of_a_row_that_lost_columns_is_the_masked_least_squares_solution(
+    method: str, width: int, remove: int
+) -> None:
+    """QR in float64 on the activations; the damping is more rows of them."""
+    x = activations(48).double()
+    layer = layer_of(x, 48, dtype=torch.float64)
+    kept, (pruned,) = METHODS[method].prune_units([layer], width=width, remove=remove, options=OPTIONS)
+    columns = (kept[:, None] * width + torch.arange(width)).flatten()
+    damping = OPTIONS.damp * x.square().mean()
+    rows = torch.cat([x / len(x) ** 0.5, damping.sqrt() * torch.eye(48, dtype=torch.float64)])
+    expected = torch.linalg.lstsq(rows[:, columns], rows @ layer.weight.T).solution.T
+    torch.testing.assert_close(pruned.weight[:, columns], expected, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("method", ["obsdiff", "wanda"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(1, 4), NM(4, 8)], ids=str)
+def test_where_channels_are_alike_and_unrelated_n_of_m_is_magnitude(method: str, pattern: NM) -> None:
+    weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(0))
+    layer = Layer(name="a", weight=weight, gram=3 * torch.eye(64, dtype=torch.float64), mean=torch.zeros(64).double())
+    (pruned,) = METHODS[method].prune_weights([layer], pattern, OPTIONS)
+    lowest = weight.abs().view(24, -1, pattern.m).argsort(dim=2)[..., : pattern.n]
+    keep = torch.ones(24, 64 // pattern.m, pattern.m, dtype=torch.bool).scatter_(2, lowest, False).view(24, 64)
+    assert torch.equal(pruned.keep, keep)
+    assert torch.equal(pruned.weight, weight * keep)
+
+
+@pytest.mark.parametrize("method", COMPENSATING)
+def test_four_rows_of_four_solved_by_hand(method: str) -> None:
+    """Channels 0 and 1 are one and the same: what 0 loses 1 takes over for nothing; 2 and 3 stand alone.
+
+    So the scores of a row are about 0, w1^2, w2^2 and 4 w3^2, where w1 is still without what it takes over.
+    """
+    gram = torch.tensor([[1.0, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 4]], dtype=torch.float64)
+    weight = torch.tensor([[1, 2, 0.5, 0.5], [1, -1, 2, 1], [3, 1, -1, 0], [0, 2, 1, 1]], dtype=torch.float64)
+    by_hand = torch.tensor([[0, 3, 0, 0.5], [0, 0, 2, 1], [0, 4, -1, 0], [0, 2, 0, 1]], dtype=torch.float64)
+    layer = Layer(name="a", weight=weight, gram=gram)
+    (pruned,) = METHODS[method].prune_weights([layer], NM(2, 4), Options(damp=1e-9))
+    torch.testing.assert_close(pruned.weight, by_hand, rtol=1e-7, atol=1e-7)
+    lost, energy = 0.25 + 0 + 0 + 1, 10.25 + 8 + 17 + 9
+    assert pruned.loss == pytest.approx(lost / energy, rel=1e-6)
+
+
+@pytest.mark.parametrize("method", CALIBRATING)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_broken_gram_is_an_error_that_names_the_layer(method: str, value: float) -> None:
     gram = torch.eye(16)
@@ -155,18 +194,20 @@ def test_a_broken_gram_is_an_error_that_names_the_layer(method: str, value: floa
     layer = Layer(name="blocks.7.ff", weight=torch.ones(4, 16), gram=gram)
     with pytest.raises(CalibrationError, match=r"blocks\.7\.ff.*not finite"):
         METHODS[method].prune_weights([layer], NM(2, 4), OPTIONS)
-    with pytest.raises(CalibrationError, match=r"blocks\.7\.ff.*not finite"):
-        METHODS[method].prune_units([layer], width=1, remove=2, options=OPTIONS)
+    if METHODS[method].removes_units:
+        with pytest.raises(CalibrationError, match=r"blocks\.7\.ff.*not finite"):
+            METHODS[method].prune_units([layer], width=1, remove=2, options=OPTIONS)
 
 
-def test_an_indefinite_gram_is_an_error_not_another_algorithm() -> None:
+@pytest.mark.parametrize("method", COMPENSATING)
+def test_an_indefinite_gram_is_an_error_not_another_algorithm(method: str) -> None:
     gram = torch.eye(8) + 100 * (1 - torch.eye(8))
     layers = [Layer(name=f"blocks.7.to_{letter}", weight=torch.ones(4, 8), gram=gram) for letter in "qkv"]
     with pytest.raises(CalibrationError, match=r"blocks.7.to_q \(and 2 that share its gram\): .*not positive definite"):
-        METHODS["obsdiff"].prune_weights(layers, NM(2, 4), OPTIONS)
+        METHODS[method].prune_weights(layers, NM(2, 4), OPTIONS)
 
 
-@pytest.mark.parametrize("method", ["obsdiff", "wanda"])
+@pytest.mark.parametrize("method", CALIBRATING)
 def test_a_missing_gram_is_an_error(method: str) -> None:
     with pytest.raises(CalibrationError, match="needs a gram"):
         METHODS[method].prune_weights([layer_of(None, 16)], NM(2, 4), OPTIONS)
@@ -204,6 +245,8 @@ def test_wanda_compares_within_a_row() -> None:
     assert pruned.keep.tolist() == [[True, False, False, True], [True, True, False, False]]
 
 
-def test_each_method_says_what_it_is_called_and_whether_it_calibrates() -> None:
+def test_each_method_says_what_it_is_called_whether_it_calibrates_and_how_it_weighs_steps() -> None:
     assert {name: method.name for name, method in METHODS.items()} == {name: name for name in METHODS}
+    assert {method.time_weights for method in METHODS.values()} <= set(SCHEDULES)
+    assert [name for name, method in METHODS.items() if not method.removes_units] == ["dsnot"]
     assert [name for name, method in METHODS.items() if not method.calibrates] == ["magnitude"]

@@ -1,0 +1,51 @@
+"""What is left open is the method's or the pipeline's to say; what cannot be done is refused before anything runs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from diffusers import DiffusionPipeline
+
+from obsdiff.job import given
+from obsdiff.methods.table import METHODS
+from obsdiff.recipe import Recipe
+from obsdiff.resolving import resolve
+from obsdiff.settings import Settings
+from obsdiff_runtime.errors import ConfigError
+
+
+@pytest.fixture
+def recipe(build_pipeline: Callable[..., DiffusionPipeline]) -> Callable[..., Recipe]:
+    """recipe(**settings): resolved for a tiny SD3."""
+    loaded = given(build_pipeline("sd3"))
+
+    def resolved(**settings: Any) -> Recipe:
+        asked = Settings(**{"sparsity": "2:4", **settings})
+        return resolve(asked, model="tiny", family=loaded.family, defaults=loaded.defaults, prompts=["a dog"])
+
+    return resolved
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_time_weights_are_the_method_s_unless_given(method: str, recipe: Callable[..., Recipe]) -> None:
+    assert recipe(method=method).time_weights == ("uniform" if method == "sparsegpt" else "log-decrease")
+    assert recipe(method=method, time_weights="linear-increase").time_weights == "linear-increase"
+
+
+def test_the_paper_s_method_is_what_is_run_when_none_is_named(recipe: Callable[..., Recipe]) -> None:
+    assert (recipe().method, recipe().time_weights) == ("obsdiff", "log-decrease")
+
+
+@pytest.mark.parametrize("setting", [{"method": ""}, {"time_weights": ""}])
+def test_an_empty_choice_is_no_choice(setting: dict[str, str], recipe: Callable[..., Recipe]) -> None:
+    with pytest.raises(ConfigError, match=r"unknown; there are "):
+        recipe(**setting)
+
+
+@pytest.mark.parametrize("sparsity", ["structured:0.25", "heads:0.2", "ffn:0.3", "structured:0.2+2:4"])
+def test_a_method_without_a_structured_form_says_which_have_one(sparsity: str, recipe: Callable[..., Recipe]) -> None:
+    with pytest.raises(ConfigError, match=r"dsnot: .*single weights only.*: obsdiff, sparsegpt, wanda, magnitude$"):
+        recipe(sparsity=sparsity, method="dsnot")
+    for method in METHODS:
+        if METHODS[method].removes_units:
+            assert recipe(sparsity=sparsity, method=method).method == method
