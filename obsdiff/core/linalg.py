@@ -107,6 +107,30 @@ def solve(gram: Tensor, right: Tensor) -> Tensor:
     return scale[:, None] * torch.cholesky_solve(scale[:, None] * right, lower)
 
 
+def unit_diagonal(gram: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """S H S with S = diag(H)^-1/2: the same problem in units in which every channel has energy 1.
+
+    Args:
+        gram: (d, d), float64: H, damped.
+        dtype: of the result. On this scale float32 is enough for iterative solvers.
+
+    Returns:
+        S H S, (d, d), `dtype`, and the diagonal of S, (d,), float64.
+
+    Raises:
+        CalibrationError: a diagonal entry is not positive.
+    """
+    if not float(gram.diagonal().min()) > 0:
+        raise CalibrationError("the gram has a channel without energy; factorise replaces dead channels: use its gram")
+    scale = gram.diagonal().rsqrt()
+    scaled = torch.empty(gram.shape, dtype=dtype, device=gram.device)
+    height = max(1, (1 << 22) // len(gram))
+    for top in range(0, len(gram), height):
+        rows = slice(top, top + height)
+        scaled[rows] = gram[rows] * scale[rows, None] * scale
+    return scaled, scale
+
+
 def check(gram: Tensor) -> None:
     """Refuses a gram that is no gram.
 
