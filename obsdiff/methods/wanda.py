@@ -13,6 +13,7 @@ from obsdiff.core.linalg import check
 from obsdiff.methods import Layer, Options, Pruned, result
 from obsdiff.methods.scores import drop_lowest_units, n_of_m
 from obsdiff.sparsity import NM, Pattern
+from obsdiff_runtime.errors import CalibrationError
 
 name: str = "wanda"
 calibrates: bool = True
@@ -55,4 +56,8 @@ def _score(layer: Layer) -> Tensor:
     gram = result.gram_of(layer)
     with result.named([layer]):
         check(gram)
+    if float(gram.diagonal().max()) == 0:
+        raise CalibrationError(
+            f"{layer.name}: the gram is zero: every activation of this layer was zero in calibration"
+        )
     return layer.weight.detach().double().abs() * gram.diagonal().double().sqrt()
