@@ -11,10 +11,13 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from obsdiff import card, costs, delivery, facts, report
-from obsdiff.evaluation import Evaluation, ImagePair, Score
+from obsdiff import card, costs, delivery, facts, gates, report
+from obsdiff.evaluation import Evaluation, ImagePair, figure_names
 from obsdiff.evaluation import evaluate as run_pairs
+from obsdiff.gates import Gate
+from obsdiff.guidance import GuidanceScore, parse_guidance, sweep_guidance
 from obsdiff.job import Job
+from obsdiff.judges import OBEDIENCE, Judges, Score
 from obsdiff.loading import Defaults, vae_scale
 from obsdiff.measurements import Counts, LatencyPair, NotMeasured, Report, Stage
 from obsdiff.pruning import Pruned
@@ -23,6 +26,7 @@ from obsdiff.sparsity import NM
 from obsdiff_export.builders.request import Builder
 from obsdiff_runtime.bundle import Defaults as BundleDefaults
 from obsdiff_runtime.bundle import Manifest, write_manifest
+from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.progress import Progress
 from obsdiff_runtime.version import __version__
 
@@ -63,33 +67,94 @@ class Stages:
 
 
 def compare(
-    job: Job, pruned: Pruned, dense: nn.Module, prompts: Sequence[str], progress: Progress
+    job: Job,
+    pruned: Pruned,
+    dense: nn.Module,
+    prompts: Sequence[str],
+    progress: Progress,
+    *,
+    judges: Judges | None = None,
+    scales: Sequence[float] = (),
+    dense_scores: Mapping[float, float] | None = None,
+    keep_images: int | None = None,
 ) -> tuple[Evaluation | NotMeasured, tuple[ImagePair, ...]]:
+    """Dense against pruned on the prompts.
+
+    Args:
+        job: how they are run; the noise is none that calibration saw.
+        pruned: its pipeline draws, with one denoiser and the other.
+        dense: the denoiser before.
+        prompts: none: nothing is measured.
+        progress: told of every step.
+        judges: who looks at the pictures; None: the model's own check, where it has one.
+        scales: guidance scales to judge both models at beside the job's own.
+        dense_scores: the dense model's, by guidance scale, where an earlier comparison found them.
+        keep_images: how many picture pairs are returned; None for all.
+    """
     if not pruned.kept and not any(layer.zeros for layer in pruned.layers):
         return NotMeasured(why="nothing was pruned"), ()
     if not prompts:
         return NotMeasured(why="no prompts to compare on were asked for (--eval-prompts 0)"), ()
     if pruned.pipeline.vae is None:
         return NotMeasured(why="the pipeline has no VAE to draw pictures with"), ()
+    judges = Judges(obeys=obedience_of(job.defaults)) if judges is None else judges
     sampled = dataclasses.replace(job.recipe.sampling, seed=job.recipe.sampling.seed + EVALUATION_SEED)
-    return run_pairs(
-        pruned.pipeline,
-        job.family,
-        dense=dense,
-        pruned=pruned.denoiser,
-        prompts=prompts,
-        sampling=sampled,
-        score=_score(job.defaults),
-        progress=progress,
+    same: Any = {"dense": dense, "pruned": pruned.denoiser, "prompts": prompts, "sampling": sampled}
+    evaluation, images = run_pairs(
+        pruned.pipeline, job.family, **same, judges=judges, keep_images=keep_images, progress=progress
     )
+    if scales and judges.first is not None:
+        sweep = sweep_guidance(
+            pruned.pipeline,
+            job.family,
+            **same,
+            fixed=_fixed(evaluation, judges.first[0]),
+            scales=scales,
+            judge=judges.first,
+            dense_scores=dense_scores,
+            progress=progress,
+        )
+        evaluation = dataclasses.replace(evaluation, guidance=sweep)
+    return evaluation, images
 
 
-def _score(defaults: Defaults) -> Score | None:
+def scales_of(settings: Settings, judges: Judges) -> tuple[float, ...]:
+    """The guidance scales asked for.
+
+    Raises:
+        ConfigError: they are none, or nobody can judge a picture by itself.
+    """
+    if settings.guidance_sweep is None:
+        return ()
+    if judges.first is None:
+        raise ConfigError(
+            "--guidance-sweep: nothing here can say which picture is better; give --clip-model or --judge"
+        )
+    return parse_guidance(settings.guidance_sweep)
+
+
+def gates_of(settings: Settings, judges: Judges) -> tuple[Gate, ...]:
+    """The quality gates asked for; raises ConfigError for one that is none, or on an unknown metric."""
+    found = tuple(gates.parse(text) for text in settings.fail_if or ())
+    gates.require_known(found, figure_names(judges.scores))
+    return found
+
+
+def obedience_of(defaults: Defaults) -> Score | None:
+    """The check of obedience that the shipped pipeline has."""
     if defaults.prompts != "shapes":
         return None
     from obsdiff import shapes
 
     return lambda image, prompt: shapes.obeys(image, prompt).all
+
+
+def _fixed(evaluation: Evaluation, judge: str) -> GuidanceScore:
+    scale, dense, pruned = evaluation.sampling.guidance_scale, evaluation.dense_obedience, evaluation.pruned_obedience
+    if judge == OBEDIENCE and dense is not None and pruned is not None:
+        return GuidanceScore(guidance_scale=scale, dense=dense.share, pruned=pruned.share)
+    pair = evaluation.scores[judge]
+    return GuidanceScore(guidance_scale=scale, dense=pair.dense, pruned=pair.pruned)
 
 
 def deliver(

@@ -1,11 +1,11 @@
-"""Two small charts as inline SVG. Colours come from the page's stylesheet, so that they follow light and dark.
+"""Small charts as inline SVG. Colours come from the page's stylesheet, so that they follow light and dark.
 
-Both are drawn in a box of WIDTH x HEIGHT user units and scale with their container; every point carries its value as a
+All are drawn in a box of WIDTH x HEIGHT user units and scale with their container; every point carries its value as a
 tooltip.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import groupby
 from typing import Final
@@ -16,6 +16,7 @@ LEFT: Final = 64
 RIGHT: Final = 12
 TOP: Final = 12
 BOTTOM: Final = 44
+KINDS: Final = 6
 
 
 def line(values: Sequence[float], *, x: str, y: str) -> str:
@@ -24,16 +25,66 @@ def line(values: Sequence[float], *, x: str, y: str) -> str:
     Raises:
         ValueError: no values, or one that is negative or not finite.
     """
-    _check(values, least=0.0)
-    ticks = linear_ticks(max(values))
-    places = [(_across(i, len(values)), _up(value / ticks[-1])) for i, value in enumerate(values)]
-    path = " ".join(f"{'L' if i else 'M'}{px:.1f} {py:.1f}" for i, (px, py) in enumerate(places))
+    return lines({"": values}, x=x, y=y)
+
+
+def lines(curves: Mapping[str, Sequence[float]], *, x: str, y: str, first: int = 1) -> str:
+    """Curves by name over first, first + 1, ... from zero upwards, in the colours of classes k0, k1, ... (KINDS).
+
+    Raises:
+        ValueError: no values, or one that is negative or not finite.
+    """
+    for values in curves.values():
+        _check(values, least=0.0)
+    longest = max(curves.values(), key=len)
+    ticks = linear_ticks(max(max(values) for values in curves.values()))
     marks = [_grid(tick / ticks[-1], f"{tick:g}") for tick in ticks]
-    every = max(1, math.ceil(len(values) / 20))
-    for i in range(0, len(values), every):
-        marks.append(_text(places[i][0], HEIGHT - BOTTOM + 16, str(i + 1), "middle"))
-    marks.append(f'<path class="curve" d="{path}"/>')
-    marks += [_dot(px, py, f"{x} {i + 1}: {values[i]:.3g}") for i, (px, py) in enumerate(places)]
+    every = max(1, math.ceil(len(longest) / 20))
+    for i in range(0, len(longest), every):
+        marks.append(_text(_across(i, len(longest)), HEIGHT - BOTTOM + 16, str(i + first), "middle"))
+    for index, (name, values) in enumerate(curves.items()):
+        places = [(_across(i, len(longest)), _up(value / ticks[-1])) for i, value in enumerate(values)]
+        path = " ".join(f"{'L' if i else 'M'}{px:.1f} {py:.1f}" for i, (px, py) in enumerate(places))
+        label = f"{name}, {x}" if name else x
+        marks.append(f'<g class="k{index % KINDS}"><path class="curve" d="{path}"/>')
+        marks += [_dot(px, py, f"{label} {i + first}: {values[i]:.3g}") for i, (px, py) in enumerate(places)]
+        marks.append("</g>")
+    return _svg(marks, x, y)
+
+
+def heat(rows: Sequence[Sequence[float]], *, labels: Sequence[str], x: str, y: str) -> str:
+    """A field of cells, the darker the larger, on a logarithmic scale; the first row is at the bottom.
+
+    Args:
+        rows: of equal length; no value negative.
+        labels: name of each row, for tooltips.
+        x: names the columns 1, 2, ...
+        y: names the rows 0, 1, ...
+
+    Raises:
+        ValueError: no values, or one that is negative or not finite.
+    """
+    values = [value for row in rows for value in row]
+    _check(values, least=0.0)
+    positive = [value for value in values if value > 0] or [1.0]
+    low, high = math.log10(min(positive)), math.log10(max(positive))
+    width, height = (WIDTH - LEFT - RIGHT) / len(rows[0]), (HEIGHT - TOP - BOTTOM) / len(rows)
+    marks: list[str] = []
+    for i, row in enumerate(rows):
+        top = _up((i + 1) / len(rows))
+        if i % max(1, math.ceil(len(rows) / 12)) == 0:
+            marks.append(_text(LEFT - 8, top + height / 2 + 4, str(i), "end"))
+        for j, value in enumerate(row):
+            share = (
+                0.0 if value == 0 else 1.0 if high == low else 0.06 + 0.94 * (math.log10(value) - low) / (high - low)
+            )
+            label = escape(f"{labels[i]}, {x} {j + 1}: {value:.3g}")
+            marks.append(
+                f'<rect class="cell" x="{LEFT + j * width:.1f}" y="{top:.1f}" width="{width:.2f}" height="{height:.2f}"'
+                f' fill-opacity="{share:.3f}"><title>{label}</title></rect>'
+            )
+    for j in range(0, len(rows[0]), max(1, math.ceil(len(rows[0]) / 20))):
+        marks.append(_text(LEFT + (j + 0.5) * width, HEIGHT - BOTTOM + 16, str(j + 1), "middle"))
     return _svg(marks, x, y)
 
 

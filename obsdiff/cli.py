@@ -34,7 +34,11 @@ PRUNE = (
     *("prompts_file", "num_samples", "time_weights", "packages", "gram_budget"),
 )
 SAMPLE = ("steps", "guidance_scale", "height", "width", "max_sequence_length", "batch_size", "seed")
-DELIVER = ("trt", "targets", "dtype", "opset", "eval_prompts", "eval_prompts_file")
+DELIVER = ("trt", "targets", "dtype", "opset")
+QUALITY = (
+    *("eval_prompts", "eval_prompts_file", "clip_model", "lpips", "fid_reference", "judge"),
+    *("guidance_sweep", "fail_if"),
+)
 
 app = typer.Typer(
     name="obsdiff",
@@ -184,7 +188,7 @@ def _again(values: Mapping[str, Any]) -> str:
     return "; the same command with --resume continues" if kept else ""
 
 
-@_verb("export", (*PRUNE, *DELIVER, *SAMPLE, *MODEL), model=MODEL_ARGUMENT, **OUTPUT)
+@_verb("export", (*PRUNE, *DELIVER, *QUALITY, *SAMPLE, *MODEL), model=MODEL_ARGUMENT, **OUTPUT)
 def _export(run: Run) -> None:
     """The main job: prune, shrink, export ONNX, build engines, verify, measure, bundle."""
     from obsdiff import verbs
@@ -216,6 +220,7 @@ def _export(run: Run) -> None:
         console.print(f"next    obsdiff generate {output} '...' -o a.png", style="dim")
 
     run.print_result(exported.to_json(), show)
+    exported.hold()
 
 
 @_verb("prune", (*PRUNE, *SAMPLE, *MODEL), model=MODEL_ARGUMENT, **OUTPUT)
@@ -277,31 +282,39 @@ def _build(run: Run) -> None:
 
 @_verb(
     "eval",
-    ("eval_prompts", "eval_prompts_file", *SAMPLE, "device"),
-    pruned=(Annotated[Path, typer.Argument(help="A pruned diffusers folder.")], ...),
+    (*QUALITY, *SAMPLE, "device"),
+    pruned=(Annotated[list[Path], typer.Argument(help="Pruned diffusers folders; several: mean and spread.")], ...),
     against=_option(str | None, "--against", text="The dense model; default: the pipeline shipped inside."),
-    html=_option(Path | None, "--html", text="Also write a page with the image pairs."),
+    html=_option(Path | None, "--html", text="Also write a page with pictures and curves."),
 )
 def _eval(run: Run) -> None:
     """Paired quality: same prompts, same noise."""
     from obsdiff import verbs
 
-    report = verbs.evaluate(
+    evaluated = verbs.evaluate(
         run.options["pruned"],
         run.options["against"],
         run.settings,
         html=run.options["html"],
+        command=shlex.join(["obsdiff", *sys.argv[1:]]),
         progress=run.progress,
     )
 
     def show() -> None:
         from rich.console import Console
 
-        from obsdiff.report import summary_table
+        from obsdiff.report import runs_table, summary_table
 
-        Console().print(summary_table(report))
+        single = len(evaluated.reports) == 1
+        table = (
+            summary_table(evaluated.reports[0])
+            if single
+            else runs_table(evaluated.folders, evaluated.reports, evaluated.spread)
+        )
+        Console().print(table)
 
-    run.print_result(report.to_json(), show)
+    run.print_result(evaluated.to_json(), show)
+    evaluated.hold()
 
 
 @_verb(

@@ -1,15 +1,15 @@
 """Dense against pruned, paired: the same prompts, the same noise, the same sampler.
 
 Velocity error: the dense pipeline runs, and at each call the pruned denoiser is given the very same inputs, so the
-number says what pruning did to the network, free of the drift of trajectories. Latents and pictures come from two runs
-of their own, so they hold the drift too.
+number says what pruning did to the network, free of the drift of trajectories; so do the errors of the blocks' outputs.
+Latents and pictures come from two runs of their own, so they hold the drift too.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -17,13 +17,19 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from obsdiff.families import Family
+from obsdiff.guidance import GuidanceSweep
+from obsdiff.judges import Judges, frechet_distance
 from obsdiff.metrics import WINDOW, Picture, mean_squared_error, psnr_db, ssim, wilson
 from obsdiff.recipe import Sampling
-from obsdiff.sampling import Batch, Sampler, Tell, quiet
+from obsdiff.residuals import block_modules
+from obsdiff.sampling import Sampler, Tell, Watched, batches, quiet
 from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.progress import Progress, silent
 
-Score = Callable[[Picture, str], bool]
+FIGURES: Final = (
+    *("velocity_error", "block_error", "latents_mse", "latents_relative", "image_mse", "psnr_db", "ssim", "lpips"),
+    "identical_images",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +38,23 @@ class Share:
 
     obeyed: int
     prompts: int
+    share: float
     low: float
     high: float
 
-    @property
-    def share(self) -> float:
-        return self.obeyed / self.prompts
+    @classmethod
+    def of(cls, verdicts: Sequence[bool]) -> "Share":
+        low, high = wilson(sum(verdicts), len(verdicts))
+        share = sum(verdicts) / len(verdicts)
+        return cls(obeyed=sum(verdicts), prompts=len(verdicts), share=share, low=low, high=high)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorePair:
+    """What one judge gives the dense and the pruned model."""
+
+    dense: float
+    pruned: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +70,8 @@ class PromptResult:
         psnr_db: of the 8-bit pictures; None where they are identical.
         ssim: of the 8-bit pictures.
         dense_obeys, pruned_obeys: None where nothing can judge the prompt.
+        lpips: of the pictures; None where it was not asked for.
+        scores: of the pictures, by judge.
     """
 
     prompt: str
@@ -65,6 +84,8 @@ class PromptResult:
     ssim: float
     dense_obeys: bool | None
     pruned_obeys: bool | None
+    lpips: float | None = None
+    scores: Mapping[str, ScorePair] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +95,18 @@ class Evaluation:
     Attributes:
         velocity_error: mean of `velocity_error_per_step`.
         velocity_error_per_step: (num_inference_steps,), each the mean over prompts.
+        blocks: names of the denoiser's blocks, in forward order.
+        block_error: that of the last block: what reaches the layers after it.
+        block_errors: (blocks,), relative errors of what the blocks hand on, means over prompts and steps; residuals.py.
+        block_errors_per_step: (blocks, num_inference_steps), means over prompts.
         latents_mse, latents_relative, image_mse, ssim: means over prompts.
         psnr_db: mean over the pictures that differ; None where none does.
         identical_images: pairs equal in every 8-bit value.
         dense_obedience, pruned_obedience: None where nothing can judge the prompts.
+        lpips: mean over prompts; None where it was not asked for.
+        scores: means over prompts, by judge.
+        fid_clip: Fréchet distances to the reference pictures in CLIP's features; None where there are none.
+        guidance: both models over guidance scales; None where it was not asked for.
         per_prompt: in the order of the prompts.
         sampling: how both were run; prompt i's noise comes from a generator seeded with sampling.seed + i.
         negative: the negative prompt; "" where no guidance is used.
@@ -86,6 +115,10 @@ class Evaluation:
 
     velocity_error: float
     velocity_error_per_step: tuple[float, ...]
+    blocks: tuple[str, ...]
+    block_error: float
+    block_errors: tuple[float, ...]
+    block_errors_per_step: tuple[tuple[float, ...], ...]
     latents_mse: float
     latents_relative: float
     image_mse: float
@@ -98,10 +131,44 @@ class Evaluation:
     sampling: Sampling
     negative: str
     scheduler: str
+    lpips: float | None = None
+    scores: Mapping[str, ScorePair] = field(default_factory=dict)
+    fid_clip: ScorePair | None = None
+    guidance: GuidanceSweep | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data: dicts, lists, strings, finite numbers, None."""
         return dataclasses.asdict(self)
+
+    def figures(self) -> dict[str, float | None]:
+        """What gates and spreads read, by key of the JSON; None where not measured, infinite PSNR where identical."""
+        found: dict[str, float | None] = dict.fromkeys(figure_names(self.scores))
+        found |= {name: getattr(self, name) for name in FIGURES}
+        if self.psnr_db is None:
+            found["psnr_db"] = math.inf
+        for name, share in (("dense", self.dense_obedience), ("pruned", self.pruned_obedience)):
+            if share is not None:
+                found[f"{name}_obedience.share"] = share.share
+        pairs = {f"scores.{name}": pair for name, pair in self.scores.items()}
+        if self.fid_clip is not None:
+            pairs["fid_clip"] = self.fid_clip
+        for name, pair in pairs.items():
+            found |= {f"{name}.dense": pair.dense, f"{name}.pruned": pair.pruned}
+        if self.guidance is not None:
+            found["guidance.dense_best.dense"] = self.guidance.dense_best.dense
+            found["guidance.pruned_best.pruned"] = self.guidance.pruned_best.pruned
+        return found
+
+
+def figure_names(scores: Iterable[str]) -> tuple[str, ...]:
+    """Every figure of an evaluation in which these judges score."""
+    pairs = [*(f"scores.{name}" for name in scores), "fid_clip"]
+    return (
+        *FIGURES,
+        *("dense_obedience.share", "pruned_obedience.share"),
+        *(f"{name}.{who}" for name in pairs for who in ("dense", "pruned")),
+        *("guidance.dense_best.dense", "guidance.pruned_best.pruned"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +191,7 @@ def evaluate(
     prompts: Sequence[str],
     sampling: Sampling,
     negative: str = "",
-    score: Score | None = None,
+    judges: Judges | None = None,
     keep_images: int | None = None,
     progress: Progress = silent,
 ) -> tuple[Evaluation, tuple[ImagePair, ...]]:
@@ -142,7 +209,7 @@ def evaluate(
         sampling: prompt i's noise comes from a generator seeded with sampling.seed + i, whatever the batch size, which
             bounds memory and changes results by no more than rounding.
         negative: negative prompt; used where the guidance scale is above 1.
-        score: whether a picture obeys its prompt.
+        judges: who looks at the pictures; None: nobody.
         keep_images: how many pairs are returned, the first ones; None for all.
         progress: told of every step of the sampler, as stage "evaluate".
 
@@ -154,35 +221,39 @@ def evaluate(
         CalibrationError: the dense pipeline produced a value that is not finite; names step and prompt.
         QualityError: the pruned one did.
     """
-    _check(dense, pruned, prompts, sampling)
-    guided = sampling.guidance_scale > 1
-    options = {} if sampling.max_sequence_length is None else {"max_sequence_length": sampling.max_sequence_length}
+    judges = judges or Judges()
+    _check(dense, pruned, prompts, sampling, judges)
     sampler = Sampler(pipeline=pipeline, family=family, sampling=sampling)
-    steps, size = sampling.num_inference_steps, sampling.batch_size
-    total = 2 * steps * math.ceil(len(prompts) / size)
+    steps = sampling.num_inference_steps
+    total = 2 * steps * math.ceil(len(prompts) / sampling.batch_size)
     results: list[PromptResult] = []
     pairs: list[ImagePair] = []
-    curves: list[Tensor] = []
+    runs: list[Watched] = []
+    features: dict[str, list[Tensor]] = {"dense": [], "pruned": []}
     with quiet(pipeline):
-        for start in range(0, len(prompts), size):
-            texts = prompts[start : start + size]
-            embeddings = family.encode(pipeline, texts, [negative] * len(texts) if guided else [], **options)
-            batch = Batch(prompts=texts, seeds=[sampling.seed + start + i for i in range(len(texts))], text=embeddings)
-            tell = Tell(progress=progress, before=2 * steps * (start // size), total=total)
-            curve, dense_latents, dense_images = sampler.watched(batch, dense, pruned, tell)
+        for index, batch in enumerate(batches(sampler, prompts, negative)):
+            tell = Tell(progress=progress, before=2 * steps * index, total=total)
+            watched = sampler.watched(batch, dense, pruned, tell)
             tell = Tell(progress=progress, before=tell.before + steps, total=total)
-            pruned_latents, pruned_images = sampler.plain(batch, pruned, tell)
-            curves.append(curve)
-            for i, prompt in enumerate(texts):
-                pair = ImagePair(prompt=prompt, seed=batch.seeds[i], dense=dense_images[i], pruned=pruned_images[i])
-                results.append(_compare(pair, float(curve[i].mean()), dense_latents[i], pruned_latents[i], score))
+            latents, images = sampler.plain(batch, pruned, tell)
+            runs.append(dataclasses.replace(watched, images=[]))
+            for i, prompt in enumerate(batch.prompts):
+                pair = ImagePair(prompt=prompt, seed=batch.seeds[i], dense=watched.images[i], pruned=images[i])
+                error = float(watched.velocity_errors[i].mean())
+                results.append(_compare(pair, error, watched.latents[i], latents[i], judges))
+                if judges.embed is not None:
+                    features["dense"].append(judges.embed(pair.dense))
+                    features["pruned"].append(judges.embed(pair.pruned))
                 if keep_images is None or len(pairs) < keep_images:
                     pairs.append(pair)
     evaluation = _summarise(
         results,
-        torch.cat(curves),
+        torch.cat([run.velocity_errors for run in runs]),
+        torch.cat([run.block_errors for run in runs], 1),
+        blocks=block_modules(family.linears(dense)),
+        fid_clip=_fid(judges, features),
         sampling=sampling,
-        negative=negative if guided else "",
+        negative=negative if sampling.guidance_scale > 1 else "",
         scheduler=type(pipeline.scheduler).__name__,
     )
     return evaluation, tuple(pairs)
@@ -197,9 +268,11 @@ def check_size(sampling: Sampling) -> None:
         )
 
 
-def _check(dense: nn.Module, pruned: nn.Module, prompts: Sequence[str], sampling: Sampling) -> None:
+def _check(dense: nn.Module, pruned: nn.Module, prompts: Sequence[str], sampling: Sampling, judges: Judges) -> None:
     if not prompts:
         raise ConfigError("evaluation needs at least one prompt; is --eval-prompts-file empty?")
+    if judges.reference is not None and len(prompts) < 2:
+        raise ConfigError("--fid-reference needs at least two pictures of each model; raise --eval-prompts")
     if sampling.batch_size < 1:
         raise ConfigError(f"--batch-size {sampling.batch_size}: must be at least 1")
     check_size(sampling)
@@ -214,12 +287,13 @@ def _check(dense: nn.Module, pruned: nn.Module, prompts: Sequence[str], sampling
 
 
 def _compare(
-    pair: ImagePair, velocity_error: float, dense_latents: Tensor, pruned_latents: Tensor, score: Score | None
+    pair: ImagePair, velocity_error: float, dense_latents: Tensor, pruned_latents: Tensor, judges: Judges
 ) -> PromptResult:
     dense, pruned = dense_latents.double(), pruned_latents.double()
     difference = float((pruned - dense).square().sum())
+    obeys, prompt = judges.obeys, pair.prompt
     return PromptResult(
-        prompt=pair.prompt,
+        prompt=prompt,
         seed=pair.seed,
         velocity_error=velocity_error,
         latents_mse=difference / dense.numel(),
@@ -227,34 +301,59 @@ def _compare(
         image_mse=mean_squared_error(pair.dense, pair.pruned),
         psnr_db=psnr_db(pair.dense, pair.pruned),
         ssim=ssim(pair.dense, pair.pruned),
-        dense_obeys=None if score is None else bool(score(pair.dense, pair.prompt)),
-        pruned_obeys=None if score is None else bool(score(pair.pruned, pair.prompt)),
+        dense_obeys=None if obeys is None else bool(obeys(pair.dense, prompt)),
+        pruned_obeys=None if obeys is None else bool(obeys(pair.pruned, prompt)),
+        lpips=None if judges.lpips is None else judges.lpips(pair.dense, pair.pruned),
+        scores={
+            name: ScorePair(dense=float(judge(pair.dense, prompt)), pruned=float(judge(pair.pruned, prompt)))
+            for name, judge in judges.scores.items()
+        },
     )
 
 
-def _summarise(results: Sequence[PromptResult], curves: Tensor, **settings: Any) -> Evaluation:
-    """Means over prompts; curves is (prompts, steps)."""
-    per_step = curves.mean(0)
+def _fid(judges: Judges, features: Mapping[str, list[Tensor]]) -> ScorePair | None:
+    if judges.reference is None:
+        return None
+    found = {who: frechet_distance(judges.reference, torch.stack(rows)) for who, rows in features.items()}
+    return ScorePair(dense=found["dense"], pruned=found["pruned"])
+
+
+def _summarise(results: Sequence[PromptResult], velocities: Tensor, residuals: Tensor, **known: Any) -> Evaluation:
+    """Means over prompts; velocities is (prompts, steps), residuals (blocks, prompts, steps)."""
+    per_step, block_steps = velocities.mean(0), residuals.mean(1)
     ratios = [result.psnr_db for result in results if result.psnr_db is not None]
+    distances = [result.lpips for result in results if result.lpips is not None]
+
+    def mean(name: str) -> float:
+        return float(np.mean([getattr(result, name) for result in results]))
+
     return Evaluation(
         velocity_error=float(per_step.mean()),
         velocity_error_per_step=tuple(per_step.tolist()),
-        latents_mse=float(np.mean([result.latents_mse for result in results])),
-        latents_relative=float(np.mean([result.latents_relative for result in results])),
-        image_mse=float(np.mean([result.image_mse for result in results])),
+        block_error=float(block_steps[-1].mean()),
+        block_errors=tuple(block_steps.mean(1).tolist()),
+        block_errors_per_step=tuple(tuple(row) for row in block_steps.tolist()),
+        latents_mse=mean("latents_mse"),
+        latents_relative=mean("latents_relative"),
+        image_mse=mean("image_mse"),
         psnr_db=float(np.mean(ratios)) if ratios else None,
-        ssim=float(np.mean([result.ssim for result in results])),
+        ssim=mean("ssim"),
         identical_images=len(results) - len(ratios),
         dense_obedience=_share([result.dense_obeys for result in results]),
         pruned_obedience=_share([result.pruned_obeys for result in results]),
+        lpips=float(np.mean(distances)) if distances else None,
+        scores={name: _mean_pair([result.scores[name] for result in results]) for name in results[0].scores},
         per_prompt=tuple(results),
-        **settings,
+        **known,
+    )
+
+
+def _mean_pair(pairs: Sequence[ScorePair]) -> ScorePair:
+    return ScorePair(
+        dense=float(np.mean([pair.dense for pair in pairs])), pruned=float(np.mean([pair.pruned for pair in pairs]))
     )
 
 
 def _share(verdicts: Sequence[bool | None]) -> Share | None:
     judged = [verdict for verdict in verdicts if verdict is not None]
-    if not judged:
-        return None
-    low, high = wilson(sum(judged), len(judged))
-    return Share(obeyed=sum(judged), prompts=len(judged), low=low, high=high)
+    return Share.of(judged) if judged else None

@@ -47,7 +47,8 @@ def render(report: Report, images: Sequence[ImagePair]) -> str:
     """
     templates = environment(escape=True)
     templates.globals |= {
-        name: getattr(wording, name) for name in ("size", "seconds", "milliseconds", "percent", "small", "speedup")
+        name: getattr(wording, name)
+        for name in ("size", "seconds", "milliseconds", "percent", "small", "speedup", "points")
     }
     return templates.get_template("report.html.j2").render(
         report=report,
@@ -65,6 +66,7 @@ def render(report: Report, images: Sequence[ImagePair]) -> str:
 
 def _pictures(evaluation: Evaluation | NotMeasured, images: Sequence[ImagePair]) -> Mapping[str, Any]:
     empty: dict[str, Any] = {"pairs": [], "agreement": None, "velocity_chart": None, "amplified": 1, "shrunk": False}
+    empty |= {"block_chart": None, "block_field": None, "sweep": None}
     if isinstance(evaluation, NotMeasured):
         return empty | {"no_pictures": evaluation.why}
     results = {(result.prompt, result.seed): result for result in evaluation.per_prompt}
@@ -74,6 +76,11 @@ def _pictures(evaluation: Evaluation | NotMeasured, images: Sequence[ImagePair])
         "pairs": [_shown(pair, results[pair.prompt, pair.seed], factor) for pair in images],
         "agreement": _agreement(evaluation.per_prompt),
         "velocity_chart": Markup(chart),
+        "sweep": evaluation.guidance,
+        "block_chart": Markup(charts.lines({"": evaluation.block_errors}, x="block", y="relative error", first=0)),
+        "block_field": Markup(
+            charts.heat(evaluation.block_errors_per_step, labels=evaluation.blocks, x="step", y="block")
+        ),
         "amplified": factor,
         "shrunk": any(max(pair.dense.shape[:2]) > LARGEST_SIDE for pair in images),
         "no_pictures": "none were kept",

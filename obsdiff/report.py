@@ -1,15 +1,16 @@
 """The report of a run: JSON for machines, a table for the terminal, one page for people."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich import box
 from rich.table import Table
 
-from obsdiff import page, wording
+from obsdiff import page, runs_page, wording
 from obsdiff.evaluation import ImagePair
 from obsdiff.measurements import Report
+from obsdiff.spread import Spread
 
 
 def write_json(report: Report, path: Path) -> None:
@@ -32,4 +33,28 @@ def summary_table(report: Report) -> Table:
         table.add_column(name, justify="right")
     for row in wording.summary(report):
         table.add_row(row.label, row.dense, row.pruned, row.ratio)
+    return table
+
+
+def write_side_by_side(
+    folders: Sequence[Path],
+    reports: Sequence[Report],
+    spread: Mapping[str, Spread],
+    images: Sequence[Sequence[ImagePair]],
+    path: Path,
+) -> None:
+    """Writes several runs as one self-contained page; `images` are each run's picture pairs."""
+    path.write_text(runs_page.render(folders, reports, spread, images), encoding="utf-8")
+
+
+def runs_table(folders: Sequence[Path], reports: Sequence[Report], spread: Mapping[str, Spread]) -> Table:
+    """A row for each run, then their mean and standard deviation, and what they reach from and to; for the terminal."""
+    title = f"{reports[0].model}, {len(reports)} pruned folders"
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    headings, rows = wording.runs(folders, reports, spread)
+    table.add_column("", overflow="fold")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for index, (label, *cells) in enumerate(rows):
+        table.add_row(label, *cells, end_section=index == len(reports) - 1)
     return table

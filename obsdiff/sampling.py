@@ -9,7 +9,7 @@ A scheduler may call the denoiser more than once per step; the calls of a step c
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from obsdiff.families import Family
 from obsdiff.metrics import Picture
 from obsdiff.recipe import Sampling
+from obsdiff.residuals import BlockErrors, Clock, block_modules
 from obsdiff_runtime.errors import CalibrationError, QualityError
 from obsdiff_runtime.progress import Progress
 
@@ -39,9 +40,27 @@ class Tell:
     progress: Progress
     before: int
     total: int
+    stage: str = "evaluate"
 
     def __call__(self, step: int, note: str) -> None:
-        self.progress("evaluate", self.before + step, self.total, note)
+        self.progress(self.stage, self.before + step, self.total, note)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watched:
+    """A dense run, and what the pruned denoiser made of the same inputs.
+
+    Attributes:
+        velocity_errors: (B, steps) float64.
+        block_errors: (blocks, B, steps) float64; see residuals.py.
+        latents: the dense pipeline's final ones, (B, ...).
+        images: its pictures.
+    """
+
+    velocity_errors: Tensor
+    block_errors: Tensor
+    latents: Tensor
+    images: list[Picture]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,34 +71,38 @@ class Sampler:
     family: Family
     sampling: Sampling
 
-    def watched(
-        self, batch: Batch, dense: nn.Module, pruned: nn.Module, tell: Tell
-    ) -> tuple[Tensor, Tensor, list[Picture]]:
-        """Runs the dense denoiser and gives its very inputs to the pruned one too.
-
-        Returns:
-            velocity errors (B, steps) float64, final latents (B, ...) and pictures of the dense pipeline.
-        """
-        errors = VelocityErrors(len(batch.prompts), self.sampling.num_inference_steps)
+    def watched(self, batch: Batch, dense: nn.Module, pruned: nn.Module, tell: Tell) -> Watched:
+        """Runs the dense denoiser and gives its very inputs to the pruned one too."""
+        prompts, steps, clock = len(batch.prompts), self.sampling.num_inference_steps, Clock()
+        velocities = VelocityErrors(prompts, steps, clock)
+        blocks = BlockErrors(block_modules(self.family.linears(dense)), prompts, steps, clock)
 
         def compare(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            dense_velocity = _finite(output[0], "dense", errors.step, batch.prompts)
-            pruned_velocity = _finite(pruned(*args, **kwargs)[0], "pruned", errors.step, batch.prompts)
-            errors.add(dense_velocity, pruned_velocity)
+            dense_velocity = _finite(output[0], "dense", clock.step, batch.prompts)
+            pruned_velocity = _finite(pruned(*args, **kwargs)[0], "pruned", clock.step, batch.prompts)
+            velocities.add(dense_velocity, pruned_velocity)
 
-        handle = dense.register_forward_hook(compare, with_kwargs=True)
-        try:
-            latents, images = self._run("dense", batch, dense, tell, errors)
-        finally:
-            handle.remove()
-        return errors.curve(batch.prompts), latents, images
+        with blocks.watching(dense, pruned):
+            handle = dense.register_forward_hook(compare, with_kwargs=True)
+            try:
+                latents, images = self._run("dense", batch, dense, tell, clock)
+            finally:
+                handle.remove()
+        return Watched(
+            velocity_errors=velocities.curve(batch.prompts),
+            block_errors=blocks.curves(batch.prompts),
+            latents=latents,
+            images=images,
+        )
 
-    def plain(self, batch: Batch, pruned: nn.Module, tell: Tell) -> tuple[Tensor, list[Picture]]:
-        """Final latents (B, ...) and pictures with the pruned denoiser."""
-        return self._run("pruned", batch, pruned, tell, None)
+    def plain(
+        self, batch: Batch, denoiser: nn.Module, tell: Tell, *, who: Literal["dense", "pruned"] = "pruned"
+    ) -> tuple[Tensor, list[Picture]]:
+        """Final latents (B, ...) and pictures with one denoiser; `who` it is, for messages."""
+        return self._run(who, batch, denoiser, tell, Clock())
 
     def _run(
-        self, who: str, batch: Batch, denoiser: nn.Module, tell: Tell, errors: "VelocityErrors | None"
+        self, who: str, batch: Batch, denoiser: nn.Module, tell: Tell, clock: Clock
     ) -> tuple[Tensor, list[Picture]]:
         order, steps = int(getattr(self.pipeline.scheduler, "order", 1)), self.sampling.num_inference_steps
         last: list[Tensor] = []
@@ -87,8 +110,7 @@ class Sampler:
         def after_call(_: DiffusionPipeline, i: int, __: Any, values: dict[str, Any]) -> dict[str, Any]:
             step = min(i // order, steps - 1)
             last[:] = [_finite(values["latents"], who, step, batch.prompts)]
-            if errors is not None:
-                errors.step = min((i + 1) // order, steps - 1)
+            clock.step = min((i + 1) // order, steps - 1)
             tell(step + 1, who)
             return {}
 
@@ -114,14 +136,24 @@ class Sampler:
         return last[0].clone(), [np.rint(image * 255).clip(0, 255).astype(np.uint8) for image in images]
 
 
-class VelocityErrors:
-    """Squared norms of v_pruned - v_dense and of v_dense, summed per prompt and step over calls and rows.
+def batches(sampler: Sampler, prompts: Sequence[str], negative: str) -> Iterator[Batch]:
+    """The prompts in batches, embedded; `negative` is used where guidance is.
 
-    `step` is the one at hand; whoever follows the sampler moves it on.
+    Prompt i's noise comes from a generator seeded with the sampling's seed + i, whatever the batch size.
     """
+    sampling, guided = sampler.sampling, sampler.sampling.guidance_scale > 1
+    options = {} if sampling.max_sequence_length is None else {"max_sequence_length": sampling.max_sequence_length}
+    for start in range(0, len(prompts), sampling.batch_size):
+        texts = prompts[start : start + sampling.batch_size]
+        text = sampler.family.encode(sampler.pipeline, texts, [negative] * len(texts) if guided else [], **options)
+        yield Batch(prompts=texts, seeds=[sampling.seed + start + i for i in range(len(texts))], text=text)
 
-    def __init__(self, prompts: int, steps: int) -> None:
-        self.step = 0
+
+class VelocityErrors:
+    """Squared norms of v_pruned - v_dense and of v_dense, summed per prompt and step over calls and rows."""
+
+    def __init__(self, prompts: int, steps: int, clock: Clock) -> None:
+        self._clock = clock
         self._difference = torch.zeros(prompts, steps, dtype=torch.float64)
         self._dense = torch.zeros(prompts, steps, dtype=torch.float64)
 
@@ -131,7 +163,7 @@ class VelocityErrors:
         pairs = ((self._difference, pruned.double() - dense.double()), (self._dense, dense.double()))
         for total, value in pairs:
             energy = value.flatten(1).square().sum(1)  # (rows,)
-            total[:, self.step] += energy.view(-1, prompts).sum(0).cpu()
+            total[:, self._clock.step] += energy.view(-1, prompts).sum(0).cpu()
 
     def curve(self, prompts: Sequence[str]) -> Tensor:
         """|v_pruned - v_dense|^2 / |v_dense|^2, (B, steps)."""

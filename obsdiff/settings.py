@@ -71,6 +71,16 @@ class Settings:
         int | None, "held-out prompts for the comparison; default: 16, or 32 on the shipped one"
     ] = None
     eval_prompts_file: Annotated[str | None, "held-out prompts, one a line"] = None
+    clip_model: Annotated[str | None, "score pictures with this CLIP model: a folder or Hub id"] = None
+    lpips: Annotated[str | None, "measure LPIPS, with AlexNet's weights from this file"] = None
+    fid_reference: Annotated[str | None, "folder of real pictures: FID to them in the features of --clip-model"] = None
+    judge: Annotated[
+        list[str] | None, "score pictures with name=module:function, called with picture and prompt; repeatable"
+    ] = None
+    guidance_sweep: Annotated[
+        str | None, "judge both models at these guidance scales too, such as 1,2,3.5,5, and each at its best"
+    ] = None
+    fail_if: Annotated[list[str] | None, "exit with 3 if so, such as 'velocity_error>0.01'; repeatable"] = None
     method_options: Annotated[dict[str, float] | None, "knobs of the method (--set method_options.block=64)"] = field(
         default=None, metadata={"flag": False}
     )

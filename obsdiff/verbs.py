@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from obsdiff import card, checkpoint, delivery, facts, pruning, report
-from obsdiff.bundling import Delivery, Stages, compare, deliver, finish, report_of
+from obsdiff import card, checkpoint, delivery, pruning
+from obsdiff.bundling import Stages, compare, deliver, finish, gates_of, obedience_of, report_of, scales_of
+from obsdiff.comparison import evaluate as evaluate
+from obsdiff.comparison import hold, layers_of
 from obsdiff.evaluation import check_size
 from obsdiff.families.table import FAMILIES
 from obsdiff.folders import check_free, new_folder
+from obsdiff.gates import Gate
 from obsdiff.job import (
     check_size_of,
     computable,
@@ -24,11 +27,10 @@ from obsdiff.job import (
     remember_dtypes,
     require,
     require_disk_for,
-    require_same_config,
 )
 from obsdiff.job import load as load_model
 from obsdiff.journal import FolderJournal
-from obsdiff.loading import load_pipeline
+from obsdiff.judges import judges_of
 from obsdiff.measurements import Report
 from obsdiff.planning import Plan
 from obsdiff.pruning import Pruned
@@ -46,10 +48,15 @@ from obsdiff_runtime.progress import Progress, silent
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """A finished bundle."""
+    """A finished bundle, and the gates it is to be held to."""
 
     folder: Path
     report: Report
+    gates: tuple[Gate, ...] = ()
+
+    def hold(self) -> None:
+        """Raises QualityError where a gate fails; the bundle stays, so that it can be looked at."""
+        hold(self.gates, self.report, self.folder)
 
     def to_json(self) -> dict[str, Any]:
         return {"folder": str(self.folder), **self.report.to_json()}
@@ -171,12 +178,16 @@ def export(
     held_out = evaluation_prompts(settings, job.defaults.prompts)
     if held_out:
         check_size(job.recipe.sampling)
+    elif settings.fail_if:
+        raise ConfigError("--fail-if: nothing is measured without prompts to compare on; raise --eval-prompts")
     weights = require(job, output, copies=3)
     journal = FolderJournal(output, job.recipe.digest(), resume=resume)
     stages = Stages()
     with stages("load"):
         loaded = load_model(settings)
         require_disk_for(loaded, output, 3 * weights)
+        judges = judges_of(settings, obeys=obedience_of(loaded.defaults), device=loaded.pipeline.device)
+        gates, scales = gates_of(settings, judges), scales_of(settings, judges)
         stored = computable(loaded)
         dense = copy.deepcopy(loaded.denoiser)
     with stages("calibrate and prune"):
@@ -184,11 +195,11 @@ def export(
             loaded.pipeline, loaded.family, job.recipe, stored=stored, journal=journal, progress=progress
         )
     with stages("verify"):
-        evaluation, images = compare(job, pruned, dense, held_out, progress)
+        evaluation, images = compare(job, pruned, dense, held_out, progress, judges=judges, scales=scales)
     if settings.sparsity is None and loaded.manifest is not None:  # pruned by an earlier run: say and check what it is
         recipe = dataclasses.replace(job.recipe, sparsity=parse(loaded.manifest.sparsity))
         job = dataclasses.replace(job, recipe=recipe)
-        pruned = dataclasses.replace(pruned, layers=_layers(loaded.manifest))
+        pruned = dataclasses.replace(pruned, layers=layers_of(loaded.manifest))
     with new_folder(output, force=force) as folder:
         finished = deliver(job, settings, pruned, dense, folder, builder, stages, progress)
         found = dataclasses.replace(
@@ -198,7 +209,7 @@ def export(
         )
         finish(folder, job, found, images, finished)
     journal.remove()
-    return Exported(folder=output, report=found)
+    return Exported(folder=output, report=found, gates=gates)
 
 
 def build(
@@ -234,57 +245,6 @@ def build(
     }
     write_manifest(bundle, dataclasses.replace(manifest, components=components))
     return tuple(entries.values())
-
-
-def evaluate(
-    pruned: Path,
-    against: str | None,
-    settings: Settings,
-    *,
-    html: Path | None = None,
-    progress: Progress = silent,
-) -> Report:
-    """`obsdiff eval`: a pruned folder against the dense model, paired."""
-    if html is not None and html.exists() and html.is_dir():
-        raise ConfigError(f"--html {html}: is a folder; name a file")
-    dense = load_model(dataclasses.replace(settings, model=against))
-    computable(dense)
-    other = load_pipeline(pruned, dtype=next(dense.denoiser.parameters()).dtype, device=dense.pipeline.device)
-    if other.manifest is None:
-        raise ConfigError(f"{pruned} was not pruned by obsdiff; `obsdiff prune` makes such a folder")
-    require_same_config(dense, other)
-    recipe = other.manifest.recipe
-    asked = dataclasses.replace(
-        settings, model=against, sparsity=other.manifest.sparsity, method=recipe.get("method", settings.method)
-    )
-    job = open_job(asked)
-    result = Pruned(
-        pipeline=other.pipeline,
-        family=other.family,
-        recipe=job.recipe,
-        kept=other.manifest.keep,
-        units={},
-        layers=_layers(other.manifest),
-    )
-    stages = Stages()
-    with stages("verify"):
-        evaluation, images = compare(
-            job, result, dense.denoiser, evaluation_prompts(settings, job.defaults.prompts), progress
-        )
-    finished = Delivery(
-        dense_bytes=facts.weight_bytes(dense.folder / dense.family.denoiser),
-        pruned_bytes=facts.weight_bytes(pruned / other.family.denoiser),
-    )
-    found = report_of(job, result, dense.denoiser, finished, evaluation, stages.done)
-    found = dataclasses.replace(found, recipe=recipe or found.recipe)
-    if html is not None:
-        html.parent.mkdir(parents=True, exist_ok=True)
-        report.write_html(found, images, html)
-    return found
-
-
-def _layers(manifest: checkpoint.PrunedManifest) -> tuple[pruning.LayerResult, ...]:
-    return tuple(pruning.LayerResult(name=name, **record.model_dump()) for name, record in manifest.linears.items())
 
 
 def _pruned_manifest(pruned: Pruned) -> checkpoint.PrunedManifest:

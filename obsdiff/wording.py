@@ -1,15 +1,34 @@
 """Numbers and findings in words, the same ones on the terminal, on the page and on the card."""
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
 
 from obsdiff.evaluation import Evaluation, Share
+from obsdiff.guidance import GuidanceSweep
+from obsdiff.judges import OBEDIENCE
 from obsdiff.measurements import LatencyPair, NotMeasured, Report
 from obsdiff.sparsity import parse
+from obsdiff.spread import Spread
 
 ABSENT = "not measured"
 NO_RATIO = ""
+
+FIGURES: Final = {
+    "velocity_error": "velocity error",
+    "block_error": "last block's error",
+    "latents_relative": "final latents, relative error",
+    "psnr_db": "PSNR, dB",
+    "ssim": "SSIM",
+    "lpips": "LPIPS",
+    "fid_clip.pruned": "FID in CLIP's features",
+    "pruned_obedience.share": "prompts obeyed",
+    "guidance.pruned_best.pruned": "at its best guidance",
+}
+"""The figures of an evaluation that are shown side by side, of those that were measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +90,48 @@ def interval(share: Share) -> str:
     return f"95 % interval {100 * share.low:.0f} to {100 * share.high:.0f} %"
 
 
+def points(sweep: GuidanceSweep, score: float) -> str:
+    """A score in the units of the sweep's judge."""
+    return percent(score) if sweep.judge == OBEDIENCE else f"{score:.4g}"
+
+
+def figure(name: str, value: float | None) -> str:
+    """A figure of an evaluation as a table shows it."""
+    if value is None:
+        return ABSENT
+    if math.isinf(value):
+        return "identical"
+    if name.endswith("_obedience.share"):
+        return percent(value)
+    return f"{value:.3f}" if name in ("ssim", "lpips") else f"{value:.3g}"
+
+
+def runs(
+    folders: Sequence[Path], reports: Sequence[Report], spread: Mapping[str, Spread]
+) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+    """Headings, and rows of as many cells after their label: the runs, their mean and deviation, least and most."""
+    evaluations = [None if isinstance(found.evaluation, NotMeasured) else found.evaluation for found in reports]
+    figures = [{} if evaluation is None else evaluation.figures() for evaluation in evaluations]
+    judged = dict.fromkeys(name for evaluation in evaluations if evaluation is not None for name in evaluation.scores)
+    headings = {
+        name: heading
+        for name, heading in (FIGURES | {f"scores.{name}.pruned": name for name in judged}).items()
+        if any(run.get(name) is not None for run in figures)
+    }
+    rows = [
+        (f"{folder}, {found.method}", *(figure(name, run.get(name)) for name in headings))
+        for folder, found, run in zip(folders, reports, figures, strict=True)
+    ]
+
+    def over(label: str, show: Callable[[str, Spread], str]) -> tuple[str, ...]:
+        return (label, *(show(name, spread[name]) if name in spread else "" for name in headings))
+
+    if spread:
+        rows.append(over("mean ± std", lambda name, of: f"{figure(name, of.mean)} ± {figure(name, of.std)}"))
+        rows.append(over("least to most", lambda name, of: f"{figure(name, of.least)} to {figure(name, of.most)}"))
+    return tuple(headings.values()), tuple(rows)
+
+
 def speedup(latency: LatencyPair) -> str:
     """1.02x the dense speed, 95 % interval 0.99 to 1.05."""
     found = latency.comparison
@@ -111,10 +172,27 @@ def notes(report: Report) -> tuple[str, ...]:
             "TensorRT-RTX ignores the sparse-weights flag: these engines multiply the zeros. Sparse kernels need"
             " TensorRT on the GPU that will run them: obsdiff build."
         )
+    if not isinstance(report.evaluation, NotMeasured):
+        said += _cautions(report.evaluation)
     reasons = Counter(layer.reason for layer in report.layers if layer.pattern == "dense" and layer.reason)
     for reason, linears in reasons.items():
         said.append(f"{linears} {'linear' if linears == 1 else 'linears'} stayed dense: {reason}.")
     return tuple(said)
+
+
+def _cautions(evaluation: Evaluation) -> list[str]:
+    """What the numbers of an evaluation must not be taken for."""
+    said, prompts = [], len(evaluation.per_prompt)
+    if evaluation.fid_clip is not None:
+        said.append(
+            f"FID was taken over {prompts} pictures of each model: below some thousands most of it is the bias of a"
+            " small sample, so compare pruned with dense only."
+        )
+    if evaluation.guidance is not None:
+        said.append(
+            f"The best guidance was chosen on the same {prompts} prompts it is reported on, for both models alike."
+        )
+    return said
 
 
 def absences(report: Report) -> tuple[str, ...]:
@@ -162,11 +240,36 @@ def _quality(evaluation: Evaluation) -> list[Row]:
     psnr = "identical" if evaluation.psnr_db is None else f"{evaluation.psnr_db:.1f} dB"
     rows += [
         Row(label="velocity error, relative", dense="0", pruned=small(evaluation.velocity_error)),
+        Row(
+            label="residual stream after the last block, relative error",
+            dense="0",
+            pruned=small(evaluation.block_error),
+        ),
         Row(label="final latents, relative error", dense="0", pruned=small(evaluation.latents_relative)),
         Row(label="pictures, PSNR", dense="identical", pruned=psnr),
         Row(label="pictures, SSIM", dense="1", pruned=f"{evaluation.ssim:.3f}"),
     ]
-    return rows
+    if evaluation.lpips is not None:
+        rows.append(Row(label="pictures, LPIPS", dense="0", pruned=f"{evaluation.lpips:.3f}"))
+    named = dict(evaluation.scores)
+    if evaluation.fid_clip is not None:
+        named["FID to the reference pictures, in CLIP's features"] = evaluation.fid_clip
+    for label, pair in named.items():
+        change = f"{pair.pruned - pair.dense:+.3g}"
+        rows.append(Row(label=label, dense=f"{pair.dense:.4g}", pruned=f"{pair.pruned:.4g}", ratio=change))
+    return rows if evaluation.guidance is None else [*rows, _retuned(evaluation.guidance)]
+
+
+def _retuned(sweep: GuidanceSweep) -> Row:
+    dense, pruned = sweep.dense_best, sweep.pruned_best
+    return Row(
+        label=f"{sweep.judge}, each at its best guidance",
+        dense=f"{points(sweep, dense.dense)} at {dense.guidance_scale:g}",
+        pruned=f"{points(sweep, pruned.pruned)} at {pruned.guidance_scale:g}",
+        ratio=f"{100 * (pruned.pruned - dense.dense):+.1f} points"
+        if sweep.judge == OBEDIENCE
+        else f"{pruned.pruned - dense.dense:+.3g}",
+    )
 
 
 def _done(report: Report) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from obsdiff.evaluation import Evaluation, ImagePair, evaluate
 from obsdiff.families.table import FAMILIES
+from obsdiff.judges import Judges
 from obsdiff.recipe import Sampling
 from obsdiff_runtime.errors import CalibrationError, ConfigError, QualityError
 
@@ -32,6 +33,9 @@ class FakeText:
     name = "sd3"
     denoiser = "transformer"
     classes = ("SD3Transformer2DModel",)
+
+    def linears(self, denoiser: nn.Module) -> Any:
+        return FAMILIES["sd3"].linears(denoiser)
 
     def encode(self, _: Any, prompts: Sequence[str], negative: Sequence[str], **options: Any) -> dict[str, Tensor]:
         def stack(texts: Sequence[str], *shape: int) -> Tensor:
@@ -222,7 +226,7 @@ def test_obedience_is_counted_with_its_interval() -> None:
         scored.append(prompt)
         return "circle" in prompt
 
-    evaluation, _ = measure(pipeline, disturbed(pipeline.transformer), score=score)
+    evaluation, _ = measure(pipeline, disturbed(pipeline.transformer), judges=Judges(obeys=score))
     assert sorted(scored) == sorted(PROMPTS * 2)
     share = evaluation.dense_obedience
     assert share is not None
@@ -273,6 +277,9 @@ class NanAt(nn.Module):
         super().__init__()
         self.inner, self.call, self.row, self.calls = copy.deepcopy(inner), call, row, 0
         self.config = inner.config
+
+    def get_submodule(self, target: str) -> nn.Module:
+        return self.inner.get_submodule(target)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = self.inner(*args, **kwargs)[0].clone()

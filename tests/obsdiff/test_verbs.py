@@ -214,7 +214,7 @@ def test_a_stable_diffusion_unet_goes_the_whole_way(sd15_folder: Path, tmp_path:
 
 def test_eval_compares_a_folder_with_its_dense_model(half: Path, sd3_t5_folder: Path, tmp_path: Path) -> None:
     settings = Settings(max_sequence_length=4, **{**TINY, "num_samples": None})
-    report = verbs.evaluate(half, str(sd3_t5_folder), settings, html=tmp_path / "new" / "page.html")
+    report = verbs.evaluate(half, str(sd3_t5_folder), settings, html=tmp_path / "new" / "page.html").reports[0]
     assert report.evaluation.velocity_error > 0  # type: ignore[union-attr]
     assert report.pruned.nonzero < report.dense.nonzero
     assert report.recipe == pruned_manifest(half).recipe

@@ -18,7 +18,7 @@ from obsdiff.measurements import (
     Report,
     Stage,
 )
-from obsdiff.metrics import mean_squared_error, psnr_db, ssim, wilson
+from obsdiff.metrics import mean_squared_error, psnr_db, ssim
 from obsdiff.pruning import LayerResult
 from obsdiff.recipe import Sampling
 from obsdiff_runtime.timing import Timings, compare, latency
@@ -38,11 +38,6 @@ def image_pairs() -> tuple[ImagePair, ...]:
     )
 
 
-def share(verdicts: list[bool]) -> Share:
-    low, high = wilson(sum(verdicts), len(verdicts))
-    return Share(obeyed=sum(verdicts), prompts=len(verdicts), low=low, high=high)
-
-
 def evaluation(pairs: tuple[ImagePair, ...], *, judged: bool = True) -> Evaluation:
     results = tuple(
         PromptResult(
@@ -60,18 +55,23 @@ def evaluation(pairs: tuple[ImagePair, ...], *, judged: bool = True) -> Evaluati
         for i, pair in enumerate(pairs)
     )
     curve = tuple(0.004 * 1.13**step for step in range(20))
+    blocks = tuple(tuple(0.002 * 1.4**block * 1.05**step for step in range(20)) for block in range(8))
     ratios = [result.psnr_db for result in results if result.psnr_db is not None]
     return Evaluation(
         velocity_error=float(np.mean(curve)),
         velocity_error_per_step=curve,
+        blocks=tuple(f"transformer_blocks.{block}" for block in range(8)),
+        block_error=float(np.mean(blocks[-1])),
+        block_errors=tuple(float(np.mean(row)) for row in blocks),
+        block_errors_per_step=blocks,
         latents_mse=0.02,
         latents_relative=0.03,
         image_mse=float(np.mean([result.image_mse for result in results])),
         psnr_db=float(np.mean(ratios)) if ratios else None,
         ssim=float(np.mean([result.ssim for result in results])),
         identical_images=len(results) - len(ratios),
-        dense_obedience=share([bool(result.dense_obeys) for result in results]) if judged else None,
-        pruned_obedience=share([bool(result.pruned_obeys) for result in results]) if judged else None,
+        dense_obedience=Share.of([bool(result.dense_obeys) for result in results]) if judged else None,
+        pruned_obedience=Share.of([bool(result.pruned_obeys) for result in results]) if judged else None,
         per_prompt=results,
         sampling=Sampling(
             num_inference_steps=20,

@@ -13,7 +13,7 @@ def parsed(svg: str) -> ET.Element:
 
 def test_a_curve_has_a_point_and_a_tooltip_for_every_value() -> None:
     root = parsed(charts.line([0.1, 0.2, 0.0], x="step", y="error"))
-    dots = root.findall(f"{SVG}circle")
+    dots = list(root.iter(f"{SVG}circle"))
     assert [dot.findtext(f"{SVG}title") for dot in dots] == ["step 1: 0.1", "step 2: 0.2", "step 3: 0"]
     heights = [float(dot.get("cy", "nan")) for dot in dots]
     assert heights[1] < heights[0] < heights[2] == pytest.approx(charts.HEIGHT - charts.BOTTOM)
@@ -30,7 +30,7 @@ def test_everything_drawn_stays_inside_the_box() -> None:
     values = [10.0 ** (-i % 7) for i in range(300)] + [0.0]
     labels = [str(i) for i in range(301)]
     for svg in (charts.line(values, x="x", y="y"), charts.dots(values, labels=labels, groups=labels, x="x", y="y")):
-        for dot in parsed(svg).findall(f"{SVG}circle"):
+        for dot in parsed(svg).iter(f"{SVG}circle"):
             assert charts.LEFT <= float(dot.get("cx", "nan")) <= charts.WIDTH
             assert 0 <= float(dot.get("cy", "nan")) <= charts.HEIGHT - charts.BOTTOM + 0.1
 
