@@ -66,7 +66,7 @@ def render(report: Report, images: Sequence[ImagePair]) -> str:
 
 def _pictures(evaluation: Evaluation | NotMeasured, images: Sequence[ImagePair]) -> Mapping[str, Any]:
     empty: dict[str, Any] = {"pairs": [], "agreement": None, "velocity_chart": None, "amplified": 1, "shrunk": False}
-    empty |= {"block_chart": None, "block_field": None, "sweep": None}
+    empty |= {"block_chart": None, "block_field": None, "field_range": None, "sweep": None}
     if isinstance(evaluation, NotMeasured):
         return empty | {"no_pictures": evaluation.why}
     results = {(result.prompt, result.seed): result for result in evaluation.per_prompt}
@@ -76,6 +76,7 @@ def _pictures(evaluation: Evaluation | NotMeasured, images: Sequence[ImagePair])
         "pairs": [_shown(pair, results[pair.prompt, pair.seed], factor) for pair in images],
         "agreement": _agreement(evaluation.per_prompt),
         "velocity_chart": Markup(chart),
+        "field_range": _range(evaluation.block_errors_per_step),
         "sweep": evaluation.guidance,
         "block_chart": Markup(charts.lines({"": evaluation.block_errors}, x="block", y="relative error", first=0)),
         "block_field": Markup(
@@ -85,6 +86,11 @@ def _pictures(evaluation: Evaluation | NotMeasured, images: Sequence[ImagePair])
         "shrunk": any(max(pair.dense.shape[:2]) > LARGEST_SIDE for pair in images),
         "no_pictures": "none were kept",
     }
+
+
+def _range(rows: Sequence[Sequence[float]]) -> tuple[float, float]:
+    values = [value for row in rows for value in row]
+    return min(values), max(values)
 
 
 def _shown(pair: ImagePair, result: PromptResult, factor: int) -> ShownPair:

@@ -48,13 +48,13 @@ def write_side_by_side(
 
 
 def runs_table(folders: Sequence[Path], reports: Sequence[Report], spread: Mapping[str, Spread]) -> Table:
-    """A row for each run, then their mean and standard deviation, and what they reach from and to; for the terminal."""
+    """A row for the dense model, for each run, and for what is over them; for the terminal."""
     title = f"{reports[0].model}, {len(reports)} pruned folders"
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     headings, rows = wording.runs(folders, reports, spread)
     table.add_column("", overflow="fold")
     for heading in headings:
         table.add_column(heading, justify="right")
-    for index, (label, *cells) in enumerate(rows):
-        table.add_row(label, *cells, end_section=index == len(reports) - 1)
+    for label, *cells in rows:
+        table.add_row(label, *cells, end_section=label == str(folders[-1]))
     return table

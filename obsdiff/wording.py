@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -18,17 +18,17 @@ ABSENT = "not measured"
 NO_RATIO = ""
 
 FIGURES: Final = {
-    "velocity_error": "velocity error",
-    "block_error": "last block's error",
-    "latents_relative": "final latents, relative error",
+    "velocity_error": "velocity",
+    "block_error": "last block",
+    "latents_relative": "latents",
     "psnr_db": "PSNR, dB",
     "ssim": "SSIM",
     "lpips": "LPIPS",
-    "fid_clip.pruned": "FID in CLIP's features",
-    "pruned_obedience.share": "prompts obeyed",
-    "guidance.pruned_best.pruned": "at its best guidance",
+    "fid_clip.pruned": "FID, CLIP",
+    "pruned_obedience.share": "obeyed",
+    "guidance.pruned_best.pruned": "retuned",
 }
-"""The figures of an evaluation that are shown side by side, of those that were measured."""
+"""The figures of an evaluation that are shown side by side, of those that were measured, with their headings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,41 +95,41 @@ def points(sweep: GuidanceSweep, score: float) -> str:
     return percent(score) if sweep.judge == OBEDIENCE else f"{score:.4g}"
 
 
-def figure(name: str, value: float | None) -> str:
-    """A figure of an evaluation as a table shows it."""
-    if value is None:
-        return ABSENT
-    if math.isinf(value):
-        return "identical"
-    if name.endswith("_obedience.share"):
-        return percent(value)
-    return f"{value:.3f}" if name in ("ssim", "lpips") else f"{value:.3g}"
-
-
 def runs(
     folders: Sequence[Path], reports: Sequence[Report], spread: Mapping[str, Spread]
 ) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
-    """Headings, and rows of as many cells after their label: the runs, their mean and deviation, least and most."""
+    """Headings, and rows of as many cells after their label: the dense model, the runs, and what is over them."""
     evaluations = [None if isinstance(found.evaluation, NotMeasured) else found.evaluation for found in reports]
+    measured = [evaluation for evaluation in evaluations if evaluation is not None]
     figures = [{} if evaluation is None else evaluation.figures() for evaluation in evaluations]
-    judged = dict.fromkeys(name for evaluation in evaluations if evaluation is not None for name in evaluation.scores)
+    judged = dict.fromkeys(name for evaluation in measured for name in evaluation.scores)
     headings = {
         name: heading
         for name, heading in (FIGURES | {f"scores.{name}.pruned": name for name in judged}).items()
         if any(run.get(name) is not None for run in figures)
     }
-    rows = [
-        (f"{folder}, {found.method}", *(figure(name, run.get(name)) for name in headings))
-        for folder, found, run in zip(folders, reports, figures, strict=True)
-    ]
+    shares = {"pruned_obedience.share"}
+    if any(each.guidance is not None and each.guidance.judge == OBEDIENCE for each in measured):
+        shares.add("guidance.pruned_best.pruned")
 
-    def over(label: str, show: Callable[[str, Spread], str]) -> tuple[str, ...]:
-        return (label, *(show(name, spread[name]) if name in spread else "" for name in headings))
+    def row(label: str, values: Mapping[str, float | None], absent: str = "") -> tuple[str, ...]:
+        return (label, *(_figure(values.get(name), name in shares, absent) for name in headings))
 
+    dense = {name: figures[0].get(name.replace("pruned", "dense")) for name in headings if "pruned" in name}
+    rows = [row("dense", dense)] if dense else []
+    rows += [row(str(folder), run, ABSENT) for folder, run in zip(folders, figures, strict=True)]
     if spread:
-        rows.append(over("mean ± std", lambda name, of: f"{figure(name, of.mean)} ± {figure(name, of.std)}"))
-        rows.append(over("least to most", lambda name, of: f"{figure(name, of.least)} to {figure(name, of.most)}"))
+        for label, field in (("mean", "mean"), ("standard deviation", "std"), ("least", "least"), ("most", "most")):
+            rows.append(row(label, {name: getattr(of, field) for name, of in spread.items()}))
     return tuple(headings.values()), tuple(rows)
+
+
+def _figure(value: float | None, share: bool, absent: str) -> str:
+    if value is None:
+        return absent
+    if math.isinf(value):
+        return "identical"
+    return percent(value) if share else f"{value:.3g}"
 
 
 def speedup(latency: LatencyPair) -> str:
