@@ -62,21 +62,19 @@ def factorise(gram: Tensor, damp: float = 0.01) -> Factor:
         CalibrationError: the gram is empty, not finite, zero, or not positive definite at any damping.
     """
     check(gram)
-    symmetric = gram.double()
-    symmetric = (symmetric + symmetric.mT) / 2
-    diagonal = symmetric.diagonal()
+    damped = gram.double()
+    damped = (damped + damped.mT).div_(2)
+    diagonal = damped.diagonal().clone()
     largest = float(diagonal.max())
     if largest <= 0:
         raise CalibrationError("the gram is zero: every activation of this layer was zero in calibration")
     dead = diagonal <= DEAD * largest
-    symmetric[dead, :] = 0
-    symmetric[:, dead] = 0
+    damped[dead, :] = 0
+    damped[:, dead] = 0
     mean = float(diagonal[~dead].mean())
 
     for factor in RETRIES if damp > 0 else RETRIES[:1]:
-        damped = symmetric.clone()
-        damped.diagonal().add_(factor * damp * mean)
-        damped.diagonal()[dead] = 1.0
+        damped.diagonal().copy_((diagonal + factor * damp * mean).masked_fill(dead, 1.0))
         upper = _inverse_factor(damped)
         if upper is not None:
             return Factor(gram=damped, upper=upper, dead=dead, damping=factor * damp)
@@ -168,14 +166,20 @@ def _inverse_factor(gram: Tensor) -> Tensor | None:
     """U with gram^-1 = U^T U, or None where gram is not positive definite.
 
     With J the reversal and S the scaling to a unit diagonal, J S H S J = L L^T gives S H S = R R^T with R = J L J upper
-    triangular, hence U = R^-1 S. One Cholesky and one triangular inverse; H^-1 itself is never formed.
+    triangular, hence U = R^-1 S. One Cholesky and one triangular inverse; H^-1 itself is never formed, and at most
+    three matrices of H's size live beside it.
     """
     scale = gram.diagonal().rsqrt()
-    scaled = gram * scale[:, None] * scale
-    lower, failed = torch.linalg.cholesky_ex(scaled.flip(0, 1))
-    if int(failed) or not bool(lower.isfinite().all()):
+    factor = (gram * scale[:, None]).mul_(scale).flip(0, 1)
+    factor, failed = torch.linalg.cholesky_ex(factor)
+    if int(failed) or not _finite(factor):
         return None
+    factor = factor.flip(0, 1)
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    inverse = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
-    upper = inverse * scale
-    return upper if bool(upper.isfinite().all()) else None
+    upper = torch.linalg.solve_triangular(factor, eye, upper=True).mul_(scale)
+    return upper if _finite(upper) else None
+
+
+def _finite(matrix: Tensor) -> bool:
+    """Whether every entry is, by their sum of magnitudes: no mask of the matrix's size is made."""
+    return bool(torch.linalg.vector_norm(matrix, ord=float("inf")).isfinite())

@@ -7,6 +7,7 @@ X       (out, in): the weight sought, zero outside its support
 f(X)    per row: x H x^T - 2 x r^T, the loss (x - w*) H (x - w*)^T up to a constant
 """
 
+from collections.abc import Iterator
 from typing import Final
 
 import torch
@@ -16,7 +17,10 @@ from obsdiff.core import linalg
 from obsdiff.core.gram import full_precision
 
 CHUNK: Final = 1 << 23
-"""Entries of each working matrix of the conjugate gradients: rows are taken in chunks of about this size."""
+"""Entries of each working matrix: rows are taken in chunks of about this size, which bounds memory."""
+
+TOLERANCE: Final = 1e-4
+"""A row whose residual is this share of its right side is solved, H having a unit diagonal."""
 
 
 def refit(weight: Tensor, gram: Tensor, keep: Tensor) -> Tensor:
@@ -48,7 +52,7 @@ def refit_support(
     start: Tensor,
     *,
     iterations: int = 32,
-    tolerance: float = 1e-4,
+    tolerance: float = TOLERANCE,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Least-squares weights of a support that differs from row to row.
@@ -74,20 +78,42 @@ def refit_support(
     """
     scaled, scale = linalg.unit_diagonal(gram, dtype)
     found = torch.empty(keep.shape, dtype=torch.float64, device=gram.device)
-    height = max(1, CHUNK // max(1, keep.shape[1]))
+    for rows in _chunks(keep):
+        before = start[rows].double().masked_fill(~keep[rows], 0)
+        solution = conjugate_gradients(
+            (right[rows] * scale).to(dtype),
+            scaled,
+            keep[rows],
+            (before / scale).to(dtype),
+            iterations=iterations,
+            tolerance=tolerance,
+        )
+        found[rows] = _better_rows(before, solution.double() * scale, right[rows].double(), gram)
+    return found
+
+
+def conjugate_gradients(
+    right: Tensor, gram: Tensor, keep: Tensor, start: Tensor, *, iterations: int, tolerance: float
+) -> Tensor:
+    """Minimises f on the support where H has a unit diagonal, the Jacobi preconditioner then being 1.
+
+    Args:
+        right: (out, in), float32 or float64: R in the units of H.
+        gram: (in, in), in the same dtype: H, of unit diagonal, positive definite.
+        keep: (out, in), bool.
+        start: (out, in), in the same dtype; zero outside `keep`.
+        iterations: at most.
+        tolerance: a row is done when its residual is this share of its right side, both on the support.
+
+    Returns:
+        (out, in). Up to rounding f never rises.
+    """
+    found = torch.empty_like(right)
     with full_precision():
-        for top in range(0, len(keep), height):
-            rows = slice(top, top + height)
-            before = start[rows].double().masked_fill(~keep[rows], 0)
-            solution = _descend(
-                (right[rows] * scale).to(dtype),
-                scaled,
-                keep[rows],
-                (before / scale).to(dtype),
-                iterations=iterations,
-                tolerance=tolerance,
+        for rows in _chunks(keep):
+            found[rows] = _descend(
+                right[rows], gram, keep[rows], start[rows], iterations=iterations, tolerance=tolerance
             )
-            found[rows] = _better_rows(before, solution.double() * scale, right[rows].double(), gram)
     return found
 
 
@@ -102,8 +128,17 @@ def row_losses(weight: Tensor, target: Tensor, gram: Tensor) -> Tensor:
     Returns:
         (out,), float64, at least 0.
     """
-    error = weight.double() - target.double()
-    return ((error @ gram) * error).sum(dim=1).clamp_min(0)
+    losses = torch.empty(len(weight), dtype=torch.float64, device=gram.device)
+    for rows in _chunks(weight):
+        error = weight[rows].double() - target[rows].double()
+        losses[rows] = ((error @ gram) * error).sum(dim=1)
+    return losses.clamp_min_(0)
+
+
+def _chunks(matrix: Tensor) -> Iterator[slice]:
+    """Runs of rows, of about CHUNK entries each."""
+    height = max(1, CHUNK // max(1, matrix.shape[1]))
+    return (slice(top, top + height) for top in range(0, len(matrix), height))
 
 
 def _descend(right: Tensor, gram: Tensor, keep: Tensor, start: Tensor, *, iterations: int, tolerance: float) -> Tensor:

@@ -12,9 +12,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from obsdiff.core import admm
+from obsdiff.core import admm, linalg
+from obsdiff.core.gram import full_precision
 from obsdiff.core.linalg import Factor
-from obsdiff.core.refit import refit_support, row_losses
+from obsdiff.core.refit import TOLERANCE, conjugate_gradients, refit_support, row_losses
 from obsdiff.core.support import check_groups, sweep
 from obsdiff.sparsity import NM, Pattern
 
@@ -36,8 +37,11 @@ class Effort:
     sweep: bool
 
 
-FULL: Final = Effort(penalties=admm.PENALTIES, iterations=5, refits=32, sweep=True)
-FAST: Final = Effort(penalties=(0.3,), iterations=10, refits=12, sweep=False)
+FULL: Final = Effort(penalties=admm.PENALTIES, iterations=5, refits=16, sweep=True)
+LEAN: Final = Effort(penalties=admm.PENALTIES, iterations=5, refits=16, sweep=False)
+"""FULL without the sweep: the same result wherever ADMM's support wins, and no loop over columns."""
+FAST: Final = Effort(penalties=(0.3,), iterations=6, refits=10, sweep=False)
+"""A third of LEAN's products for 5 to 15 % more loss."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,7 +84,7 @@ def solve(
         pattern: what is removed.
         rows: how many rows each of the layers stacked in `target` has, layers that share their inputs (q, k, v);
             None: it is one layer. Only unstructured patterns need it.
-        effort: FULL or FAST, or one's own.
+        effort: FULL, LEAN or FAST, or one's own.
         block: columns per lazy update of the sweep.
 
     Returns:
@@ -91,22 +95,28 @@ def solve(
     """
     check_groups(target.shape[1], pattern)
     wanted = target.double().masked_fill(factor.dead, 0)
-    right = wanted @ factor.gram
-    keep, start = admm.support(
-        wanted, factor.gram, pattern, rows=rows, penalties=effort.penalties, iterations=effort.iterations
-    )
-    best = _refitted(wanted, right, factor, keep, start, effort.refits)
+    best = _joint(wanted, factor, pattern, rows, effort)
     if not effort.sweep:
         return best
     parts = [len(wanted)] if rows is None else list(rows)
     sweeps = [sweep(part, factor.upper, pattern, block=block) for part in torch.split(wanted.float(), parts)]
     start, keep = (torch.cat(halves) for halves in zip(*sweeps, strict=True))
-    swept = _refitted(wanted, right, factor, keep, start, effort.refits)
+    weight = refit_support(wanted @ factor.gram, factor.gram, keep, start, iterations=effort.refits)
+    swept = Solution(weight=weight, keep=keep, losses=row_losses(weight, wanted, factor.gram))
     return _better(best, swept, [1] * len(wanted) if isinstance(pattern, NM) else parts)
 
 
-def _refitted(target: Tensor, right: Tensor, factor: Factor, keep: Tensor, start: Tensor, iterations: int) -> Solution:
-    weight = refit_support(right, factor.gram, keep, start, iterations=iterations)
+def _joint(target: Tensor, factor: Factor, pattern: Pattern, rows: Sequence[int] | None, effort: Effort) -> Solution:
+    """The ADMM support, refitted: float32 on the unit-diagonal gram, the loss in float64."""
+    gram, scale = linalg.unit_diagonal(factor.gram)
+    wanted = (target / scale).to(gram.dtype)
+    keep, start = admm.support(
+        wanted, gram, pattern, rows=rows, penalties=effort.penalties, iterations=effort.iterations
+    )
+    with full_precision():
+        right = wanted @ gram
+    found = conjugate_gradients(right, gram, keep, start, iterations=effort.refits, tolerance=TOLERANCE)
+    weight = found.double() * scale
     return Solution(weight=weight, keep=keep, losses=row_losses(weight, target, factor.gram))
 
 

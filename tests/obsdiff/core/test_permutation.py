@@ -110,3 +110,12 @@ def test_the_seed_decides_and_chunks_do_not(monkeypatch: pytest.MonkeyPatch) -> 
 def test_segments_that_do_not_divide_are_a_configuration_error(channels: int, width: int | None) -> None:
     with pytest.raises(ConfigError):
         permute([torch.ones(2, channels)], NM(2, 4), width=width)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_gpu_retains_what_the_cpu_retains() -> None:
+    """The same groups meet; sums in another order may decide a near-tie otherwise."""
+    score = random_scores(rows=64, channels=256)
+    here, there = permute([score], NM(2, 4)), permute([score.cuda()], NM(2, 4)).cpu()
+    assert retained(score[:, there], NM(2, 4)) == pytest.approx(retained(score[:, here], NM(2, 4)), rel=1e-3)
