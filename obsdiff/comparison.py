@@ -101,8 +101,8 @@ def evaluate(
     """
     settings = settings or Settings()
     folders = (Path(pruned),) if isinstance(pruned, Path | str) else tuple(Path(folder) for folder in pruned)
-    if not folders:
-        raise ConfigError("name at least one pruned folder")
+    if not folders or len(set(folders)) < len(folders):
+        raise ConfigError("name at least one pruned folder, and each once")
     if html is not None and html.is_dir():
         raise ConfigError(f"--html {html}: is a folder; name a file")
     dense = load_model(dataclasses.replace(settings, model=against))

@@ -17,7 +17,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from obsdiff.evaluation import Evaluation, ImagePair, evaluate
+from obsdiff.evaluation import Evaluation, ImagePair, evaluate, figure_names
 from obsdiff.families.table import FAMILIES
 from obsdiff.judges import Judges
 from obsdiff.recipe import Sampling
@@ -161,6 +161,34 @@ def test_the_velocity_error_is_that_of_the_dense_trajectory() -> None:
     assert evaluation.velocity_error_per_step == pytest.approx(errors, rel=1e-4)
 
 
+def test_blocks_before_a_change_have_no_error_and_those_after_it_do() -> None:
+    """Oracle of the changed block: hooks of our own around one call of each denoiser on the first step's inputs."""
+    pipeline = tiny_pipeline()
+    dense, pruned = pipeline.transformer, copy.deepcopy(pipeline.transformer)
+    with torch.no_grad():
+        pruned.transformer_blocks[1].ff.net[2].weight.mul_(3)
+    evaluation, _ = measure(pipeline, pruned, prompts=PROMPTS[:1], num_inference_steps=1, guidance_scale=1.0)
+    text = FakeText().encode(None, PROMPTS[:1], [])
+    pipeline.scheduler.set_timesteps(1)
+    inputs = {
+        "hidden_states": torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(7)),
+        "encoder_hidden_states": text["prompt_embeds"],
+        "pooled_projections": text["pooled_prompt_embeds"],
+        "timestep": pipeline.scheduler.timesteps[:1],
+    }
+    seen: list[Tensor] = []
+    for model in (dense, pruned):
+        handle = model.transformer_blocks[1].register_forward_hook(lambda _, __, output: seen.append(output[1]))
+        with torch.no_grad():
+            model(**inputs)
+        handle.remove()
+    expected = float((seen[1] - seen[0]).square().sum() / seen[0].square().sum())
+    assert evaluation.blocks == ("transformer_blocks.0", "transformer_blocks.1")
+    assert evaluation.block_errors[0] == 0
+    assert evaluation.block_errors[1] == evaluation.block_error == pytest.approx(expected, rel=1e-4)
+    assert evaluation.block_errors_per_step == ((0.0,), (evaluation.block_error,))
+
+
 def test_the_pictures_are_those_the_pipelines_draw_by_themselves() -> None:
     pipeline = tiny_pipeline()
     pruned = disturbed(pipeline.transformer)
@@ -240,6 +268,41 @@ def test_without_a_judge_obedience_is_absent_not_zero() -> None:
     evaluation, _ = measure(pipeline, disturbed(pipeline.transformer))
     assert evaluation.dense_obedience is None
     assert evaluation.per_prompt[0].dense_obeys is None
+
+
+def test_judges_see_both_pictures_of_every_prompt() -> None:
+    pipeline = tiny_pipeline()
+    judges = Judges(
+        scores={"red": lambda picture, prompt: float(picture[..., 0].mean())},
+        lpips=lambda a, b: float(np.abs(a.astype(float) - b).max()),
+        embed=lambda picture: torch.from_numpy(picture.reshape(-1)[:3].astype(float)),
+        reference=torch.eye(3, dtype=torch.float64),
+    )
+    evaluation, pairs = measure(pipeline, disturbed(pipeline.transformer), judges=judges)
+    assert evaluation.scores["red"].pruned == pytest.approx(np.mean([pair.pruned[..., 0].mean() for pair in pairs]))
+    assert evaluation.per_prompt[1].scores["red"].dense == pytest.approx(pairs[1].dense[..., 0].mean())
+    assert evaluation.per_prompt[0].lpips == np.abs(pairs[0].dense.astype(float) - pairs[0].pruned).max()
+    assert evaluation.fid_clip is not None
+    assert evaluation.fid_clip.dense != evaluation.fid_clip.pruned
+
+
+def test_every_figure_that_a_gate_can_name_is_a_key_of_the_json() -> None:
+    pipeline = tiny_pipeline()
+    judges = Judges(obeys=lambda picture, prompt: True, scores={"red": lambda picture, prompt: 1.0})
+    evaluation, _ = measure(pipeline, disturbed(pipeline.transformer), judges=judges)
+    figures, data = evaluation.figures(), evaluation.to_json()
+    assert tuple(figures) == figure_names(["red"])
+    for name, value in figures.items():
+        found = data
+        for key in name.split("."):
+            found = None if found is None else found[key]
+        assert found == value, name
+
+
+def test_identical_pictures_are_infinitely_alike_for_a_gate() -> None:
+    pipeline = tiny_pipeline()
+    evaluation, _ = measure(pipeline, copy.deepcopy(pipeline.transformer), prompts=PROMPTS[:1])
+    assert evaluation.figures()["psnr_db"] == float("inf")
 
 
 def test_an_evaluation_is_json() -> None:

@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from obsdiff.metrics import mean_squared_error, psnr_db, ssim, wilson
@@ -37,6 +38,18 @@ def test_ssim_is_the_papers_formula() -> None:
     noise = np.random.default_rng(1).normal(0, 20, a.shape)
     b = np.clip(a + noise, 0, 255).astype(np.uint8)
     assert ssim(a, b) == pytest.approx(ssim_window_by_window(a, b), abs=1e-9)
+
+
+def test_psnr_and_ssim_are_those_of_torchmetrics() -> None:
+    torchmetrics = pytest.importorskip("torchmetrics.functional.image")
+    a = picture(3, 24, 31)
+    b = np.clip(a + np.random.default_rng(4).normal(0, 30, a.shape), 0, 255).astype(np.uint8)
+    x, y = (torch.from_numpy(image.astype(np.float64)).permute(2, 0, 1)[None] for image in (a, b))
+    ratio = torchmetrics.peak_signal_noise_ratio(x, y, data_range=255.0)
+    assert psnr_db(a, b) == pytest.approx(float(ratio), rel=1e-6)
+    # torchmetrics also averages windows that it completes by reflection; ours, as the paper's, lie inside the picture.
+    _, everywhere = torchmetrics.structural_similarity_index_measure(x, y, data_range=255.0, return_full_image=True)
+    assert ssim(a, b) == pytest.approx(float(everywhere[..., 5:-5, 5:-5].mean()), abs=1e-9)
 
 
 def test_a_picture_is_entirely_similar_to_itself() -> None:

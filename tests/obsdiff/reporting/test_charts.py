@@ -19,6 +19,27 @@ def test_a_curve_has_a_point_and_a_tooltip_for_every_value() -> None:
     assert heights[1] < heights[0] < heights[2] == pytest.approx(charts.HEIGHT - charts.BOTTOM)
 
 
+def test_curves_share_their_axes_and_name_their_points() -> None:
+    root = parsed(charts.lines({"a": [1.0, 2.0], "b": [4.0, 0.0, 2.0]}, x="block", y="error", first=0))
+    groups = root.findall(f"{SVG}g")
+    assert [group.get("class") for group in groups] == ["k0", "k1"]
+    dots = [group.findall(f"{SVG}circle") for group in groups]
+    assert [dot.findtext(f"{SVG}title") for dot in dots[0]] == ["a, block 0: 1", "a, block 1: 2"]
+    assert dots[0][1].get("cy") == dots[1][2].get("cy")
+    assert dots[0][1].get("cx") == dots[1][1].get("cx")
+
+
+def test_a_field_has_a_cell_for_every_value_the_stronger_the_larger() -> None:
+    cells = parsed(charts.heat([[0.0, 0.01], [0.1, 1.0]], labels=["low", "high"], x="step", y="block"))
+    rects = cells.findall(f"{SVG}rect")
+    assert [rect.findtext(f"{SVG}title") for rect in rects][1] == "low, step 2: 0.01"
+    strength = [float(rect.get("fill-opacity", "nan")) for rect in rects]
+    assert strength == sorted(strength)
+    assert strength[0] == 0
+    assert strength[3] == 1
+    assert float(rects[0].get("y", "nan")) > float(rects[2].get("y", "nan"))  # the first row is at the bottom
+
+
 def test_points_on_a_logarithmic_axis_are_evenly_spaced_for_powers_of_ten() -> None:
     svg = charts.dots([0.001, 0.01, 0.1], labels=["a", "b", "c"], groups=["0", "0", "1"], x="block", y="loss")
     heights = [float(dot.get("cy", "nan")) for dot in parsed(svg).findall(f"{SVG}circle")]
