@@ -54,9 +54,9 @@ def render(
     )
 
 
-def _charts(found: Mapping[str, Evaluation]) -> dict[str, Markup]:
+def _charts(found: Mapping[str, Evaluation]) -> dict[str, Markup | None]:
     if not found:
-        return {}
+        return {"velocity_chart": None}
     velocities = {name: evaluation.velocity_error_per_step for name, evaluation in found.items()}
     blocks = {name: evaluation.block_errors for name, evaluation in found.items()}
     keys = (f'<span class="k{i % charts.KINDS}">{escape(name)}</span>' for i, name in enumerate(found))

@@ -1,5 +1,6 @@
 """The verbs on tiny pipelines, from folder to folder: what one writes, the next one reads."""
 
+import dataclasses
 import hashlib
 import json
 import subprocess
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 import obsdiff
 from obsdiff import delivery, verbs
 from obsdiff.checkpoint import pruned_manifest
+from obsdiff.cli import main
 from obsdiff.settings import Settings
 from obsdiff_export.build import BUILDERS, Engine
 from obsdiff_runtime.bundle import open_bundle
-from obsdiff_runtime.errors import BuildError, BundleError, CompatibilityError, ConfigError, ModelError
+from obsdiff_runtime.errors import BuildError, BundleError, CompatibilityError, ConfigError, ModelError, QualityError
 
 PROMPTS = ["a red circle", "a blue square"]
 TINY: dict[str, Any] = {"steps": 1, "height": 32, "width": 32, "num_samples": 2, "eval_prompts": 1}
@@ -221,6 +223,89 @@ def test_eval_compares_a_folder_with_its_dense_model(half: Path, sd3_t5_folder: 
     assert report.method == report.recipe["method"]
     json.dumps(report.to_json(), allow_nan=False)
     assert (tmp_path / "new" / "page.html").is_file()
+
+
+def test_eval_of_several_folders_gives_mean_and_spread(
+    half: Path, sd3_t5_folder: Path, tmp_path: Path, prompts_file: str
+) -> None:
+    other = tmp_path / "other"
+    settings = Settings(model=str(sd3_t5_folder), sparsity="4:8", prompts_file=prompts_file, max_sequence_length=4)
+    verbs.prune_to_folder(dataclasses.replace(settings, method="magnitude", steps=1, height=32, width=32), other)
+    asked = Settings(
+        **{**TINY, "num_samples": None},
+        max_sequence_length=4,
+        guidance_sweep="1,7",
+        fail_if=["velocity_error>0", "ssim<-1"],
+    )
+    result = verbs.evaluate(
+        [half, other],
+        str(sd3_t5_folder),
+        asked,
+        html=tmp_path / "page.html",
+        judges={"bright": lambda picture, prompt: float(picture.mean())},
+    )
+    errors = [report.evaluation.velocity_error for report in result.reports]  # type: ignore[union-attr]
+    spread = result.spread["velocity_error"]
+    assert spread.mean == pytest.approx(np.mean(errors))
+    assert spread.std == pytest.approx(np.std(errors, ddof=1))
+    assert (spread.least, spread.most, spread.runs) == (min(errors), max(errors), 2)
+    assert result.spread["scores.bright.dense"].std == 0  # the same noise
+    sweeps = [report.evaluation.guidance for report in result.reports]  # type: ignore[union-attr]
+    assert [score.dense for score in sweeps[0].scores] == [score.dense for score in sweeps[1].scores]
+    data = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert [run["folder"] for run in data["runs"]] == [str(half), str(other)]
+    assert data["spread"]["velocity_error"]["mean"] == spread.mean
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<img") == 3  # dense and two pruned, one prompt
+    assert "other" in page
+    with pytest.raises(QualityError, match=r"half: .*velocity_error is .* > 0$"):
+        result.hold()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fail_if": ["velocty_error>0"]}, "did you mean velocity_error"),
+        ({"fail_if": ["scores.clip_score.pruned<20"]}, "no metric scores.clip_score.pruned"),
+        ({"guidance_sweep": "1,2"}, "nothing here can say which picture is better"),
+        ({"fid_reference": "."}, "--clip-model"),
+    ],
+)
+def test_eval_refuses_what_it_cannot_judge_before_any_work(
+    half: Path, sd3_t5_folder: Path, changes: dict[str, Any], message: str
+) -> None:
+    def never(*_: Any) -> None:
+        pytest.fail("work was begun")
+
+    with pytest.raises(ConfigError, match=message):
+        verbs.evaluate(half, str(sd3_t5_folder), Settings(**TINY, **changes), progress=never)
+
+
+def test_eval_of_a_folder_named_twice_is_an_error(half: Path) -> None:
+    with pytest.raises(ConfigError, match="each once"):
+        verbs.evaluate([half, half])
+
+
+def test_a_gate_on_what_this_run_does_not_measure_is_a_usage_error(half: Path, sd3_t5_folder: Path) -> None:
+    settings = Settings(max_sequence_length=4, fail_if=["lpips>0.1"], **{**TINY, "num_samples": None})
+    with pytest.raises(ConfigError, match="lpips was not measured"):
+        verbs.evaluate(half, str(sd3_t5_folder), settings).hold()
+
+
+def test_eval_exits_with_3_after_it_has_printed_and_written_its_report(
+    half: Path, sd3_t5_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["--steps", "1", "--height", "32", "--width", "32", "--max-sequence-length", "4", "--eval-prompts", "1"]
+    command = ["eval", str(half), "--against", str(sd3_t5_folder), *sizes, "--html", str(tmp_path / "a.html"), "--json"]
+    monkeypatch.setattr(sys, "argv", ["obsdiff", *command, "--fail-if", "velocity_error > 1e-12"])
+    with pytest.raises(SystemExit) as exited:
+        main()
+    out, err = capfd.readouterr()
+    assert exited.value.code == 3
+    assert json.loads(out)["evaluation"]["velocity_error"] > 1e-12
+    assert err.count("\n") == 1
+    assert "velocity_error is" in err
+    assert (tmp_path / "a.html").is_file()
 
 
 def test_eval_of_something_that_was_not_pruned_is_an_error(sd3_folder: Path) -> None:

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import re
@@ -10,10 +11,12 @@ import pytest
 from rich.console import Console
 
 from obsdiff import wording
-from obsdiff.evaluation import ImagePair
+from obsdiff.comparison import Evaluated
+from obsdiff.evaluation import ImagePair, ScorePair
+from obsdiff.guidance import GuidanceScore, summarise
 from obsdiff.measurements import Counts, LatencyPair, NotMeasured, Report
 from obsdiff.page import data_uri, render
-from obsdiff.report import summary_table, write_html, write_json
+from obsdiff.report import runs_table, summary_table, write_html, write_json, write_side_by_side
 from obsdiff_runtime.timing import Timings
 
 MakeReport = Callable[..., Report]
@@ -194,3 +197,82 @@ def test_linears_left_dense_are_counted_with_their_reason(make_report: MakeRepor
 
 def test_nothing_pruned_is_said_plainly(make_report: MakeReport) -> None:
     assert wording.headline(make_report(layers=()))[0] == "Nothing was pruned: the model is as it was given."
+
+
+def side_by_side(make_report: MakeReport, **changes: object) -> tuple[list[Path], list[Report]]:
+    folders = [Path("runs/seed 0"), Path("runs/<seed>&1")]
+    first = make_report(**changes)
+    if isinstance(first.evaluation, NotMeasured):
+        return folders, [first, first]
+    worse = dataclasses.replace(first.evaluation, velocity_error=first.evaluation.velocity_error + 0.02, psnr_db=None)
+    return folders, [first, dataclasses.replace(first, evaluation=worse)]
+
+
+def test_runs_side_by_side_have_a_row_each_and_their_mean_and_deviation(make_report: MakeReport) -> None:
+    folders, reports = side_by_side(make_report)
+    spread = Evaluated(folders=tuple(folders), reports=tuple(reports)).spread
+    headings, rows = wording.runs(folders, reports, spread)
+    assert [row[0] for row in rows] == ["dense", *map(str, folders), "mean", "standard deviation", "least", "most"]
+    assert all(len(row) == 1 + len(headings) for row in rows)
+    column = {row[0]: row[1 + headings.index("PSNR, dB")] for row in rows}
+    assert column[str(folders[1])] == "identical"
+    assert column["mean"] == ""  # an infinite ratio has no mean
+    velocity = {row[0]: row[1 + headings.index("velocity")] for row in rows}
+    assert velocity["standard deviation"] == f"{0.02 / 2**0.5:.3g}"
+    assert velocity["dense"] == ""
+    obeyed = {row[0]: row[1 + headings.index("obeyed")] for row in rows}
+    assert obeyed["dense"].endswith(" %")
+
+
+def test_the_table_of_runs_fits_a_terminal(make_report: MakeReport) -> None:
+    folders, reports = side_by_side(make_report)
+    console = Console(width=80, file=io.StringIO())
+    console.print(runs_table(folders, reports, {}))
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in said
+    assert "runs/seed 0" in said
+
+
+def test_the_page_of_runs_is_one_whole_file_that_asks_nothing_of_the_network(
+    make_report: MakeReport, pairs: Pairs, tmp_path: Path
+) -> None:
+    folders, reports = side_by_side(make_report)
+    write_side_by_side(folders, reports, {}, [pairs[:2], pairs[:2]], tmp_path / "page.html")
+    page = Elements((tmp_path / "page.html").read_text(encoding="utf-8"))
+    sources = [value for _, name, value in page.attributes if name in ("src", "href")]
+    assert len(sources) == 2 * 3
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert "runs/<seed>&1" in page.text
+    assert [value for tag, name, value in page.attributes if (tag, name) == ("g", "class")] == ["k0", "k1"] * 2
+
+
+def test_runs_that_measured_nothing_make_a_page_without_curves(make_report: MakeReport, tmp_path: Path) -> None:
+    folders, reports = side_by_side(make_report, evaluation=NotMeasured(why="nothing was pruned"))
+    write_side_by_side(folders, reports, {}, [(), ()], tmp_path / "page.html")
+    assert "<svg" not in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_guidance_and_judges_are_on_the_page_with_their_cautions(make_report: MakeReport, pairs: Pairs) -> None:
+    report = make_report()
+    evaluation = report.evaluation
+    assert not isinstance(evaluation, NotMeasured)
+    fixed, high = (GuidanceScore(guidance_scale=scale, dense=0.5, pruned=scale / 10) for scale in (3.5, 6.0))
+    judged = dataclasses.replace(
+        evaluation,
+        lpips=0.0625,
+        scores={"clip_score": ScorePair(dense=31.25, pruned=30.5)},
+        fid_clip=ScorePair(dense=1.5, pruned=2.5),
+        guidance=summarise("obedience", fixed, [high]),
+    )
+    report = dataclasses.replace(report, evaluation=judged)
+    text = Elements(render(report, pairs)).text
+    for said in (
+        "clip_score",
+        "31.25",
+        "LPIPS",
+        "60.0 % at 6",
+        "bias of a small sample",
+        "chosen on the same 8 prompts",
+    ):
+        assert said in text
+    json.dumps(report.to_json(), allow_nan=False)
