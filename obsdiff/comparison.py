@@ -19,8 +19,9 @@ from obsdiff.job import load as load_model
 from obsdiff.judges import Judge, Judges, judges_of
 from obsdiff.loading import LoadedPipeline, load_pipeline
 from obsdiff.measurements import NotMeasured, Report
-from obsdiff.pruning import LayerResult, Pruned
+from obsdiff.pruning import Pruned
 from obsdiff.recipe import evaluation_prompts
+from obsdiff.results import LayerResult
 from obsdiff.settings import Settings
 from obsdiff.spread import Spread, spread_of
 from obsdiff_runtime.errors import ConfigError

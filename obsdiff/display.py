@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from obsdiff.planning import Plan
-    from obsdiff.pruning import LayerResult
+    from obsdiff.results import LayerResult
 
 
 def quiet_libraries() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from obsdiff.pruning import LayerResult, PackageResult
+from obsdiff.results import LayerResult, PackageResult
 from obsdiff_runtime.errors import ConfigError
 
 

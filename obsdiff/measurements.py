@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from obsdiff.evaluation import Evaluation
-from obsdiff.pruning import LayerResult
+from obsdiff.results import LayerResult
 from obsdiff_runtime.timing import Comparison, Latency, Timings
 
 Verdict = Literal["faster", "slower", "no different", "unknown"]

@@ -6,60 +6,26 @@ unstructured pattern follows, on what is left.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from obsdiff import calibration, planning
+from obsdiff import calibration, planning, streaming
 from obsdiff.core.gram import Gram
 from obsdiff.families import Family
 from obsdiff.groups import Group, LinearSpec
 from obsdiff.methods import Layer, Method, Options
 from obsdiff.methods.table import METHODS
 from obsdiff.recipe import Recipe, select
+from obsdiff.results import Journal, LayerResult, PackageResult
 from obsdiff.shrinking import shrink
 from obsdiff.sparsity import NM, Pattern
 from obsdiff_runtime.progress import Progress, silent
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerResult:
-    """What became of one linear.
-
-    Attributes:
-        pattern: "2:4", "0.5", "heads 18/24", "ffn 768/1024" or "dense".
-        loss: tr(dW G dW^T) / tr(W G W^T) on the calibration tokens; None where no gram was taken.
-        zeros: share of weights that are zero, among those that are stored.
-        reason: why it stayed dense, where it did.
-    """
-
-    name: str
-    pattern: str
-    loss: float | None
-    zeros: float
-    reason: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class PackageResult:
-    """What a package changed: new weights by linear, kept units by group, and the record."""
-
-    weights: Mapping[str, Tensor] = field(default_factory=dict)
-    kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    layers: tuple[LayerResult, ...] = ()
-
-
-class Journal(Protocol):
-    """Keeps finished packages, so that a killed run can go on behind the last one."""
-
-    def read(self, package: str) -> PackageResult | None: ...
-
-    def write(self, package: str, result: PackageResult) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,12 +89,16 @@ def prune(
     kept: dict[str, tuple[int, ...]] = {}
     layers: list[LayerResult] = []
     units = {group.name: group.units for group in family.groups(denoiser)}
-    if recipe.sparsity.structured:
-        kept, records = run.structured()
+    if method.streams:
+        kept, layers = run.streamed()
         shrink(denoiser, family, kept)
-        layers += records
-    if recipe.sparsity.pattern is not None:
-        layers += run.pattern(recipe.sparsity.pattern)
+    else:
+        if recipe.sparsity.structured:
+            kept, records = run.structured()
+            shrink(denoiser, family, kept)
+            layers += records
+        if recipe.sparsity.pattern is not None:
+            layers += run.pattern(recipe.sparsity.pattern)
     return Pruned(
         pipeline=pipeline,
         family=family,
@@ -163,6 +133,34 @@ class _Run:
         self._denoiser: nn.Module = getattr(pipeline, family.denoiser)
         self._prompts: calibration.Prompts | None = None
 
+    def streamed(self) -> tuple[dict[str, tuple[int, ...]], list[LayerResult]]:
+        """Prunes block by block along two streams, units and single weights in one go; returns the kept units."""
+        linears, groups = select(
+            self._recipe, self._family.linears(self._denoiser), self._family.groups(self._denoiser)
+        )
+        removals = planning.removals(groups, self._recipe.sparsity, align=self._recipe.align)
+        assignment = streaming.assign(linears, groups, removals, self._recipe.sparsity.pattern)
+        for name, reason in assignment.dense.items():
+            log.warning("%s stays dense: %s", name, reason)
+        records = [
+            LayerResult(name=name, pattern="dense", loss=None, zeros=0.0, reason=reason)
+            for name, reason in assignment.dense.items()
+        ]
+        if not assignment.removals and not assignment.patterns:
+            return {}, records
+        kept, pruned = streaming.prune(
+            self._pipeline,
+            self._family,
+            self._recipe,
+            self._method,
+            self._options,
+            assignment,
+            stored=self._stored,
+            journal=self._journal,
+            progress=self._progress,
+        )
+        return kept, [*records, *pruned]
+
     def structured(self) -> tuple[dict[str, tuple[int, ...]], list[LayerResult]]:
         """Chooses and masks units; returns the kept ones."""
         linears = {linear.name: linear for linear in self._family.linears(self._denoiser)}
@@ -184,7 +182,7 @@ class _Run:
                 )
                 chosen[group.name] = tuple(keep.tolist())
                 for layer, solution in zip(members, solutions, strict=True):
-                    weights[layer.name] = solution.weight.to(self._stored)
+                    weights[f"{layer.name}.weight"] = solution.weight.to(self._stored)
                     layers.append(
                         LayerResult(
                             name=layer.name,
@@ -223,7 +221,7 @@ class _Run:
                 members = [self._layer(linear, grams) for linear in sharing]
                 solutions = self._method.prune_weights(members, pattern, self._options)
                 for layer, solution in zip(members, solutions, strict=True):
-                    weight = weights[layer.name] = solution.weight.to(self._stored)
+                    weight = weights[f"{layer.name}.weight"] = solution.weight.to(self._stored)
                     zeros = float((weight == 0).sum()) / weight.numel()
                     layers.append(
                         LayerResult(name=layer.name, pattern=str(pattern), loss=_loss(solution.loss), zeros=zeros)
@@ -269,7 +267,7 @@ class _Run:
             solved += pieces(package)
             self._progress(f"prune {kind}", solved, total)
             for name, weight in result.weights.items():
-                self._weight(name).copy_(weight)
+                self._denoiser.get_parameter(name).data.copy_(weight)
             results.append(replace(result, weights={}))  # the denoiser holds them now
         return results
 

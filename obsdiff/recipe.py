@@ -44,6 +44,9 @@ class Recipe:
         damp: added to a gram's diagonal, as a fraction of its mean.
         block_columns: columns per lazy update of the OBS sweep.
         gram_budget_bytes: where given, packages are split by this instead of by count.
+        kept_steps: steps of each batch of prompts whose denoiser calls a streamed method looks at.
+        mix: of a streamed method: 1 fits layers to the dense model's outputs, 0 to what they themselves make of their
+            present inputs.
     """
 
     model: str
@@ -66,6 +69,8 @@ class Recipe:
     time_weights: str
     packages: int
     gram_budget_bytes: int | None
+    kept_steps: int
+    mix: float
 
     def to_json(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)

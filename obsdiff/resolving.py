@@ -51,11 +51,14 @@ def resolve(
         raise ConfigError("there is no prompt to calibrate on; give some with --prompts-file")
     options = dict(settings.method_options or {})
     block_columns = int(options.pop("block", 128))
+    mix = float(options.pop("mix", 1.0))
     if options:
-        raise ConfigError(f"method_options.{next(iter(options))}: no such option; there is: block")
+        raise ConfigError(f"method_options.{next(iter(options))}: no such option; there are block and mix")
     first, last = family.protect
     sparsity = parse(settings.sparsity)
     method = _method(settings.method, sparsity)
+    runs = sampling(settings, defaults)
+    steps = runs.num_inference_steps
     return Recipe(
         model=model,
         revision=settings.revision,
@@ -73,13 +76,15 @@ def resolve(
         block_columns=_at_least("method_options.block", 1, block_columns, 128),
         prompts=texts,
         prompts_source=source,
-        sampling=sampling(settings, defaults),
+        sampling=runs,
         time_weights=_choice(
             "--time-weights",
             METHODS[method].time_weights if settings.time_weights is None else settings.time_weights,
             SCHEDULES,
         ),
         packages=_at_least("--packages", 1, settings.packages, 4),
+        kept_steps=_at_least("--kept-steps", 1, settings.kept_steps, -(-steps // 4)),
+        mix=mix,
         gram_budget_bytes=None if settings.gram_budget is None else parse_bytes(settings.gram_budget, "--gram-budget"),
     )
 
@@ -103,7 +108,7 @@ def sampling(settings: Settings, defaults: Defaults) -> Sampling:
 
 
 def _method(asked: str | None, sparsity: Sparsity) -> str:
-    name = _choice("--method", "obsdiff" if asked is None else asked, METHODS)
+    name = _choice("--method", "streamed" if asked is None else asked, METHODS)
     if sparsity.structured and not METHODS[name].removes_units:
         others = ", ".join(other for other, method in METHODS.items() if method.removes_units)
         raise ConfigError(

@@ -10,7 +10,23 @@ from typing import Protocol
 
 from torch import Tensor
 
+from obsdiff.core.solver import FULL, Effort
 from obsdiff.sparsity import Pattern
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What a linear should compute of the inputs it will get, as moments of that output y.
+
+    Attributes:
+        cross: (out, in), float64: E[y x^T], over the same weighted tokens as the gram.
+        mean: (out,), float64: E[y].
+        energy: (out,), float64: E[y^2].
+    """
+
+    cross: Tensor
+    mean: Tensor
+    energy: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +39,16 @@ class Layer:
         gram: (in, in), float32 or wider, the weighted mean of x x^T over the calibration tokens; None where the
             method does not calibrate.
         mean: (in,), float64, the same weighted mean of x; None where it was not collected.
+        bias: (out,), any float dtype; None where the linear has none.
+        target: what it should compute; None: what its weight makes of its input.
     """
 
     name: str
     weight: Tensor
     gram: Tensor | None
     mean: Tensor | None = None
+    bias: Tensor | None = None
+    target: Target | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +58,15 @@ class Pruned:
     Attributes:
         weight: (out, in), in the dtype of the layer's weight; zero where `keep` is False.
         keep: (out, in), bool: the support.
-        loss: tr(dW G dW^T) / tr(W G W^T), measured on `weight` as returned; NaN without a gram.
+        loss: tr(dW G dW^T) / tr(W G W^T), measured on `weight` as returned; NaN without a gram. Of a layer with a
+            target: E|W x + b - y|^2 / E|y - E y|^2.
+        bias: (out,), in the dtype of the layer's bias; None where it is left as it was.
     """
 
     weight: Tensor
     keep: Tensor
     loss: float
+    bias: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +76,12 @@ class Options:
     Attributes:
         damp: added to the gram's diagonal, as a fraction of its mean.
         block: columns per lazy update block.
+        effort: how long the joint solver looks.
     """
 
     damp: float = 0.01
     block: int = 128
+    effort: Effort = FULL
 
 
 class Method(Protocol):
@@ -66,12 +91,15 @@ class Method(Protocol):
         name: its key in table.METHODS, and its --method.
         calibrates: whether its layers need a gram.
         removes_units: whether it has a structured form; where not, `prune_units` is never called.
+        streams: whether it is fed block by block from a dense and a pruned stream (streaming.py) instead of package by
+            package.
         time_weights: the schedule of core.timesteps it weighs the denoising steps by, unless the user names one.
     """
 
     name: str
     calibrates: bool
     removes_units: bool
+    streams: bool
     time_weights: str
 
     def prune_weights(self, layers: Sequence[Layer], pattern: Pattern, options: Options) -> list[Pruned]:

@@ -29,6 +29,7 @@ from obsdiff_runtime.errors import CalibrationError, ConfigError
 name: str = "dsnot"
 calibrates: bool = True
 removes_units: bool = False
+streams: bool = False
 time_weights: str = "log-decrease"
 
 CYCLES: Final = 50

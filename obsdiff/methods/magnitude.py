@@ -15,6 +15,7 @@ from obsdiff.sparsity import NM, Pattern
 name: str = "magnitude"
 calibrates: bool = False
 removes_units: bool = True
+streams: bool = False
 time_weights: str = "log-decrease"
 
 

@@ -15,6 +15,7 @@ from obsdiff.sparsity import Pattern
 name: str = "obsdiff"
 calibrates: bool = True
 removes_units: bool = True
+streams: bool = False
 time_weights: str = "log-decrease"
 
 

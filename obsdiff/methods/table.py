@@ -2,9 +2,10 @@
 
 from typing import Final
 
-from obsdiff.methods import Method, dsnot, magnitude, obsdiff, sparsegpt, wanda
+from obsdiff.methods import Method, dsnot, magnitude, obsdiff, sparsegpt, streamed, wanda
 
 METHODS: Final[dict[str, Method]] = {
+    "streamed": streamed,
     "obsdiff": obsdiff,
     "sparsegpt": sparsegpt,
     "dsnot": dsnot,

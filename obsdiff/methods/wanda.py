@@ -18,6 +18,7 @@ from obsdiff_runtime.errors import CalibrationError
 name: str = "wanda"
 calibrates: bool = True
 removes_units: bool = True
+streams: bool = False
 time_weights: str = "log-decrease"
 
 

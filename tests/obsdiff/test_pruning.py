@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from obsdiff import calibration, pruning
 from obsdiff.job import computable, given
 from obsdiff.journal import FolderJournal
-from obsdiff.pruning import PackageResult, Pruned
+from obsdiff.pruning import Pruned
 from obsdiff.recipe import Recipe
 from obsdiff.resolving import resolve
+from obsdiff.results import PackageResult
 from obsdiff.settings import Settings
 from obsdiff_runtime.errors import ConfigError
 

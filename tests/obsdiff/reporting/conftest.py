@@ -19,8 +19,8 @@ from obsdiff.measurements import (
     Stage,
 )
 from obsdiff.metrics import mean_squared_error, psnr_db, ssim
-from obsdiff.pruning import LayerResult
 from obsdiff.recipe import Sampling
+from obsdiff.results import LayerResult
 from obsdiff_runtime.timing import Timings, compare, latency
 
 PROMPTS = tuple(shapes.evaluation_captions(8, seed=3))

@@ -1,0 +1,82 @@
+"""Forward passes that wait at the door of every block.
+
+A call of the denoiser runs in a greenlet. Where it would enter a block it stops and hands out the block's arguments;
+given a result, it goes on to the next. What a pass needs later (skip connections, embeddings) stays in its own frames,
+so that any architecture can be streamed block by block without being taken apart, and nothing is computed twice.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from greenlet import getcurrent, greenlet
+from torch import nn
+
+from obsdiff_runtime.errors import ModelError
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class PausedPass:
+    """One call of a denoiser whose blocks are `gated`, waiting at a block.
+
+    Attributes:
+        block: the module it waits at; None once the call is over.
+        arguments: what the block would be called with.
+        output: what the call returned; None before.
+    """
+
+    def __init__(self, denoiser: nn.Module, arguments: Arguments) -> None:
+        self.output: Any = None
+        args, kwargs = arguments
+        self._greenlet = greenlet(lambda: denoiser(*args, **kwargs))
+        self._take(self._greenlet.switch())
+
+    def resume(self, output: Any) -> None:
+        """Goes on to the next block, with the result of the one it waited at."""
+        self._take(self._greenlet.switch(output))
+
+    def _take(self, handed: Any) -> None:
+        self.block: nn.Module | None = None
+        self.arguments: Arguments = ((), {})
+        if self._greenlet.dead:
+            self.output = handed
+        else:
+            self.block, self.arguments = handed
+
+
+@contextmanager
+def gated(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Until the end, these blocks are not run by the passes that reach them; see `PausedPass`."""
+    try:
+        for block in blocks:
+            block.forward = _gate(block)
+        yield
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)
+
+
+def run(block: nn.Module, arguments: Arguments) -> Any:
+    """Runs a block, gated or not."""
+    args, kwargs = arguments
+    return type(block).forward(block, *args, **kwargs)
+
+
+def check_at(passes: Sequence[PausedPass], block: nn.Module, name: str) -> None:
+    """Raises ModelError where a pass does not wait at this block: it runs them in another order, or some twice."""
+    if any(waiting.block is not block for waiting in passes):
+        raise ModelError(
+            f"{name}: the denoiser does not run its blocks once each, in order, so they cannot be streamed; "
+            "use --method obsdiff"
+        )
+
+
+def _gate(block: nn.Module) -> Callable[..., Any]:
+    def enter(*args: Any, **kwargs: Any) -> Any:
+        parent = getcurrent().parent
+        if parent is None:
+            return run(block, (args, kwargs))
+        return parent.switch((block, (args, kwargs)))
+
+    return enter

@@ -1,0 +1,42 @@
+"""What a pruning run leaves behind: records of layers, and of the parts it can go on from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerResult:
+    """What became of one linear.
+
+    Attributes:
+        pattern: "2:4", "0.5", "heads 18/24", "ffn 768/1024" or "dense".
+        loss: tr(dW G dW^T) / tr(W G W^T) on the calibration tokens; None where no gram was taken.
+        zeros: share of weights that are zero, among those that are stored.
+        reason: why it stayed dense, where it did.
+    """
+
+    name: str
+    pattern: str
+    loss: float | None
+    zeros: float
+    reason: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackageResult:
+    """What a package or a block changed: new tensors by parameter name, kept units by group, and the record."""
+
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    layers: tuple[LayerResult, ...] = ()
+
+
+class Journal(Protocol):
+    """Keeps finished packages, so that a killed run can go on behind the last one."""
+
+    def read(self, package: str) -> PackageResult | None: ...
+
+    def write(self, package: str, result: PackageResult) -> None: ...

@@ -1,0 +1,282 @@
+"""Prunes a denoiser block by block along two streams: the dense model and the model as pruned so far.
+
+Both run on the inputs of the dense model's own trajectories. When block b is pruned, one stream waits at it with what
+the dense blocks before it computed, the other with what the pruned ones did. So every linear sees the inputs that it
+will get, and is fitted to what the dense model computes at that place; nothing is run twice but the block at hand.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from obsdiff import calibration, moments, pausing, trajectories
+from obsdiff.core import timesteps
+from obsdiff.families import Family
+from obsdiff.groups import Group, LinearSpec
+from obsdiff.methods import Layer, Method, Options, Pruned
+from obsdiff.pausing import PausedPass
+from obsdiff.recipe import Recipe
+from obsdiff.residuals import block_modules
+from obsdiff.results import Journal, LayerResult, PackageResult
+from obsdiff.sparsity import NM, Pattern, Unstructured
+from obsdiff.trajectories import Call
+from obsdiff_runtime.progress import Progress
+
+DENSE = Unstructured(ratio=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """What happens to which layer.
+
+    Attributes:
+        removals: group name -> units that go, where any go.
+        patterns: linear name -> its pattern.
+        dense: linear name -> why it stays dense though a pattern was asked for.
+    """
+
+    groups: tuple[Group, ...]
+    removals: Mapping[str, int]
+    patterns: Mapping[str, Pattern]
+    dense: Mapping[str, str]
+
+
+def prune(
+    pipeline: DiffusionPipeline,
+    family: Family,
+    recipe: Recipe,
+    method: Method,
+    options: Options,
+    assignment: Assignment,
+    *,
+    stored: torch.dtype,
+    journal: Journal | None,
+    progress: Progress,
+) -> tuple[dict[str, tuple[int, ...]], list[LayerResult]]:
+    """Prunes the pipeline's denoiser in place; removed units are zero columns, not yet cut.
+
+    Returns:
+        kept units by group, and a record for each linear.
+
+    Raises:
+        CalibrationError: statistics that cannot be used; names the layer.
+        ModelError: the denoiser does not run its blocks once each, in order.
+    """
+    denoiser: nn.Module = getattr(pipeline, family.denoiser)
+    prompts = calibration.encode(pipeline, family, recipe.prompts, recipe.sampling)
+    calls = trajectories.record(
+        pipeline, family, prompts, recipe.sampling, kept_steps=recipe.kept_steps, progress=progress
+    )
+    run = _Run(denoiser, family, recipe, method, options, assignment, calls, stored)
+    kept: dict[str, tuple[int, ...]] = {}
+    records: list[LayerResult] = []
+    with torch.no_grad(), pausing.gated([denoiser.get_submodule(name) for name in run.blocks]):
+        run.start()
+        for index, name in enumerate(run.blocks):
+            progress("prune blocks", index, len(run.blocks), name)
+            result = journal.read(f"block-{index}") if journal is not None else None
+            result = run.block(index, name, result)
+            if journal is not None:
+                journal.write(f"block-{index}", result)
+            kept.update(result.kept)
+            records += result.layers
+        progress("prune blocks", len(run.blocks), len(run.blocks))
+    return kept, records
+
+
+class _Run:
+    """The two streams of one run, and the block at which they wait."""
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        family: Family,
+        recipe: Recipe,
+        method: Method,
+        options: Options,
+        assignment: Assignment,
+        calls: Sequence[Call],
+        stored: torch.dtype,
+    ) -> None:
+        self._denoiser, self._method, self._options = denoiser, method, options
+        self._assignment, self._calls, self._stored = assignment, calls, stored
+        self._linears = family.linears(denoiser)
+        self.blocks = block_modules(self._linears)
+        weights = timesteps.weights(recipe.time_weights, recipe.sampling.num_inference_steps).tolist()
+        self._weights = [weights[call.step] for call in calls]
+        self._mix = recipe.mix
+        self._group_of = {
+            name: group
+            for group in assignment.groups
+            if assignment.removals.get(group.name)
+            for name in group.consumers
+        }
+
+    def start(self) -> None:
+        self._dense = [PausedPass(self._denoiser, call.arguments) for call in self._calls]
+        self._pruned = [PausedPass(self._denoiser, call.arguments) for call in self._calls]
+
+    def block(self, index: int, name: str, known: PackageResult | None) -> PackageResult:
+        """Prunes a block, or sets it to what is known of it, and moves both streams past it."""
+        block = self._denoiser.get_submodule(name)
+        for stream in (self._dense, self._pruned):
+            pausing.check_at(stream, block, name)
+        dense = copy.deepcopy(block)
+        if known is None:
+            known = self._solve(index, name, block, dense)
+        else:
+            self._write(known.weights)
+        for waiting in self._dense:
+            waiting.resume(pausing.run(dense, waiting.arguments))
+        for waiting in self._pruned:
+            waiting.resume(pausing.run(block, waiting.arguments))
+        return known
+
+    def _solve(self, index: int, name: str, block: nn.Module, dense: nn.Module) -> PackageResult:
+        weights: dict[str, Tensor] = {}
+        kept: dict[str, tuple[int, ...]] = {}
+        layers: list[LayerResult] = []
+        mine = sorted((linear for linear in self._linears if linear.block == index), key=lambda each: each.tier)
+        for _, members in groupby(mine, key=lambda linear: linear.tier):
+            tier = [linear for linear in members if self._changes(linear)]
+            if not tier:
+                continue
+            found = self._tier(tier, f"{name}.", block, dense)
+            weights.update(found.weights)
+            kept.update(found.kept)
+            layers += found.layers
+            self._write(found.weights)
+        return PackageResult(weights=weights, kept=kept, layers=tuple(layers))
+
+    def _changes(self, linear: LinearSpec) -> bool:
+        return linear.name in self._assignment.patterns or linear.name in self._group_of
+
+    def _tier(self, tier: Sequence[LinearSpec], prefix: str, block: nn.Module, dense: nn.Module) -> PackageResult:
+        """Collects a tier's moments over all calls and solves it."""
+        sums = moments.TierMoments(tier, self._weight(tier[0].name).device)
+        for before, after, weight in zip(self._dense, self._pruned, self._weights, strict=True):
+            wanted = moments.glance(dense, prefix, tier, before.arguments).outputs
+            seen = moments.glance(block, prefix, tier, after.arguments)
+            if self._mix < 1:
+                wanted = {name: torch.lerp(seen.outputs[name], output, self._mix) for name, output in wanted.items()}
+            sums.add(seen, wanted, weight)
+        grams, targets = sums.finish()
+        layers = {
+            linear.name: Layer(
+                name=linear.name,
+                weight=self._weight(linear.name),
+                gram=grams[linear.reads].matrix,
+                mean=grams[linear.reads].mean,
+                bias=self._bias(linear.name),
+                target=targets[linear.name],
+            )
+            for linear in tier
+        }
+        return self._solved(tier, layers)
+
+    def _solved(self, tier: Sequence[LinearSpec], layers: Mapping[str, Layer]) -> PackageResult:
+        solutions: dict[str, tuple[Pruned, str]] = {}
+        kept: dict[str, tuple[int, ...]] = {}
+        for group in dict.fromkeys(self._group_of[name] for name in layers if name in self._group_of):
+            keep, pruned = self._method.prune_units(
+                [layers[name] for name in group.consumers],
+                width=group.width,
+                remove=self._assignment.removals[group.name],
+                options=self._options,
+            )
+            kept[group.name] = tuple(keep.tolist())
+            for name, solution in zip(group.consumers, pruned, strict=True):
+                solutions[name] = solution, f"{group.kind} {len(keep)}/{group.units}"
+        for sharing in _alike(tier, self._assignment.patterns):
+            pattern = self._assignment.patterns[sharing[0].name]
+            columns = [_columns(solutions.get(linear.name)) for linear in sharing]
+            reduced = [_reduced(layers[linear.name], part) for linear, part in zip(sharing, columns, strict=True)]
+            pruned = self._method.prune_weights(reduced, pattern, self._options)
+            for linear, solution, part in zip(sharing, pruned, columns, strict=True):
+                what = str(pattern) if part is None else f"{solutions[linear.name][1]}, {pattern}"
+                solutions[linear.name] = _widened(solution, layers[linear.name], part), what
+        return self._package(solutions, kept)
+
+    def _package(self, solutions: Mapping[str, tuple[Pruned, str]], kept: dict[str, tuple[int, ...]]) -> PackageResult:
+        weights: dict[str, Tensor] = {}
+        records = []
+        for name, (solution, what) in solutions.items():
+            weight = weights[f"{name}.weight"] = solution.weight.to(self._stored)
+            if solution.bias is not None:
+                weights[f"{name}.bias"] = solution.bias.to(self._stored)
+            stays = weight[:, weight.any(dim=0)] if name in self._group_of else weight
+            zeros = float((stays == 0).sum()) / max(stays.numel(), 1)
+            records.append(LayerResult(name=name, pattern=what, loss=solution.loss, zeros=zeros))
+        return PackageResult(weights=weights, kept=kept, layers=tuple(records))
+
+    def _write(self, weights: Mapping[str, Tensor]) -> None:
+        for name, value in weights.items():
+            self._denoiser.get_parameter(name).data.copy_(value)
+
+    def _weight(self, name: str) -> Tensor:
+        return self._denoiser.get_parameter(f"{name}.weight").data
+
+    def _bias(self, name: str) -> Tensor | None:
+        bias = self._denoiser.get_submodule(name).bias
+        return bias.data if isinstance(bias, Tensor) else None
+
+
+def assign(
+    linears: Sequence[LinearSpec],
+    groups: Sequence[Group],
+    removals: Mapping[str, int],
+    pattern: Pattern | None,
+) -> Assignment:
+    """The same for every layer: each of `linears` gets the pattern, unless its width after the cut does not fit."""
+    lost = {name: removals.get(group.name, 0) * group.width for group in groups for name in group.consumers}
+    patterns: dict[str, Pattern] = {}
+    dense: dict[str, str] = {}
+    for linear in linears if pattern is not None else ():
+        left = linear.in_features - lost.get(linear.name, 0)
+        if isinstance(pattern, NM) and left % pattern.m:
+            dense[linear.name] = f"{left} inputs are not divisible by {pattern.m}"
+        elif pattern is not None:
+            patterns[linear.name] = pattern
+    removed = {name: number for name, number in removals.items() if number}
+    return Assignment(groups=tuple(groups), removals=removed, patterns=patterns, dense=dense)
+
+
+def _alike(tier: Sequence[LinearSpec], patterns: Mapping[str, Pattern]) -> list[list[LinearSpec]]:
+    """The linears that get a pattern, by the tensor they read and by pattern."""
+    alike: dict[tuple[str, str], list[LinearSpec]] = {}
+    for linear in tier:
+        if linear.name in patterns:
+            alike.setdefault((linear.reads, str(patterns[linear.name])), []).append(linear)
+    return list(alike.values())
+
+
+def _columns(solution: tuple[Pruned, str] | None) -> Tensor | None:
+    """The columns that the removal of units left, None where none was removed."""
+    return None if solution is None else solution[0].keep[0].nonzero().flatten()
+
+
+def _reduced(layer: Layer, columns: Tensor | None) -> Layer:
+    """The layer without the removed columns."""
+    if columns is None or layer.gram is None or layer.mean is None or layer.target is None:
+        return layer
+    return replace(
+        layer,
+        weight=layer.weight[:, columns],
+        gram=layer.gram[columns][:, columns],
+        mean=layer.mean[columns],
+        target=replace(layer.target, cross=layer.target.cross[:, columns]),
+    )
+
+
+def _widened(pruned: Pruned, layer: Layer, columns: Tensor | None) -> Pruned:
+    """At full width again, zero in the removed columns."""
+    if columns is None:
+        return pruned
+    weight, keep = torch.zeros_like(layer.weight), torch.zeros_like(layer.weight, dtype=torch.bool)
+    weight[:, columns], keep[:, columns] = pruned.weight, pruned.keep.to(keep.device)
+    return replace(pruned, weight=weight, keep=keep)

@@ -1,0 +1,102 @@
+"""The denoiser's calls along the dense model's own trajectories: what streamed calibration looks at."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from obsdiff.calibration import Prompts, StepIndex, batches, sample
+from obsdiff.families import Family
+from obsdiff.pausing import Arguments
+from obsdiff.recipe import Sampling
+from obsdiff.sampling import quiet
+from obsdiff_runtime.errors import CalibrationError
+from obsdiff_runtime.progress import Progress, silent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One call of the denoiser.
+
+    Attributes:
+        step: of the sampler, 0 is the noisiest.
+        arguments: what it is called with.
+        prompts: whose it is, for messages.
+    """
+
+    step: int
+    arguments: Arguments
+    prompts: str
+
+
+@torch.no_grad()
+def record(
+    pipeline: DiffusionPipeline,
+    family: Family,
+    prompts: Prompts,
+    sampling: Sampling,
+    *,
+    kept_steps: int,
+    progress: Progress = silent,
+    stage: str = "calibrate",
+) -> list[Call]:
+    """Runs the sampler over all prompts and keeps some of the denoiser's calls.
+
+    Batch b keeps every (steps / kept_steps)-th step, beginning b steps in, so that together the batches see every
+    step. Inputs of one trajectory resemble one another: more prompts are worth more than more steps of each.
+
+    Args:
+        pipeline: in eval mode.
+        family: of its denoiser.
+        prompts: encoded.
+        sampling: steps, guidance, size and seed.
+        kept_steps: how many steps of each batch are kept, 1 to all.
+        progress: told after every denoiser call.
+        stage: what progress calls it.
+
+    Raises:
+        CalibrationError: there is no prompt, or the denoiser's output is not finite (names step and prompts).
+    """
+    if not prompts.texts:
+        raise CalibrationError("no prompt to calibrate on; is --prompts-file empty?")
+    denoiser: nn.Module = getattr(pipeline, family.denoiser)
+    steps = StepIndex(pipeline.scheduler, sampling.num_inference_steps)
+    passes = list(batches(len(prompts.texts), sampling.batch_size))
+    total = len(passes) * sampling.num_inference_steps
+    calls: list[Call] = []
+    place = 0
+
+    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        step = steps.advance(kwargs["timestep"] if "timestep" in kwargs else args[1])
+        texts = f"prompts {passes[place].start + 1} to {passes[place].stop}"
+        velocity = output[0] if isinstance(output, tuple) else output.sample
+        if not bool(velocity.isfinite().all()):
+            raise CalibrationError(f"step {step + 1}, {texts}: the denoiser's output is not finite; are its weights?")
+        if step in wanted_steps(sampling.num_inference_steps, kept_steps, place):
+            calls.append(Call(step=step, arguments=_copied(args, kwargs), prompts=texts))
+        progress(stage, place * sampling.num_inference_steps + step, total)
+
+    handle = denoiser.register_forward_hook(keep, with_kwargs=True)
+    try:
+        with quiet(pipeline):
+            for place, rows in enumerate(passes):  # noqa: B007
+                steps.restart()
+                sample(pipeline, prompts, rows, sampling)
+    finally:
+        handle.remove()
+    progress(stage, total, total)
+    return calls
+
+
+def wanted_steps(steps: int, kept: int, batch: int) -> frozenset[int]:
+    """The steps that a batch keeps: evenly spaced, shifted from batch to batch."""
+    kept = min(kept, steps)
+    return frozenset((batch + index * steps // kept) % steps for index in range(kept))
+
+
+def _copied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """The sampler goes on to change some of its tensors in place."""
+    values = tuple(value.clone() if isinstance(value, Tensor) else value for value in args)
+    return values, {name: value.clone() if isinstance(value, Tensor) else value for name, value in kwargs.items()}
