@@ -4,8 +4,8 @@
 
 Weights and inputs are random with the features that matter (a power-law spectrum, channels ten times as loud as the
 others). Every round runs each solver once, in turn, so that a busy machine slows all of them; the fastest round
-counts. `busy s` is the process's time on the CPU, which other processes hardly change. Prints a table; asserts
-nothing.
+counts. `busy s` is the process's time on the CPU, which other processes hardly change; the ratio to the sweep is of
+busy seconds on a CPU and of seconds on a GPU. Prints a table; asserts nothing.
 
 plain       OBS one column at a time, each removal written into all columns to its right: no lazy blocks
 sweep       obsdiff.core.support.sweep: the same with lazy blocks
@@ -193,7 +193,7 @@ def main(
         "solver",
         "s",
         "busy s",
-        "s / sweep",
+        "time / sweep",
         "peak MiB",
         "loss",
         "loss / sweep",
@@ -210,17 +210,21 @@ def main(
                 check_groups(columns, pattern)
                 results = measure(weight, factor, pattern, names, rounds)
                 for name, found in results.items():
-                    table.add_row(width, sparsity, name, *_cells(found, results["sweep"]))
+                    table.add_row(width, sparsity, name, *_cells(found, results["sweep"], where))
     except ObsdiffError as failure:
         raise typer.BadParameter(str(failure)) from failure
     Console(width=120).print(table)
 
 
-def _cells(found: Result, sweep_result: Result) -> list[str]:
+def _cells(found: Result, sweep_result: Result, device: torch.device) -> list[str]:
+    if device.type == "cuda":
+        ratio = found.seconds / sweep_result.seconds
+    else:
+        ratio = found.busy_seconds / sweep_result.busy_seconds
     return [
         f"{found.seconds:.2f}",
         f"{found.busy_seconds:.2f}",
-        f"{found.seconds / sweep_result.seconds:.2f}",
+        f"{ratio:.2f}",
         f"{found.peak_bytes / 2**20:.0f}",
         f"{found.loss:.5f}",
         f"{found.loss / sweep_result.loss:.3f}",
