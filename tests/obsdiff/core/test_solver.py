@@ -162,6 +162,14 @@ def test_a_dead_channel_loses_its_weights_and_disturbs_no_other() -> None:
     assert not bool(found.keep[:, 7].any())
 
 
+@pytest.mark.parametrize(("value", "says"), [(float("nan"), "not finite"), (1e300, "too large")])
+def test_weights_without_meaning_are_an_error_not_a_support(value: float, says: str) -> None:
+    weight, factor = layer()
+    weight[2, 3] = value
+    with pytest.raises(CalibrationError, match=says):
+        solve(weight, factor, NM(2, 4))
+
+
 def test_columns_that_do_not_divide_are_a_configuration_error() -> None:
     weight, factor = layer(width=66)
     with pytest.raises(ConfigError, match="no multiple of 4"):
