@@ -1,0 +1,92 @@
+"""Which option to take of each item, so that together they save enough at least error: a multiple-choice knapsack.
+
+item     something of which exactly one option is taken (a group of units; a set of linears)
+option   a saving (multiply-accumulates), and the error that it costs
+cell     one step of the axis of savings on which the dynamic programme runs
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+CELLS: Final = 8192
+"""Steps of the axis of savings, at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One way to treat an item.
+
+    Attributes:
+        saving: whole units of cost, at least 0.
+        error: what it costs in quality; finite.
+    """
+
+    saving: int
+    error: float
+
+
+def most(items: Sequence[Sequence[Option]]) -> int:
+    """The largest saving that there is."""
+    return sum(max(option.saving for option in options) for options in items)
+
+
+def choose(items: Sequence[Sequence[Option]], budget: int, *, cells: int = CELLS) -> list[int]:
+    """The choice of least total error among those that save at least `budget`.
+
+    f_i(j), the least error with which items i and later save j, is min over options of error + f_{i+1}(max(j - saving,
+    0)). Errors may fall or rise with the saving, convex or not. The axis counts in the savings' greatest common divisor
+    where the budget then fits into `cells`: the result is the best one. Otherwise it counts in budget / cells and every
+    saving is rounded down to it: the budget is still met, and the error is at most that of the best choice which saves
+    len(items) * budget / cells more.
+
+    Args:
+        items: the options of each, at least one.
+        budget: in the savings' unit; 0 or less asks for nothing.
+        cells: steps of the axis, at most.
+
+    Returns:
+        per item the index of its option; of equally good ones the first.
+
+    Raises:
+        ValueError: the budget is more than `most` of these items.
+    """
+    if budget > most(items):
+        raise ValueError(f"a saving of {budget} was asked for, and at most {most(items)} is possible")
+    unit = math.gcd(*(option.saving for options in items for option in options)) or 1
+    needed = max(-(-budget // unit), 0)
+    if needed > cells:
+        unit, needed = -(-budget // cells), cells
+        needed = -(-budget // unit)
+    savings = [[option.saving // unit for option in options] for options in items]
+    if sum(map(max, savings)) < needed:  # only rounding stands between this and the budget
+        return [max(range(len(options)), key=lambda index: options[index].saving) for options in items]
+    return _walk(_table(items, savings, needed), savings, needed)
+
+
+def _table(items: Sequence[Sequence[Option]], savings: Sequence[Sequence[int]], needed: int) -> list[torch.Tensor]:
+    """Per item the best option at every saving that is still needed, (needed + 1,), int64."""
+    axis = torch.arange(needed + 1)
+    least = torch.full((needed + 1,), torch.inf, dtype=torch.float64)
+    least[0] = 0
+    table: list[torch.Tensor] = []
+    for options, cells in zip(reversed(items), reversed(savings), strict=True):
+        best, taken = torch.full_like(least, torch.inf), torch.zeros_like(axis)
+        for index, (option, saving) in enumerate(zip(options, cells, strict=True)):
+            error = least[(axis - saving).clamp_min(0)] + option.error
+            better = error < best
+            best, taken = torch.where(better, error, best), torch.where(better, index, taken)
+        least = best
+        table.append(taken)
+    return table[::-1]
+
+
+def _walk(table: Sequence[torch.Tensor], savings: Sequence[Sequence[int]], needed: int) -> list[int]:
+    chosen = []
+    for taken, cells in zip(table, savings, strict=True):
+        chosen.append(int(taken[needed]))
+        needed = max(needed - cells[chosen[-1]], 0)
+    return chosen
