@@ -54,6 +54,14 @@ def encode(
     )
 
 
+def repeated(prompts: Prompts, times: int) -> Prompts:
+    """The prompts several times over; each occurrence gets its own noise."""
+    return Prompts(
+        texts=prompts.texts * times,
+        embeddings={name: torch.cat([value] * times) for name, value in prompts.embeddings.items()},
+    )
+
+
 def batches(count: int, size: int) -> Iterator[range]:
     for start in range(0, count, size):
         yield range(start, min(start + size, count))

@@ -11,6 +11,21 @@ from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
+class Write:
+    """How a linear's output enters a residual stream: stream after = stream before + gate * output.
+
+    Attributes:
+        stream: module whose first input is the stream after it; None: the block's output.
+        output: place of the stream in the block's output, where that has several.
+        gate: module whose output holds the gate, (rows, out), and the gate's place in it; None: the gate is 1.
+    """
+
+    stream: str | None = None
+    output: int = 0
+    gate: tuple[str, int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class LinearSpec:
     """One prunable linear.
 
@@ -21,6 +36,7 @@ class LinearSpec:
         reads: key of the input tensor. Linears with the same key read the very same tensor and share one gram.
         in_features, out_features: widths.
         tokens: which sequence it runs over, a key of Family.tokens(): "image", "text", or a resolution of a UNet.
+        writes: where it writes to a residual stream; None: it does not, or another linear of its tier does.
     """
 
     name: str
@@ -30,6 +46,7 @@ class LinearSpec:
     in_features: int
     out_features: int
     tokens: str
+    writes: Write | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +56,12 @@ class Producer:
     Attributes:
         name: module name; its weight (and bias, where there is one) loses rows.
         parts: the output holds this many stacked copies of the unit axis, all cut alike (GEGLU: 2).
+        free: whether its rows may change places inside a unit (neurons: among all) if the consumers' columns do.
     """
 
     name: str
     parts: int = 1
+    free: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,13 +2,13 @@
 
 rows     of a denoiser call
 x        a linear's input in the pruned stream, (tokens, in)
-y        what it should compute: its output in the dense stream, (tokens, out), and a part of the residual's error
-g        the gate by which that output enters the residual stream, (rows, out)
+y        what it should compute: its output in the dense stream, (tokens, out), and what closes the streams' gap
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -31,46 +31,95 @@ class _Seen(Exception):  # noqa: N818
 
 @dataclass(frozen=True, kw_only=True)
 class Glance:
-    """What was seen of one run of a block: inputs and outputs by linear, (rows, tokens, width) each."""
+    """What was seen of one run of a block, by linear.
+
+    Attributes:
+        inputs, outputs: (rows, tokens, width).
+        streams: the residual stream behind a linear that writes to one, (rows, tokens, out).
+        gates: (rows, 1, out), or the number 1.
+    """
 
     inputs: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
+    streams: Mapping[str, Tensor]
+    gates: Mapping[str, Tensor | float]
 
 
-def glance(block: nn.Module, prefix: str, linears: Sequence[LinearSpec], arguments: Arguments) -> Glance:
-    """Runs a block until these linears have run.
+def glance(
+    block: nn.Module, name: str, linears: Sequence[LinearSpec], arguments: Arguments, *, streams: bool = False
+) -> Glance:
+    """Runs a block until everything asked for has been computed.
 
     Args:
-        block: gated or not.
-        prefix: of the linears' names: the block's own name and a dot.
+        block: gated or not; a copy of the one that is called `name`.
+        name: of the block in the denoiser.
         linears: of one tier.
         arguments: of the call.
+        streams: whether residual streams are wanted too.
 
     Raises:
-        CalibrationError: one of them was not reached.
+        CalibrationError: something was not reached.
     """
-    inputs: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
-    names = {linear.name for linear in linears}
+    look = _Look(block, name, linears, streams)
+    result: Any = None
+    with look.hooked(), suppress(_Seen):
+        result = pausing.run(block, arguments)
+    return look.glance(result)
 
-    def look(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            inputs[name], outputs[name] = args[0], output
-            if outputs.keys() == names:
-                raise _Seen
 
-        return hook
+class _Look:
+    """Hooks on one run of a block."""
 
-    with ExitStack() as stack:
-        for name in names:
-            module = block.get_submodule(name.removeprefix(prefix)) if prefix else block
-            stack.callback(module.register_forward_hook(look(name)).remove)
-        with suppress(_Seen):
-            pausing.run(block, arguments)
-    missed = sorted(names - outputs.keys())
-    if missed:
-        raise CalibrationError(f"{missed[0]}: no token reached this layer; leave it out with --exclude")
-    return Glance(inputs=inputs, outputs=outputs)
+    def __init__(self, block: nn.Module, name: str, linears: Sequence[LinearSpec], streams: bool) -> None:
+        self._block, self._name, self._linears = block, name, linears
+        self._writes = {linear.name: linear.writes for linear in linears if streams and linear.writes is not None}
+        self._inputs: dict[str, Tensor] = {}
+        self._outputs: dict[str, Tensor] = {}
+        self._streams: dict[str, Tensor] = {}
+        self._gates: dict[str, Tensor | float] = {}
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for linear in self._linears:
+                module = self._module(linear.name)
+                stack.callback(module.register_forward_hook(partial(self._see_linear, linear.name)).remove)
+            for name, write in self._writes.items():
+                if write.stream is not None:
+                    module = self._module(write.stream)
+                    stack.callback(module.register_forward_pre_hook(partial(self._see_stream, name)).remove)
+                if write.gate is not None:
+                    module, place = self._module(write.gate[0]), write.gate[1]
+                    stack.callback(module.register_forward_hook(partial(self._see_gate, name, place)).remove)
+            yield
+
+    def glance(self, result: Any) -> Glance:
+        """What was seen, with what the block gave, where it ran to its end."""
+        for name, write in self._writes.items():
+            if write.stream is None and result is not None:
+                self._streams[name] = result[write.output] if isinstance(result, tuple) else result
+        missed = [each.name for each in self._linears if each.name not in self._outputs]
+        if missed:
+            raise CalibrationError(f"{missed[0]}: no token reached this layer; leave it out with --exclude")
+        return Glance(inputs=self._inputs, outputs=self._outputs, streams=self._streams, gates=self._gates)
+
+    def _module(self, name: str) -> nn.Module:
+        return self._block if name == self._name else self._block.get_submodule(name.removeprefix(f"{self._name}."))
+
+    def _see_linear(self, name: str, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        self._inputs[name], self._outputs[name] = args[0], output
+        self._stop_when_done()
+
+    def _see_stream(self, name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
+        self._streams[name] = args[0]
+        self._stop_when_done()
+
+    def _see_gate(self, name: str, place: int, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        self._gates[name] = output[place].unsqueeze(1)
+
+    def _stop_when_done(self) -> None:
+        if len(self._outputs) == len(self._linears) and self._streams.keys() == self._writes.keys():
+            raise _Seen
 
 
 class TierMoments:
@@ -93,59 +142,109 @@ class TierMoments:
         }
         self._targets = {linear.name: _TargetSums(linear, device) for linear in linears}
 
-    def add(self, pruned: Glance, wanted: Mapping[str, Tensor], weight: float) -> None:
+    def add(self, dense: Glance, pruned: Glance, weight: float) -> None:
         """Counts one call.
 
         Args:
+            dense: of the dense stream.
             pruned: of the pruned stream.
-            wanted: per linear y, (rows, tokens, out).
-            weight: of each of its tokens.
+            weight: of each token.
 
         Raises:
             CalibrationError: linears that should share an input do not, or a value is not finite (names the layer).
         """
         for linear in self._linears:
-            x, leader = pruned.inputs[linear.name], self._leaders[linear.reads]
+            name = linear.name
+            x, leader = pruned.inputs[name], self._leaders[linear.reads]
             first = pruned.inputs[leader]
             if x.data_ptr() != first.data_ptr() or x.shape != first.shape:
-                raise CalibrationError(f"{linear.name} and {leader} were taken to read the same input and do not")
+                raise CalibrationError(f"{name} and {leader} were taken to read the same input and do not")
             rows = _spaced(x)  # (tokens, in)
-            if leader == linear.name:
-                try:
+            try:
+                if leader == name:
                     self._grams[linear.reads].add(rows, weight)
-                except CalibrationError as error:
-                    raise CalibrationError(f"{linear.name}: {error}") from None
-            self._targets[linear.name].add(rows, _spaced(wanted[linear.name]), weight)
+                self._targets[name].add(rows, _spaced(dense.outputs[name]), weight)
+                if name in dense.streams:
+                    self._targets[name].add_gap(rows, dense, pruned, weight)
+            except CalibrationError as error:
+                raise CalibrationError(f"{name}: {error}") from None
 
-    def finish(self) -> tuple[dict[str, Gram], dict[str, Target]]:
-        """Grams by LinearSpec.reads, targets by linear."""
-        targets = {name: sums.target() for name, sums in self._targets.items()}
+    def finish(self, repair: float) -> tuple[dict[str, Gram], dict[str, Target]]:
+        """Grams by LinearSpec.reads, targets by linear; `repair` is the share of a stream's error to make up for."""
+        targets = {name: sums.target(repair) for name, sums in self._targets.items()}
         return {reads: sums.gram() for reads, sums in self._grams.items()}, targets
 
 
-class _TargetSums:
+class _Products:
+    """E[y x^T], E[y] and E[y^2] of some y."""
+
     def __init__(self, linear: LinearSpec, device: torch.device) -> None:
-        self._name = linear.name
-        self._cross = torch.zeros(linear.out_features, linear.in_features, dtype=torch.float64, device=device)
-        self._sum = torch.zeros(linear.out_features, dtype=torch.float64, device=device)
-        self._energy = torch.zeros_like(self._sum)
+        self.cross = torch.zeros(linear.out_features, linear.in_features, dtype=torch.float64, device=device)
+        self.sum = torch.zeros(linear.out_features, dtype=torch.float64, device=device)
+
+    def add(self, x: Tensor, y: Tensor, weight: float) -> None:
+        with full_precision():
+            self.cross.add_(y.mT @ x, alpha=weight)
+        self.sum.add_(y.sum(dim=0, dtype=torch.float64), alpha=weight)
+
+
+class _TargetSums:
+    """Moments of a linear's target: the dense output y, and what would close the gap of the residual streams.
+
+    With s the stream behind the linear and g its gate, the streams before it differ by d = (s - g y) of the dense
+    model less that of the pruned one. The output that makes up for it is y + d / g. Where g varies between calls, its
+    least-squares weight is g^2, of which one gram for all channels can know the mean only: y + g d / E[g^2].
+    """
+
+    def __init__(self, linear: LinearSpec, device: torch.device) -> None:
+        self._linear, self._device = linear, device
+        self._plain = _Products(linear, device)
+        self._gap: _Products | None = None
+        self._energies = torch.zeros(4, linear.out_features, dtype=torch.float64, device=device)
         self._weight = 0.0
 
     def add(self, x: Tensor, y: Tensor, weight: float) -> None:
-        wide, wanted = (value.to(torch.promote_types(value.dtype, torch.float32)) for value in (x, y))
-        with full_precision():
-            self._cross.add_(wanted.mT @ wide, alpha=weight)
-        energy = wanted.square().sum(dim=0, dtype=torch.float64)
+        """Counts x, (tokens, in), and y, (tokens, out)."""
+        wide, wanted = _wide(x), _wide(y)
+        energy = _sum(wanted.square())
         if not bool(energy.isfinite().all()):
-            raise CalibrationError(f"{self._name}: the dense model's output is not finite; are its weights?")
-        self._sum.add_(wanted.sum(dim=0, dtype=torch.float64), alpha=weight)
-        self._energy.add_(energy, alpha=weight)
+            raise CalibrationError("the dense model's output is not finite; are its weights?")
+        self._plain.add(wide, wanted, weight)
+        self._energies[0] += weight * energy
         self._weight += weight * len(x)
 
-    def target(self) -> Target:
-        return Target(
-            cross=self._cross / self._weight, mean=self._sum / self._weight, energy=self._energy / self._weight
-        )
+    def add_gap(self, x: Tensor, dense: Glance, pruned: Glance, weight: float) -> None:
+        """Counts the gap between the two streams at the tokens x, (tokens, in)."""
+        if self._gap is None:
+            self._gap = _Products(self._linear, self._device)
+        name = self._linear.name
+        gate = dense.gates.get(name, 1.0)
+        before = [each.streams[name] - gate * each.outputs[name] for each in (dense, pruned)]
+        gap = _wide(_spaced(gate * (before[0] - before[1])))  # (tokens, out)
+        wanted = _wide(_spaced(dense.outputs[name]))
+        self._gap.add(_wide(x), gap, weight)
+        squares = (gate * torch.ones_like(before[0])).square()
+        for place, value in ((1, wanted * gap), (2, gap.square()), (3, _wide(_spaced(squares)))):
+            self._energies[place] += weight * _sum(value)
+
+    def target(self, repair: float) -> Target:
+        cross, mean, energy = self._plain.cross, self._plain.sum, self._energies[0]
+        if self._gap is not None:
+            share = repair * self._weight / self._energies[3].clamp_min(torch.finfo(torch.float64).tiny)  # (out,)
+            share[self._energies[3] == 0] = 0
+            cross = cross + share[:, None] * self._gap.cross
+            mean = mean + share * self._gap.sum
+            energy = energy + 2 * share * self._energies[1] + share.square() * self._energies[2]
+        return Target(cross=cross / self._weight, mean=mean / self._weight, energy=energy / self._weight)
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def _sum(value: Tensor) -> Tensor:
+    """Over tokens, (tokens, out) -> (out,), float64."""
+    return value.sum(dim=0, dtype=torch.float64)
 
 
 def _spaced(value: Tensor) -> Tensor:

@@ -44,9 +44,12 @@ class Recipe:
         damp: added to a gram's diagonal, as a fraction of its mean.
         block_columns: columns per lazy update of the OBS sweep.
         gram_budget_bytes: where given, packages are split by this instead of by count.
+        draws: pictures that a streamed method draws of each prompt, each from noise of its own.
+        trajectory_steps: sampler steps by which it draws them.
         kept_steps: steps of each batch of prompts whose denoiser calls a streamed method looks at.
-        mix: of a streamed method: 1 fits layers to the dense model's outputs, 0 to what they themselves make of their
-            present inputs.
+        repair: of a streamed method: the share of a residual stream's error that the linears which write to it are to
+            make up for.
+        permute: of a streamed method: whether channels may change places where N:M then costs less.
     """
 
     model: str
@@ -69,8 +72,11 @@ class Recipe:
     time_weights: str
     packages: int
     gram_budget_bytes: int | None
+    draws: int
+    trajectory_steps: int
     kept_steps: int
-    mix: float
+    repair: float
+    permute: bool
 
     def to_json(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)

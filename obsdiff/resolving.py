@@ -51,14 +51,16 @@ def resolve(
         raise ConfigError("there is no prompt to calibrate on; give some with --prompts-file")
     options = dict(settings.method_options or {})
     block_columns = int(options.pop("block", 128))
-    mix = float(options.pop("mix", 1.0))
+    repair = float(options.pop("repair", 0.5))
+    permute = bool(options.pop("permute", 1))
     if options:
-        raise ConfigError(f"method_options.{next(iter(options))}: no such option; there are block and mix")
+        raise ConfigError(f"method_options.{next(iter(options))}: no such option; there are block, repair and permute")
     first, last = family.protect
     sparsity = parse(settings.sparsity)
     method = _method(settings.method, sparsity)
     runs = sampling(settings, defaults)
     steps = runs.num_inference_steps
+    trajectory_steps = _at_least("--trajectory-steps", 1, settings.trajectory_steps, -(-steps // 2))
     return Recipe(
         model=model,
         revision=settings.revision,
@@ -83,8 +85,11 @@ def resolve(
             SCHEDULES,
         ),
         packages=_at_least("--packages", 1, settings.packages, 4),
-        kept_steps=_at_least("--kept-steps", 1, settings.kept_steps, -(-steps // 4)),
-        mix=mix,
+        draws=_at_least("--draws", 1, settings.draws, 3),
+        trajectory_steps=trajectory_steps,
+        kept_steps=_at_least("--kept-steps", 1, settings.kept_steps, 2),
+        repair=repair,
+        permute=permute,
         gram_budget_bytes=None if settings.gram_budget is None else parse_bytes(settings.gram_budget, "--gram-budget"),
     )
 

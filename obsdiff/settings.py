@@ -59,7 +59,9 @@ class Settings:
         "log-decrease (1.2 to 0.8), uniform, linear-increase, linear-decrease or log-increase; default: the method's",
     ] = None
     packages: Annotated[int | None, "calibration passes the layers are split into; default: 4"] = None
-    kept_steps: Annotated[int | None, "steps of each prompt that a streamed method looks at; default: a quarter"] = None
+    draws: Annotated[int | None, "pictures drawn of each prompt by a streamed method; default: 3"] = None
+    trajectory_steps: Annotated[int | None, "denoising steps it draws them by; default: half of --steps"] = None
+    kept_steps: Annotated[int | None, "steps of each picture that it looks at; default: 2"] = None
     gram_budget: Annotated[str | None, "split by memory for grams instead, such as 8GiB"] = None
 
     dtype: Annotated[str | None, "precision in the ONNX graphs: auto, fp32, fp16 or bf16; auto: fp16 for engines"] = (

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from obsdiff import calibration, moments, pausing, trajectories
 from obsdiff.core import timesteps
+from obsdiff.core.permutation import permute
 from obsdiff.families import Family
 from obsdiff.groups import Group, LinearSpec
 from obsdiff.methods import Layer, Method, Options, Pruned
@@ -25,6 +26,7 @@ from obsdiff.residuals import block_modules
 from obsdiff.results import Journal, LayerResult, PackageResult
 from obsdiff.sparsity import NM, Pattern, Unstructured
 from obsdiff.trajectories import Call
+from obsdiff_runtime.errors import CalibrationError
 from obsdiff_runtime.progress import Progress
 
 DENSE = Unstructured(ratio=0.0)
@@ -69,8 +71,14 @@ def prune(
     """
     denoiser: nn.Module = getattr(pipeline, family.denoiser)
     prompts = calibration.encode(pipeline, family, recipe.prompts, recipe.sampling)
+    sampling = replace(recipe.sampling, num_inference_steps=recipe.trajectory_steps)
     calls = trajectories.record(
-        pipeline, family, prompts, recipe.sampling, kept_steps=recipe.kept_steps, progress=progress
+        pipeline,
+        family,
+        calibration.repeated(prompts, recipe.draws),
+        sampling,
+        kept_steps=recipe.kept_steps,
+        progress=progress,
     )
     run = _Run(denoiser, family, recipe, method, options, assignment, calls, stored)
     kept: dict[str, tuple[int, ...]] = {}
@@ -107,9 +115,16 @@ class _Run:
         self._assignment, self._calls, self._stored = assignment, calls, stored
         self._linears = family.linears(denoiser)
         self.blocks = block_modules(self._linears)
-        weights = timesteps.weights(recipe.time_weights, recipe.sampling.num_inference_steps).tolist()
+        last = family.output(denoiser)
+        self._patterns = dict(assignment.patterns)
+        if last is not None:
+            self._patterns[last.name] = DENSE
+            self._linears = (*self._linears, last)
+            self.blocks = (*self.blocks, last.name)
+        weights = timesteps.weights(recipe.time_weights, recipe.trajectory_steps).tolist()
         self._weights = [weights[call.step] for call in calls]
-        self._mix = recipe.mix
+        self._repair, self._permutes = recipe.repair, recipe.permute
+        self._groups = family.groups(denoiser)
         self._group_of = {
             name: group
             for group in assignment.groups
@@ -146,7 +161,7 @@ class _Run:
             tier = [linear for linear in members if self._changes(linear)]
             if not tier:
                 continue
-            found = self._tier(tier, f"{name}.", block, dense)
+            found = self._tier(tier, name, block, dense)
             weights.update(found.weights)
             kept.update(found.kept)
             layers += found.layers
@@ -154,18 +169,17 @@ class _Run:
         return PackageResult(weights=weights, kept=kept, layers=tuple(layers))
 
     def _changes(self, linear: LinearSpec) -> bool:
-        return linear.name in self._assignment.patterns or linear.name in self._group_of
+        return linear.name in self._patterns or linear.name in self._group_of
 
-    def _tier(self, tier: Sequence[LinearSpec], prefix: str, block: nn.Module, dense: nn.Module) -> PackageResult:
+    def _tier(self, tier: Sequence[LinearSpec], name: str, block: nn.Module, dense: nn.Module) -> PackageResult:
         """Collects a tier's moments over all calls and solves it."""
         sums = moments.TierMoments(tier, self._weight(tier[0].name).device)
+        streams = self._repair > 0
         for before, after, weight in zip(self._dense, self._pruned, self._weights, strict=True):
-            wanted = moments.glance(dense, prefix, tier, before.arguments).outputs
-            seen = moments.glance(block, prefix, tier, after.arguments)
-            if self._mix < 1:
-                wanted = {name: torch.lerp(seen.outputs[name], output, self._mix) for name, output in wanted.items()}
-            sums.add(seen, wanted, weight)
-        grams, targets = sums.finish()
+            wanted = moments.glance(dense, name, tier, before.arguments, streams=streams)
+            seen = moments.glance(block, name, tier, after.arguments, streams=streams)
+            sums.add(wanted, seen, weight)
+        grams, targets = sums.finish(self._repair)
         layers = {
             linear.name: Layer(
                 name=linear.name,
@@ -177,7 +191,35 @@ class _Run:
             )
             for linear in tier
         }
-        return self._solved(tier, layers)
+        moved = self._permute(layers) if self._permutes else {}
+        solved = self._solved(tier, layers)
+        return replace(solved, weights={**moved, **solved.weights})
+
+    def _permute(self, layers: dict[str, Layer]) -> dict[str, Tensor]:
+        """Reorders the channels between a producer and its consumers where N:M then costs less.
+
+        Changes `layers`, the consumers; returns the new tensors of the producers, by parameter name.
+        """
+        moved: dict[str, Tensor] = {}
+        for group in self._groups:
+            pattern = self._patterns.get(group.consumers[0])
+            if not isinstance(pattern, NM) or not layers.keys() >= set(group.consumers):
+                continue
+            free = [producer for producer in group.producers if producer.free]
+            if group.name in self._assignment.removals or any(each.name not in self._patterns for each in free):
+                continue
+            scores = [_score(layers[name]) for name in group.consumers]
+            width = group.width if group.width > 1 else None
+            order = permute(scores, pattern, width=width)
+            for name in group.consumers:
+                layers[name] = _reduced(layers[name], order)
+            for producer in free:
+                rows = torch.cat([order + part * len(order) for part in range(producer.parts)])
+                moved[f"{producer.name}.weight"] = self._weight(producer.name)[rows]
+                bias = self._bias(producer.name)
+                if bias is not None:
+                    moved[f"{producer.name}.bias"] = bias[rows]
+        return moved
 
     def _solved(self, tier: Sequence[LinearSpec], layers: Mapping[str, Layer]) -> PackageResult:
         solutions: dict[str, tuple[Pruned, str]] = {}
@@ -192,13 +234,15 @@ class _Run:
             kept[group.name] = tuple(keep.tolist())
             for name, solution in zip(group.consumers, pruned, strict=True):
                 solutions[name] = solution, f"{group.kind} {len(keep)}/{group.units}"
-        for sharing in _alike(tier, self._assignment.patterns):
-            pattern = self._assignment.patterns[sharing[0].name]
+        for sharing in _alike(tier, self._patterns):
+            pattern = self._patterns[sharing[0].name]
             columns = [_columns(solutions.get(linear.name)) for linear in sharing]
             reduced = [_reduced(layers[linear.name], part) for linear, part in zip(sharing, columns, strict=True)]
             pruned = self._method.prune_weights(reduced, pattern, self._options)
             for linear, solution, part in zip(sharing, pruned, columns, strict=True):
-                what = str(pattern) if part is None else f"{solutions[linear.name][1]}, {pattern}"
+                what = "dense, refitted" if pattern is DENSE else str(pattern)
+                if part is not None:
+                    what = f"{solutions[linear.name][1]}, {what}"
                 solutions[linear.name] = _widened(solution, layers[linear.name], part), what
         return self._package(solutions, kept)
 
@@ -209,7 +253,7 @@ class _Run:
             weight = weights[f"{name}.weight"] = solution.weight.to(self._stored)
             if solution.bias is not None:
                 weights[f"{name}.bias"] = solution.bias.to(self._stored)
-            stays = weight[:, weight.any(dim=0)] if name in self._group_of else weight
+            stays = weight[:, solution.keep.any(dim=0)] if name in self._group_of else weight
             zeros = float((stays == 0).sum()) / max(stays.numel(), 1)
             records.append(LayerResult(name=name, pattern=what, loss=solution.loss, zeros=zeros))
         return PackageResult(weights=weights, kept=kept, layers=tuple(records))
@@ -255,13 +299,21 @@ def _alike(tier: Sequence[LinearSpec], patterns: Mapping[str, Pattern]) -> list[
     return list(alike.values())
 
 
+def _score(layer: Layer) -> Tensor:
+    """What losing a weight costs, as a share of the output's energy, (out, in): w^2 times its input's variance."""
+    if layer.gram is None or layer.mean is None or layer.target is None:
+        raise CalibrationError(f"{layer.name}: has no moments")
+    variance = layer.gram.diagonal() - layer.mean.square()
+    return layer.weight.double().square() * variance.clamp_min(0) / layer.target.energy.sum()
+
+
 def _columns(solution: tuple[Pruned, str] | None) -> Tensor | None:
     """The columns that the removal of units left, None where none was removed."""
     return None if solution is None else solution[0].keep[0].nonzero().flatten()
 
 
 def _reduced(layer: Layer, columns: Tensor | None) -> Layer:
-    """The layer without the removed columns."""
+    """The layer with these columns only, in this order."""
     if columns is None or layer.gram is None or layer.mean is None or layer.target is None:
         return layer
     return replace(

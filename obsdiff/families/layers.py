@@ -5,11 +5,13 @@ Sizes always come from the modules, so that everything here holds on the meta de
 
 from torch import nn
 
-from obsdiff.groups import Group, LinearSpec, Producer
+from obsdiff.groups import Group, LinearSpec, Producer, Write
 from obsdiff_runtime.errors import ModelError
 
 
-def linear(denoiser: nn.Module, name: str, *, block: int, tier: int, reads: str, tokens: str) -> LinearSpec:
+def linear(
+    denoiser: nn.Module, name: str, *, block: int, tier: int, reads: str, tokens: str, writes: Write | None = None
+) -> LinearSpec:
     """The prunable linear of that name.
 
     Raises:
@@ -29,6 +31,7 @@ def linear(denoiser: nn.Module, name: str, *, block: int, tier: int, reads: str,
         in_features=module.in_features,
         out_features=module.out_features,
         tokens=tokens,
+        writes=writes,
     )
 
 
@@ -63,7 +66,9 @@ def heads(denoiser: nn.Module, name: str, *, block: int) -> Group:
         block=block,
         units=units,
         width=size(attention.get_submodule("to_q"), "out_features") // units,
-        producers=tuple(Producer(name=f"{name}.{producer}") for producer in producers),
+        producers=tuple(
+            Producer(name=f"{name}.{producer}", free=producer in ("to_v", "add_v_proj")) for producer in producers
+        ),
         consumers=tuple(f"{name}.{consumer}" for consumer in consumers),
         attention=name,
     )

@@ -23,7 +23,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from obsdiff.families import layers, parts
-from obsdiff.groups import Group, LinearSpec
+from obsdiff.groups import Group, LinearSpec, Write
 from obsdiff_export.component import Component
 
 name: str = "sd3"
@@ -36,11 +36,25 @@ protect: tuple[int, int] = (1, 1)
 def linears(denoiser: nn.Module) -> tuple[LinearSpec, ...]:
     """See `Family.linears`. Tiers: into the heads, out of them, into the neurons, out of them."""
     return tuple(
-        layers.linear(denoiser, f"{prefix}.{linear}", block=block, tier=tier, reads=f"{prefix}.{reads}", tokens=tokens)
+        layers.linear(
+            denoiser,
+            f"{prefix}.{linear}",
+            block=block,
+            tier=tier,
+            reads=f"{prefix}.{reads}",
+            tokens=tokens,
+            writes=_writes(prefix, linear),
+        )
         for block, prefix, module in _blocks(denoiser)
         for tier, reads, tokens, linears in _inputs(module)
         for linear in linears
     )
+
+
+def output(denoiser: nn.Module) -> LinearSpec | None:
+    """See `Family.output`."""
+    blocks = sum(1 for _ in _blocks(denoiser))
+    return layers.linear(denoiser, "proj_out", block=blocks, tier=0, reads="norm_out", tokens="image")
 
 
 def groups(denoiser: nn.Module) -> tuple[Group, ...]:
@@ -152,6 +166,20 @@ def _blocks(denoiser: nn.Module) -> Iterator[tuple[int, str, nn.Module]]:
     blocks = denoiser.get_submodule("transformer_blocks")
     for child, module in blocks.named_children():
         yield int(child), f"transformer_blocks.{child}", module
+
+
+def _writes(prefix: str, linear: str) -> Write | None:
+    """The gates are the second and the fifth thing that the norm in front of the attention gives."""
+    match linear:
+        case "attn.to_out.0":
+            return Write(stream=f"{prefix}.norm2", gate=(f"{prefix}.norm1", 1))
+        case "attn.to_add_out":
+            return Write(stream=f"{prefix}.norm2_context", gate=(f"{prefix}.norm1_context", 1))
+        case "ff.net.2":
+            return Write(output=1, gate=(f"{prefix}.norm1", 4))
+        case "ff_context.net.2":
+            return Write(output=0, gate=(f"{prefix}.norm1_context", 4))
+    return None
 
 
 def _inputs(block: nn.Module) -> Iterator[tuple[int, str, str, tuple[str, ...]]]:

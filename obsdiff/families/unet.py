@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from obsdiff.families import layers, parts
-from obsdiff.groups import Group, LinearSpec
+from obsdiff.groups import Group, LinearSpec, Write
 from obsdiff_export.component import Component
 from obsdiff_runtime.errors import ConfigError, ModelError
 
@@ -44,11 +44,17 @@ def linears(denoiser: nn.Module) -> tuple[LinearSpec, ...]:
             tier=tier,
             reads=_TEXT if reads == _TEXT else f"{prefix}.{reads}",
             tokens="text" if reads == _TEXT else f"image/{factor}",
+            writes=_writes(prefix, linear),
         )
         for block, (factor, prefix, module) in enumerate(_blocks(denoiser))
         for tier, reads, linears in _inputs(module)
         for linear in linears
     )
+
+
+def output(denoiser: nn.Module) -> LinearSpec | None:
+    """See `Family.output`: None, the last layer is a convolution."""
+    return None
 
 
 def groups(denoiser: nn.Module) -> tuple[Group, ...]:
@@ -225,6 +231,17 @@ def _stages(denoiser: nn.Module) -> Iterator[tuple[int, str, nn.Module]]:
     for child, stage in denoiser.get_submodule("up_blocks").named_children():
         yield factor, f"up_blocks.{child}", stage
         factor //= 2 if layers.present(stage, "upsamplers") else 1
+
+
+def _writes(prefix: str, linear: str) -> Write | None:
+    match linear:
+        case "attn1.to_out.0":
+            return Write(stream=f"{prefix}.norm2")
+        case "attn2.to_out.0":
+            return Write(stream=f"{prefix}.norm3")
+        case "ff.net.2":
+            return Write()
+    return None
 
 
 def _inputs(block: nn.Module) -> Iterator[tuple[int, str, tuple[str, ...]]]:
