@@ -54,7 +54,7 @@ def runs_table(folders: Sequence[Path], reports: Sequence[Report], spread: Mappi
     headings, rows = wording.runs(folders, reports, spread)
     table.add_column("", overflow="fold")
     for heading in headings:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for label, *cells in rows:
         table.add_row(label, *cells, end_section=label == str(folders[-1]))
     return table

@@ -119,8 +119,8 @@ def runs(
     rows = [row("dense", dense)] if dense else []
     rows += [row(str(folder), run, ABSENT) for folder, run in zip(folders, figures, strict=True)]
     if spread:
-        for label, field in (("mean", "mean"), ("standard deviation", "std"), ("least", "least"), ("most", "most")):
-            rows.append(row(label, {name: getattr(of, field) for name, of in spread.items()}))
+        for part in ("mean", "std", "least", "most"):
+            rows.append(row(part, {name: getattr(of, part) for name, of in spread.items()}))
     return tuple(headings.values()), tuple(rows)
 
 
@@ -129,7 +129,7 @@ def _figure(value: float | None, share: bool, absent: str) -> str:
         return absent
     if math.isinf(value):
         return "identical"
-    return percent(value) if share else f"{value:.3g}"
+    return percent(value) if share else f"{value:#.3g}"
 
 
 def speedup(latency: LatencyPair) -> str:
@@ -241,7 +241,7 @@ def _quality(evaluation: Evaluation) -> list[Row]:
     rows += [
         Row(label="velocity error, relative", dense="0", pruned=small(evaluation.velocity_error)),
         Row(
-            label="residual stream after the last block, relative error",
+            label="last block's output, relative error",
             dense="0",
             pruned=small(evaluation.block_error),
         ),

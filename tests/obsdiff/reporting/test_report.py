@@ -212,13 +212,13 @@ def test_runs_side_by_side_have_a_row_each_and_their_mean_and_deviation(make_rep
     folders, reports = side_by_side(make_report)
     spread = Evaluated(folders=tuple(folders), reports=tuple(reports)).spread
     headings, rows = wording.runs(folders, reports, spread)
-    assert [row[0] for row in rows] == ["dense", *map(str, folders), "mean", "standard deviation", "least", "most"]
+    assert [row[0] for row in rows] == ["dense", *map(str, folders), "mean", "std", "least", "most"]
     assert all(len(row) == 1 + len(headings) for row in rows)
     column = {row[0]: row[1 + headings.index("PSNR, dB")] for row in rows}
     assert column[str(folders[1])] == "identical"
     assert column["mean"] == ""  # an infinite ratio has no mean
     velocity = {row[0]: row[1 + headings.index("velocity")] for row in rows}
-    assert velocity["standard deviation"] == f"{0.02 / 2**0.5:.3g}"
+    assert velocity["std"] == f"{0.02 / 2**0.5:#.3g}"
     assert velocity["dense"] == ""
     obeyed = {row[0]: row[1 + headings.index("obeyed")] for row in rows}
     assert obeyed["dense"].endswith(" %")
