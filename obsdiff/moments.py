@@ -31,52 +31,68 @@ class _Seen(Exception):  # noqa: N818
 
 @dataclass(frozen=True, kw_only=True)
 class Glance:
-    """What was seen of one run of a block, by linear.
+    """What was seen of one run of a block, by linear, at the tokens that count.
 
     Attributes:
-        inputs, outputs: (rows, tokens, width).
-        streams: the residual stream behind a linear that writes to one, (rows, tokens, out).
-        gates: (rows, 1, out), or the number 1.
+        inputs: (rows, tokens, in).
+        outputs: (rows, tokens, out).
+        bases: where the linear writes to a residual stream, that stream before it, (rows, tokens, out).
+        gates: where there is a base, (rows, 1, out), or the number 1.
+        sources: address and shape of the input, the same for linears that read the very same tensor.
     """
 
     inputs: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
-    streams: Mapping[str, Tensor]
+    bases: Mapping[str, Tensor]
     gates: Mapping[str, Tensor | float]
+    sources: Mapping[str, tuple[int, torch.Size]]
 
 
 def glance(
-    block: nn.Module, name: str, linears: Sequence[LinearSpec], arguments: Arguments, *, streams: bool = False
-) -> Glance:
+    block: nn.Module,
+    name: str,
+    linears: Sequence[LinearSpec],
+    arguments: Arguments,
+    *,
+    streams: bool,
+    whole: bool = False,
+) -> tuple[Glance, Any]:
     """Runs a block until everything asked for has been computed.
 
     Args:
-        block: gated or not; a copy of the one that is called `name`.
+        block: gated or not.
         name: of the block in the denoiser.
-        linears: of one tier.
+        linears: of this block.
         arguments: of the call.
         streams: whether residual streams are wanted too.
+        whole: whether to go on to the end of the block; its inputs are not kept then.
+
+    Returns:
+        what was seen, and what the block gave, None where it was not run to its end.
 
     Raises:
         CalibrationError: something was not reached.
     """
-    look = _Look(block, name, linears, streams)
+    look = _Look(block, name, linears, streams=streams, whole=whole)
     result: Any = None
     with look.hooked(), suppress(_Seen):
         result = pausing.run(block, arguments)
-    return look.glance(result)
+    return look.glance(result), result
 
 
 class _Look:
     """Hooks on one run of a block."""
 
-    def __init__(self, block: nn.Module, name: str, linears: Sequence[LinearSpec], streams: bool) -> None:
-        self._block, self._name, self._linears = block, name, linears
+    def __init__(
+        self, block: nn.Module, name: str, linears: Sequence[LinearSpec], *, streams: bool, whole: bool
+    ) -> None:
+        self._block, self._name, self._linears, self._whole = block, name, linears, whole
         self._writes = {linear.name: linear.writes for linear in linears if streams and linear.writes is not None}
         self._inputs: dict[str, Tensor] = {}
         self._outputs: dict[str, Tensor] = {}
         self._streams: dict[str, Tensor] = {}
         self._gates: dict[str, Tensor | float] = {}
+        self._sources: dict[str, tuple[int, torch.Size]] = {}
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -97,27 +113,35 @@ class _Look:
         """What was seen, with what the block gave, where it ran to its end."""
         for name, write in self._writes.items():
             if write.stream is None and result is not None:
-                self._streams[name] = result[write.output] if isinstance(result, tuple) else result
+                self._streams[name] = _spaced(result[write.output] if isinstance(result, tuple) else result)
         missed = [each.name for each in self._linears if each.name not in self._outputs]
         if missed:
             raise CalibrationError(f"{missed[0]}: no token reached this layer; leave it out with --exclude")
-        return Glance(inputs=self._inputs, outputs=self._outputs, streams=self._streams, gates=self._gates)
+        bases = {
+            name: stream - self._gates.get(name, 1.0) * self._outputs[name] for name, stream in self._streams.items()
+        }
+        return Glance(inputs=self._inputs, outputs=self._outputs, bases=bases, gates=self._gates, sources=self._sources)
 
     def _module(self, name: str) -> nn.Module:
         return self._block if name == self._name else self._block.get_submodule(name.removeprefix(f"{self._name}."))
 
     def _see_linear(self, name: str, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self._inputs[name], self._outputs[name] = args[0], output
+        self._outputs[name] = _spaced(output)
+        if not self._whole:
+            self._inputs[name] = _spaced(args[0])
+            self._sources[name] = args[0].data_ptr(), args[0].shape
         self._stop_when_done()
 
     def _see_stream(self, name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
-        self._streams[name] = args[0]
+        self._streams[name] = _spaced(args[0])
         self._stop_when_done()
 
     def _see_gate(self, name: str, place: int, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         self._gates[name] = output[place].unsqueeze(1)
 
     def _stop_when_done(self) -> None:
+        if self._whole:
+            return
         if len(self._outputs) == len(self._linears) and self._streams.keys() == self._writes.keys():
             raise _Seen
 
@@ -154,18 +178,16 @@ class TierMoments:
             CalibrationError: linears that should share an input do not, or a value is not finite (names the layer).
         """
         for linear in self._linears:
-            name = linear.name
-            x, leader = pruned.inputs[name], self._leaders[linear.reads]
-            first = pruned.inputs[leader]
-            if x.data_ptr() != first.data_ptr() or x.shape != first.shape:
+            name, leader = linear.name, self._leaders[linear.reads]
+            if pruned.sources[name] != pruned.sources[leader]:
                 raise CalibrationError(f"{name} and {leader} were taken to read the same input and do not")
-            rows = _spaced(x)  # (tokens, in)
+            x = pruned.inputs[name].flatten(0, -2)  # (tokens, in)
             try:
                 if leader == name:
-                    self._grams[linear.reads].add(rows, weight)
-                self._targets[name].add(rows, _spaced(dense.outputs[name]), weight)
-                if name in dense.streams:
-                    self._targets[name].add_gap(rows, dense, pruned, weight)
+                    self._grams[linear.reads].add(x, weight)
+                self._targets[name].add(x, dense.outputs[name].flatten(0, -2), weight)
+                if name in dense.bases:
+                    self._targets[name].add_gap(x, dense, pruned, weight)
             except CalibrationError as error:
                 raise CalibrationError(f"{name}: {error}") from None
 
@@ -219,12 +241,12 @@ class _TargetSums:
             self._gap = _Products(self._linear, self._device)
         name = self._linear.name
         gate = dense.gates.get(name, 1.0)
-        before = [each.streams[name] - gate * each.outputs[name] for each in (dense, pruned)]
-        gap = _wide(_spaced(gate * (before[0] - before[1])))  # (tokens, out)
-        wanted = _wide(_spaced(dense.outputs[name]))
+        difference = dense.bases[name] - pruned.bases[name]
+        gap = _wide(gate * difference).flatten(0, -2)  # (tokens, out)
+        wanted = _wide(dense.outputs[name]).flatten(0, -2)
+        squares = _wide(gate * torch.ones_like(difference)).flatten(0, -2).square()
         self._gap.add(_wide(x), gap, weight)
-        squares = (gate * torch.ones_like(before[0])).square()
-        for place, value in ((1, wanted * gap), (2, gap.square()), (3, _wide(_spaced(squares)))):
+        for place, value in ((1, wanted * gap), (2, gap.square()), (3, squares)):
             self._energies[place] += weight * _sum(value)
 
     def target(self, repair: float) -> Target:
@@ -248,8 +270,8 @@ def _sum(value: Tensor) -> Tensor:
 
 
 def _spaced(value: Tensor) -> Tensor:
-    """(rows, tokens, width) -> (rows * TOKENS at most, width)."""
+    """(rows, tokens, width) -> (rows, TOKENS at most, width), evenly spaced."""
     if value.ndim < 3 or value.shape[-2] <= TOKENS:
-        return value.flatten(0, -2)
+        return value
     places = torch.linspace(0, value.shape[-2] - 1, TOKENS, device=value.device).round().long()
-    return value[..., places, :].flatten(0, -2)
+    return value[..., places, :]

@@ -5,7 +5,6 @@ the dense blocks before it computed, the other with what the pruned ones did. So
 will get, and is fitted to what the dense model computes at that place; nothing is run twice but the block at hand.
 """
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -123,7 +122,7 @@ class _Run:
             self.blocks = (*self.blocks, last.name)
         weights = timesteps.weights(recipe.time_weights, recipe.trajectory_steps).tolist()
         self._weights = [weights[call.step] for call in calls]
-        self._repair, self._permutes = recipe.repair, recipe.permute
+        self._recipe = recipe
         self._groups = family.groups(denoiser)
         self._group_of = {
             name: group
@@ -141,27 +140,34 @@ class _Run:
         block = self._denoiser.get_submodule(name)
         for stream in (self._dense, self._pruned):
             pausing.check_at(stream, block, name)
-        dense = copy.deepcopy(block)
+        linears = [linear for linear in self._linears if linear.block == index and self._changes(linear)]
+        dense = [self._pass_dense(waiting, block, name, linears) for waiting in self._dense]
         if known is None:
-            known = self._solve(index, name, block, dense)
+            known = self._solve(block, name, linears, dense)
         else:
             self._write(known.weights)
-        for waiting in self._dense:
-            waiting.resume(pausing.run(dense, waiting.arguments))
         for waiting in self._pruned:
             waiting.resume(pausing.run(block, waiting.arguments))
         return known
 
-    def _solve(self, index: int, name: str, block: nn.Module, dense: nn.Module) -> PackageResult:
+    def _pass_dense(
+        self, waiting: PausedPass, block: nn.Module, name: str, linears: Sequence[LinearSpec]
+    ) -> moments.Glance:
+        """Moves a pass of the dense stream on; the block is still dense."""
+        seen, output = moments.glance(
+            block, name, linears, waiting.arguments, streams=self._recipe.repair > 0, whole=True
+        )
+        waiting.resume(output)
+        return seen
+
+    def _solve(
+        self, block: nn.Module, name: str, linears: Sequence[LinearSpec], dense: Sequence[moments.Glance]
+    ) -> PackageResult:
         weights: dict[str, Tensor] = {}
         kept: dict[str, tuple[int, ...]] = {}
         layers: list[LayerResult] = []
-        mine = sorted((linear for linear in self._linears if linear.block == index), key=lambda each: each.tier)
-        for _, members in groupby(mine, key=lambda linear: linear.tier):
-            tier = [linear for linear in members if self._changes(linear)]
-            if not tier:
-                continue
-            found = self._tier(tier, name, block, dense)
+        for _, members in groupby(sorted(linears, key=lambda each: each.tier), key=lambda each: each.tier):
+            found = self._tier(list(members), block, name, dense)
             weights.update(found.weights)
             kept.update(found.kept)
             layers += found.layers
@@ -171,15 +177,16 @@ class _Run:
     def _changes(self, linear: LinearSpec) -> bool:
         return linear.name in self._patterns or linear.name in self._group_of
 
-    def _tier(self, tier: Sequence[LinearSpec], name: str, block: nn.Module, dense: nn.Module) -> PackageResult:
+    def _tier(
+        self, tier: Sequence[LinearSpec], block: nn.Module, name: str, dense: Sequence[moments.Glance]
+    ) -> PackageResult:
         """Collects a tier's moments over all calls and solves it."""
         sums = moments.TierMoments(tier, self._weight(tier[0].name).device)
-        streams = self._repair > 0
-        for before, after, weight in zip(self._dense, self._pruned, self._weights, strict=True):
-            wanted = moments.glance(dense, name, tier, before.arguments, streams=streams)
-            seen = moments.glance(block, name, tier, after.arguments, streams=streams)
+        repair = self._recipe.repair
+        for wanted, waiting, weight in zip(dense, self._pruned, self._weights, strict=True):
+            seen, _ = moments.glance(block, name, tier, waiting.arguments, streams=repair > 0)
             sums.add(wanted, seen, weight)
-        grams, targets = sums.finish(self._repair)
+        grams, targets = sums.finish(repair)
         layers = {
             linear.name: Layer(
                 name=linear.name,
@@ -191,7 +198,7 @@ class _Run:
             )
             for linear in tier
         }
-        moved = self._permute(layers) if self._permutes else {}
+        moved = self._permute(layers) if self._recipe.permute else {}
         solved = self._solved(tier, layers)
         return replace(solved, weights={**moved, **solved.weights})
 

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from obsdiff.core.solver import FULL, Effort
+from obsdiff.core.solver import LEAN, Effort
 from obsdiff.sparsity import Pattern
 
 
@@ -81,7 +81,7 @@ class Options:
 
     damp: float = 0.01
     block: int = 128
-    effort: Effort = FULL
+    effort: Effort = LEAN
 
 
 class Method(Protocol):
