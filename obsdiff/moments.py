@@ -245,6 +245,8 @@ class _TargetSums:
         gap = _wide(gate * difference).flatten(0, -2)  # (tokens, out)
         wanted = _wide(dense.outputs[name]).flatten(0, -2)
         squares = _wide(gate * torch.ones_like(difference)).flatten(0, -2).square()
+        if not bool(_sum(gap.square()).isfinite().all()):
+            raise CalibrationError("the residual stream it writes to is not finite; are the model's weights?")
         self._gap.add(_wide(x), gap, weight)
         for place, value in ((1, wanted * gap), (2, gap.square()), (3, squares)):
             self._energies[place] += weight * _sum(value)

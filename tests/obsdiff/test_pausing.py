@@ -108,10 +108,15 @@ def test_an_exception_leaves_no_gate_behind(build_denoiser: Build) -> None:
     args, kwargs = arguments_of(denoiser)
     expected = denoiser(*args, **kwargs)[0]
     blocks = [denoiser.get_submodule(name) for name in blocks_of(denoiser)]
-    with pytest.raises(KeyboardInterrupt), pausing.gated(blocks):
-        waiting = PausedPass(denoiser, (args, kwargs))
-        waiting.resume(pausing.run(blocks[0], waiting.arguments))
-        raise KeyboardInterrupt
+
+    def killed() -> None:
+        with pausing.gated(blocks):
+            waiting = PausedPass(denoiser, (args, kwargs))
+            waiting.resume(pausing.run(blocks[0], waiting.arguments))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        killed()
     assert left_as_it_was(denoiser)
     assert torch.equal(denoiser(*args, **kwargs)[0], expected)
 
@@ -120,9 +125,10 @@ def test_an_exception_leaves_no_gate_behind(build_denoiser: Build) -> None:
 def test_an_exception_inside_a_pass_reaches_the_caller(build_denoiser: Build) -> None:
     denoiser = build_denoiser("sd3")
     blocks = [denoiser.get_submodule(name) for name in blocks_of(denoiser)]
-    with pytest.raises(TypeError), pausing.gated(blocks):
+    with pausing.gated(blocks):
         waiting = PausedPass(denoiser, arguments_of(denoiser))
-        waiting.resume(None)  # the transformer unpacks what a block gives
+        with pytest.raises(TypeError):
+            waiting.resume(None)  # the transformer unpacks what a block gives
     assert left_as_it_was(denoiser)
 
 
@@ -169,9 +175,13 @@ class Swapped(nn.Module):
 @torch.no_grad()
 def test_blocks_in_another_order_are_refused_by_name(order: tuple[int, ...]) -> None:
     denoiser = Swapped(order)
-    with pausing.gated(list(denoiser.blocks)):
-        waiting = PausedPass(denoiser, ((torch.ones(1, 2),), {}))
-        with pytest.raises(ModelError, match=r"blocks\.\d: .* once each, in order.*--method obsdiff"):
+
+    def stream() -> None:
+        with pausing.gated(list(denoiser.blocks)):
+            waiting = PausedPass(denoiser, ((torch.ones(1, 2),), {}))
             for index, block in enumerate(denoiser.blocks):
                 pausing.check_at([waiting], block, f"blocks.{index}")
                 waiting.resume(pausing.run(block, waiting.arguments))
+
+    with pytest.raises(ModelError, match=r"blocks\.\d: .* once each, in order.*--method obsdiff"):
+        stream()

@@ -1,0 +1,315 @@
+"""Moments of a tier against brute force in float64 on stored activations."""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from obsdiff import moments, pausing
+from obsdiff.families.table import family_of
+from obsdiff.groups import LinearSpec, Write
+from obsdiff.moments import TOKENS, Glance, TierMoments
+from obsdiff.pausing import PausedPass
+from obsdiff.residuals import block_modules
+from obsdiff_runtime.errors import CalibrationError
+
+ROWS, IN, OUT = 3, 6, 4
+WEIGHTS = (0.8, 1.2)
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+"""Products are taken in float32."""
+
+
+def spec(name: str, reads: str = "x") -> LinearSpec:
+    return LinearSpec(
+        name=name, block=0, tier=0, reads=reads, in_features=IN, out_features=OUT, tokens="image", writes=None
+    )
+
+
+def noise(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def seen(
+    inputs: Mapping[str, Tensor],
+    outputs: Mapping[str, Tensor],
+    bases: Mapping[str, Tensor] | None = None,
+    gates: Mapping[str, Tensor | float] | None = None,
+) -> Glance:
+    sources = {name: (value.data_ptr(), value.shape) for name, value in inputs.items()}
+    return Glance(inputs=inputs, outputs=outputs, bases=bases or {}, gates=gates or {}, sources=sources)
+
+
+def calls(tokens: int = 5) -> list[tuple[Tensor, Tensor]]:
+    """Per call x of the pruned stream and y of the dense one, neither centred."""
+    return [
+        (noise(ROWS, tokens, IN, seed=2 * index) + 1, noise(ROWS, tokens, OUT, seed=2 * index + 1) - 2)
+        for index in range(len(WEIGHTS))
+    ]
+
+
+def weighted(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Everything as (all tokens, width), float64, and the weight of every token, (all tokens, 1)."""
+    wide = [torch.cat([values[place].double().flatten(0, -2) for values in parts]) for place in range(len(parts[0]))]
+    each = [torch.full((values[0].flatten(0, -2).shape[0], 1), w) for values, w in zip(parts, WEIGHTS, strict=True)]
+    return (*wide, torch.cat(each).double())
+
+
+def test_gram_mean_cross_and_energy_are_those_of_the_tokens() -> None:
+    sums = TierMoments([spec("q")], torch.device("cpu"))
+    for (x, y), weight in zip(calls(), WEIGHTS, strict=True):
+        sums.add(seen({"q": torch.zeros_like(x)}, {"q": y}), seen({"q": x}, {"q": torch.zeros_like(y)}), weight)
+    grams, targets = sums.finish(0.5)
+    x, y, w = weighted(calls())  # type: ignore[arg-type]
+    gram, target, total = grams["x"], targets["q"], w.sum()
+    torch.testing.assert_close(gram.matrix, (w * x).T @ x / total, **CLOSE)
+    torch.testing.assert_close(gram.mean, (w * x).sum(0) / total, **CLOSE)
+    torch.testing.assert_close(target.cross, (w * y).T @ x / total, **CLOSE)
+    torch.testing.assert_close(target.mean, (w * y).sum(0) / total, **CLOSE)
+    torch.testing.assert_close(target.energy, (w * y.square()).sum(0) / total, **CLOSE)
+    assert gram.tokens == len(x)
+
+
+def test_linears_that_share_an_input_share_a_gram_and_have_targets_of_their_own() -> None:
+    x, y = calls()[0]
+    sums = TierMoments([spec("q"), spec("k"), spec("v", reads="other")], torch.device("cpu"))
+    outputs = {"q": y, "k": 2 * y, "v": y}
+    sums.add(seen({}, outputs), seen({"q": x, "k": x, "v": x + 1}, {}), 1.0)
+    grams, targets = sums.finish(0.0)
+    assert grams.keys() == {"x", "other"}
+    torch.testing.assert_close(targets["k"].cross, 2 * targets["q"].cross)
+    torch.testing.assert_close(targets["k"].energy, 4 * targets["q"].energy)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("repair", [0.0, 0.5, 1.0])
+def test_the_target_makes_up_for_the_gap_of_the_streams(repair: float, gated: bool) -> None:
+    """y + r g d / E[g^2], d what the pruned stream before lacks; E[g^2] is taken per output channel."""
+    sums = TierMoments([spec("out")], torch.device("cpu"))
+    parts: list[tuple[Tensor, ...]] = []
+    for index, ((x, y), weight) in enumerate(zip(calls(), WEIGHTS, strict=True)):
+        gate = noise(ROWS, 1, OUT, seed=10 + index) if gated else torch.ones(ROWS, 1, OUT)
+        before = [noise(*y.shape, seed=seed + index) for seed in (30, 40)]
+        gates: dict[str, Tensor | float] = {"out": gate} if gated else {}
+        dense = seen({"out": x}, {"out": y}, {"out": before[0]}, gates)
+        sums.add(dense, seen({"out": x}, {"out": torch.zeros_like(y)}, {"out": before[1]}, gates), weight)
+        parts.append((x, y, before[0] - before[1], gate.expand_as(y)))
+    target = sums.finish(repair)[1]["out"]
+    x, y, d, g, w = weighted(parts)
+    total = w.sum()
+    wanted = y + repair * g * d / ((w * g.square()).sum(0) / total)
+    torch.testing.assert_close(target.cross, (w * wanted).T @ x / total, **CLOSE)
+    torch.testing.assert_close(target.mean, (w * wanted).sum(0) / total, **CLOSE)
+    torch.testing.assert_close(target.energy, (w * wanted.square()).sum(0) / total, **CLOSE)
+
+
+def test_equal_streams_leave_the_target_what_the_dense_model_computes() -> None:
+    x, y = calls()[0]
+    stream = noise(*y.shape, seed=7)
+    sums = TierMoments([spec("out")], torch.device("cpu"))
+    both = seen({"out": x}, {"out": y}, {"out": stream}, {"out": 0.3})
+    sums.add(both, both, 1.0)
+    plain = TierMoments([spec("out")], torch.device("cpu"))
+    plain.add(seen({"out": x}, {"out": y}), seen({"out": x}, {"out": y}), 1.0)
+    torch.testing.assert_close(sums.finish(1.0)[1]["out"].cross, plain.finish(0.0)[1]["out"].cross)
+
+
+def test_a_gate_that_is_shut_asks_for_nothing() -> None:
+    x, y = calls()[0]
+    gate = torch.ones(ROWS, 1, OUT)
+    gate[..., 0] = 0
+    sums = TierMoments([spec("out")], torch.device("cpu"))
+    dense, pruned = (
+        seen({"out": x}, {"out": y}, {"out": noise(*y.shape, seed=seed)}, {"out": gate}) for seed in (1, 2)
+    )
+    sums.add(dense, pruned, 1.0)
+    target = sums.finish(1.0)[1]["out"]
+    assert bool(target.cross.isfinite().all())
+    torch.testing.assert_close(target.mean[0], y[..., 0].double().mean(), **CLOSE)
+
+
+@torch.no_grad()
+def test_tokens_are_taken_at_the_same_evenly_spaced_places_of_everything() -> None:
+    tokens = 2 * TOKENS + 3
+    places = torch.linspace(0, tokens - 1, TOKENS).round().long()
+    block, x = Residual(), noise(ROWS, tokens, IN, seed=0)
+    linear = replace(spec("block.out"), out_features=IN, writes=Write(gate=("block.gate", 1)))
+    look, result = moments.glance(block, "block", [linear], ((x,), {}), streams=True)
+    assert result is not None
+    kept = x[:, places]
+    assert torch.equal(look.inputs["block.out"], kept)
+    torch.testing.assert_close(look.outputs["block.out"], block.out(kept))
+    torch.testing.assert_close(look.bases["block.out"], kept)
+    assert look.sources["block.out"] == (x.data_ptr(), x.shape)
+
+
+class Residual(nn.Module):
+    """x + gate * out(x)."""
+
+    class Gate(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, torch.sigmoid(x[:, 0])  # (rows, width)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out, self.gate = nn.Linear(IN, IN), self.Gate()
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, gate = self.gate(x)
+        return x + gate.unsqueeze(1) * self.out(x)
+
+
+@torch.no_grad()
+def test_a_whole_run_gives_what_the_block_gives_and_keeps_no_input() -> None:
+    block, x = Residual(), noise(ROWS, 5, IN, seed=0)
+    linear = replace(spec("block.out"), out_features=IN)
+    look, result = moments.glance(block, "block", [linear], ((x,), {}), streams=False, whole=True)
+    assert torch.equal(result, block(x))
+    assert torch.equal(look.outputs["block.out"], block.out(x))
+    assert not look.inputs
+    assert not look.bases
+
+
+def test_half_precision_is_summed_in_wider_numbers() -> None:
+    x, y = calls()[0]
+    sums = TierMoments([spec("q")], torch.device("cpu"))
+    sums.add(seen({}, {"q": y.half()}), seen({"q": x.half()}, {}), 1.0)
+    grams, targets = sums.finish(0.0)
+    kept, wanted = x.half().double().flatten(0, 1), y.half().double().flatten(0, 1)
+    torch.testing.assert_close(grams["x"].matrix, kept.T @ kept / len(kept), **CLOSE)
+    torch.testing.assert_close(targets["q"].cross, wanted.T @ kept / len(kept), **CLOSE)
+
+
+def test_linears_that_do_not_share_their_input_are_refused() -> None:
+    x, y = calls()[0]
+    sums = TierMoments([spec("q"), spec("k")], torch.device("cpu"))
+    with pytest.raises(CalibrationError, match="k and q were taken to read the same input and do not"):
+        sums.add(seen({}, {"q": y, "k": y}), seen({"q": x, "k": x.clone()}, {}), 1.0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("stream", ["dense", "pruned"])
+def test_a_value_that_is_not_finite_is_an_error_that_names_the_layer(stream: str, value: float) -> None:
+    x, y = calls()[0]
+    (y if stream == "dense" else x)[1, 2, 3] = value
+    sums = TierMoments([spec("block.q")], torch.device("cpu"))
+    with pytest.raises(CalibrationError, match=r"block\.q: the .*not finite"):
+        sums.add(seen({}, {"block.q": y}), seen({"block.q": x}, {}), 1.0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", ["dense", "pruned"])
+def test_a_residual_stream_that_is_not_finite_is_an_error_that_names_the_layer(place: str, value: float) -> None:
+    x, y = calls()[0]
+    streams = {name: noise(*y.shape, seed=1) for name in ("dense", "pruned")}
+    streams[place][0, 0, 0] = value
+    sums = TierMoments([spec("block.out")], torch.device("cpu"))
+    dense, pruned = (
+        seen({"block.out": x}, {"block.out": y}, {"block.out": stream}, {"block.out": 1.0})
+        for stream in streams.values()
+    )
+    with pytest.raises(CalibrationError, match=r"block\.out: .*not finite"):
+        sums.add(dense, pruned, 1.0)
+
+
+@pytest.mark.parametrize("kind", ["sd3", "sd35", "sd15", "sdxl"])
+@torch.no_grad()
+def test_a_glance_sees_what_hooks_on_the_whole_model_see(kind: str, build_denoiser: Callable[..., nn.Module]) -> None:
+    denoiser: Any = build_denoiser(kind)
+    family = family_of(denoiser)
+    inputs = family.example(denoiser, batch=2, size=(12, 16), text_tokens=7, pixels=(24, 32))
+    call = (), {**family.arguments(inputs), "return_dict": False}
+    linears = family.linears(denoiser)
+    expected = _hooked(denoiser, [linear.name for linear in linears], call)
+    names = block_modules(linears)
+    with pausing.gated([denoiser.get_submodule(name) for name in names]):
+        waiting = PausedPass(denoiser, call)
+        for index, name in enumerate(names):
+            block = denoiser.get_submodule(name)
+            for tier in sorted({linear.tier for linear in linears if linear.block == index}):
+                mine = [linear for linear in linears if (linear.block, linear.tier) == (index, tier)]
+                look, _ = moments.glance(copy.deepcopy(block), name, mine, waiting.arguments, streams=True)
+                for linear in mine:
+                    assert torch.equal(look.inputs[linear.name], expected[linear.name][0])
+                    assert torch.equal(look.outputs[linear.name], expected[linear.name][1])
+                writers = {linear.name for linear in mine if linear.writes is not None}
+                assert look.bases.keys() == writers
+                assert all(look.bases[each].shape == look.outputs[each].shape for each in writers)
+            waiting.resume(pausing.run(block, waiting.arguments))
+
+
+def _hooked(denoiser: nn.Module, names: list[str], call: pausing.Arguments) -> dict[str, tuple[Tensor, Tensor]]:
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    hooks = [
+        denoiser.get_submodule(name).register_forward_hook(
+            lambda _, args, output, name=name: found.__setitem__(name, (args[0], output))
+        )
+        for name in names
+    ]
+    denoiser(*call[0], **call[1])
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@pytest.mark.parametrize("kind", ["sd3", "sd35", "sd15", "sdxl"])
+@torch.no_grad()
+def test_the_stream_before_a_linear_does_not_depend_on_what_it_writes(
+    kind: str, build_denoiser: Callable[..., nn.Module]
+) -> None:
+    """The oracle for streams and gates: with another bias, stream less gate times output must stay what it was."""
+    denoiser: Any = build_denoiser(kind).double()
+    family = family_of(denoiser)
+    linears = [linear for linear in family.linears(denoiser) if linear.writes is not None]
+    inputs = family.example(denoiser, batch=2, size=(12, 16), text_tokens=7, pixels=(24, 32))
+    names = block_modules(family.linears(denoiser))
+    with pausing.gated([denoiser.get_submodule(name) for name in names]):
+        waiting = PausedPass(denoiser, ((), {**family.arguments(inputs), "return_dict": False}))
+        for index, name in enumerate(names):
+            block = denoiser.get_submodule(name)
+            for linear in (linear for linear in linears if linear.block == index):
+                changed = copy.deepcopy(block)
+                bias = changed.get_submodule(linear.name.removeprefix(f"{name}.")).bias
+                bias += 0.5  # type: ignore[operator]
+                before, after = (
+                    moments.glance(each, name, [linear], waiting.arguments, streams=True)[0]
+                    for each in (block, changed)
+                )
+                torch.testing.assert_close(after.outputs[linear.name], before.outputs[linear.name] + 0.5)
+                torch.testing.assert_close(after.bases[linear.name], before.bases[linear.name])
+            waiting.resume(pausing.run(block, waiting.arguments))
+
+
+@torch.no_grad()
+def test_a_layer_that_is_not_reached_is_named() -> None:
+    class Bypass(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(IN, OUT), nn.Linear(IN, OUT)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    linears = [spec("block.used"), spec("block.unused")]
+    with pytest.raises(CalibrationError, match=r"block\.unused: no token reached this layer.*--exclude"):
+        moments.glance(Bypass(), "block", linears, ((torch.ones(1, 2, IN),), {}), streams=False)
+
+
+@torch.no_grad()
+def test_a_glance_runs_no_further_than_it_must() -> None:
+    block = nn.Sequential(nn.Linear(IN, OUT), nn.ReLU(), nn.Linear(OUT, OUT))
+    ran = []
+    block[1].register_forward_hook(lambda *_: ran.append(1))
+    moments.glance(block, "block", [spec("block.0")], ((torch.ones(1, 2, IN),), {}), streams=False)
+    assert not ran
+    assert not block[0]._forward_hooks
+
+
+@torch.no_grad()
+def test_a_linear_that_is_its_own_block_is_seen() -> None:
+    block, x = nn.Linear(IN, OUT), noise(ROWS, 5, IN, seed=0)
+    look, _ = moments.glance(block, "proj_out", [spec("proj_out")], ((x,), {}), streams=False)
+    assert torch.equal(look.outputs["proj_out"], block(x))
