@@ -1,0 +1,151 @@
+"""What streamed calibration keeps of the sampler's calls."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FlowMatchHeunDiscreteScheduler
+from torch import Tensor
+
+from obsdiff import calibration, trajectories
+from obsdiff.families.table import family_of
+from obsdiff.recipe import Sampling
+from obsdiff.trajectories import Call, wanted_steps
+from obsdiff_runtime.errors import CalibrationError
+
+PROMPTS = ("a red circle", "a blue square", "a dog")
+KINDS = ["sd3", "sd15", "sdxl"]
+Build = Callable[..., DiffusionPipeline]
+
+
+def sampling(kind: str, steps: int = 4, batch_size: int = 2) -> Sampling:
+    return Sampling(
+        num_inference_steps=steps,
+        guidance_scale=3.0,
+        height=32,
+        width=32,
+        max_sequence_length=2 if kind == "sd3" else None,
+        batch_size=batch_size,
+        seed=5,
+    )
+
+
+def recorded(kind: str, pipeline: Any, *, kept: int, steps: int = 4, batch_size: int = 2, **options: Any) -> list[Call]:
+    family = family_of(pipeline.transformer if kind == "sd3" else pipeline.unet)
+    runs = sampling(kind, steps, batch_size)
+    prompts = calibration.encode(pipeline, family, PROMPTS, runs)
+    return trajectories.record(pipeline, family, prompts, runs, kept_steps=kept, **options)
+
+
+def tensors(call: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Tensor]:
+    args, kwargs = call
+    found = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    return [*found, *(kwargs.get("added_cond_kwargs") or {}).values()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_calls_are_those_of_the_plain_sampler(kind: str, build_pipeline: Build) -> None:
+    """Every step of every batch is kept, and compared with what a hook sees of a plain run, as values at the time."""
+    calls = recorded(kind, build_pipeline(kind), kept=4)
+    pipeline: Any = build_pipeline(kind)
+    family = family_of(pipeline.transformer if kind == "sd3" else pipeline.unet)
+    plain: list[list[Tensor]] = []
+    getattr(pipeline, family.denoiser).register_forward_pre_hook(
+        lambda _, args, kwargs: plain.append([value.clone() for value in tensors((args, kwargs))]), with_kwargs=True
+    )
+    runs = sampling(kind)
+    prompts = calibration.encode(pipeline, family, PROMPTS, runs)
+    for rows in calibration.batches(len(PROMPTS), runs.batch_size):
+        calibration.sample(pipeline, prompts, rows, runs)
+    assert len(calls) == len(plain) == 8
+    for call, expected in zip(calls, plain, strict=True):
+        found = tensors(call.arguments)
+        assert len(found) == len(expected) >= 3
+        assert all(torch.equal(left, right) for left, right in zip(found, expected, strict=True))
+    assert [call.step for call in calls] == [0, 1, 2, 3] * 2
+    assert [call.prompts for call in calls] == ["prompts 1 to 2"] * 4 + ["prompts 3 to 3"] * 4
+
+
+def test_calls_can_be_run_again(build_pipeline: Build) -> None:
+    pipeline: Any = build_pipeline("sd3")
+    outputs: list[Tensor] = []
+    hook = pipeline.transformer.register_forward_hook(lambda _, __, output: outputs.append(output[0].clone()))
+    calls = recorded("sd3", pipeline, kept=4)
+    hook.remove()
+    with torch.no_grad():
+        for call, expected in zip(calls, outputs, strict=True):
+            args, kwargs = call.arguments
+            assert torch.equal(pipeline.transformer(*args, **kwargs)[0], expected)
+
+
+@pytest.mark.parametrize(("steps", "kept"), [(4, 1), (4, 2), (5, 2), (14, 2), (7, 3), (3, 3)])
+def test_batches_take_turns_until_every_step_was_kept(steps: int, kept: int) -> None:
+    chosen = [wanted_steps(steps, kept, batch) for batch in range(steps)]
+    assert all(len(each) == kept for each in chosen)
+    assert all(each <= set(range(steps)) for each in chosen)
+    assert set().union(*chosen) == set(range(steps))
+    counts = [sum(step in each for each in chosen) for step in range(steps)]
+    assert set(counts) == {kept}  # none more often than another
+
+
+def test_kept_steps_lie_far_apart() -> None:
+    assert wanted_steps(14, 2, 0) == {0, 7}
+    assert wanted_steps(14, 2, 8) == {8, 1}
+    assert wanted_steps(3, 9, 1) == {0, 1, 2}
+
+
+def test_only_the_wanted_steps_are_kept(build_pipeline: Build) -> None:
+    calls = recorded("sd3", build_pipeline("sd3"), kept=2, batch_size=1)
+    assert [call.step for call in calls] == [0, 2, 1, 3, 0, 2]
+
+
+def test_a_scheduler_that_calls_twice_at_a_timestep_keeps_both_calls(build_pipeline: Build) -> None:
+    pipeline: Any = build_pipeline("sd3")
+    pipeline.scheduler = FlowMatchHeunDiscreteScheduler()
+    calls = recorded("sd3", pipeline, kept=4, batch_size=3)
+    assert [call.step for call in calls] == [0, 1, 1, 2, 2, 3, 3]
+
+
+def test_a_repeated_prompt_gets_noise_of_its_own(build_pipeline: Build) -> None:
+    pipeline: Any = build_pipeline("sd3")
+    family = family_of(pipeline.transformer)
+    runs = sampling("sd3", batch_size=1)
+    prompts = calibration.repeated(calibration.encode(pipeline, family, PROMPTS[:1], runs), 2)
+    first, second = trajectories.record(pipeline, family, prompts, runs, kept_steps=1)
+    (once, twice) = (call.arguments[1]["encoder_hidden_states"] for call in (first, second))
+    assert torch.equal(once, twice)
+    assert not torch.equal(first.arguments[1]["hidden_states"], second.arguments[1]["hidden_states"])
+
+
+def test_an_output_that_is_not_finite_is_an_error_that_names_step_and_prompts(build_pipeline: Build) -> None:
+    pipeline: Any = build_pipeline("sd3")
+    steps: list[int] = []
+
+    def spoil(_: Any, __: Any, output: tuple[Tensor]) -> tuple[Tensor]:
+        steps.append(len(steps))
+        return (output[0] * (float("nan") if len(steps) == 6 else 1.0),)
+
+    pipeline.transformer.register_forward_hook(spoil)
+    with pytest.raises(CalibrationError, match=r"step 2, prompts 3 to 3: the denoiser's output is not finite"):
+        recorded("sd3", pipeline, kept=1)
+    assert len(pipeline.transformer._forward_hooks) == 1  # ours is gone
+
+
+def test_no_prompt_is_an_error(build_pipeline: Build) -> None:
+    pipeline: Any = build_pipeline("sd3")
+    empty = calibration.Prompts(texts=(), embeddings={})
+    with pytest.raises(CalibrationError, match="no prompt to calibrate on"):
+        trajectories.record(pipeline, family_of(pipeline.transformer), empty, sampling("sd3"), kept_steps=1)
+
+
+def test_progress_counts_calls_to_the_end(build_pipeline: Build) -> None:
+    told: list[tuple[str, int, int]] = []
+    recorded(
+        "sd3",
+        build_pipeline("sd3"),
+        kept=1,
+        progress=lambda stage, done, total, note="": told.append((stage, done, total)),
+    )
+    assert told[-1] == ("calibrate", 8, 8)
+    assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
