@@ -40,6 +40,7 @@ class FolderJournal:
                 weights=load_file(self.folder / f"{package}.safetensors"),
                 kept={name: tuple(units) for name, units in record["kept"].items()},
                 layers=tuple(LayerResult(**layer) for layer in record["layers"]),
+                errors=record["errors"],
             )
         except (FileNotFoundError, json.JSONDecodeError, SafetensorError, KeyError):
             return None
@@ -47,7 +48,11 @@ class FolderJournal:
     def write(self, package: str, result: PackageResult) -> None:
         self._begin()
         tensors = {name: weight.contiguous() for name, weight in result.weights.items()}
-        record = {"kept": result.kept, "layers": [dataclasses.asdict(layer) for layer in result.layers]}
+        record = {
+            "kept": result.kept,
+            "layers": [dataclasses.asdict(layer) for layer in result.layers],
+            "errors": dict(result.errors),
+        }
         try:
             save_file(tensors, self.folder / f"{package}.safetensors")
             self._put(f"{package}.json", json.dumps(record))

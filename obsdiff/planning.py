@@ -177,6 +177,26 @@ def removals(groups: Sequence[Group], sparsity: Sparsity, *, align: int) -> dict
     }
 
 
+def saved_macs(
+    denoiser: nn.Module, groups: Sequence[Group], removed: Mapping[str, int], positions: Mapping[str, int]
+) -> int:
+    """Multiply-accumulates of one call on one image that go with the units of these groups."""
+    return _savings(denoiser, *_lost(groups, removed), positions)[1]
+
+
+def left_macs(
+    linears: Sequence[LinearSpec], groups: Sequence[Group], removed: Mapping[str, int], positions: Mapping[str, int]
+) -> dict[str, int]:
+    """Multiply-accumulates of each linear, without its bias, once the units are gone."""
+    rows, columns = _lost(groups, removed)
+    return {
+        linear.name: (linear.out_features - rows[linear.name])
+        * (linear.in_features - columns[linear.name])
+        * positions[linear.name]
+        for linear in linears
+    }
+
+
 def _kept(group: Group, ratio: float, align: int) -> int:
     kept = group.units - round(group.units * ratio)
     if ratio == 0:
@@ -244,9 +264,9 @@ def _lost(groups: Sequence[Group], removed: Mapping[str, int]) -> tuple[Counter[
     columns: Counter[str] = Counter()
     for group in groups:
         for producer in group.producers:
-            rows[producer.name] += removed[group.name] * group.width * producer.parts
+            rows[producer.name] += removed.get(group.name, 0) * group.width * producer.parts
         for consumer in group.consumers:
-            columns[consumer] += removed[group.name] * group.width
+            columns[consumer] += removed.get(group.name, 0) * group.width
     return rows, columns
 
 

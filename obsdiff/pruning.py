@@ -13,16 +13,17 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from obsdiff import calibration, planning, streaming
+from obsdiff import allocation, calibration, planning, streaming
 from obsdiff.core.gram import Gram
 from obsdiff.families import Family
 from obsdiff.groups import Group, LinearSpec
 from obsdiff.methods import Layer, Method, Options
 from obsdiff.methods.table import METHODS
 from obsdiff.recipe import Recipe, select
-from obsdiff.results import Journal, LayerResult, PackageResult
+from obsdiff.results import Journal, LayerResult, PackageResult, Sensitivity
 from obsdiff.shrinking import shrink
 from obsdiff.sparsity import NM, Pattern
+from obsdiff.streaming import Assignment
 from obsdiff_runtime.progress import Progress, silent
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class Pruned:
         kept: group name -> kept units, sorted, for every group that lost some.
         units: group name -> how many units it had, for the same groups.
         layers: one record for each linear considered.
+        sensitivities: what was measured to allocate the budget, where it was.
     """
 
     pipeline: DiffusionPipeline
@@ -45,6 +47,7 @@ class Pruned:
     kept: Mapping[str, tuple[int, ...]]
     units: Mapping[str, int]
     layers: tuple[LayerResult, ...]
+    sensitivities: tuple[Sensitivity, ...] = ()
 
     @property
     def denoiser(self) -> nn.Module:
@@ -56,6 +59,7 @@ class Pruned:
             "recipe": self.recipe.to_json(),
             "kept": {name: list(units) for name, units in self.kept.items()},
             "layers": [asdict(layer) for layer in self.layers],
+            "sensitivities": [asdict(sensitivity) for sensitivity in self.sensitivities],
         }
 
 
@@ -106,6 +110,7 @@ def prune(
         kept=kept,
         units={name: units[name] for name in kept},
         layers=tuple(layers),
+        sensitivities=run.sensitivities,
     )
 
 
@@ -132,34 +137,31 @@ class _Run:
         self._options = Options(damp=recipe.damp, block=recipe.block_columns)
         self._denoiser: nn.Module = getattr(pipeline, family.denoiser)
         self._prompts: calibration.Prompts | None = None
+        self.sensitivities: tuple[Sensitivity, ...] = ()
 
     def streamed(self) -> tuple[dict[str, tuple[int, ...]], list[LayerResult]]:
         """Prunes block by block along two streams, units and single weights in one go; returns the kept units."""
-        linears, groups = select(
-            self._recipe, self._family.linears(self._denoiser), self._family.groups(self._denoiser)
+        subject = (self._denoiser, self._family, self._recipe)
+        assignment = allocation.uniform(*subject)
+        if not assignment.removals and not assignment.patterns:
+            return {}, self._left_dense(assignment)
+        calls = streaming.record(self._pipeline, self._family, self._recipe, self._progress)
+        resources = (self._method, self._options, calls)
+        if self._recipe.allocation == "measured":
+            assignment = allocation.measured(*subject, *resources, journal=self._journal, progress=self._progress)
+        self.sensitivities = assignment.sensitivities
+        kept, pruned = streaming.prune(
+            *subject, *resources, assignment, stored=self._stored, journal=self._journal, progress=self._progress
         )
-        removals = planning.removals(groups, self._recipe.sparsity, align=self._recipe.align)
-        assignment = streaming.assign(linears, groups, removals, self._recipe.sparsity.pattern)
+        return kept, [*self._left_dense(assignment), *pruned]
+
+    def _left_dense(self, assignment: Assignment) -> list[LayerResult]:
         for name, reason in assignment.dense.items():
             log.warning("%s stays dense: %s", name, reason)
-        records = [
+        return [
             LayerResult(name=name, pattern="dense", loss=None, zeros=0.0, reason=reason)
             for name, reason in assignment.dense.items()
         ]
-        if not assignment.removals and not assignment.patterns:
-            return {}, records
-        kept, pruned = streaming.prune(
-            self._pipeline,
-            self._family,
-            self._recipe,
-            self._method,
-            self._options,
-            assignment,
-            stored=self._stored,
-            journal=self._journal,
-            progress=self._progress,
-        )
-        return kept, [*records, *pruned]
 
     def structured(self) -> tuple[dict[str, tuple[int, ...]], list[LayerResult]]:
         """Chooses and masks units; returns the kept ones."""

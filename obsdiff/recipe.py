@@ -40,6 +40,10 @@ class Recipe:
     Attributes:
         blocks: inclusive ranges of block indices; empty means all.
         protect_first, protect_last: blocks that keep all their units in structured mode.
+        spared: blocks at the start and at the end that keep all their units under a measured allocation too: those
+            that the user protects, where the family's own protection is a rule for uniform shares.
+        allocation: "uniform", or "measured": the same MACs go where it costs least.
+        dense_share: share of the selected linears' MACs that a pattern leaves dense, where it would cost most.
         align: kept FFN widths are rounded to a multiple of this.
         damp: added to a gram's diagonal, as a fraction of its mean.
         block_columns: columns per lazy update of the OBS sweep.
@@ -63,6 +67,9 @@ class Recipe:
     blocks: tuple[BlockRange, ...]
     protect_first: int
     protect_last: int
+    spared: tuple[int, int]
+    allocation: str
+    dense_share: float
     align: int
     damp: float
     block_columns: int

@@ -14,6 +14,8 @@ from obsdiff.settings import Settings
 from obsdiff.sparsity import Sparsity, parse
 from obsdiff_runtime.errors import ConfigError
 
+ALLOCATIONS: Final = ("measured", "uniform")
+
 MOST_TEXT_TOKENS: Final = 512
 """Of T5: diffusers' own limit."""
 
@@ -58,6 +60,8 @@ def resolve(
     first, last = family.protect
     sparsity = parse(settings.sparsity)
     method = _method(settings.method, sparsity)
+    dense_share = _dense_share(settings.dense_share, sparsity)
+    allocation = _allocation(settings.allocation, method, sparsity, dense_share)
     runs = sampling(settings, defaults)
     steps = runs.num_inference_steps
     trajectory_steps = _at_least("--trajectory-steps", 1, settings.trajectory_steps, -(-steps // 2))
@@ -73,6 +77,9 @@ def resolve(
         blocks=parse_blocks(settings.blocks or ()),
         protect_first=_at_least("--protect-first", 0, settings.protect_first, first),
         protect_last=_at_least("--protect-last", 0, settings.protect_last, last),
+        spared=(settings.protect_first or 0, settings.protect_last or 0),
+        allocation=allocation,
+        dense_share=dense_share,
         align=_at_least("--align", 1, settings.align, 64),
         damp=_positive("--damp", settings.damp, 0.01),
         block_columns=_at_least("method_options.block", 1, block_columns, 128),
@@ -119,6 +126,40 @@ def _method(asked: str | None, sparsity: Sparsity) -> str:
         raise ConfigError(
             f"--method {name}: removes single weights only, and --sparsity {sparsity} asks for heads or FFN neurons; "
             f"methods that remove them: {others}"
+        )
+    return name
+
+
+def _dense_share(asked: float | None, sparsity: Sparsity) -> float:
+    if not asked:
+        return 0.0
+    if not 0 <= asked < 1:
+        raise ConfigError(f"--dense-share {asked:g}: must be in [0, 1)")
+    if sparsity.pattern is None:
+        raise ConfigError(
+            f"--dense-share {asked:g}: --sparsity {sparsity} has no pattern, such as 2:4, to leave layers dense under"
+        )
+    return asked
+
+
+def _allocation(asked: str | None, method: str, sparsity: Sparsity, dense_share: float) -> str:
+    streams = METHODS[method].streams
+    useful = sparsity.structured or dense_share > 0
+    name = "measured" if streams and useful else "uniform"
+    if asked is not None:
+        name = _choice("--allocation", asked, ALLOCATIONS)
+    if name == "measured" and not streams:
+        able = ", ".join(other for other, each in METHODS.items() if each.streams)
+        raise ConfigError(f"--allocation measured: --method {method} takes the same share everywhere; use {able}")
+    if name == "measured" and not useful:
+        raise ConfigError(
+            f"--allocation measured: --sparsity {sparsity} leaves nothing to choose; remove units (structured:0.25), "
+            "or leave some layers dense with --dense-share 0.25"
+        )
+    if name == "uniform" and dense_share:
+        raise ConfigError(
+            f"--dense-share {dense_share:g}: which layers to leave dense is measured; use --method streamed without "
+            "--allocation uniform"
         )
     return name
 

@@ -26,12 +26,36 @@ class LayerResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sensitivity:
+    """What one change costs in an otherwise dense denoiser, measured.
+
+    Attributes:
+        name: of the group, or of the linears that read one tensor.
+        change: "heads 3/4", "ffn 64/512", "2:4".
+        ratio: share of the units or weights that go.
+        error: |v - v_dense|^2 / |v_dense|^2 of the denoiser's output.
+        macs: multiply-accumulates of one image that go; of a pattern those with weights that become zero.
+    """
+
+    name: str
+    change: str
+    ratio: float
+    error: float
+    macs: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class PackageResult:
-    """What a package or a block changed: new tensors by parameter name, kept units by group, and the record."""
+    """What a package or a block changed: new tensors by parameter name, kept units by group, and the record.
+
+    Attributes:
+        errors: of what was only measured, by its key.
+    """
 
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     layers: tuple[LayerResult, ...] = ()
+    errors: Mapping[str, float] = field(default_factory=dict)
 
 
 class Journal(Protocol):

@@ -42,6 +42,12 @@ class Settings:
         None
     )
     protect_last: Annotated[int | None, "blocks left whole at the end, structured only; default: the family's"] = None
+    allocation: Annotated[
+        str | None, "measured (units go where the output suffers least) or uniform; default: the method's"
+    ] = None
+    dense_share: Annotated[
+        float | None, "share of the MACs that a pattern leaves dense, where it would cost most; default: 0"
+    ] = None
     align: Annotated[int | None, "round kept FFN widths to a multiple; 1 is the paper's; default: 64"] = None
     damp: Annotated[float | None, "added to a gram's diagonal, as a share of its mean; default: 0.01"] = None
 

@@ -22,7 +22,7 @@ from obsdiff.methods import Layer, Method, Options, Pruned
 from obsdiff.pausing import PausedPass
 from obsdiff.recipe import Recipe
 from obsdiff.residuals import block_modules
-from obsdiff.results import Journal, LayerResult, PackageResult
+from obsdiff.results import Journal, LayerResult, PackageResult, Sensitivity
 from obsdiff.sparsity import NM, Pattern, Unstructured
 from obsdiff.trajectories import Call
 from obsdiff_runtime.errors import CalibrationError
@@ -39,27 +39,48 @@ class Assignment:
         removals: group name -> units that go, where any go.
         patterns: linear name -> its pattern.
         dense: linear name -> why it stays dense though a pattern was asked for.
+        sensitivities: what was measured to decide it; see allocation.
     """
 
     groups: tuple[Group, ...]
     removals: Mapping[str, int]
     patterns: Mapping[str, Pattern]
     dense: Mapping[str, str]
+    sensitivities: tuple[Sensitivity, ...] = ()
+
+
+def record(pipeline: DiffusionPipeline, family: Family, recipe: Recipe, progress: Progress) -> list[Call]:
+    """The dense model's denoiser calls that everything is fitted on.
+
+    Raises:
+        CalibrationError: there is no prompt, or an output is not finite.
+    """
+    prompts = calibration.encode(pipeline, family, recipe.prompts, recipe.sampling)
+    sampling = replace(recipe.sampling, num_inference_steps=recipe.trajectory_steps)
+    return trajectories.record(
+        pipeline,
+        family,
+        calibration.repeated(prompts, recipe.draws),
+        sampling,
+        kept_steps=recipe.kept_steps,
+        progress=progress,
+    )
 
 
 def prune(
-    pipeline: DiffusionPipeline,
+    denoiser: nn.Module,
     family: Family,
     recipe: Recipe,
     method: Method,
     options: Options,
+    calls: Sequence[Call],
     assignment: Assignment,
     *,
     stored: torch.dtype,
     journal: Journal | None,
     progress: Progress,
 ) -> tuple[dict[str, tuple[int, ...]], list[LayerResult]]:
-    """Prunes the pipeline's denoiser in place; removed units are zero columns, not yet cut.
+    """Prunes the denoiser in place along recorded calls; removed units are zero columns, not yet cut.
 
     Returns:
         kept units by group, and a record for each linear.
@@ -68,17 +89,6 @@ def prune(
         CalibrationError: statistics that cannot be used; names the layer.
         ModelError: the denoiser does not run its blocks once each, in order.
     """
-    denoiser: nn.Module = getattr(pipeline, family.denoiser)
-    prompts = calibration.encode(pipeline, family, recipe.prompts, recipe.sampling)
-    sampling = replace(recipe.sampling, num_inference_steps=recipe.trajectory_steps)
-    calls = trajectories.record(
-        pipeline,
-        family,
-        calibration.repeated(prompts, recipe.draws),
-        sampling,
-        kept_steps=recipe.kept_steps,
-        progress=progress,
-    )
     run = _Run(denoiser, family, recipe, method, options, assignment, calls, stored)
     kept: dict[str, tuple[int, ...]] = {}
     records: list[LayerResult] = []

@@ -1,0 +1,264 @@
+"""Where a budget is spent: which group loses how many units, and which linears stay dense under a pattern.
+
+`uniform` takes the same share everywhere, as the paper does. `measured` saves at least the same multiply-accumulates
+(MACs) where it costs the denoiser's velocity least: groups differ a thousandfold. Every candidate is measured alone, in
+an otherwise dense model (sensitivities.py), and errors of several are taken to add up.
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from torch import Tensor, nn
+
+from obsdiff import costs, planning, sensitivities
+from obsdiff.core import budget, timesteps
+from obsdiff.core.budget import Option
+from obsdiff.families import Family
+from obsdiff.groups import Group, LinearSpec
+from obsdiff.methods import Method, Options
+from obsdiff.recipe import Recipe, select
+from obsdiff.residuals import block_modules
+from obsdiff.results import Journal, PackageResult, Sensitivity
+from obsdiff.sensitivities import Candidate
+from obsdiff.sparsity import NM, Pattern
+from obsdiff.streaming import Assignment, assign
+from obsdiff.trajectories import Call
+from obsdiff_runtime.progress import Progress
+
+EFFORT: Final = 0.75
+"""What measuring may cost, as a share of the denoiser calls that recording took; one probe is always made."""
+
+WIDTHS: Final = 64
+"""Widths of a feed-forward that are considered, at most."""
+
+MIDDLE: Final = 3 / 8
+"""Of a feed-forward's neurons: the smaller of the two shares at which its error is measured; the other is the most
+that can go. In between the error is interpolated."""
+
+
+def uniform(denoiser: nn.Module, family: Family, recipe: Recipe) -> Assignment:
+    """The same share of every group, the same pattern in every linear."""
+    linears, groups = select(recipe, family.linears(denoiser), family.groups(denoiser))
+    removals = planning.removals(groups, recipe.sparsity, align=recipe.align)
+    return assign(linears, groups, removals, recipe.sparsity.pattern)
+
+
+def measured(
+    denoiser: nn.Module,
+    family: Family,
+    recipe: Recipe,
+    method: Method,
+    options: Options,
+    calls: Sequence[Call],
+    *,
+    journal: Journal | None,
+    progress: Progress,
+) -> Assignment:
+    """Spends the uniform rule's MACs where they cost least, and the dense share where pruning costs most.
+
+    Args:
+        denoiser: dense; the same bits afterwards.
+        family: of it.
+        recipe: `spared` blocks keep their units; otherwise the protection is the uniform rule's alone.
+        method: that will prune, and solves for the candidates.
+        options: of the method.
+        calls: recorded; see trajectories.
+        journal: keeps what was measured, so that a run that goes on prunes what it began.
+        progress: told of the measuring.
+
+    Raises:
+        CalibrationError: see sensitivities.measure.
+    """
+    everything = family.linears(denoiser)
+    first, last = recipe.spared
+    linears, groups = select(
+        replace(recipe, protect_first=first, protect_last=last), everything, family.groups(denoiser)
+    )
+    spending = _Spending(denoiser, recipe, linears, groups, _positions(denoiser, calls[0]))
+    paper = uniform(denoiser, family, recipe)
+    wanted = spending.saved(paper.groups, paper.removals)
+    candidates = spending.candidates(units=wanted > 0, weights=recipe.dense_share > 0)
+    known = journal.read("allocation") if journal is not None else None
+    if known is None:
+        probes = _probes(recipe, candidates, len(block_modules(everything)), len(calls))
+        weights = timesteps.weights(recipe.time_weights, recipe.trajectory_steps).tolist()
+        errors = sensitivities.measure(
+            denoiser,
+            everything,
+            candidates,
+            method,
+            options,
+            calls,
+            weights=[weights[call.step] for call in calls],
+            probes=probes,
+            progress=progress,
+        )
+        known = PackageResult(errors=errors)
+        if journal is not None:
+            journal.write("allocation", known)
+    found = assign(linears, groups, spending.removals(wanted, known.errors), recipe.sparsity.pattern)
+    found = spending.spare(found, known.errors)
+    return replace(found, sensitivities=spending.table(candidates, known.errors))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Readers:
+    """The linears that read one tensor: they stay dense together or not at all."""
+
+    name: str
+    block: int
+    linears: tuple[str, ...]
+
+
+class _Spending:
+    """What can be removed, and what it saves."""
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        recipe: Recipe,
+        linears: Sequence[LinearSpec],
+        groups: Sequence[Group],
+        positions: Mapping[str, int],
+    ) -> None:
+        self._denoiser, self._recipe, self._positions, self._linears = denoiser, recipe, positions, linears
+        sparsity = recipe.sparsity
+        self._groups = [group for group in groups if (sparsity.heads if group.kind == "heads" else sparsity.ffn) > 0]
+        self._numbers = {group.name: removable(group, recipe.align) for group in self._groups}
+        self._readers = _readers(linears, sparsity.pattern)
+
+    def saved(self, groups: Sequence[Group], removals: Mapping[str, int]) -> int:
+        """MACs of one image that these removals save."""
+        return planning.saved_macs(self._denoiser, groups, removals, self._positions)
+
+    def candidates(self, *, units: bool, weights: bool) -> list[Candidate]:
+        """What is measured."""
+        found: list[Candidate] = []
+        for group in self._groups if units else ():
+            for number in probed(group, self._numbers[group.name]):
+                key = f"{group.name} {number}"
+                found.append(
+                    Candidate(key=key, block=group.block, linears=group.consumers, group=group, removed=number)
+                )
+        pattern = self._recipe.sparsity.pattern
+        for readers in self._readers if weights else ():
+            found.append(Candidate(key=readers.name, block=readers.block, linears=readers.linears, pattern=pattern))
+        return found
+
+    def removals(self, wanted: int, errors: Mapping[str, float]) -> dict[str, int]:
+        """How many units each group loses, so that `wanted` MACs are saved at least error."""
+        if wanted == 0:
+            return {}
+        items: list[list[Option]] = []
+        for group in self._groups:
+            curve = {
+                number / group.units: errors[f"{group.name} {number}"]
+                for number in probed(group, self._numbers[group.name])
+            }
+            items.append(
+                [
+                    Option(
+                        saving=self.saved([group], {group.name: number}),
+                        error=budget.interpolate(curve, number / group.units),
+                    )
+                    for number in self._numbers[group.name]
+                ]
+            )
+        chosen = budget.choose(items, wanted)
+        return {group.name: self._numbers[group.name][index] for group, index in zip(self._groups, chosen, strict=True)}
+
+    def spare(self, assignment: Assignment, errors: Mapping[str, float]) -> Assignment:
+        """Takes the pattern from the linears where it costs most, up to the share of MACs that may stay dense."""
+        if self._recipe.dense_share == 0:
+            return assignment
+        readers = [each for each in self._readers if all(name in assignment.patterns for name in each.linears)]
+        left = planning.left_macs(self._linears, assignment.groups, assignment.removals, self._positions)
+        macs = [sum(left[name] for name in each.linears) for each in readers]
+        pruned = sum(macs) - int(sum(macs) * self._recipe.dense_share)
+        items = [
+            [Option(saving=0, error=0.0), Option(saving=size, error=errors[each.name])]
+            for each, size in zip(readers, macs, strict=True)
+        ]
+        chosen = budget.choose(items, pruned)
+        dense = {
+            name: f"costs most: {errors[each.name]:.2g} of the velocity if pruned"
+            for each, index in zip(readers, chosen, strict=True)
+            if index == 0
+            for name in each.linears
+        }
+        patterns = {name: pattern for name, pattern in assignment.patterns.items() if name not in dense}
+        return replace(assignment, patterns=patterns, dense={**assignment.dense, **dense})
+
+    def table(self, candidates: Sequence[Candidate], errors: Mapping[str, float]) -> tuple[Sensitivity, ...]:
+        """What was measured, as a record."""
+        whole = planning.left_macs(self._linears, (), {}, self._positions)
+        records = []
+        for candidate in candidates:
+            group = candidate.group
+            if group is not None:
+                change = f"{group.kind} {group.units - candidate.removed}/{group.units}"
+                name, ratio = group.name, candidate.removed / group.units
+                macs = self.saved([group], {group.name: candidate.removed})
+            else:
+                pattern: Any = candidate.pattern
+                name, change, ratio = candidate.key, str(pattern), pattern.ratio
+                macs = round(ratio * sum(whole[linear] for linear in candidate.linears))
+            records.append(Sensitivity(name=name, change=change, ratio=ratio, error=errors[candidate.key], macs=macs))
+        return tuple(records)
+
+
+def removable(group: Group, align: int) -> list[int]:
+    """The numbers of units that a group can lose, ascending from 0.
+
+    Heads: all but one. Neurons: so that a multiple of `align` is kept, at most WIDTHS widths, the narrowest among them.
+    """
+    if group.kind == "heads":
+        return list(range(group.units))
+    step = align * -(-group.units // (align * WIDTHS))
+    kept = {align, *range(step, group.units, step)} if group.units > align else set()
+    return [0, *sorted(group.units - width for width in kept)]
+
+
+def probed(group: Group, numbers: Sequence[int]) -> list[int]:
+    """Where the error is measured: of heads the first, the middle and the last of the numbers, of neurons two."""
+    some = [number for number in numbers if number]
+    if not some:
+        return []
+    if group.kind == "heads":
+        picked = {some[0], some[len(some) // 2], some[-1]}
+    else:
+        picked = {min(some, key=lambda number: abs(number / group.units - MIDDLE)), some[-1]}
+    return sorted(picked)
+
+
+def _readers(linears: Sequence[LinearSpec], pattern: Pattern | None) -> list[_Readers]:
+    together: dict[tuple[int, str], list[LinearSpec]] = {}
+    for linear in linears if pattern is not None else ():
+        if not isinstance(pattern, NM) or linear.in_features % pattern.m == 0:
+            together.setdefault((linear.block, linear.reads), []).append(linear)
+    return [
+        _Readers(
+            name=" ".join(linear.name for linear in sharing),
+            block=block,
+            linears=tuple(linear.name for linear in sharing),
+        )
+        for (block, _), sharing in together.items()
+    ]
+
+
+def _probes(recipe: Recipe, candidates: Sequence[Candidate], blocks: int, calls: int) -> int:
+    """On how many calls the candidates are measured: as many as EFFORT pays for, 1 to PROBES."""
+    passes = -(-len(recipe.prompts) // recipe.sampling.batch_size)
+    affordable = EFFORT * passes * recipe.sampling.num_inference_steps - min(calls, sensitivities.MOMENT_CALLS)
+    return min(max(int(affordable / sensitivities.cost(candidates, blocks)), 1), sensitivities.PROBES)
+
+
+def _positions(denoiser: nn.Module, call: Call) -> dict[str, int]:
+    """Tokens of each linear for one image."""
+    args, kwargs = call.arguments
+    inputs = inspect.signature(denoiser.forward).bind(*args, **kwargs).arguments
+    inputs |= inputs.pop("kwargs", {})
+    rows = len(next(value for value in inputs.values() if isinstance(value, Tensor) and value.ndim > 1))
+    return {name: number // rows for name, number in costs.positions(denoiser, inputs).items()}

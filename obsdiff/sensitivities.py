@@ -1,0 +1,240 @@
+"""What it costs the denoiser's velocity to prune one thing and nothing else, measured.
+
+candidate    a change inside one block: fewer units of a group, or a pattern in the linears that read one tensor
+moment call  a recorded denoiser call whose activations the candidates' weights are solved on
+probe        a recorded denoiser call on which their effect is measured, from the block at hand to the end
+error        |v - v_dense|^2 / |v_dense|^2 of the denoiser's output, mean over rows and probes
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from obsdiff import pausing
+from obsdiff.core.gram import Gram, GramAccumulator
+from obsdiff.core.solver import FAST
+from obsdiff.groups import Group, LinearSpec
+from obsdiff.methods import Layer, Method, Options
+from obsdiff.methods import Pruned as PrunedLayer
+from obsdiff.pausing import PausedPass
+from obsdiff.residuals import block_modules
+from obsdiff.sparsity import Pattern
+from obsdiff.trajectories import Call
+from obsdiff_runtime.errors import CalibrationError
+from obsdiff_runtime.progress import Progress, silent
+
+TOKENS: Final = 256
+"""Tokens of a row that count in a gram, evenly spaced; all where there are no more."""
+
+MOMENT_CALLS: Final = 16
+"""Recorded calls that the candidates are solved on, at most."""
+
+PROBES: Final = 4
+"""Recorded calls that a candidate's effect is measured on, at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One change to measure.
+
+    Attributes:
+        key: names it.
+        block: index of its block.
+        linears: whose weights it changes.
+        group, removed: the units that go; None where it is a pattern.
+        pattern: of single weights; None where it removes units.
+    """
+
+    key: str
+    block: int
+    linears: tuple[str, ...]
+    group: Group | None = None
+    removed: int = 0
+    pattern: Pattern | None = None
+
+
+def cost(candidates: Sequence[Candidate], blocks: int) -> float:
+    """Denoiser calls that one probe costs: a dense one, and for each candidate from its block on."""
+    return 1 + sum(blocks - candidate.block for candidate in candidates) / blocks
+
+
+def spaced(calls: Sequence[Call], number: int) -> list[int]:
+    """Indices of calls, evenly spaced over the steps, the middle of each part of them."""
+    order = sorted(range(len(calls)), key=lambda index: (calls[index].step, index))
+    number = min(number, len(calls))
+    return [order[(2 * part + 1) * len(order) // (2 * number)] for part in range(number)]
+
+
+@torch.no_grad()
+def measure(
+    denoiser: nn.Module,
+    linears: Sequence[LinearSpec],
+    candidates: Sequence[Candidate],
+    method: Method,
+    options: Options,
+    calls: Sequence[Call],
+    *,
+    weights: Sequence[float],
+    probes: int,
+    progress: Progress = silent,
+) -> dict[str, float]:
+    """The error of each candidate, by its key.
+
+    Args:
+        denoiser: dense; its weights are changed on the way and are the same bits afterwards.
+        linears: all of the denoiser's.
+        candidates: what to measure.
+        method: solves for their weights, each against what the dense layer computes.
+        options: of the method; patterns are solved with little effort.
+        calls: recorded.
+        weights: of each call's tokens.
+        probes: how many calls a candidate is measured on, at least 1.
+        progress: told block by block.
+
+    Raises:
+        CalibrationError: a layer that no token reached, activations or outputs that are not finite (names the layer),
+            or an output that is exactly zero.
+        ModelError: the denoiser does not run its blocks once each, in order.
+    """
+    if not candidates:
+        return {}
+    names = block_modules(linears)
+    by_block: dict[int, list[Candidate]] = defaultdict(list)
+    for candidate in candidates:
+        by_block[candidate.block].append(candidate)
+    last = max(by_block)
+    errors: dict[str, float] = {}
+    blocks = [denoiser.get_submodule(name) for name in names]
+    with pausing.gated(blocks):
+        dense = [_Probe(denoiser, blocks, names, calls[index]) for index in spaced(calls, probes)]
+        chosen = spaced(calls, MOMENT_CALLS)
+        stream = [PausedPass(denoiser, calls[index].arguments) for index in chosen]
+        solver = _Solver(denoiser, linears, method, options)
+        for index in range(last + 1):
+            progress("measure sensitivities", index, last + 1, names[index])
+            wanted = {name for candidate in by_block[index] for name in candidate.linears}
+            grams = solver.grams(blocks[index], stream, [weights[place] for place in chosen], wanted)
+            for candidate in by_block[index]:
+                with _changed(denoiser, solver.solve(candidate, grams)):
+                    errors[candidate.key] = sum(probe.error(index) for probe in dense) / len(dense)
+                if not errors[candidate.key] < float("inf"):
+                    raise CalibrationError(f"{candidate.key}: the denoiser's output is not finite once it is pruned")
+        progress("measure sensitivities", last + 1, last + 1)
+    return errors
+
+
+class _Probe:
+    """A dense pass of a call, with what each block gave, so that others can join it at any block."""
+
+    def __init__(self, denoiser: nn.Module, blocks: Sequence[nn.Module], names: Sequence[str], call: Call) -> None:
+        self._denoiser, self._blocks, self._call = denoiser, blocks, call
+        self._outputs: list[Any] = []
+        waiting = PausedPass(denoiser, call.arguments)
+        for block, name in zip(blocks, names, strict=True):
+            pausing.check_at([waiting], block, name)
+            self._outputs.append(pausing.run(block, waiting.arguments))
+            waiting.resume(self._outputs[-1])
+        self._dense = _velocity(waiting.output).double().flatten(1)  # (rows, numbers)
+        self._energy = self._dense.square().sum(1)  # (rows,)
+        if not bool((self._energy > 0).all()):
+            raise CalibrationError(f"{call.prompts}: the denoiser's output is exactly zero; is the model trained?")
+
+    def error(self, index: int) -> float:
+        """With the weights of block `index` as they are now, mean over rows."""
+        waiting = PausedPass(self._denoiser, self._call.arguments)
+        for place, block in enumerate(self._blocks):
+            waiting.resume(self._outputs[place] if place < index else pausing.run(block, waiting.arguments))
+        change = (_velocity(waiting.output).double().flatten(1) - self._dense).square().sum(1)
+        return float((change / self._energy).mean())
+
+
+class _Solver:
+    """Solves for the weights of candidates on grams of the dense model."""
+
+    def __init__(self, denoiser: nn.Module, linears: Sequence[LinearSpec], method: Method, options: Options) -> None:
+        self._denoiser, self._method, self._options = denoiser, method, replace(options, effort=FAST)
+        self._linears = {linear.name: linear for linear in linears}
+
+    def grams(
+        self, block: nn.Module, stream: Sequence[PausedPass], weights: Sequence[float], wanted: set[str]
+    ) -> dict[str, Gram]:
+        """Moves the stream past a block and gives the grams of what these linears read, by LinearSpec.reads."""
+        leaders = {self._linears[name].reads: name for name in sorted(wanted)}
+        sums: dict[str, GramAccumulator] = {}
+
+        def add(name: str, weight: float) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+                x = _tokens(args[0])  # (tokens, in)
+                try:
+                    sums.setdefault(name, GramAccumulator(x.shape[1], device=x.device)).add(x, weight)
+                except CalibrationError as error:
+                    raise CalibrationError(f"{name}: {error}") from None
+
+            return hook
+
+        for waiting, weight in zip(stream, weights, strict=True):
+            with ExitStack() as stack:
+                for name in leaders.values():
+                    module = self._denoiser.get_submodule(name)
+                    stack.callback(module.register_forward_pre_hook(add(name, weight)).remove)
+                waiting.resume(pausing.run(block, waiting.arguments))
+        missed = sorted(set(leaders.values()) - sums.keys())
+        if missed:
+            raise CalibrationError(f"{missed[0]}: no token reached this layer; leave it out with --exclude")
+        return {reads: sums[name].gram() for reads, name in leaders.items()}
+
+    def solve(self, candidate: Candidate, grams: Mapping[str, Gram]) -> dict[str, Tensor]:
+        """New tensors by parameter name."""
+        layers = [self._layer(name, grams) for name in candidate.linears]
+        pruned: Sequence[PrunedLayer]
+        if candidate.group is not None:
+            _, pruned = self._method.prune_units(
+                layers, width=candidate.group.width, remove=candidate.removed, options=self._options
+            )
+        else:
+            pattern: Any = candidate.pattern
+            pruned = self._method.prune_weights(layers, pattern, self._options)
+        found: dict[str, Tensor] = {}
+        for layer, solution in zip(layers, pruned, strict=True):
+            found[f"{layer.name}.weight"] = solution.weight
+            if solution.bias is not None:
+                found[f"{layer.name}.bias"] = solution.bias
+        return found
+
+    def _layer(self, name: str, grams: Mapping[str, Gram]) -> Layer:
+        module = self._denoiser.get_submodule(name)
+        gram = grams[self._linears[name].reads]
+        bias = module.bias.data if isinstance(module.bias, Tensor) else None
+        weight: Any = module.weight.data
+        return Layer(name=name, weight=weight, gram=gram.matrix, mean=gram.mean, bias=bias)
+
+
+@contextmanager
+def _changed(denoiser: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Until the end these parameters have these values."""
+    before = {name: denoiser.get_parameter(name).data.clone() for name in tensors}
+    try:
+        for name, value in tensors.items():
+            denoiser.get_parameter(name).data.copy_(value)
+        yield
+    finally:
+        for name, value in before.items():
+            denoiser.get_parameter(name).data.copy_(value)
+
+
+def _velocity(output: Any) -> Tensor:
+    found: Tensor = output[0] if isinstance(output, tuple) else output.sample
+    return found
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """(rows, tokens, in) -> (rows * TOKENS at most, in)."""
+    if x.ndim < 3 or x.shape[-2] <= TOKENS:
+        return x.flatten(0, -2)
+    places = torch.linspace(0, x.shape[-2] - 1, TOKENS, device=x.device).round().long()
+    return x[..., places, :].flatten(0, -2)
