@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from obsdiff import allocation, calibration, planning, streaming
+from obsdiff.core import solver
 from obsdiff.core.gram import Gram
 from obsdiff.families import Family
 from obsdiff.groups import Group, LinearSpec
@@ -134,7 +135,8 @@ class _Run:
         self._stored = stored
         self._journal = journal
         self._progress = progress
-        self._options = Options(damp=recipe.damp, block=recipe.block_columns)
+        effort = solver.SWEPT if not recipe.joint else solver.FAST if recipe.fast else solver.LEAN
+        self._options = Options(damp=recipe.damp, block=recipe.block_columns, effort=effort)
         self._denoiser: nn.Module = getattr(pipeline, family.denoiser)
         self._prompts: calibration.Prompts | None = None
         self.sensitivities: tuple[Sensitivity, ...] = ()

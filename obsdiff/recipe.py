@@ -54,6 +54,11 @@ class Recipe:
         repair: of a streamed method: the share of a residual stream's error that the linears which write to it are to
             make up for.
         permute: of a streamed method: whether channels may change places where N:M then costs less.
+        dense_targets: of a streamed method: whether layers are fitted to the dense model's outputs, or to what they
+            make of their own inputs.
+        refit_output: of a streamed method: whether the linear behind the last block is refitted.
+        joint: of a streamed method: whether ADMM looks for the support, or the OBS sweep.
+        fast: of a streamed method: whether ADMM looks less long.
     """
 
     model: str
@@ -84,6 +89,10 @@ class Recipe:
     kept_steps: int
     repair: float
     permute: bool
+    dense_targets: bool
+    refit_output: bool
+    joint: bool
+    fast: bool
 
     def to_json(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)

@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from obsdiff.core.timesteps import SCHEDULES
@@ -15,6 +15,16 @@ from obsdiff.sparsity import Sparsity, parse
 from obsdiff_runtime.errors import ConfigError
 
 ALLOCATIONS: Final = ("measured", "uniform")
+
+METHOD_OPTIONS: Final = {
+    "block": 128.0,
+    "repair": 0.5,
+    "permute": 1.0,
+    "dense_targets": 1.0,
+    "refit_output": 1.0,
+    "joint": 1.0,
+}
+"""Knobs of the methods and their defaults; `benchmarks/quality.py --rows ablations` shows what each is worth."""
 
 MOST_TEXT_TOKENS: Final = 512
 """Of T5: diffusers' own limit."""
@@ -51,12 +61,7 @@ def resolve(
         texts, source = tuple(prompts), "given"
     if not texts:
         raise ConfigError("there is no prompt to calibrate on; give some with --prompts-file")
-    options = dict(settings.method_options or {})
-    block_columns = int(options.pop("block", 128))
-    repair = float(options.pop("repair", 0.5))
-    permute = bool(options.pop("permute", 1))
-    if options:
-        raise ConfigError(f"method_options.{next(iter(options))}: no such option; there are block, repair and permute")
+    options = _options(settings.method_options or {})
     first, last = family.protect
     sparsity = parse(settings.sparsity)
     method = _method(settings.method, sparsity)
@@ -64,7 +69,10 @@ def resolve(
     allocation = _allocation(settings.allocation, method, sparsity, dense_share)
     runs = sampling(settings, defaults)
     steps = runs.num_inference_steps
-    trajectory_steps = _at_least("--trajectory-steps", 1, settings.trajectory_steps, -(-steps // 2))
+    fast = _fast(settings.fast, method)
+    trajectory_steps = _at_least(
+        "--trajectory-steps", 1, settings.trajectory_steps, -(-steps // (5 if fast else 3)), most=steps
+    )
     return Recipe(
         model=model,
         revision=settings.revision,
@@ -82,7 +90,7 @@ def resolve(
         dense_share=dense_share,
         align=_at_least("--align", 1, settings.align, 64),
         damp=_positive("--damp", settings.damp, 0.01),
-        block_columns=_at_least("method_options.block", 1, block_columns, 128),
+        block_columns=_at_least("method_options.block", 1, int(options["block"]), 128),
         prompts=texts,
         prompts_source=source,
         sampling=runs,
@@ -92,11 +100,15 @@ def resolve(
             SCHEDULES,
         ),
         packages=_at_least("--packages", 1, settings.packages, 4),
-        draws=_at_least("--draws", 1, settings.draws, 3),
+        draws=_at_least("--draws", 1, settings.draws, 1 if fast else 3),
         trajectory_steps=trajectory_steps,
         kept_steps=_at_least("--kept-steps", 1, settings.kept_steps, 2),
-        repair=repair,
-        permute=permute,
+        fast=fast,
+        repair=options["repair"],
+        permute=bool(options["permute"]),
+        dense_targets=bool(options["dense_targets"]),
+        refit_output=bool(options["refit_output"]),
+        joint=bool(options["joint"]),
         gram_budget_bytes=None if settings.gram_budget is None else parse_bytes(settings.gram_budget, "--gram-budget"),
     )
 
@@ -128,6 +140,20 @@ def _method(asked: str | None, sparsity: Sparsity) -> str:
             f"methods that remove them: {others}"
         )
     return name
+
+
+def _options(given: Mapping[str, float]) -> dict[str, float]:
+    for key in given:
+        if key not in METHOD_OPTIONS:
+            raise ConfigError(f"method_options.{key}: no such option; there are {', '.join(METHOD_OPTIONS)}")
+    return {**METHOD_OPTIONS, **given}
+
+
+def _fast(asked: bool | None, method: str) -> bool:
+    if asked and not METHODS[method].streams:
+        able = ", ".join(name for name, each in METHODS.items() if each.streams)
+        raise ConfigError(f"--fast: --method {method} has no fast form; use {able}")
+    return bool(asked)
 
 
 def _dense_share(asked: float | None, sparsity: Sparsity) -> float:

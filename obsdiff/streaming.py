@@ -124,7 +124,7 @@ class _Run:
         self._assignment, self._calls, self._stored = assignment, calls, stored
         self._linears = family.linears(denoiser)
         self.blocks = block_modules(self._linears)
-        last = family.output(denoiser)
+        last = family.output(denoiser) if recipe.refit_output else None
         self._patterns = dict(assignment.patterns)
         if last is not None:
             self._patterns[last.name] = DENSE
@@ -204,7 +204,7 @@ class _Run:
                 gram=grams[linear.reads].matrix,
                 mean=grams[linear.reads].mean,
                 bias=self._bias(linear.name),
-                target=targets[linear.name],
+                target=targets[linear.name] if self._recipe.dense_targets else None,
             )
             for linear in tier
         }
@@ -317,11 +317,12 @@ def _alike(tier: Sequence[LinearSpec], patterns: Mapping[str, Pattern]) -> list[
 
 
 def _score(layer: Layer) -> Tensor:
-    """What losing a weight costs, as a share of the output's energy, (out, in): w^2 times its input's variance."""
-    if layer.gram is None or layer.mean is None or layer.target is None:
+    """What losing a weight costs, w^2 times its input's variance, as a share of the layer's whole, (out, in)."""
+    if layer.gram is None or layer.mean is None:
         raise CalibrationError(f"{layer.name}: has no moments")
-    variance = layer.gram.diagonal() - layer.mean.square()
-    return layer.weight.double().square() * variance.clamp_min(0) / layer.target.energy.sum()
+    variance = (layer.gram.diagonal() - layer.mean.square()).clamp_min(0)
+    score = layer.weight.double().square() * variance
+    return score / score.sum().clamp_min(torch.finfo(score.dtype).tiny)
 
 
 def _columns(solution: tuple[Pruned, str] | None) -> Tensor | None:
@@ -331,14 +332,15 @@ def _columns(solution: tuple[Pruned, str] | None) -> Tensor | None:
 
 def _reduced(layer: Layer, columns: Tensor | None) -> Layer:
     """The layer with these columns only, in this order."""
-    if columns is None or layer.gram is None or layer.mean is None or layer.target is None:
+    if columns is None or layer.gram is None or layer.mean is None:
         return layer
+    target = layer.target
     return replace(
         layer,
         weight=layer.weight[:, columns],
         gram=layer.gram[columns][:, columns],
         mean=layer.mean[columns],
-        target=replace(layer.target, cross=layer.target.cross[:, columns]),
+        target=None if target is None else replace(target, cross=target.cross[:, columns]),
     )
 
 
