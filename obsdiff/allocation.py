@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
-from obsdiff import costs, planning, sensitivities
+from obsdiff import costs, planning, ranks, sensitivities
 from obsdiff.core import budget, timesteps
 from obsdiff.core.budget import Option
 from obsdiff.families import Family
@@ -64,7 +64,7 @@ def measured(
         recipe: `spared` blocks keep their units; otherwise the protection is the uniform rule's alone.
         method: that will prune, and solves for the candidates.
         options: of the method.
-        calls: recorded; see trajectories.
+        calls: recorded, those of this rank; see trajectories.
         journal: keeps what was measured, so that a run that goes on prunes what it began.
         progress: told of the measuring.
 
@@ -76,13 +76,13 @@ def measured(
     linears, groups = select(
         replace(recipe, protect_first=first, protect_last=last), everything, family.groups(denoiser)
     )
-    spending = _Spending(denoiser, recipe, linears, groups, _positions(denoiser, calls[0]))
+    spending = _Spending(denoiser, recipe, linears, groups, positions(denoiser, calls[0]))
     paper = uniform(denoiser, family, recipe)
     wanted = spending.saved(paper.groups, paper.removals)
     candidates = spending.candidates(units=wanted > 0, weights=recipe.dense_share > 0)
     known = journal.read("allocation") if journal is not None else None
     if known is None:
-        probes = _probes(recipe, candidates, len(block_modules(everything)), len(calls))
+        probes = _probes(recipe, candidates, len(block_modules(everything)), ranks.total(len(calls)))
         weights = timesteps.weights(recipe.time_weights, recipe.trajectory_steps).tolist()
         errors = sensitivities.measure(
             denoiser,
@@ -255,7 +255,7 @@ def _probes(recipe: Recipe, candidates: Sequence[Candidate], blocks: int, calls:
     return min(max(int(affordable / sensitivities.cost(candidates, blocks)), 1), sensitivities.PROBES)
 
 
-def _positions(denoiser: nn.Module, call: Call) -> dict[str, int]:
+def positions(denoiser: nn.Module, call: Call) -> dict[str, int]:
     """Tokens of each linear for one image."""
     args, kwargs = call.arguments
     inputs = inspect.signature(denoiser.forward).bind(*args, **kwargs).arguments

@@ -1,7 +1,7 @@
 """Runs the pipeline over prompts and collects a gram for every distinct input tensor.
 
 The step index comes from the denoiser's own calls, so that schedulers which call it more than once a step are
-weighted right. Prompt i has its own noise, seeded by seed + i, whatever the batch size.
+weighted right. Prompt i has its own noise, seeded by seed + i, whatever the batch size and the rank that draws it.
 """
 
 import logging
@@ -15,6 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from obsdiff import ranks
 from obsdiff.core import timesteps
 from obsdiff.core.gram import Gram, GramAccumulator
 from obsdiff.families import Family
@@ -139,6 +140,7 @@ def calibrate(
     Raises:
         CalibrationError: an activation is not finite (names layer, step and prompts), a layer saw no token, or
             two linears that should share an input do not.
+        ConfigError: there are more ranks than batches of prompts.
     """
     if not prompts.texts:
         raise CalibrationError("no prompt to calibrate on; is --prompts-file empty?")
@@ -146,7 +148,7 @@ def calibrate(
     weights = timesteps.weights(time_weights, sampling.num_inference_steps).tolist()
     steps = StepIndex(pipeline.scheduler, sampling.num_inference_steps)
     collector = _Collector(denoiser, linears, weights)
-    passes = list(batches(len(prompts.texts), sampling.batch_size))
+    passes = ranks.share(list(batches(len(prompts.texts), sampling.batch_size)), "batches of prompts")
     total = len(passes) * sampling.num_inference_steps
 
     with collector.attached(steps), quiet(pipeline), torch.no_grad():
@@ -217,4 +219,6 @@ class _Collector:
         for reads, leader in self._leaders.items():
             if reads not in self._accumulators:
                 raise CalibrationError(f"{leader}: no token reached this layer in the whole calibration")
+        for reads in self._leaders:
+            ranks.add_up(self._accumulators[reads].sums())
         return {reads: accumulator.gram() for reads, accumulator in self._accumulators.items()}

@@ -1,6 +1,5 @@
 """The finished packages of a pruning run on disk, beside its output, until the output is whole."""
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from obsdiff.results import LayerResult, PackageResult
+from obsdiff.results import PackageResult
 from obsdiff_runtime.errors import ConfigError
 
 
@@ -36,26 +35,16 @@ class FolderJournal:
     def read(self, package: str) -> PackageResult | None:
         try:
             record = json.loads((self.folder / f"{package}.json").read_text())
-            return PackageResult(
-                weights=load_file(self.folder / f"{package}.safetensors"),
-                kept={name: tuple(units) for name, units in record["kept"].items()},
-                layers=tuple(LayerResult(**layer) for layer in record["layers"]),
-                errors=record["errors"],
-            )
+            return PackageResult.of_json(record, load_file(self.folder / f"{package}.safetensors"))
         except (FileNotFoundError, json.JSONDecodeError, SafetensorError, KeyError):
             return None
 
     def write(self, package: str, result: PackageResult) -> None:
         self._begin()
         tensors = {name: weight.contiguous() for name, weight in result.weights.items()}
-        record = {
-            "kept": result.kept,
-            "layers": [dataclasses.asdict(layer) for layer in result.layers],
-            "errors": dict(result.errors),
-        }
         try:
             save_file(tensors, self.folder / f"{package}.safetensors")
-            self._put(f"{package}.json", json.dumps(record))
+            self._put(f"{package}.json", json.dumps(result.to_json()))
         except BaseException:
             (self.folder / f"{package}.safetensors").unlink(missing_ok=True)
             if not any(self.folder.glob("*.json")):

@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from obsdiff import pausing
+from obsdiff import pausing, ranks
 from obsdiff.core.gram import Gram, GramAccumulator, full_precision
 from obsdiff.groups import LinearSpec
 from obsdiff.methods import Target
@@ -192,7 +192,15 @@ class TierMoments:
                 raise CalibrationError(f"{name}: {error}") from None
 
     def finish(self, repair: float) -> tuple[dict[str, Gram], dict[str, Target]]:
-        """Grams by LinearSpec.reads, targets by linear; `repair` is the share of a stream's error to make up for."""
+        """Grams by LinearSpec.reads, targets by linear, over the calls of all ranks.
+
+        Args:
+            repair: the share of a stream's error to make up for.
+        """
+        for gram in self._grams.values():
+            ranks.add_up(gram.sums())
+        for target in self._targets.values():
+            ranks.add_up(target.sums())
         targets = {name: sums.target(repair) for name, sums in self._targets.items()}
         return {reads: sums.gram() for reads, sums in self._grams.items()}, targets
 
@@ -223,7 +231,7 @@ class _TargetSums:
         self._plain = _Products(linear, device)
         self._gap: _Products | None = None
         self._energies = torch.zeros(4, linear.out_features, dtype=torch.float64, device=device)
-        self._weight = 0.0
+        self._weight = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, x: Tensor, y: Tensor, weight: float) -> None:
         """Counts x, (tokens, in), and y, (tokens, out)."""
@@ -250,6 +258,11 @@ class _TargetSums:
         self._gap.add(_wide(x), gap, weight)
         for place, value in ((1, wanted * gap), (2, gap.square()), (3, squares)):
             self._energies[place] += weight * _sum(value)
+
+    def sums(self) -> tuple[Tensor, ...]:
+        """All there is, float64 and lent."""
+        gap = () if self._gap is None else (self._gap.cross, self._gap.sum)
+        return self._plain.cross, self._plain.sum, *gap, self._energies, self._weight
 
     def target(self, repair: float) -> Target:
         cross, mean, energy = self._plain.cross, self._plain.sum, self._energies[0]

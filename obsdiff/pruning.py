@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from obsdiff import allocation, calibration, planning, streaming
+from obsdiff import allocation, calibration, planning, ranks, streaming
 from obsdiff.core import solver
 from obsdiff.core.gram import Gram
 from obsdiff.families import Family
@@ -21,7 +21,7 @@ from obsdiff.groups import Group, LinearSpec
 from obsdiff.methods import Layer, Method, Options
 from obsdiff.methods.table import METHODS
 from obsdiff.recipe import Recipe, select
-from obsdiff.results import Journal, LayerResult, PackageResult, Sensitivity
+from obsdiff.results import Journal, LayerResult, PackageResult, Sensitivity, merged
 from obsdiff.shrinking import shrink
 from obsdiff.sparsity import NM, Pattern
 from obsdiff.streaming import Assignment
@@ -73,7 +73,7 @@ def prune(
     journal: Journal | None = None,
     progress: Progress = silent,
 ) -> Pruned:
-    """Prunes `pipeline` in place.
+    """Prunes `pipeline` in place; where ranks have joined (ranks.py), all of them call this and get the same.
 
     Args:
         pipeline: complete enough to run: text encoders, denoiser, scheduler; the VAE is not used.
@@ -86,11 +86,12 @@ def prune(
 
     Raises:
         CalibrationError: statistics that cannot be used.
-        ConfigError: a selection that leaves nothing.
+        ConfigError: a selection that leaves nothing, or more ranks than batches of prompts.
+        RunError: another rank failed.
     """
     method = METHODS[recipe.method]
     denoiser: nn.Module = getattr(pipeline, family.denoiser)
-    run = _Run(pipeline, family, recipe, method, stored, journal, progress)
+    run = _Run(pipeline, family, recipe, method, stored, ranks.shared(journal), progress)
     kept: dict[str, tuple[int, ...]] = {}
     layers: list[LayerResult] = []
     units = {group.name: group.units for group in family.groups(denoiser)}
@@ -178,25 +179,20 @@ class _Run:
         def solve(
             package: Sequence[LinearSpec], grams: Mapping[str, Gram], done: Callable[[str], None]
         ) -> PackageResult:
-            weights, chosen, layers = {}, {}, []
-            for group in dict.fromkeys(of_linear[linear.name] for linear in package):
+            def remove(group: Group) -> PackageResult:
                 members = [self._layer(linears[name], grams) for name in group.consumers]
                 keep, solutions = self._method.prune_units(
                     members, width=group.width, remove=removals[group.name], options=self._options
                 )
-                chosen[group.name] = tuple(keep.tolist())
+                weights, layers = {}, []
                 for layer, solution in zip(members, solutions, strict=True):
                     weights[f"{layer.name}.weight"] = solution.weight.to(self._stored)
-                    layers.append(
-                        LayerResult(
-                            name=layer.name,
-                            pattern=f"{group.kind} {len(keep)}/{group.units}",
-                            loss=_loss(solution.loss),
-                            zeros=0.0,
-                        )
-                    )
+                    pattern = f"{group.kind} {len(keep)}/{group.units}"
+                    layers.append(LayerResult(name=layer.name, pattern=pattern, loss=_loss(solution.loss), zeros=0.0))
                 done(group.name)
-            return PackageResult(weights=weights, kept=chosen, layers=tuple(layers))
+                return PackageResult(weights=weights, kept={group.name: tuple(keep.tolist())}, layers=tuple(layers))
+
+            return merged(ranks.solve(list(dict.fromkeys(of_linear[linear.name] for linear in package)), remove))
 
         consumers = [linear for linear in linears.values() if linear.name in of_linear]
         for result in self._packages("units", consumers, solve, _pieces(consumers, of_linear)):
@@ -220,10 +216,10 @@ class _Run:
         def solve(
             package: Sequence[LinearSpec], grams: Mapping[str, Gram], done: Callable[[str], None]
         ) -> PackageResult:
-            weights, layers = {}, []
-            for sharing in _by_input(package):
+            def remove(sharing: Sequence[LinearSpec]) -> PackageResult:
                 members = [self._layer(linear, grams) for linear in sharing]
                 solutions = self._method.prune_weights(members, pattern, self._options)
+                weights, layers = {}, []
                 for layer, solution in zip(members, solutions, strict=True):
                     weight = weights[f"{layer.name}.weight"] = solution.weight.to(self._stored)
                     zeros = float((weight == 0).sum()) / weight.numel()
@@ -231,7 +227,9 @@ class _Run:
                         LayerResult(name=layer.name, pattern=str(pattern), loss=_loss(solution.loss), zeros=zeros)
                     )
                     done(layer.name)
-            return PackageResult(weights=weights, layers=tuple(layers))
+                return PackageResult(weights=weights, layers=tuple(layers))
+
+            return merged(ranks.solve(_by_input(package), remove))
 
         for result in self._packages("weights", fitting, solve, len):
             records += result.layers

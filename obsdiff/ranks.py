@@ -6,7 +6,6 @@ statistics of all prompts, and the same bits. What is solved is then solved on o
 others. Outside `joined` a process is alone, and all of this does nothing.
 """
 
-import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor, distributed
 
 from obsdiff.launch import Place, place
-from obsdiff.results import Journal, LayerResult, PackageResult
+from obsdiff.results import Journal, PackageResult
 from obsdiff_runtime.errors import ConfigError, RunError
 
 T = TypeVar("T")
@@ -138,6 +137,13 @@ def add_up(tensors: Iterable[Tensor]) -> None:
             tensor.copy_(there)
 
 
+def total(number: int) -> int:
+    """The sum of every rank's number."""
+    there = torch.tensor([number])
+    add_up([there])
+    return int(there)
+
+
 def gather(numbers: Sequence[int]) -> list[list[int]]:
     """The numbers of every rank, by rank; each may have another count of them."""
     counts = torch.zeros(world(), dtype=torch.int64)
@@ -185,18 +191,12 @@ def _handed(result: PackageResult | None, source: int) -> PackageResult | None:
         return result
     tensors, record = b"", b""
     if rank() == source and result is not None:
-        record = json.dumps(dataclasses.asdict(dataclasses.replace(result, weights={}))).encode()
+        record = json.dumps(result.to_json()).encode()
         tensors = save({name: weight.contiguous() for name, weight in result.weights.items()})
     record, tensors = _sent(record, source), _sent(tensors, source)
     if rank() == source or not record:
         return result
-    data = json.loads(record)
-    return PackageResult(
-        weights=load(tensors),
-        kept={name: tuple(units) for name, units in data["kept"].items()},
-        layers=tuple(LayerResult(**layer) for layer in data["layers"]),
-        errors=data["errors"],
-    )
+    return PackageResult.of_json(json.loads(record), load(tensors))
 
 
 def _sent(data: bytes, source: int) -> bytes:

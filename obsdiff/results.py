@@ -1,8 +1,8 @@
 """What a pruning run leaves behind: records of layers, and of the parts it can go on from."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol, Self
 
 from torch import Tensor
 
@@ -56,6 +56,39 @@ class PackageResult:
     kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     layers: tuple[LayerResult, ...] = ()
     errors: Mapping[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the weights."""
+        layers = [asdict(layer) for layer in self.layers]
+        return {"kept": dict(self.kept), "layers": layers, "errors": dict(self.errors)}
+
+    @classmethod
+    def of_json(cls, record: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Self:
+        """From what `to_json` gave, and the weights.
+
+        Raises:
+            KeyError: something is missing.
+        """
+        return cls(
+            weights=weights,
+            kept={name: tuple(units) for name, units in record["kept"].items()},
+            layers=tuple(LayerResult(**layer) for layer in record["layers"]),
+            errors=record["errors"],
+        )
+
+
+def merged(parts: Iterable[PackageResult]) -> PackageResult:
+    """One result of several that changed different things."""
+    weights: dict[str, Tensor] = {}
+    kept: dict[str, tuple[int, ...]] = {}
+    errors: dict[str, float] = {}
+    layers: list[LayerResult] = []
+    for part in parts:
+        weights.update(part.weights)
+        kept.update(part.kept)
+        errors.update(part.errors)
+        layers += part.layers
+    return PackageResult(weights=weights, kept=kept, layers=tuple(layers), errors=errors)
 
 
 class Journal(Protocol):

@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from obsdiff import pausing
+from obsdiff import pausing, ranks
 from obsdiff.core.gram import Gram, GramAccumulator
 from obsdiff.core.solver import FAST
 from obsdiff.groups import Group, LinearSpec
@@ -64,10 +64,17 @@ def cost(candidates: Sequence[Candidate], blocks: int) -> float:
 
 
 def spaced(calls: Sequence[Call], number: int) -> list[int]:
-    """Indices of calls, evenly spaced over the steps, the middle of each part of them."""
-    order = sorted(range(len(calls)), key=lambda index: (calls[index].step, index))
-    number = min(number, len(calls))
-    return [order[(2 * part + 1) * len(order) // (2 * number)] for part in range(number)]
+    """Indices of calls, evenly spaced over the steps, the middle of each part of them.
+
+    They are spaced over the calls of all ranks; those of this rank are given.
+    """
+    parts = ranks.gather([call.step for call in calls])
+    steps = [step for part in parts for step in part]
+    first = sum(len(part) for part in parts[: ranks.rank()])
+    order = sorted(range(len(steps)), key=lambda index: (steps[index], index))
+    number = min(number, len(steps))
+    picked = [order[(2 * part + 1) * len(order) // (2 * number)] - first for part in range(number)]
+    return [index for index in picked if 0 <= index < len(calls)]
 
 
 @torch.no_grad()
@@ -91,9 +98,9 @@ def measure(
         candidates: what to measure.
         method: solves for their weights, each against what the dense layer computes.
         options: of the method; patterns are solved with little effort.
-        calls: recorded.
+        calls: recorded, those of this rank.
         weights: of each call's tokens.
-        probes: how many calls a candidate is measured on, at least 1.
+        probes: how many calls of all ranks a candidate is measured on, at least 1.
         progress: told block by block.
 
     Raises:
@@ -112,6 +119,7 @@ def measure(
     blocks = [denoiser.get_submodule(name) for name in names]
     with pausing.gated(blocks):
         dense = [_Probe(denoiser, blocks, names, calls[index]) for index in spaced(calls, probes)]
+        count = ranks.total(len(dense))
         chosen = spaced(calls, MOMENT_CALLS)
         stream = [PausedPass(denoiser, calls[index].arguments) for index in chosen]
         solver = _Solver(denoiser, linears, method, options)
@@ -119,11 +127,15 @@ def measure(
             progress("measure sensitivities", index, last + 1, names[index])
             wanted = {name for candidate in by_block[index] for name in candidate.linears}
             grams = solver.grams(blocks[index], stream, [weights[place] for place in chosen], wanted)
-            for candidate in by_block[index]:
+            found = torch.zeros(len(by_block[index]), dtype=torch.float64)
+            for place, candidate in enumerate(by_block[index] if dense else ()):
                 with _changed(denoiser, solver.solve(candidate, grams)):
-                    errors[candidate.key] = sum(probe.error(index) for probe in dense) / len(dense)
-                if not errors[candidate.key] < float("inf"):
+                    found[place] = sum(probe.error(index) for probe in dense)
+            ranks.add_up([found])
+            for candidate, error in zip(by_block[index], (found / count).tolist(), strict=True):
+                if not error < float("inf"):
                     raise CalibrationError(f"{candidate.key}: the denoiser's output is not finite once it is pruned")
+                errors[candidate.key] = error
         progress("measure sensitivities", last + 1, last + 1)
     return errors
 
@@ -165,13 +177,17 @@ class _Solver:
     ) -> dict[str, Gram]:
         """Moves the stream past a block and gives the grams of what these linears read, by LinearSpec.reads."""
         leaders = {self._linears[name].reads: name for name in sorted(wanted)}
-        sums: dict[str, GramAccumulator] = {}
+        sums = {
+            name: GramAccumulator(
+                self._linears[name].in_features, device=self._denoiser.get_parameter(f"{name}.weight").device
+            )
+            for name in leaders.values()
+        }
 
         def add(name: str, weight: float) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-                x = _tokens(args[0])  # (tokens, in)
                 try:
-                    sums.setdefault(name, GramAccumulator(x.shape[1], device=x.device)).add(x, weight)
+                    sums[name].add(_tokens(args[0]), weight)
                 except CalibrationError as error:
                     raise CalibrationError(f"{name}: {error}") from None
 
@@ -183,7 +199,9 @@ class _Solver:
                     module = self._denoiser.get_submodule(name)
                     stack.callback(module.register_forward_pre_hook(add(name, weight)).remove)
                 waiting.resume(pausing.run(block, waiting.arguments))
-        missed = sorted(set(leaders.values()) - sums.keys())
+        for each in sums.values():
+            ranks.add_up(each.sums())
+        missed = [name for name, each in sums.items() if not each.tokens]
         if missed:
             raise CalibrationError(f"{missed[0]}: no token reached this layer; leave it out with --exclude")
         return {reads: sums[name].gram() for reads, name in leaders.items()}

@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from obsdiff import calibration, moments, pausing, trajectories
+from obsdiff import calibration, moments, pausing, ranks, trajectories
 from obsdiff.core import timesteps
 from obsdiff.core.permutation import permute
 from obsdiff.families import Family
@@ -22,7 +22,7 @@ from obsdiff.methods import Layer, Method, Options, Pruned
 from obsdiff.pausing import PausedPass
 from obsdiff.recipe import Recipe
 from obsdiff.residuals import block_modules
-from obsdiff.results import Journal, LayerResult, PackageResult, Sensitivity
+from obsdiff.results import Journal, LayerResult, PackageResult, Sensitivity, merged
 from obsdiff.sparsity import NM, Pattern, Unstructured
 from obsdiff.trajectories import Call
 from obsdiff_runtime.errors import CalibrationError
@@ -173,16 +173,11 @@ class _Run:
     def _solve(
         self, block: nn.Module, name: str, linears: Sequence[LinearSpec], dense: Sequence[moments.Glance]
     ) -> PackageResult:
-        weights: dict[str, Tensor] = {}
-        kept: dict[str, tuple[int, ...]] = {}
-        layers: list[LayerResult] = []
+        results: list[PackageResult] = []
         for _, members in groupby(sorted(linears, key=lambda each: each.tier), key=lambda each: each.tier):
-            found = self._tier(list(members), block, name, dense)
-            weights.update(found.weights)
-            kept.update(found.kept)
-            layers += found.layers
-            self._write(found.weights)
-        return PackageResult(weights=weights, kept=kept, layers=tuple(layers))
+            results.append(self._tier(list(members), block, name, dense))
+            self._write(results[-1].weights)
+        return merged(results)
 
     def _changes(self, linear: LinearSpec) -> bool:
         return linear.name in self._patterns or linear.name in self._group_of
@@ -190,7 +185,7 @@ class _Run:
     def _tier(
         self, tier: Sequence[LinearSpec], block: nn.Module, name: str, dense: Sequence[moments.Glance]
     ) -> PackageResult:
-        """Collects a tier's moments over all calls and solves it."""
+        """Collects a tier's moments over all calls and solves it, on several ranks part by part."""
         sums = moments.TierMoments(tier, self._weight(tier[0].name).device)
         repair = self._recipe.repair
         for wanted, waiting, weight in zip(dense, self._pruned, self._weights, strict=True):
@@ -208,9 +203,14 @@ class _Run:
             )
             for linear in tier
         }
-        moved = self._permute(layers) if self._recipe.permute else {}
-        solved = self._solved(tier, layers)
-        return replace(solved, weights={**moved, **solved.weights})
+
+        def solved(part: Sequence[LinearSpec]) -> PackageResult:
+            members = {linear.name: layers[linear.name] for linear in part}
+            moved = self._permute(members) if self._recipe.permute else {}
+            found = self._solved(part, members)
+            return replace(found, weights={**moved, **found.weights})
+
+        return merged(ranks.solve(_parts(tier, self._groups), solved))
 
     def _permute(self, layers: dict[str, Layer]) -> dict[str, Tensor]:
         """Reorders the channels between a producer and its consumers where N:M then costs less.
@@ -314,6 +314,17 @@ def _alike(tier: Sequence[LinearSpec], patterns: Mapping[str, Pattern]) -> list[
         if linear.name in patterns:
             alike.setdefault((linear.reads, str(patterns[linear.name])), []).append(linear)
     return list(alike.values())
+
+
+def _parts(tier: Sequence[LinearSpec], groups: Sequence[Group]) -> list[list[LinearSpec]]:
+    """The linears that are solved together: those that read one tensor, or lose the same units, or change places."""
+    parts: list[tuple[set[str], list[LinearSpec]]] = []
+    for linear in tier:
+        ties = {linear.reads, *(group.name for group in groups if linear.name in group.consumers)}
+        near = [part for part in parts if part[0] & ties]
+        parts = [part for part in parts if not part[0] & ties]
+        parts.append((ties.union(*(part[0] for part in near)), [*(each for part in near for each in part[1]), linear]))
+    return [linears for _, linears in parts]
 
 
 def _score(layer: Layer) -> Tensor:

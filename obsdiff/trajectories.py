@@ -7,6 +7,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from obsdiff import ranks
 from obsdiff.calibration import Prompts, StepIndex, batches, sample
 from obsdiff.families import Family
 from obsdiff.pausing import Arguments
@@ -45,7 +46,8 @@ def record(
     """Runs the sampler over all prompts and keeps some of the denoiser's calls.
 
     Batch b keeps every (steps / kept_steps)-th step, beginning b steps in, so that together the batches see every
-    step. Inputs of one trajectory resemble one another: more prompts are worth more than more steps of each.
+    step. Inputs of one trajectory resemble one another: more prompts are worth more than more steps of each. Each rank
+    runs and keeps its share of the batches.
 
     Args:
         pipeline: in eval mode.
@@ -58,15 +60,17 @@ def record(
 
     Raises:
         CalibrationError: there is no prompt, or the denoiser's output is not finite (names step and prompts).
+        ConfigError: there are more ranks than batches of prompts.
     """
     if not prompts.texts:
         raise CalibrationError("no prompt to calibrate on; is --prompts-file empty?")
     denoiser: nn.Module = getattr(pipeline, family.denoiser)
     steps = StepIndex(pipeline.scheduler, sampling.num_inference_steps)
     passes = list(batches(len(prompts.texts), sampling.batch_size))
-    total = len(passes) * sampling.num_inference_steps
+    own = ranks.share(range(len(passes)), "batches of prompts")
+    total = len(own) * sampling.num_inference_steps
     calls: list[Call] = []
-    place = 0
+    place = own[0]
 
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         step = steps.advance(kwargs["timestep"] if "timestep" in kwargs else args[1])
@@ -76,14 +80,14 @@ def record(
             raise CalibrationError(f"step {step + 1}, {texts}: the denoiser's output is not finite; are its weights?")
         if step in wanted_steps(sampling.num_inference_steps, kept_steps, place):
             calls.append(Call(step=step, arguments=_copied(args, kwargs), prompts=texts))
-        progress(stage, place * sampling.num_inference_steps + step, total)
+        progress(stage, (place - own[0]) * sampling.num_inference_steps + step, total)
 
     handle = denoiser.register_forward_hook(keep, with_kwargs=True)
     try:
         with quiet(pipeline):
-            for place, rows in enumerate(passes):  # noqa: B007
+            for place in own:
                 steps.restart()
-                sample(pipeline, prompts, rows, sampling)
+                sample(pipeline, prompts, passes[place], sampling)
     finally:
         handle.remove()
     progress(stage, total, total)

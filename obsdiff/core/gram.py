@@ -45,8 +45,7 @@ class GramAccumulator:
     def __init__(self, width: int, *, device: torch.device | str = "cpu") -> None:
         self._products = torch.zeros(width, width, dtype=torch.float64, device=device)
         self._sums = torch.zeros(width, dtype=torch.float64, device=device)
-        self._weight = 0.0
-        self._tokens = 0
+        self._counts = torch.zeros(2, dtype=torch.float64, device=device)  # weight, tokens
 
     @torch.no_grad()
     def add(self, x: Tensor, weight: float = 1.0) -> None:
@@ -67,8 +66,17 @@ class GramAccumulator:
             raise CalibrationError(_what_is_wrong(x))
         self._products.add_(product, alpha=weight)
         self._sums.add_(wide.sum(dim=0, dtype=torch.float64), alpha=weight)
-        self._weight += weight * x.shape[0]
-        self._tokens += x.shape[0]
+        self._counts[0] += weight * x.shape[0]
+        self._counts[1] += x.shape[0]
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens were counted."""
+        return int(self._counts[1])
+
+    def sums(self) -> tuple[Tensor, ...]:
+        """All there is, float64 and lent: adding another accumulator's sums in place counts what that one saw."""
+        return self._products, self._sums, self._counts
 
     def gram(self) -> Gram:
         """Ends the collection: the weighted mean over everything added. The accumulator is used up, its memory lent.
@@ -76,9 +84,10 @@ class GramAccumulator:
         Raises:
             CalibrationError: nothing was added.
         """
-        if self._tokens == 0 or self._weight <= 0:
+        weight, tokens = self._counts.tolist()
+        if tokens == 0 or weight <= 0:
             raise CalibrationError("no token reached this layer; were there any prompts?")
-        gram = Gram(matrix=self._products.div_(self._weight), mean=self._sums / self._weight, tokens=self._tokens)
+        gram = Gram(matrix=self._products.div_(weight), mean=self._sums / weight, tokens=int(tokens))
         del self._products
         return gram
 
