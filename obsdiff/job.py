@@ -13,7 +13,7 @@ from diffusers.utils.logging import disable_progress_bar
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from obsdiff import costs, facts, planning
+from obsdiff import costs, facts, planning, ranks
 from obsdiff.checkpoint import DEFAULTS
 from obsdiff.estimates import Workload
 from obsdiff.families import Family
@@ -72,6 +72,7 @@ class Job:
             groups=groups,
             positions=self.positions(self.denoiser),
             align=recipe.align,
+            allocation=recipe.allocation,
             workload=Workload(
                 prompts=len(recipe.prompts),
                 batch_size=recipe.sampling.batch_size,
@@ -132,7 +133,7 @@ def name_of(settings: Settings) -> str:
 
 
 def load(settings: Settings) -> LoadedPipeline:
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = ranks.device_of(settings.device)
     disable_progress_bar()
     transformers_logging.disable_progress_bar()
     try:

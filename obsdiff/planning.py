@@ -111,6 +111,7 @@ def plan(
     positions: Mapping[str, int],
     align: int,
     workload: Workload,
+    allocation: str = "uniform",
 ) -> Plan:
     """Plans a run.
 
@@ -123,6 +124,7 @@ def plan(
         positions: of the denoiser, from costs.positions.
         align: kept FFN widths are rounded to a multiple of this; 1 is the paper's.
         workload: how much calibration there is, and what it runs on.
+        allocation: "uniform", or "measured": units that save as many MACs will be chosen from what is measured.
 
     Raises:
         ResourceError: the byte budget is smaller than one tier's grams.
@@ -149,7 +151,7 @@ def plan(
         packages=described,
         gram_bytes=gram_bytes,
         denoiser_calls=len(described) * workload.calls,
-        notes=_notes(groups, removed, layers, sparsity, align),
+        notes=_notes(groups, removed, layers, sparsity, align, allocation),
         estimates=estimates.estimate(
             denoiser,
             workload,
@@ -378,8 +380,14 @@ def _notes(
     layers: Sequence[LayerPlan],
     sparsity: Sparsity,
     align: int,
+    allocation: str,
 ) -> tuple[str, ...]:
     notes = []
+    if allocation == "measured" and any(removed.values()):
+        notes.append(
+            "the cuts are the uniform rule's; measured allocation saves at least as many MACs where that costs least, "
+            "so which units go is known once it has measured (--allocation uniform takes these)"
+        )
     for kind, ratio in (("heads", sparsity.heads), ("ffn", sparsity.ffn)):
         whole = [group for group in groups if group.kind == kind and ratio > 0 and not removed[group.name]]
         if whole:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from obsdiff.core.budget import Option, choose, most
+from obsdiff.core.budget import Option, choose, interpolate, most
 
 OPTIONS = st.builds(Option, saving=st.integers(0, 40), error=st.integers(0, 1000).map(lambda value: value / 8))
 ITEMS = st.lists(st.lists(OPTIONS, min_size=1, max_size=4), min_size=1, max_size=5)
@@ -72,3 +72,20 @@ def test_more_than_everything_is_refused_with_what_there_is() -> None:
 def test_nothing_asked_for_takes_the_least_error_of_each_item() -> None:
     items = [[Option(saving=3, error=2), Option(saving=0, error=1)], [Option(saving=1, error=-1.0)]]
     assert choose(items, 0) == [1, 0]
+
+
+SHARES = st.dictionaries(st.integers(1, 15).map(lambda part: part / 16), st.floats(0, 10), min_size=1, max_size=4)
+
+
+@given(SHARES, st.lists(st.floats(0, 0.99), min_size=2, max_size=2))
+def test_an_interpolated_error_never_falls_with_the_share(measured: dict[float, float], two: list[float]) -> None:
+    low, high = (interpolate(measured, share) for share in sorted(two))
+    assert low <= high * (1 + 1e-9)
+
+
+def test_measured_points_are_met_and_what_is_straight_on_the_axis_is_found() -> None:
+    curve = {share: 1e-3 * (share / (1 - share)) ** 1.3 for share in (0.125, 0.375, 0.5, 0.875)}
+    known = {share: curve[share] for share in (0.375, 0.875)}
+    assert interpolate(known, 0) == 0
+    for share, error in curve.items():
+        assert interpolate(known, share) == pytest.approx(error, rel=1e-12)
