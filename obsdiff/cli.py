@@ -20,6 +20,7 @@ from typing import Annotated, Any
 
 import typer
 
+from obsdiff import launch
 from obsdiff.settings import FIELDS, Settings, gather, save
 from obsdiff_runtime.errors import ConfigError, ObsdiffError
 from obsdiff_runtime.progress import Progress
@@ -135,7 +136,11 @@ def _setting(field: str) -> tuple[Any, Any]:
 
 
 def _perform(work: Callable[[Run], None], values: dict[str, Any], fields: Sequence[str], has_model: bool) -> int:
-    """Runs a verb and turns what a user can cause into one line and an exit code; bugs show their traceback."""
+    """Runs a verb and turns what a user can cause into one line and an exit code; bugs show their traceback.
+
+    Of several processes that torchrun started, those behind the first take part where a model is pruned, write nothing
+    and speak only of their errors.
+    """
     from obsdiff.display import progress_on_stderr, quiet_libraries
 
     # Threads that spin while they wait for a core that another program uses slow torch down by an order of magnitude:
@@ -145,29 +150,38 @@ def _perform(work: Callable[[Run], None], values: dict[str, Any], fields: Sequen
     logging.basicConfig(level=logging.INFO if values["verbose"] else logging.ERROR, stream=sys.stderr)
     if not values["verbose"]:
         quiet_libraries()
+    who = "obsdiff"
     try:
+        place = launch.place()
+        if place.rank:
+            who = f"obsdiff: rank {place.rank}"
+            values = {**values, "save_config": None, "quiet": True}
+            if "resume" not in values or values["dry_run"]:
+                return 0
         flags = {key: values[key] for key in (*fields, *(("model",) if has_model else ()))}
         settings = gather(flags, config=values["config"], assignments=values["set"] or ())
         if values["save_config"] is not None:
             save(settings, values["save_config"])
         with progress_on_stderr(quiet=values["quiet"] or values["json"]) as progress:
             work(Run(settings=settings, options=values, progress=progress))
+    except launch.Finished:
+        return 0
     except ObsdiffError as error:
-        print(f"obsdiff: {error}", file=sys.stderr)
+        print(f"{who}: {error}", file=sys.stderr)
         return NOT_ENOUGH_ROOM if _full(error) else error.exit_code
     except KeyboardInterrupt:
-        print(f"obsdiff: interrupted{_again(values)}", file=sys.stderr)
+        print(f"{who}: interrupted{_again(values)}", file=sys.stderr)
         return INTERRUPTED
     except MemoryError:
-        print("obsdiff: out of memory; lower --batch-size or raise --packages", file=sys.stderr)
+        print(f"{who}: out of memory; lower --batch-size or raise --packages", file=sys.stderr)
         return NOT_ENOUGH_ROOM
     except Exception as error:
         if _full(error):
-            print(f"obsdiff: the disk is full: {error}{_again(values)}", file=sys.stderr)
+            print(f"{who}: the disk is full: {error}{_again(values)}", file=sys.stderr)
             return NOT_ENOUGH_ROOM
         if not isinstance(error, OSError) or error.errno is None:
             raise
-        print(f"obsdiff: {error.filename or 'disk'}: {error.strerror}", file=sys.stderr)
+        print(f"{who}: {error.filename or 'disk'}: {error.strerror}", file=sys.stderr)
         return 1
     return 0
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from obsdiff import card, checkpoint, delivery, pruning
+from obsdiff import card, checkpoint, delivery, launch, pruning, ranks
 from obsdiff.bundling import Stages, compare, deliver, finish, gates_of, obedience_of, report_of, scales_of
 from obsdiff.comparison import evaluate as evaluate
 from obsdiff.comparison import hold, layers_of
@@ -19,6 +19,7 @@ from obsdiff.families.table import FAMILIES
 from obsdiff.folders import check_free, new_folder
 from obsdiff.gates import Gate
 from obsdiff.job import (
+    Job,
     check_size_of,
     computable,
     given,
@@ -31,6 +32,7 @@ from obsdiff.job import (
 from obsdiff.job import load as load_model
 from obsdiff.journal import FolderJournal
 from obsdiff.judges import judges_of
+from obsdiff.loading import LoadedPipeline
 from obsdiff.measurements import Report
 from obsdiff.planning import Plan
 from obsdiff.pruning import Pruned
@@ -126,7 +128,12 @@ def load(folder: Path | str, *, dtype: torch.dtype | None = None) -> DiffusionPi
 def prune_to_folder(
     settings: Settings, output: Path, *, force: bool = False, resume: bool = False, progress: Progress = silent
 ) -> Pruned:
-    """`obsdiff prune`: a pruned diffusers folder."""
+    """`obsdiff prune`: a pruned diffusers folder.
+
+    Raises:
+        ObsdiffError: one of its kinds; nothing half-written is left.
+        Finished: this is another than the first of several ranks, and the pruning is done.
+    """
     check_free(output, force=force)
     job = open_job(settings)
     weights = require(job, output, copies=1)
@@ -134,9 +141,7 @@ def prune_to_folder(
     require_disk_for(loaded, output, 2 * weights)
     stored = computable(loaded)
     journal = FolderJournal(output, job.recipe.digest(), resume=resume)
-    pruned = pruning.prune(
-        loaded.pipeline, loaded.family, job.recipe, stored=stored, journal=journal, progress=progress
-    )
+    pruned = _prune(loaded, job, stored, journal, progress)
     pruned.denoiser.to(stored)
     save(pruned, output, source=loaded.folder, force=force)
     journal.remove()
@@ -164,6 +169,7 @@ def export(
 
     Raises:
         ObsdiffError: one of its kinds; nothing half-written is left.
+        Finished: this is another than the first of several ranks, and the pruning is done.
     """
     check_free(output, force=force)
     require_onnxruntime()
@@ -191,9 +197,7 @@ def export(
         stored = computable(loaded)
         dense = copy.deepcopy(loaded.denoiser)
     with stages("calibrate and prune"):
-        pruned = pruning.prune(
-            loaded.pipeline, loaded.family, job.recipe, stored=stored, journal=journal, progress=progress
-        )
+        pruned = _prune(loaded, job, stored, journal, progress)
     with stages("verify"):
         evaluation, images = compare(job, pruned, dense, held_out, progress, judges=judges, scales=scales)
     if settings.sparsity is None and loaded.manifest is not None:  # pruned by an earlier run: say and check what it is
@@ -245,6 +249,17 @@ def build(
     }
     write_manifest(bundle, dataclasses.replace(manifest, components=components))
     return tuple(entries.values())
+
+
+def _prune(loaded: LoadedPipeline, job: Job, stored: torch.dtype, journal: FolderJournal, progress: Progress) -> Pruned:
+    """Prunes with all ranks that there are, and goes on with the first."""
+    with ranks.joined(loaded.pipeline.device) as place:
+        pruned = pruning.prune(
+            loaded.pipeline, loaded.family, job.recipe, stored=stored, journal=journal, progress=progress
+        )
+    if place.rank:
+        raise launch.Finished
+    return pruned
 
 
 def _pruned_manifest(pruned: Pruned) -> checkpoint.PrunedManifest:
