@@ -72,6 +72,7 @@ class Job:
             groups=groups,
             positions=self.positions(self.denoiser),
             align=recipe.align,
+            allocation=recipe.allocation,
             workload=Workload(
                 prompts=len(recipe.prompts),
                 batch_size=recipe.sampling.batch_size,
