@@ -5,6 +5,7 @@ the dense blocks before it computed, the other with what the pruned ones did. So
 will get, and is fitted to what the dense model computes at that place; nothing is run twice but the block at hand.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -133,6 +134,8 @@ class _Run:
         weights = timesteps.weights(recipe.time_weights, recipe.trajectory_steps).tolist()
         self._weights = [weights[call.step] for call in calls]
         self._recipe = recipe
+        scale = recipe.sampling.guidance_scale
+        self._guidance = moments.Guidance(scale=scale, weight=recipe.guided) if scale > 1 and recipe.guided else None
         self._groups = family.groups(denoiser)
         self._group_of = {
             name: group
@@ -151,31 +154,24 @@ class _Run:
         for stream in (self._dense, self._pruned):
             pausing.check_at(stream, block, name)
         linears = [linear for linear in self._linears if linear.block == index and self._changes(linear)]
-        dense = [self._pass_dense(waiting, block, name, linears) for waiting in self._dense]
-        if known is None:
-            known = self._solve(block, name, linears, dense)
+        if known is None and linears:
+            known = self._solve(block, name, linears)
         else:
+            for waiting in self._dense:
+                waiting.resume(pausing.run(block, waiting.arguments))
+            known = known or PackageResult()
             self._write(known.weights)
         for waiting in self._pruned:
             waiting.resume(pausing.run(block, waiting.arguments))
         return known
 
-    def _pass_dense(
-        self, waiting: PausedPass, block: nn.Module, name: str, linears: Sequence[LinearSpec]
-    ) -> moments.Glance:
-        """Moves a pass of the dense stream on; the block is still dense."""
-        seen, output = moments.glance(
-            block, name, linears, waiting.arguments, streams=self._recipe.repair > 0, whole=True
-        )
-        waiting.resume(output)
-        return seen
-
-    def _solve(
-        self, block: nn.Module, name: str, linears: Sequence[LinearSpec], dense: Sequence[moments.Glance]
-    ) -> PackageResult:
+    def _solve(self, block: nn.Module, name: str, linears: Sequence[LinearSpec]) -> PackageResult:
+        """Prunes a block tier by tier; moves the dense stream past it with the last."""
+        dense = copy.deepcopy(block)
         results: list[PackageResult] = []
-        for _, members in groupby(sorted(linears, key=lambda each: each.tier), key=lambda each: each.tier):
-            results.append(self._tier(list(members), block, name, dense))
+        tiers = [list(tier) for _, tier in groupby(sorted(linears, key=_tier_of), key=_tier_of)]
+        for tier in tiers:
+            results.append(self._tier(tier, block, dense, name, last=tier is tiers[-1]))
             self._write(results[-1].weights)
         return merged(results)
 
@@ -183,14 +179,17 @@ class _Run:
         return linear.name in self._patterns or linear.name in self._group_of
 
     def _tier(
-        self, tier: Sequence[LinearSpec], block: nn.Module, name: str, dense: Sequence[moments.Glance]
+        self, tier: Sequence[LinearSpec], block: nn.Module, dense: nn.Module, name: str, *, last: bool
     ) -> PackageResult:
         """Collects a tier's moments over all calls and solves it, on several ranks part by part."""
-        sums = moments.TierMoments(tier, self._weight(tier[0].name).device)
+        sums = moments.TierMoments(tier, self._weight(tier[0].name).device, self._guidance)
         repair = self._recipe.repair
-        for wanted, waiting, weight in zip(dense, self._pruned, self._weights, strict=True):
-            seen, _ = moments.glance(block, name, tier, waiting.arguments, streams=repair > 0)
+        for before, after, weight in zip(self._dense, self._pruned, self._weights, strict=True):
+            wanted, output = moments.glance(dense, name, tier, before.arguments, streams=repair > 0, whole=last)
+            seen, _ = moments.glance(block, name, tier, after.arguments, streams=repair > 0)
             sums.add(wanted, seen, weight)
+            if last:
+                before.resume(output)
         grams, targets = sums.finish(repair)
         layers = {
             linear.name: Layer(
@@ -297,14 +296,19 @@ def assign(
     lost = {name: removals.get(group.name, 0) * group.width for group in groups for name in group.consumers}
     patterns: dict[str, Pattern] = {}
     dense: dict[str, str] = {}
-    for linear in linears if pattern is not None else ():
-        left = linear.in_features - lost.get(linear.name, 0)
-        if isinstance(pattern, NM) and left % pattern.m:
-            dense[linear.name] = f"{left} inputs are not divisible by {pattern.m}"
-        elif pattern is not None:
-            patterns[linear.name] = pattern
+    if pattern is not None and pattern.ratio > 0:
+        for linear in linears:
+            left = linear.in_features - lost.get(linear.name, 0)
+            if isinstance(pattern, NM) and left % pattern.m:
+                dense[linear.name] = f"{left} inputs are not divisible by {pattern.m}"
+            else:
+                patterns[linear.name] = pattern
     removed = {name: number for name, number in removals.items() if number}
     return Assignment(groups=tuple(groups), removals=removed, patterns=patterns, dense=dense)
+
+
+def _tier_of(linear: LinearSpec) -> int:
+    return linear.tier
 
 
 def _alike(tier: Sequence[LinearSpec], patterns: Mapping[str, Pattern]) -> list[list[LinearSpec]]:
