@@ -58,7 +58,7 @@ class Run:
     """One pruning and what came of it.
 
     Attributes:
-        calls: denoiser-equivalents: block calls over blocks; a block that is stopped half-way counts whole.
+        calls: denoiser-equivalents: what the blocks' linears computed, over what they compute in one call of a batch.
         peak_bytes: largest resident size of the process until the model was pruned.
     """
 
@@ -147,7 +147,7 @@ def _measure(wanted: tuple[str, str, int, dict[str, Any]]) -> Run:
     job, loaded = open_job(settings), load(settings)
     stored = computable(loaded)
     dense = copy.deepcopy(loaded.denoiser)
-    with _counted(loaded) as counter:
+    with _counted(loaded, job) as counter:
         started, busy = time.perf_counter(), time.process_time()
         pruned = pruning.prune(loaded.pipeline, loaded.family, job.recipe, stored=stored)
         seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - busy
@@ -180,17 +180,21 @@ def _macs(job: Any, denoiser: Any) -> int:
 
 
 @contextmanager
-def _counted(loaded: Any) -> Iterator[list[float]]:
-    """Counts the denoiser's calls, as block calls over blocks; those that a gate answers are none."""
-    from obsdiff.residuals import block_modules
+def _counted(loaded: Any, job: Any) -> Iterator[list[float]]:
+    """Counts the denoiser's calls: the multiply-accumulates that its blocks' linears ran, over those of one call.
 
-    names = block_modules(loaded.family.linears(loaded.denoiser))
+    So a block that is stopped half-way counts half. Calls of a full batch are what is counted in.
+    """
+    linears = loaded.family.linears(loaded.denoiser)
+    rows = job.recipe.sampling.batch_size * (2 if job.recipe.sampling.guidance_scale > 1 else 1)
+    positions = job.positions(loaded.denoiser)
+    whole = rows * sum(each.in_features * each.out_features * positions[each.name] for each in linears)
     counter = [0.0]
 
-    def count(module: Any, _: Any) -> None:
-        counter[0] += 0 if "forward" in module.__dict__ else 1 / len(names)
+    def count(module: Any, args: Any) -> None:
+        counter[0] += args[0].numel() * module.out_features / whole
 
-    handles = [loaded.denoiser.get_submodule(name).register_forward_pre_hook(count) for name in names]
+    handles = [loaded.denoiser.get_submodule(each.name).register_forward_pre_hook(count) for each in linears]
     try:
         yield counter
     finally:

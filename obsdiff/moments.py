@@ -146,16 +146,38 @@ class _Look:
             raise _Seen
 
 
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """Counts the guided combination s c - (s - 1) u of conditional and unconditional rows as a token too.
+
+    What the sampler follows is that combination of the network's two outputs, so errors that the rows do not share
+    count s^2 + (s - 1)^2 times, and those that they share once.
+
+    Attributes:
+        scale: s.
+        weight: of a combined token, beside the two that it is made of.
+    """
+
+    scale: float
+    weight: float
+
+    def combined(self, value: Tensor) -> Tensor:
+        """(2 rows, tokens, width), the unconditional ones first, -> (rows, tokens, width)."""
+        without, given = value.chunk(2)
+        return torch.lerp(without, given, self.scale)
+
+
 class TierMoments:
     """Sums over the calls of a tier, one gram per distinct input.
 
     Args:
         linears: of one tier.
         device: of the sums.
+        guidance: of image tokens, where the rows of a call are guided.
     """
 
-    def __init__(self, linears: Sequence[LinearSpec], device: torch.device) -> None:
-        self._linears = linears
+    def __init__(self, linears: Sequence[LinearSpec], device: torch.device, guidance: Guidance | None = None) -> None:
+        self._linears, self._guidance = linears, guidance
         self._leaders: dict[str, str] = {}
         for linear in linears:
             self._leaders.setdefault(linear.reads, linear.name)
@@ -181,15 +203,28 @@ class TierMoments:
             name, leader = linear.name, self._leaders[linear.reads]
             if pruned.sources[name] != pruned.sources[leader]:
                 raise CalibrationError(f"{name} and {leader} were taken to read the same input and do not")
-            x = pruned.inputs[name].flatten(0, -2)  # (tokens, in)
+            x, y = pruned.inputs[name], dense.outputs[name]
+            gap = dense.bases[name] - pruned.bases[name] if name in dense.bases else None
+            gate = dense.gates.get(name, 1.0)
             try:
-                if leader == name:
-                    self._grams[linear.reads].add(x, weight)
-                self._targets[name].add(x, dense.outputs[name].flatten(0, -2), weight)
-                if name in dense.bases:
-                    self._targets[name].add_gap(x, dense, pruned, weight)
+                self._count(linear, x, y, gap, gate, weight)
+                if self._guidance is not None and linear.tokens != "text":
+                    mix = self._guidance.combined
+                    given = gate.chunk(2)[1] if isinstance(gate, Tensor) else gate
+                    combined = None if gap is None else mix(gap)
+                    self._count(linear, mix(x), mix(y), combined, given, weight * self._guidance.weight)
             except CalibrationError as error:
                 raise CalibrationError(f"{name}: {error}") from None
+
+    def _count(
+        self, linear: LinearSpec, x: Tensor, y: Tensor, gap: Tensor | None, gate: Tensor | float, weight: float
+    ) -> None:
+        rows = x.flatten(0, -2)  # (tokens, in)
+        if self._leaders[linear.reads] == linear.name:
+            self._grams[linear.reads].add(rows, weight)
+        self._targets[linear.name].add(rows, y.flatten(0, -2), weight)
+        if gap is not None:
+            self._targets[linear.name].add_gap(rows, y, gap, gate, weight)
 
     def finish(self, repair: float) -> tuple[dict[str, Gram], dict[str, Target]]:
         """Grams by LinearSpec.reads, targets by linear, over the calls of all ranks.
@@ -243,20 +278,17 @@ class _TargetSums:
         self._energies[0] += weight * energy
         self._weight += weight * len(x)
 
-    def add_gap(self, x: Tensor, dense: Glance, pruned: Glance, weight: float) -> None:
-        """Counts the gap between the two streams at the tokens x, (tokens, in)."""
+    def add_gap(self, x: Tensor, y: Tensor, gap: Tensor, gate: Tensor | float, weight: float) -> None:
+        """Counts the gap d between the streams, (rows, tokens, out), at the tokens x, (tokens, in)."""
         if self._gap is None:
             self._gap = _Products(self._linear, self._device)
-        name = self._linear.name
-        gate = dense.gates.get(name, 1.0)
-        difference = dense.bases[name] - pruned.bases[name]
-        gap = _wide(gate * difference).flatten(0, -2)  # (tokens, out)
-        wanted = _wide(dense.outputs[name]).flatten(0, -2)
-        squares = _wide(gate * torch.ones_like(difference)).flatten(0, -2).square()
-        if not bool(_sum(gap.square()).isfinite().all()):
+        pushed = _wide(gate * gap).flatten(0, -2)  # (tokens, out)
+        if not bool(_sum(pushed.square()).isfinite().all()):
             raise CalibrationError("the residual stream it writes to is not finite; are the model's weights?")
-        self._gap.add(_wide(x), gap, weight)
-        for place, value in ((1, wanted * gap), (2, gap.square()), (3, squares)):
+        wanted = _wide(y).flatten(0, -2)
+        squares = _wide(gate * torch.ones_like(gap)).flatten(0, -2).square()
+        self._gap.add(_wide(x), pushed, weight)
+        for place, value in ((1, wanted * pushed), (2, pushed.square()), (3, squares)):
             self._energies[place] += weight * _sum(value)
 
     def sums(self) -> tuple[Tensor, ...]:

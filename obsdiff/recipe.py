@@ -53,6 +53,7 @@ class Recipe:
         kept_steps: steps of each batch of prompts whose denoiser calls a streamed method looks at.
         repair: of a streamed method: the share of a residual stream's error that the linears which write to it are to
             make up for.
+        guided: of a streamed method: weight of the guided combination of two rows, beside the rows themselves.
         permute: of a streamed method: whether channels may change places where N:M then costs less.
         dense_targets: of a streamed method: whether layers are fitted to the dense model's outputs, or to what they
             make of their own inputs.
@@ -88,6 +89,7 @@ class Recipe:
     trajectory_steps: int
     kept_steps: int
     repair: float
+    guided: float
     permute: bool
     dense_targets: bool
     refit_output: bool

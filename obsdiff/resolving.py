@@ -19,6 +19,7 @@ ALLOCATIONS: Final = ("measured", "uniform")
 METHOD_OPTIONS: Final = {
     "block": 128.0,
     "repair": 0.5,
+    "guided": 0.0,
     "permute": 1.0,
     "dense_targets": 1.0,
     "refit_output": 1.0,
@@ -105,6 +106,7 @@ def resolve(
         kept_steps=_at_least("--kept-steps", 1, settings.kept_steps, 2),
         fast=fast,
         repair=options["repair"],
+        guided=options["guided"],
         permute=bool(options["permute"]),
         dense_targets=bool(options["dense_targets"]),
         refit_output=bool(options["refit_output"]),
