@@ -104,10 +104,7 @@ def show_plan(plan: "Plan", *, verbose: bool = False) -> None:
     patterned = [layer for layer in plan.layers if layer.pattern is not None]
     if patterned:
         console.print(f"{'linears':<12}{len(patterned)} get the pattern {patterned[0].pattern}", highlight=False)
-    grams = ", ".join(f"{package.grams} ({size(package.gram_bytes)})" for package in plan.packages)
-    console.print(
-        f"{'calibration':<12}{plan.denoiser_calls} denoiser calls; grams by package: {grams or 'none'}", highlight=False
-    )
+    console.print(f"{'calibration':<12}{_calibration(plan)}", highlight=False)
     estimates = plan.estimates
     console.print(
         f"{'estimates':<12}{size(estimates.memory_bytes)} of memory, {size(estimates.checkpoint_bytes)} checkpoint, "
@@ -119,6 +116,21 @@ def show_plan(plan: "Plan", *, verbose: bool = False) -> None:
         console.print(f"[yellow]note[/] {note}", highlight=False)
     if verbose:
         console.print(_plan_layers(plan))
+
+
+def _calibration(plan: "Plan") -> str:
+    from obsdiff.wording import size
+
+    streams = plan.streams
+    if streams is None:
+        grams = ", ".join(f"{package.grams} ({size(package.gram_bytes)})" for package in plan.packages)
+        return f"{plan.denoiser_calls} denoiser calls; grams by package: {grams or 'none'}"
+    return (
+        f"{plan.denoiser_calls} denoiser calls, of which {streams.kept_calls} are walked through {streams.blocks} "
+        f"blocks twice, dense and pruned: {streams.block_calls} block calls, in all the work of "
+        f"{streams.denoiser_calls:.0f} denoiser calls; {streams.grams} grams, at most {size(streams.moment_bytes)} at "
+        f"a time; {size(streams.stream_bytes)} of hidden states"
+    )
 
 
 def _pair(before: int, after: int) -> tuple[str, str, str]:

@@ -8,6 +8,7 @@ from torch import nn
 
 from obsdiff.core.gram import BYTES_PER_ENTRY
 from obsdiff.groups import LinearSpec
+from obsdiff_runtime.errors import ResourceError
 
 SOLVER_COPIES: Final = 6
 """Matrices of a gram's size that a factorisation holds at its peak."""
@@ -26,6 +27,25 @@ COLUMN_SECONDS: Final = 3e-4
 
 
 @dataclass(frozen=True, kw_only=True)
+class Streams:
+    """How much a streamed method looks at; see recipe.Recipe.
+
+    Attributes:
+        draws: pictures drawn of each prompt.
+        trajectory_steps: sampler steps by which they are drawn.
+        kept_steps: steps of each batch whose calls are kept.
+        tokens: of a row that count, at most.
+        measuring_calls: denoiser calls' worth of block calls that measuring the units takes, at most.
+    """
+
+    draws: int
+    trajectory_steps: int
+    kept_steps: int
+    tokens: int
+    measuring_calls: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Workload:
     """How much calibration there is, and what it runs on.
 
@@ -40,6 +60,7 @@ class Workload:
         budget_bytes: most bytes of grams in one pass; None: no limit.
         calls_per_step: denoiser calls of the scheduler per step (Heun: 2).
         other_bytes: memory held by what else is loaded (text encoders).
+        streams: where the method is streamed; it has no packages then.
     """
 
     prompts: int
@@ -52,21 +73,45 @@ class Workload:
     budget_bytes: int | None = None
     calls_per_step: int = 1
     other_bytes: int = 0
+    streams: Streams | None = None
+
+    @property
+    def pictures(self) -> int:
+        """Pictures drawn in one calibration pass."""
+        return self.prompts * (1 if self.streams is None else self.streams.draws)
 
     @property
     def rows(self) -> int:
         """Rows of the largest denoiser call."""
-        return min(self.batch_size, self.prompts) * (2 if self.guided else 1)
+        return min(self.batch_size, self.pictures) * (2 if self.guided else 1)
 
     @property
     def calls(self) -> int:
-        """Denoiser calls of one calibration pass."""
-        return -(-self.prompts // self.batch_size) * self.steps * self.calls_per_step
+        """Denoiser calls of one calibration pass, or of the trajectories of a streamed method."""
+        return self._batches * self._steps * self.calls_per_step
 
     @property
     def evaluations(self) -> int:
-        """Rows of all denoiser calls of one calibration pass."""
-        return self.prompts * (2 if self.guided else 1) * self.steps * self.calls_per_step
+        """Rows of all these calls."""
+        return self.pictures * (2 if self.guided else 1) * self._steps * self.calls_per_step
+
+    @property
+    def kept_calls(self) -> int:
+        """Those of them that a streamed method looks at."""
+        kept = 0 if self.streams is None else min(self.streams.kept_steps, self._steps)
+        return self._batches * kept * self.calls_per_step
+
+    @property
+    def kept_share(self) -> float:
+        return self.kept_calls / self.calls
+
+    @property
+    def _batches(self) -> int:
+        return -(-self.pictures // self.batch_size)
+
+    @property
+    def _steps(self) -> int:
+        return self.steps if self.streams is None else self.streams.trajectory_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +170,15 @@ def estimate(
 def gram_widths(linears: Sequence[LinearSpec]) -> dict[str, int]:
     """Width of each distinct input, by its key."""
     return {linear.reads: linear.in_features for linear in linears}
+
+
+def check_fits(tier: Sequence[LinearSpec], taken_bytes: int, budget_bytes: int) -> None:
+    """Raises ResourceError where a tier's sums take more than the budget."""
+    if taken_bytes > budget_bytes:
+        raise ResourceError(
+            f"the grams of {tier[0].name} and its tier take {taken_bytes / 2**20:.1f} MiB, more than the "
+            f"budget of {budget_bytes / 2**20:.1f} MiB; raise --gram-budget"
+        )
 
 
 def _calibration_seconds(

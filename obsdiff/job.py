@@ -13,9 +13,9 @@ from diffusers.utils.logging import disable_progress_bar
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from obsdiff import costs, facts, planning, ranks
+from obsdiff import allocation, costs, facts, moments, planning, ranks
 from obsdiff.checkpoint import DEFAULTS
-from obsdiff.estimates import Workload
+from obsdiff.estimates import Streams, Workload
 from obsdiff.families import Family
 from obsdiff.families.table import family_of
 from obsdiff.loading import (
@@ -82,8 +82,22 @@ class Job:
                 packages=recipe.packages,
                 budget_bytes=recipe.gram_budget_bytes,
                 flops_per_second=costs.matmul_speed(),
+                streams=streams_of(recipe) if METHODS[recipe.method].streams else None,
             ),
         )
+
+
+def streams_of(recipe: Recipe) -> Streams:
+    """How much a streamed method will look at."""
+    passes = -(-len(recipe.prompts) // recipe.sampling.batch_size)
+    measured = allocation.EFFORT if recipe.allocation == "measured" else 0.0
+    return Streams(
+        draws=recipe.draws,
+        trajectory_steps=recipe.trajectory_steps,
+        kept_steps=recipe.kept_steps,
+        tokens=moments.TOKENS,
+        measuring_calls=round(measured * passes * recipe.sampling.num_inference_steps),
+    )
 
 
 def open_job(settings: Settings, *, sparsity_required: bool = True) -> Job:

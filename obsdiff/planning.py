@@ -2,6 +2,7 @@
 
 tier       linears of one block that do not read one another's outputs; always calibrated together
 package    consecutive tiers whose grams are collected in one calibration pass
+streams    the dense model and the one pruned so far, walked through block by block; such a method has no packages
 """
 
 from collections import Counter
@@ -12,13 +13,13 @@ from typing import Any
 
 from torch import nn
 
-from obsdiff import costs, estimates
+from obsdiff import costs, estimates, stream_costs
 from obsdiff.core.gram import BYTES_PER_ENTRY
-from obsdiff.estimates import Estimates, Workload
+from obsdiff.estimates import Estimates, Streams, Workload
 from obsdiff.families import Family
 from obsdiff.groups import Group, LinearSpec
 from obsdiff.sparsity import NM, Pattern, Sparsity
-from obsdiff_runtime.errors import ResourceError
+from obsdiff.stream_costs import StreamPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +77,10 @@ class Plan:
         macs_before, macs_after: of one denoiser call on one image (see costs); a pattern's zeros count.
         cuts: every group whose units may go.
         layers: every linear that is selected for a pattern, or loses rows or columns.
-        packages: the calibration passes, in order; none where the method does not calibrate.
-        gram_bytes: the most memory that grams take at a time.
-        denoiser_calls: calls that calibration makes, over all passes.
+        packages: the calibration passes, in order; none where the method does not calibrate, or is streamed.
+        streams: what a streamed method does; None for the others.
+        gram_bytes: the most memory that grams (and a streamed method's other sums) take at a time.
+        denoiser_calls: calls that calibration makes, over all passes; of a streamed method, of its trajectories.
         notes: what may surprise: groups that rounding leaves whole, linears that stay dense.
         estimates: labelled as such.
     """
@@ -92,6 +94,7 @@ class Plan:
     cuts: tuple[Cut, ...]
     layers: tuple[LayerPlan, ...]
     packages: tuple[PackagePlan, ...]
+    streams: StreamPlan | None = None
     gram_bytes: int
     denoiser_calls: int
     notes: tuple[str, ...]
@@ -133,12 +136,26 @@ def plan(
     rows, columns = _lost(groups, removed)
     specs = family.linears(denoiser)
     layers = _layers(specs, linears, rows, columns, positions, sparsity.pattern)
-    packages = _packages(specs, groups, removed, layers, sparsity.pattern, workload)
     parameters = costs.parameters(denoiser)
     parameters_lost, macs_lost = _savings(denoiser, rows, columns, positions)
     macs = costs.macs(denoiser, positions)
+    packages = _packages(specs, groups, removed, layers, sparsity.pattern, workload)
     described = tuple(_describe(kind, package) for kind, package in packages)
-    gram_bytes = max((package.gram_bytes for package in described), default=0)
+    sizes: dict[str, Any] = {"positions": positions, "macs": macs, "parameters_after": parameters - parameters_lost}
+    solved = _solved(denoiser, family, specs, groups, removed, layers) if workload.streams is not None else []
+    found = None
+    if workload.streams is not None and solved:
+        found = _streams(denoiser, specs, solved, workload, workload.streams, positions)
+        estimated = stream_costs.estimate_streams(
+            denoiser, workload, workload.streams, found, everything=specs, solved=solved, **sizes
+        )
+        gram_bytes, calls = found.moment_bytes, workload.calls
+    else:
+        gram_bytes = max((package.gram_bytes for package in described), default=0)
+        calls = len(described) * workload.calls
+        estimated = estimates.estimate(
+            denoiser, workload, packages=[package for _, package in packages], gram_bytes=gram_bytes, **sizes
+        )
     return Plan(
         sparsity=str(sparsity),
         parameters_before=parameters,
@@ -149,18 +166,11 @@ def plan(
         cuts=tuple(_cut(group, removed[group.name]) for group in groups) if sparsity.structured else (),
         layers=layers,
         packages=described,
+        streams=found,
         gram_bytes=gram_bytes,
-        denoiser_calls=len(described) * workload.calls,
+        denoiser_calls=calls,
         notes=_notes(groups, removed, layers, sparsity, align, allocation),
-        estimates=estimates.estimate(
-            denoiser,
-            workload,
-            packages=[package for _, package in packages],
-            gram_bytes=gram_bytes,
-            positions=positions,
-            macs=macs,
-            parameters_after=parameters - parameters_lost,
-        ),
+        estimates=estimated,
     )
 
 
@@ -248,11 +258,7 @@ def _tier(linear: LinearSpec) -> tuple[int, int]:
 def _fill(tiers: Sequence[tuple[LinearSpec, ...]], budget_bytes: int) -> list[tuple[LinearSpec, ...]]:
     parts: list[tuple[LinearSpec, ...]] = []
     for tier in tiers:
-        if gram_bytes(tier) > budget_bytes:
-            raise ResourceError(
-                f"the grams of {tier[0].name} and its tier take {gram_bytes(tier) / 2**20:.1f} MiB, more than the "
-                f"budget of {budget_bytes / 2**20:.1f} MiB; raise --gram-budget"
-            )
+        estimates.check_fits(tier, gram_bytes(tier), budget_bytes)
         if parts and gram_bytes(parts[-1] + tier) <= budget_bytes:
             parts[-1] += tier
         else:
@@ -331,7 +337,7 @@ def _packages(
     workload: Workload,
 ) -> list[tuple[str, tuple[LinearSpec, ...]]]:
     """The calibration passes: for units first, then for weights at their widths after the cut."""
-    if not workload.calibrates:
+    if not workload.calibrates or workload.streams is not None:
         return []
     consumers = {name for group in groups if removed[group.name] for name in group.consumers}
     units = [spec for spec in specs if spec.name in consumers]
@@ -346,6 +352,34 @@ def _packages(
         for kind, linears in (("units", units), ("weights", weights))
         for package in split_packages(linears, packages=workload.packages, budget_bytes=workload.budget_bytes)
     ]
+
+
+def _solved(
+    denoiser: nn.Module,
+    family: Family,
+    specs: Sequence[LinearSpec],
+    groups: Sequence[Group],
+    removed: Mapping[str, int],
+    layers: Sequence[LayerPlan],
+) -> list[LinearSpec]:
+    """The linears that a streamed method solves for, with the one behind the last block; none where nothing goes."""
+    names = {name for group in groups if removed[group.name] for name in group.consumers}
+    names |= {layer.name for layer in layers if layer.pattern not in (None, "0")}
+    output = family.output(denoiser)
+    return [*(spec for spec in specs if spec.name in names), *([output] if names and output is not None else [])]
+
+
+def _streams(
+    denoiser: nn.Module,
+    specs: Sequence[LinearSpec],
+    solved: Sequence[LinearSpec],
+    workload: Workload,
+    streams: Streams,
+    positions: Mapping[str, int],
+) -> StreamPlan:
+    stream_costs.check_budget(solved, workload.budget_bytes)
+    element = max((parameter.element_size() for parameter in denoiser.parameters()), default=4)
+    return stream_costs.plan_streams(specs, solved, workload, streams, positions=positions, element=element)
 
 
 def _describe(kind: str, package: Sequence[LinearSpec]) -> PackagePlan:

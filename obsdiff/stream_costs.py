@@ -1,0 +1,164 @@
+"""What a streamed method costs: block calls, memory for streams and sums, seconds; from sizes alone."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from torch import nn
+
+from obsdiff import estimates
+from obsdiff.core.gram import BYTES_PER_ENTRY
+from obsdiff.core.solver import LEAN
+from obsdiff.estimates import Estimates, Streams, Workload
+from obsdiff.groups import LinearSpec
+
+STREAM_COPIES: Final = 3
+"""Of a kept call's hidden states: one in each stream, and what the call was recorded with."""
+
+WIDE_PRODUCTS: Final = 8
+"""Products of float64 around a solve, counted twice: the best dense weight, and losses."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamPlan:
+    """What a streamed method does: one walk through the denoiser's blocks, all kept calls in step.
+
+    Attributes:
+        blocks: that the denoiser has, its last projection counted where it is refitted.
+        linears, grams: that are solved for, and distinct inputs of theirs.
+        kept_calls: denoiser calls whose inputs both streams begin with.
+        block_calls: runs of a block: per kept call one dense and one pruned, and one for each tier that is solved for,
+            up to that tier.
+        moment_bytes: of the largest tier: grams, and the products with what the linears should compute.
+        stream_bytes: what is held of all kept calls at a block: hidden states, and the dense block's outputs.
+        denoiser_calls: of the trajectories, and what the blocks' runs come to in whole denoiser calls.
+    """
+
+    blocks: int
+    linears: int
+    grams: int
+    kept_calls: int
+    block_calls: int
+    moment_bytes: int
+    stream_bytes: int
+    denoiser_calls: float
+
+
+def plan_streams(
+    everything: Sequence[LinearSpec],
+    solved: Sequence[LinearSpec],
+    workload: Workload,
+    streams: Streams,
+    *,
+    positions: Mapping[str, int],
+    element: int,
+) -> StreamPlan:
+    """What the streams take.
+
+    Args:
+        everything: the linears of all blocks.
+        solved: those that are pruned or refitted, the one behind the last block among them.
+        workload: whose `streams` these are.
+        streams: how much is looked at.
+        positions: costs.positions.
+        element: bytes of an activation's entry.
+    """
+    tiers = _tiers(solved)
+    blocks = len({linear.block for linear in (*everything, *solved)})
+    counted = {linear.name: min(positions[linear.name], streams.tokens) for linear in solved}
+    hidden = {linear.tokens: positions[linear.name] * linear.in_features for linear in reversed(everything)}
+    outputs: dict[int, int] = {}  # entries that are kept of a row, by block
+    for linear in solved:
+        width = linear.out_features * (1 if linear.writes is None else 2)
+        outputs[linear.block] = outputs.get(linear.block, 0) + counted[linear.name] * width
+    held = STREAM_COPIES * sum(hidden.values()) + max(outputs.values(), default=0)
+    rows = round(workload.evaluations * workload.kept_share)
+    runs = workload.kept_calls * (2 * blocks + len(tiers))
+    return StreamPlan(
+        blocks=blocks,
+        linears=len(solved),
+        grams=len({linear.reads for tier in tiers for linear in tier}),
+        kept_calls=workload.kept_calls,
+        block_calls=runs,
+        moment_bytes=max((moment_bytes(tier) for tier in tiers), default=0),
+        stream_bytes=element * rows * held,
+        denoiser_calls=workload.calls + streams.measuring_calls + runs / max(blocks, 1),
+    )
+
+
+def moment_bytes(tier: Sequence[LinearSpec]) -> int:
+    """What the sums of one tier take: grams of distinct inputs, and a product of input and target for each linear.
+
+    Linears that write to a residual stream have a second product, for the gap of the streams.
+    """
+    grams = sum(width * width for width in estimates.gram_widths(tier).values())
+    crosses = sum(linear.out_features * linear.in_features * (1 if linear.writes is None else 2) for linear in tier)
+    return BYTES_PER_ENTRY * (grams + crosses)
+
+
+def estimate_streams(
+    denoiser: nn.Module,
+    workload: Workload,
+    streams: Streams,
+    found: StreamPlan,
+    *,
+    everything: Sequence[LinearSpec],
+    solved: Sequence[LinearSpec],
+    positions: Mapping[str, int],
+    macs: int,
+    parameters_after: int,
+) -> Estimates:
+    """`estimate` for a streamed method; `found` is what `plan_streams` gives of the same arguments."""
+    plain = estimates.estimate(
+        denoiser,
+        replace(workload, calibrates=False),
+        packages=[solved],
+        gram_bytes=found.moment_bytes + found.stream_bytes,
+        positions=positions,
+        macs=macs,
+        parameters_after=parameters_after,
+    )
+    rows = workload.evaluations * workload.kept_share
+    measured = workload.evaluations / max(workload.calls, 1) * streams.measuring_calls
+    networks = (workload.evaluations + measured + 2 * rows) * estimates.NETWORK_SLOWDOWN * 2 * macs
+    products, modules = 0.0, len(positions) * (workload.calls + streams.measuring_calls + 2 * workload.kept_calls)
+    for tier in _tiers(solved):
+        before = [each for each in everything if each.block == tier[0].block and each.tier <= tier[0].tier]
+        run = sum(positions[each.name] * each.in_features * each.out_features for each in before)
+        networks += rows * estimates.NETWORK_SLOWDOWN * 2 * run
+        modules += workload.kept_calls * len(before)
+        for linear in tier:
+            tokens = rows * min(positions[linear.name], streams.tokens)
+            sides = linear.out_features * (1 if linear.writes is None else 2)
+            products += 2 * tokens * linear.in_features * sides
+        products += sum(
+            2 * rows * min(positions[each.name], streams.tokens) * each.in_features**2
+            for each in {linear.reads: linear for linear in tier}.values()
+        )
+    return replace(
+        plain,
+        calibration_seconds=(networks + products) / workload.flops_per_second + modules * estimates.MODULE_SECONDS,
+        solver_seconds=sum(_solver_operations(tier) for tier in _tiers(solved)) / workload.flops_per_second,
+    )
+
+
+def check_budget(linears: Sequence[LinearSpec], budget_bytes: int | None) -> None:
+    """Raises ResourceError where the sums of one tier take more than this; a streamed method holds one tier's."""
+    for tier in _tiers(linears) if budget_bytes is not None else ():
+        estimates.check_fits(tier, moment_bytes(tier), budget_bytes or 0)
+
+
+def _solver_operations(tier: Sequence[LinearSpec]) -> float:
+    """8/3 d^3 for each factor and inverse, 2 out d^2 for each product; those in float64 count twice."""
+    rounds = len(LEAN.penalties) * LEAN.iterations + LEAN.refits
+    factors = sum((2 + len(LEAN.penalties)) * 8 / 3 * width**3 for width in estimates.gram_widths(tier).values())
+    products = sum(2 * (rounds + WIDE_PRODUCTS) * linear.out_features * linear.in_features**2 for linear in tier)
+    return factors + products
+
+
+def _tiers(linears: Sequence[LinearSpec]) -> list[tuple[LinearSpec, ...]]:
+    """The linears by block and tier, in forward order."""
+    found: dict[tuple[int, int], list[LinearSpec]] = {}
+    for linear in linears:
+        found.setdefault((linear.block, linear.tier), []).append(linear)
+    return [tuple(tier) for _, tier in sorted(found.items())]
