@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from obsdiff import allocation, calibration, planning, ranks, streaming
+from obsdiff import allocation, calibration, planning, ranks, stream_costs, streaming
 from obsdiff.core import solver
 from obsdiff.core.gram import Gram
 from obsdiff.families import Family
@@ -148,6 +148,7 @@ class _Run:
         assignment = allocation.uniform(*subject)
         if not assignment.removals and not assignment.patterns:
             return {}, self._left_dense(assignment)
+        stream_costs.check_budget(self._solved(assignment), self._recipe.gram_budget_bytes)
         calls = streaming.record(self._pipeline, self._family, self._recipe, self._progress)
         resources = (self._method, self._options, calls)
         if self._recipe.allocation == "measured":
@@ -157,6 +158,14 @@ class _Run:
             *subject, *resources, assignment, stored=self._stored, journal=self._journal, progress=self._progress
         )
         return kept, [*self._left_dense(assignment), *pruned]
+
+    def _solved(self, assignment: Assignment) -> list[LinearSpec]:
+        """The linears of the uniform rule that will be solved for."""
+        consumers = {
+            name for group in assignment.groups if group.name in assignment.removals for name in group.consumers
+        }
+        linears = self._family.linears(self._denoiser)
+        return [linear for linear in linears if linear.name in assignment.patterns or linear.name in consumers]
 
     def _left_dense(self, assignment: Assignment) -> list[LayerResult]:
         for name, reason in assignment.dense.items():

@@ -8,8 +8,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from obsdiff import calibration, pruning
-from obsdiff.core.gram import Gram
+from obsdiff import pruning
+from obsdiff.core.gram import Gram, GramAccumulator
 from obsdiff.job import given
 from obsdiff.methods.table import METHODS
 from obsdiff.pruning import Pruned
@@ -58,18 +58,17 @@ def check(pruned: Pruned, *, worst: float = 1.0) -> None:
 def test_one_prompt_of_fewer_tokens_than_channels_is_enough(
     method: str, sparsity: str, pipeline: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: dict[str, Gram] = {}
+    seen: list[Gram] = []
 
-    def calibrate(*args: Any, **options: Any) -> dict[str, Gram]:
-        grams = real(*args, **options)
-        seen.update(grams)
-        return grams
+    def finished(accumulator: GramAccumulator) -> Gram:
+        seen.append(real(accumulator))
+        return seen[-1]
 
-    real = calibration.calibrate
-    monkeypatch.setattr(calibration, "calibrate", calibrate)
-    pruned = prune(pipeline, sparsity, PROMPTS[:1], steps=1, method=method)
+    real = GramAccumulator.gram
+    monkeypatch.setattr(GramAccumulator, "gram", finished)
+    pruned = prune(pipeline, sparsity, PROMPTS[:1], steps=1, draws=1, method=method)
     check(pruned)
-    assert calibrating(method) == any(gram.tokens < len(gram.matrix) for gram in seen.values())
+    assert calibrating(method) == any(gram.tokens < len(gram.matrix) for gram in seen)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -79,7 +78,9 @@ def test_a_neuron_that_never_speaks_loses_its_weights(method: str, pipeline: Any
         feed.net[0].proj.weight[5] = 0
         feed.net[0].proj.bias[5] = 0
     check(prune(pipeline, "2:4", method=method))
-    assert calibrating(method) == bool((feed.net[2].weight[:, 5] == 0).all())
+    silent = (feed.net[2].weight == 0).all(dim=0)
+    found = bool(silent.any() if METHODS[method].streams else silent[5])  # a streamed method may move it elsewhere
+    assert calibrating(method) == found
 
 
 @pytest.mark.parametrize("method", REMOVING_UNITS)
@@ -89,7 +90,7 @@ def test_a_neuron_that_never_speaks_is_the_first_to_leave(method: str, pipeline:
         feed.net[0].proj.weight[5] = 0
         feed.net[0].proj.bias[5] = 0
         feed.net[2].weight[:, 5] = 1e-3  # small, so that magnitude finds it too
-    pruned = prune(pipeline, "ffn:0.02", method=method)
+    pruned = prune(pipeline, "ffn:0.02", method=method, allocation="uniform")
     check(pruned)
     (kept,) = (units for name, units in pruned.kept.items() if name.startswith("transformer_blocks.0.ff."))
     assert len(kept) < 128
@@ -111,6 +112,8 @@ def test_one_infinite_batch_names_layer_step_and_prompts_and_changes_nothing(met
         assert not calls
         return
     where = r"transformer_blocks\.1\.ff\.net\.2: step 2, prompts 3 to 3: .*infinite"
+    if METHODS[method].streams:  # it looks at the output first, before any layer
+        where = r"step \d, prompts \d to \d: the denoiser's output is not finite"
     with pytest.raises(CalibrationError, match=where):
         prune(pipeline, "2:4", method=method)
     after = weights(pipeline.transformer)
@@ -129,7 +132,8 @@ def test_layers_of_equal_weights_lose_their_share(method: str, sparsity: str, pi
     pruned = prune(pipeline, sparsity, method=method)
     check(pruned, worst=100)
     zeros = {layer.name.removeprefix("transformer_blocks.1."): layer.zeros for layer in pruned.layers}
-    assert (zeros["ff.net.2"], zeros["attn.to_q"], zeros["attn.to_k"]) == (0.5, 0.5, 1.0)
+    assert (zeros["ff.net.2"], zeros["attn.to_q"]) == (0.5, 0.5)
+    assert zeros["attn.to_k"] == (0.5 if METHODS[method].streams else 1.0)  # it is fitted anew, to next to nothing
 
 
 @pytest.mark.parametrize("method", REMOVING_UNITS)
@@ -138,7 +142,7 @@ def test_layers_of_equal_weights_lose_their_units(method: str, pipeline: Any) ->
     with torch.no_grad():
         block.ff.net[2].weight.fill_(0.5)
         block.attn.to_out[0].weight.zero_()
-    pruned = prune(pipeline, "structured:0.25", method=method)
+    pruned = prune(pipeline, "structured:0.25", method=method, allocation="uniform")
     check(pruned)
     assert {len(kept) / pruned.units[name] for name, kept in pruned.kept.items()} == {0.75}
 

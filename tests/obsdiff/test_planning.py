@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from obsdiff import costs, planning
-from obsdiff.estimates import Workload
+from obsdiff import costs, planning, stream_costs
+from obsdiff.estimates import Streams, Workload
 from obsdiff.families import Family
 from obsdiff.families.table import family_of
 from obsdiff.groups import Group, LinearSpec, Producer
@@ -25,6 +25,9 @@ CONFIGS = Path(__file__).parent / "configs"
 WORKLOAD = Workload(
     prompts=100, batch_size=4, steps=25, guided=True, calibrates=True, packages=4, flops_per_second=1e14
 )
+
+
+STREAMED = Workload(**{**vars(WORKLOAD), "streams": Streams(draws=3, trajectory_steps=13, kept_steps=2, tokens=256)})
 
 
 def nothing(*shape: int) -> Tensor:
@@ -284,6 +287,84 @@ def test_a_byte_budget_fills_packages_and_counts_shared_inputs_once() -> None:
     assert [len(part) for part in parts] == [6, 6, 4]
     with pytest.raises(ResourceError, match=r"0\.0\.q.*--gram-budget"):
         planning.split_packages(tiers(4), packages=1, budget_bytes=one - 1)
+
+
+def test_a_streamed_plan_has_no_packages_and_counts_blocks() -> None:
+    """100 prompts drawn three times in batches of 4: 75 batches, of 13 steps each, 2 of them kept."""
+    plan = planned("sd3_medium", "2:4", workload=STREAMED)
+    streams = plan.streams
+    assert streams is not None
+    assert not plan.packages
+    assert plan.denoiser_calls == 75 * 13
+    assert streams.kept_calls == 75 * 2
+    assert streams.blocks == 24 + 1  # proj_out is refitted
+    assert streams.linears == 23 * 12 + 9 + 1
+    assert streams.grams == 23 * 8 + 5 + 1
+    assert streams.block_calls == 150 * (2 * 25 + 24 * 4 + 1)
+    assert streams.denoiser_calls == pytest.approx(75 * 13 + streams.block_calls / 25)
+
+
+def test_measuring_units_is_counted() -> None:
+    measuring = Workload(
+        **{
+            **vars(WORKLOAD),
+            "streams": Streams(draws=3, trajectory_steps=13, kept_steps=2, tokens=256, measuring_calls=100),
+        }
+    )
+    without = planned("sd3_medium", "structured:0.25", workload=STREAMED)
+    plan = planned("sd3_medium", "structured:0.25", workload=measuring)
+    assert plan.streams is not None
+    assert without.streams is not None
+    assert plan.streams.denoiser_calls == without.streams.denoiser_calls + 100
+    assert plan.estimates.calibration_seconds > without.estimates.calibration_seconds
+
+
+def test_blocks_in_which_nothing_goes_are_only_passed() -> None:
+    """Units of 22 blocks: out of the heads and out of the neurons, two tiers each."""
+    plan = planned("sd3_medium", "structured:0.25", protect=1, workload=STREAMED)
+    assert plan.streams is not None
+    assert plan.streams.block_calls == 150 * (2 * 25 + 22 * 2 + 1)
+    assert plan.streams.linears == 22 * 4 + 1
+
+
+def test_a_streamed_run_holds_one_tiers_sums_and_the_hidden_states_of_all_kept_calls() -> None:
+    plan = planned("sd3_medium", "2:4", workload=STREAMED)
+    streams, width = plan.streams, 1536
+    assert streams is not None
+    out = 2 * 8 * ((4 * width) ** 2 + 2 * 4 * width * width)  # two streams' gram, product and the gap's product
+    assert plan.gram_bytes == streams.moment_bytes == out
+    rows = 150 * 8  # guided
+    held = 3 * (4096 + 77) * width  # two streams and what was recorded
+    seen = (3 + 2 + 4 + 2) * width * (256 + 77)  # q, k, v; out and its base; neurons; out and its base
+    assert streams.stream_bytes == 4 * rows * (held + seen)
+    assert plan.estimates.memory_bytes > streams.stream_bytes + 4 * plan.parameters_before
+
+
+def test_the_last_batch_of_a_streamed_run_may_be_smaller() -> None:
+    few = Workload(**{**vars(STREAMED), "prompts": 3})
+    plan = planned("sd3_medium", "2:4", workload=few)
+    assert plan.denoiser_calls == 3 * 13  # 9 pictures in batches of 4
+    assert few.kept_calls == 6
+
+
+def test_nothing_asked_of_a_streamed_run_costs_nothing() -> None:
+    for sparsity in ("structured:0", "0%"):
+        plan = planned("sd3_medium", sparsity, workload=STREAMED)
+        assert plan.streams is None
+        assert (plan.denoiser_calls, plan.gram_bytes, plan.packages) == (0, 0, ())
+
+
+def test_a_budget_below_a_tiers_sums_stops_a_streamed_run_too() -> None:
+    tight = Workload(**{**vars(STREAMED), "budget_bytes": 2**20})
+    with pytest.raises(ResourceError, match=r"grams of transformer_blocks\.0\.\S+ .*--gram-budget"):
+        planned("sd3_medium", "2:4", workload=tight)
+    wide = Workload(**{**vars(STREAMED), "budget_bytes": 2**40})
+    assert planned("sd3_medium", "2:4", workload=wide) == planned("sd3_medium", "2:4", workload=STREAMED)
+
+
+def test_linears_that_share_an_input_share_a_gram_but_no_product() -> None:
+    shared = [spec("q", 8, 4, reads="x"), spec("k", 8, 4, reads="x")]
+    assert stream_costs.moment_bytes(shared) == 8 * (8 * 8 + 2 * 4 * 8)
 
 
 def test_a_plan_is_json() -> None:

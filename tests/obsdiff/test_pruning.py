@@ -1,4 +1,7 @@
-"""The whole pruning of tiny pipelines: what holds afterwards, what stays untouched, and that it repeats to the bit."""
+"""Pruning tiny pipelines package by package: what holds afterwards, what stays untouched, that it repeats to the bit.
+
+The default method goes another way: test_streaming.py.
+"""
 
 import copy
 import dataclasses
@@ -40,7 +43,7 @@ def recipe_for(pipeline: DiffusionPipeline, sparsity: str, prompts: list[str], *
 
 @pytest.fixture
 def prune(build_pipeline: Callable[..., DiffusionPipeline]) -> Prune:
-    """prune("sd3" | "sd15" | pipeline, sparsity, **settings): a tiny pipeline, pruned over two steps."""
+    """prune("sd3" | "sd15" | pipeline, sparsity, **settings): a tiny pipeline, pruned as in the paper."""
 
     def run(
         kind: str | DiffusionPipeline,
@@ -51,6 +54,7 @@ def prune(build_pipeline: Callable[..., DiffusionPipeline]) -> Prune:
         **settings: Any,
     ) -> Pruned:
         pipeline = build_pipeline(kind) if isinstance(kind, str) else kind
+        settings = {"method": "obsdiff"} | settings
         loaded = given(pipeline)
         stored = computable(loaded)
         recipe = recipe_for(pipeline, sparsity, prompts, **settings)
@@ -150,7 +154,7 @@ def test_the_shrunk_model_computes_what_the_masked_one_does(
     pruned = prune(kind, "structured:0.5", journal=journal, packages=2, **WHOLE)
     for package in journal.packages.values():
         for name, weight in package.weights.items():
-            masked.get_submodule(name).weight.data.copy_(weight)
+            masked.get_parameter(name).data.copy_(weight)
     assert pruned.kept
     assert all(len(kept) == pruned.units[name] // 2 for name, kept in pruned.kept.items())
     assert sum(parameter.numel() for parameter in pruned.denoiser.parameters()) < 0.95 * whole
