@@ -71,10 +71,20 @@ def run(block: nn.Module, arguments: Arguments) -> Any:
 def check_at(passes: Sequence[PausedPass], block: nn.Module, name: str) -> None:
     """Raises ModelError where a pass does not wait at this block: it runs them in another order, or some twice."""
     if any(waiting.block is not block for waiting in passes):
-        raise ModelError(
-            f"{name}: the denoiser does not run its blocks once each, in order, so they cannot be streamed; "
-            "use --method obsdiff"
-        )
+        raise _disordered(name)
+
+
+def check_over(passes: Sequence[PausedPass], name: str) -> None:
+    """Raises ModelError where a pass still waits behind `name`, the last block."""
+    if any(waiting.block is not None for waiting in passes):
+        raise _disordered(name)
+
+
+def _disordered(name: str) -> ModelError:
+    return ModelError(
+        f"{name}: the denoiser does not run its blocks once each, in order, so they cannot be streamed; "
+        "use --method obsdiff"
+    )
 
 
 def _gate(block: nn.Module) -> Callable[..., Any]:

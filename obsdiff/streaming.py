@@ -103,6 +103,7 @@ def prune(
                 journal.write(f"block-{index}", result)
             kept.update(result.kept)
             records += result.layers
+        run.finish()
         progress("prune blocks", len(run.blocks), len(run.blocks))
     return kept, records
 
@@ -164,6 +165,10 @@ class _Run:
         for waiting in self._pruned:
             waiting.resume(pausing.run(block, waiting.arguments))
         return known
+
+    def finish(self) -> None:
+        for stream in (self._dense, self._pruned):
+            pausing.check_over(stream, self.blocks[-1])
 
     def _solve(self, block: nn.Module, name: str, linears: Sequence[LinearSpec]) -> PackageResult:
         """Prunes a block tier by tier; moves the dense stream past it with the last."""

@@ -171,7 +171,7 @@ class Swapped(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("order", [(1, 0), (0, 0, 1), (0,)])
+@pytest.mark.parametrize("order", [(1, 0), (0, 0, 1), (0,), (0, 1, 0)])
 @torch.no_grad()
 def test_blocks_in_another_order_are_refused_by_name(order: tuple[int, ...]) -> None:
     denoiser = Swapped(order)
@@ -182,6 +182,7 @@ def test_blocks_in_another_order_are_refused_by_name(order: tuple[int, ...]) -> 
             for index, block in enumerate(denoiser.blocks):
                 pausing.check_at([waiting], block, f"blocks.{index}")
                 waiting.resume(pausing.run(block, waiting.arguments))
+            pausing.check_over([waiting], "blocks.1")
 
     with pytest.raises(ModelError, match=r"blocks\.\d: .* once each, in order.*--method obsdiff"):
         stream()
