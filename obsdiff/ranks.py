@@ -16,6 +16,8 @@ from typing import Final, TypeVar
 import torch
 from safetensors.torch import load, save
 from torch import Tensor, distributed
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from obsdiff.launch import Place, place
 from obsdiff.results import Journal, PackageResult
@@ -35,6 +37,8 @@ class _Group:
 
 _ALONE: Final = _Group(place=Place(), device=torch.device("cpu"))
 _group = _ALONE
+_stores: list[Store] = []
+"""Where the ranks first meet; one for each time they joined, as a used one still holds addresses that are gone."""
 
 
 def rank() -> int:
@@ -86,19 +90,20 @@ def joined(device: torch.device) -> Iterator[Place]:
         with _answered():
             distributed.init_process_group(
                 backend,
+                store=_store(),
                 timeout=TIMEOUT,
                 rank=here.rank,
                 world_size=here.world,
                 device_id=device if backend == "nccl" else None,
             )
-    _group = _Group(place=here, device=device)
+    before, _group = _group, _Group(place=here, device=device)
     try:
         yield here
     except BaseException:
         made = made and backend == "gloo"  # nccl would wait for a collective that the others are still in
         raise
     finally:
-        _group = _ALONE
+        _group = before
         if made:
             distributed.destroy_process_group()
 
@@ -213,6 +218,12 @@ def _sent(data: bytes, source: int) -> bytes:
     with _answered():
         distributed.broadcast(message, source)
     return data if rank() == source else message.cpu().numpy().tobytes()
+
+
+def _store() -> Store:
+    root = _stores[0] if _stores else next(rendezvous("env://", timeout=TIMEOUT))[0]
+    _stores.append(PrefixStore(f"obsdiff/{len(_stores)}", root) if _stores else root)
+    return _stores[-1]
 
 
 @contextmanager
