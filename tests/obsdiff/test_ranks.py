@@ -100,6 +100,7 @@ def together(sd3_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     return folder, done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_two_ranks_give_what_one_gives(name: str, together: tuple[Path, str], sd3_folder: Path) -> None:
     loaded = load_pipeline(str(sd3_folder), revision=None, variant=None, device="cpu")
@@ -114,6 +115,7 @@ def test_two_ranks_give_what_one_gives(name: str, together: tuple[Path, str], sd
         assert _distance(first[key], value) < 1e-6, key
 
 
+@pytest.mark.slow
 def test_the_first_rank_alone_writes_and_prints(together: tuple[Path, str]) -> None:
     folder, said = together
     written = load_file(folder / "pruned/transformer/diffusion_pytorch_model.safetensors")
