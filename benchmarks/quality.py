@@ -42,12 +42,14 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "obsdiff": {"method": "obsdiff"},
     "streamed": {},
     "without repair of the streams": {"method_options": {"repair": 0}},
+    "guided combinations not counted": {"method_options": {"guided": 0}},
+    "guided combinations count as much": {"method_options": {"guided": 1}},
     "without permutation": {"method_options": {"permute": 0}},
     "without a refitted output": {"method_options": {"refit_output": 0}},
     "without ADMM: OBS supports": {"method_options": {"joint": 0}},
     "own outputs as targets": {"method_options": {"dense_targets": 0, "repair": 0, "refit_output": 0}},
     "one picture a prompt": {"draws": 1, "kept_steps": 6},
-    "pictures drawn in all steps": {"trajectory_steps": 20},
+    "pictures drawn in all steps": {"trajectory_steps": 20, "kept_steps": 2},
     "all steps weigh alike": {"time_weights": "uniform"},
 }
 REFERENCE = "obsdiff"

@@ -19,7 +19,7 @@ ALLOCATIONS: Final = ("measured", "uniform")
 METHOD_OPTIONS: Final = {
     "block": 128.0,
     "repair": 0.5,
-    "guided": 0.0,
+    "guided": 0.3,
     "permute": 1.0,
     "dense_targets": 1.0,
     "refit_output": 1.0,
