@@ -32,7 +32,8 @@ NOT_ENOUGH_ROOM = 4
 MODEL = ("revision", "variant", "device")
 PRUNE = (
     *("sparsity", "method", "include", "exclude", "blocks", "protect_first", "protect_last", "align", "damp"),
-    *("prompts_file", "num_samples", "time_weights", "packages", "gram_budget"),
+    *("allocation", "dense_share", "prompts_file", "num_samples", "time_weights", "packages", "gram_budget"),
+    *("fast", "draws", "trajectory_steps", "kept_steps"),
 )
 SAMPLE = ("steps", "guidance_scale", "height", "width", "max_sequence_length", "batch_size", "seed")
 DELIVER = ("trt", "targets", "dtype", "opset")

@@ -33,7 +33,8 @@ class Settings:
         str | None, "2:4, any N:M (N of every M zero), 0.5 or 50%, structured:0.25, heads:0.2, ffn:0.3; joined with +"
     ] = None
     method: Annotated[
-        str | None, "obsdiff (the paper), sparsegpt, dsnot (single weights only), wanda or magnitude; default: obsdiff"
+        str | None,
+        "streamed, obsdiff (the paper), sparsegpt, dsnot (single weights only), wanda or magnitude; default: streamed",
     ] = None
     include: Annotated[list[str] | None, "prune only linears whose name matches this glob; repeatable"] = None
     exclude: Annotated[list[str] | None, "leave linears whose name matches this glob dense; repeatable"] = None
@@ -64,14 +65,16 @@ class Settings:
         str | None,
         "log-decrease (1.2 to 0.8), uniform, linear-increase, linear-decrease or log-increase; default: the method's",
     ] = None
-    packages: Annotated[int | None, "calibration passes the layers are split into; default: 4"] = None
+    packages: Annotated[int | None, "calibration passes the layers are split into, unless streamed; default: 4"] = None
     fast: Annotated[bool | None, "streamed only: a third of the calibration, for about half as much more error"] = None
     draws: Annotated[int | None, "pictures drawn of each prompt by a streamed method; default: 3, fast: 1"] = None
     trajectory_steps: Annotated[
         int | None, "denoising steps it draws them by; default: a third of --steps, fast: a fifth"
     ] = None
     kept_steps: Annotated[int | None, "steps of each picture that it looks at; default: 2"] = None
-    gram_budget: Annotated[str | None, "split by memory for grams instead, such as 8GiB"] = None
+    gram_budget: Annotated[
+        str | None, "split by memory for grams instead, such as 8GiB; streamed: the most that one tier may take"
+    ] = None
 
     dtype: Annotated[str | None, "precision in the ONNX graphs: auto, fp32, fp16 or bf16; auto: fp16 for engines"] = (
         None

@@ -237,13 +237,15 @@ def test_a_device_that_is_not_there_is_an_error(device: str, fails: Fails) -> No
     assert f"--device {device}: this torch cannot use it here" in fails(*prune("--device", device), code=2)
 
 
-def test_weights_that_make_nan_are_an_error_with_layer_and_step(fails: Fails, here: Path, sd3_folder: Path) -> None:
+def test_weights_that_make_nan_are_an_error_that_says_where(fails: Fails, here: Path, sd3_folder: Path) -> None:
     shutil.copytree(sd3_folder, here / "broken")
     path = here / "broken" / "transformer" / "diffusion_pytorch_model.safetensors"
     weights = load_file(path)
     weights["transformer_blocks.1.attn.to_v.weight"][0, 0] = float("nan")
     save_file(weights, path, metadata={"format": "pt"})
-    line = fails(*prune("--packages", "1", model="broken"), code=1)
+    line = fails(*prune(model="broken"), code=1)
+    assert "step 1, prompts 1 to 4: the denoiser's output is not finite; are its weights?" in line
+    line = fails(*prune("--packages", "1", "--method", "obsdiff", model="broken"), code=1)
     assert "transformer_blocks.1.attn.to_" in line
     assert ": step 1, prompts 1 to 2: the activation is not finite" in line
 
@@ -363,19 +365,19 @@ def test_odd_but_sound_input_works(options: list[str], call: Callable[..., tuple
 
 
 def started(here: Path, *arguments: str) -> "subprocess.Popen[str]":
-    """A run in a process of its own, after its first package."""
+    """A run in a process of its own, after its first block."""
     command = [sys.executable, "-c", "from obsdiff.cli import main; main()", *arguments]
     process = subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not (here / "out.journal" / "weights-0.json").exists():
+    while not (here / "out.journal" / "block-0.json").exists():
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.01)
     return process
 
 
-SLOW = prune("--steps", "30", "--packages", "3")
-"""Slow enough to be interrupted after its first package."""
+SLOW = prune("--steps", "12", "--kept-steps", "3")
+"""Slow enough to be interrupted after its first block."""
 
 
 def test_ctrl_c_is_one_line_that_names_resume(here: Path) -> None:
