@@ -15,13 +15,11 @@ class Write:
     """How a linear's output enters a residual stream: stream after = stream before + gate * output.
 
     Attributes:
-        stream: module whose first input is the stream after it; None: the block's output.
-        output: place of the stream in the block's output, where that has several.
+        stream: module whose first input is the stream before it; it runs before the linear does.
         gate: module whose output holds the gate, (rows, out), and the gate's place in it; None: the gate is 1.
     """
 
-    stream: str | None = None
-    output: int = 0
+    stream: str
     gate: tuple[str, int] | None = None
 
 

@@ -77,7 +77,7 @@ def glance(
     result: Any = None
     with look.hooked(), suppress(_Seen):
         result = pausing.run(block, arguments)
-    return look.glance(result), result
+    return look.glance(), result
 
 
 class _Look:
@@ -90,7 +90,7 @@ class _Look:
         self._writes = {linear.name: linear.writes for linear in linears if streams and linear.writes is not None}
         self._inputs: dict[str, Tensor] = {}
         self._outputs: dict[str, Tensor] = {}
-        self._streams: dict[str, Tensor] = {}
+        self._bases: dict[str, Tensor] = {}
         self._gates: dict[str, Tensor | float] = {}
         self._sources: dict[str, tuple[int, torch.Size]] = {}
 
@@ -101,26 +101,22 @@ class _Look:
                 module = self._module(linear.name)
                 stack.callback(module.register_forward_hook(partial(self._see_linear, linear.name)).remove)
             for name, write in self._writes.items():
-                if write.stream is not None:
-                    module = self._module(write.stream)
-                    stack.callback(module.register_forward_pre_hook(partial(self._see_stream, name)).remove)
+                module = self._module(write.stream)
+                stack.callback(
+                    module.register_forward_pre_hook(partial(self._see_stream, name), with_kwargs=True).remove
+                )
                 if write.gate is not None:
                     module, place = self._module(write.gate[0]), write.gate[1]
                     stack.callback(module.register_forward_hook(partial(self._see_gate, name, place)).remove)
             yield
 
-    def glance(self, result: Any) -> Glance:
-        """What was seen, with what the block gave, where it ran to its end."""
-        for name, write in self._writes.items():
-            if write.stream is None and result is not None:
-                self._streams[name] = _spaced(result[write.output] if isinstance(result, tuple) else result)
+    def glance(self) -> Glance:
         missed = [each.name for each in self._linears if each.name not in self._outputs]
         if missed:
             raise CalibrationError(f"{missed[0]}: no token reached this layer; leave it out with --exclude")
-        bases = {
-            name: stream - self._gates.get(name, 1.0) * self._outputs[name] for name, stream in self._streams.items()
-        }
-        return Glance(inputs=self._inputs, outputs=self._outputs, bases=bases, gates=self._gates, sources=self._sources)
+        return Glance(
+            inputs=self._inputs, outputs=self._outputs, bases=self._bases, gates=self._gates, sources=self._sources
+        )
 
     def _module(self, name: str) -> nn.Module:
         return self._block if name == self._name else self._block.get_submodule(name.removeprefix(f"{self._name}."))
@@ -130,20 +126,14 @@ class _Look:
         if not self._whole:
             self._inputs[name] = _spaced(args[0])
             self._sources[name] = args[0].data_ptr(), args[0].shape
-        self._stop_when_done()
+            if len(self._outputs) == len(self._linears):
+                raise _Seen
 
-    def _see_stream(self, name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
-        self._streams[name] = _spaced(args[0])
-        self._stop_when_done()
+    def _see_stream(self, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._bases[name] = _spaced(args[0] if args else next(iter(kwargs.values())))
 
     def _see_gate(self, name: str, place: int, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         self._gates[name] = output[place].unsqueeze(1)
-
-    def _stop_when_done(self) -> None:
-        if self._whole:
-            return
-        if len(self._outputs) == len(self._linears) and self._streams.keys() == self._writes.keys():
-            raise _Seen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,8 +246,8 @@ class _Products:
 class _TargetSums:
     """Moments of a linear's target: the dense output y, and what would close the gap of the residual streams.
 
-    With s the stream behind the linear and g its gate, the streams before it differ by d = (s - g y) of the dense
-    model less that of the pruned one. The output that makes up for it is y + d / g. Where g varies between calls, its
+    The residual stream in front of the linear is off by d, that of the dense model less that of the pruned one. With g
+    the linear's gate, the output that makes up for it is y + d / g. Where g varies between calls, its
     least-squares weight is g^2, of which one gram for all channels can know the mean only: y + g d / E[g^2].
     """
 

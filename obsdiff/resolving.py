@@ -103,7 +103,7 @@ def resolve(
         packages=_at_least("--packages", 1, settings.packages, 4),
         draws=_at_least("--draws", 1, settings.draws, 1 if fast else 3),
         trajectory_steps=trajectory_steps,
-        kept_steps=_at_least("--kept-steps", 1, settings.kept_steps, 2),
+        kept_steps=_at_least("--kept-steps", 1, settings.kept_steps, 3 if fast else 2),
         fast=fast,
         repair=options["repair"],
         guided=options["guided"],

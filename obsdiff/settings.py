@@ -71,7 +71,7 @@ class Settings:
     trajectory_steps: Annotated[
         int | None, "denoising steps it draws them by; default: a third of --steps, fast: a fifth"
     ] = None
-    kept_steps: Annotated[int | None, "steps of each picture that it looks at; default: 2"] = None
+    kept_steps: Annotated[int | None, "steps of each picture that it looks at; default: 2, fast: 3"] = None
     gram_budget: Annotated[
         str | None, "split by memory for grams instead, such as 8GiB; streamed: the most that one tier may take"
     ] = None

@@ -170,15 +170,16 @@ def _blocks(denoiser: nn.Module) -> Iterator[tuple[int, str, nn.Module]]:
 
 def _writes(prefix: str, linear: str) -> Write | None:
     """The gates are the second and the fifth thing that the norm in front of the attention gives."""
+    norm1, context = f"{prefix}.norm1", f"{prefix}.norm1_context"
     match linear:
         case "attn.to_out.0":
-            return Write(stream=f"{prefix}.norm2", gate=(f"{prefix}.norm1", 1))
+            return Write(stream=norm1, gate=(norm1, 1))
         case "attn.to_add_out":
-            return Write(stream=f"{prefix}.norm2_context", gate=(f"{prefix}.norm1_context", 1))
+            return Write(stream=context, gate=(context, 1))
         case "ff.net.2":
-            return Write(output=1, gate=(f"{prefix}.norm1", 4))
+            return Write(stream=f"{prefix}.norm2", gate=(norm1, 4))
         case "ff_context.net.2":
-            return Write(output=0, gate=(f"{prefix}.norm1_context", 4))
+            return Write(stream=f"{prefix}.norm2_context", gate=(context, 4))
     return None
 
 

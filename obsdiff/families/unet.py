@@ -236,11 +236,11 @@ def _stages(denoiser: nn.Module) -> Iterator[tuple[int, str, nn.Module]]:
 def _writes(prefix: str, linear: str) -> Write | None:
     match linear:
         case "attn1.to_out.0":
-            return Write(stream=f"{prefix}.norm2")
+            return Write(stream=f"{prefix}.norm1")
         case "attn2.to_out.0":
-            return Write(stream=f"{prefix}.norm3")
+            return Write(stream=f"{prefix}.norm2")
         case "ff.net.2":
-            return Write()
+            return Write(stream=f"{prefix}.norm3")
     return None
 
 
