@@ -19,6 +19,7 @@ from obsdiff.core.gram import Gram
 from obsdiff.families import Family
 from obsdiff.groups import Group, LinearSpec
 from obsdiff.methods import Layer, Method, Options
+from obsdiff.methods.result import cast
 from obsdiff.methods.table import METHODS
 from obsdiff.recipe import Recipe, select
 from obsdiff.results import Journal, LayerResult, PackageResult, Sensitivity, merged
@@ -195,7 +196,7 @@ class _Run:
                 )
                 weights, layers = {}, []
                 for layer, solution in zip(members, solutions, strict=True):
-                    weights[f"{layer.name}.weight"] = solution.weight.to(self._stored)
+                    weights[f"{layer.name}.weight"] = cast(layer.name, solution.weight, self._stored)
                     pattern = f"{group.kind} {len(keep)}/{group.units}"
                     layers.append(LayerResult(name=layer.name, pattern=pattern, loss=_loss(solution.loss), zeros=0.0))
                 done(group.name)
@@ -230,7 +231,7 @@ class _Run:
                 solutions = self._method.prune_weights(members, pattern, self._options)
                 weights, layers = {}, []
                 for layer, solution in zip(members, solutions, strict=True):
-                    weight = weights[f"{layer.name}.weight"] = solution.weight.to(self._stored)
+                    weight = weights[f"{layer.name}.weight"] = cast(layer.name, solution.weight, self._stored)
                     zeros = float((weight == 0).sum()) / weight.numel()
                     layers.append(
                         LayerResult(name=layer.name, pattern=str(pattern), loss=_loss(solution.loss), zeros=zeros)

@@ -20,6 +20,7 @@ from obsdiff.core.permutation import permute
 from obsdiff.families import Family
 from obsdiff.groups import Group, LinearSpec
 from obsdiff.methods import Layer, Method, Options, Pruned
+from obsdiff.methods.result import cast
 from obsdiff.pausing import PausedPass
 from obsdiff.recipe import Recipe
 from obsdiff.residuals import block_modules
@@ -271,9 +272,9 @@ class _Run:
         weights: dict[str, Tensor] = {}
         records = []
         for name, (solution, what) in solutions.items():
-            weight = weights[f"{name}.weight"] = solution.weight.to(self._stored)
+            weight = weights[f"{name}.weight"] = cast(name, solution.weight, self._stored)
             if solution.bias is not None:
-                weights[f"{name}.bias"] = solution.bias.to(self._stored)
+                weights[f"{name}.bias"] = cast(name, solution.bias, self._stored)
             stays = weight[:, solution.keep.any(dim=0)] if name in self._group_of else weight
             zeros = float((stays == 0).sum()) / max(stays.numel(), 1)
             records.append(LayerResult(name=name, pattern=what, loss=solution.loss, zeros=zeros))

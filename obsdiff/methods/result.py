@@ -23,14 +23,24 @@ def stored(layer: Layer, weight: Tensor, keep: Tensor) -> Pruned:
     Raises:
         CalibrationError: a weight is not finite, as when compensation leaves float16's range.
     """
-    cast = weight.to(layer.weight.dtype).masked_fill(~keep, 0)
-    if not bool(cast.isfinite().all()):
+    rounded = cast(layer.name, weight, layer.weight.dtype).masked_fill(~keep, 0)
+    loss = float("nan") if layer.gram is None else relative_loss(layer.weight.detach(), rounded, layer.gram)
+    return Pruned(weight=rounded, keep=keep, loss=loss)
+
+
+def cast(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weights or biases of the layer of that name, in the dtype they are stored in.
+
+    Raises:
+        CalibrationError: one is not finite there.
+    """
+    rounded = values.to(dtype)
+    if not bool(rounded.isfinite().all()):
         raise CalibrationError(
-            f"{layer.name}: the pruned weights are not finite in {str(cast.dtype).removeprefix('torch.')}; "
+            f"{name}: the pruned weights are not finite in {str(dtype).removeprefix('torch.')}; "
             "is the layer itself? If it is, prune in --dtype bfloat16 or float32"
         )
-    loss = float("nan") if layer.gram is None else relative_loss(layer.weight.detach(), cast, layer.gram)
-    return Pruned(weight=cast, keep=keep, loss=loss)
+    return rounded
 
 
 def gram_of(layer: Layer) -> Tensor:

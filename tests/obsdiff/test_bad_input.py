@@ -31,13 +31,20 @@ def pipeline(build_pipeline: Callable[..., DiffusionPipeline]) -> Any:
     return build_pipeline("sd3")
 
 
-def prune(pipeline: DiffusionPipeline, sparsity: str, prompts: list[str] = PROMPTS, **settings: Any) -> Pruned:
+def prune(
+    pipeline: DiffusionPipeline,
+    sparsity: str,
+    prompts: list[str] = PROMPTS,
+    *,
+    stored: torch.dtype = torch.float32,
+    **settings: Any,
+) -> Pruned:
     loaded = given(pipeline)
-    small = {"steps": 2, "height": 32, "width": 32, "max_sequence_length": 2, "batch_size": 2}
+    small = {"steps": 2, "height": 32, "width": 32, "max_sequence_length": 2, "batch_size": 2, "draws": 1}
     small |= {"packages": 1, "align": 1, "protect_first": 0, "protect_last": 0}
     asked = Settings(**{"sparsity": sparsity, **small, **settings})
     recipe = resolve(asked, model="tiny", family=loaded.family, defaults=loaded.defaults, prompts=prompts)
-    return pruning.prune(pipeline, loaded.family, recipe)
+    return pruning.prune(pipeline, loaded.family, recipe, stored=stored)
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
@@ -145,6 +152,14 @@ def test_layers_of_equal_weights_lose_their_units(method: str, pipeline: Any) ->
     pruned = prune(pipeline, "structured:0.25", method=method, allocation="uniform")
     check(pruned)
     assert {len(kept) / pruned.units[name] for name, kept in pruned.kept.items()} == {0.75}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_weight_beyond_the_range_it_is_stored_in_names_the_layer(method: str, pipeline: Any) -> None:
+    with torch.no_grad():
+        pipeline.transformer.transformer_blocks[1].attn.to_q.weight[0, 0] = 1e6
+    with pytest.raises(CalibrationError, match=r"transformer_blocks\.1\.attn\.to_q: .*not finite in float16"):
+        prune(pipeline, "2:4", method=method, stored=torch.float16)
 
 
 @pytest.mark.parametrize("method", METHODS)
