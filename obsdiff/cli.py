@@ -174,7 +174,7 @@ def _perform(work: Callable[[Run], None], values: dict[str, Any], fields: Sequen
         print(f"{who}: interrupted{_again(values)}", file=sys.stderr)
         return INTERRUPTED
     except MemoryError:
-        print(f"{who}: out of memory; lower --batch-size or raise --packages", file=sys.stderr)
+        print(f"{who}: out of memory; {_smaller(values)}", file=sys.stderr)
         return NOT_ENOUGH_ROOM
     except Exception as error:
         if _full(error):
@@ -195,6 +195,13 @@ def _full(error: BaseException | None) -> bool:
     said = re.search(r"\(os error (\d+)\)", str(error))
     codes = {number, int(said[1]) if said else None}
     return bool(codes & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}) or _full(error.__cause__)
+
+
+def _smaller(values: Mapping[str, Any]) -> str:
+    """What makes a verb need less memory; the method, and so which flag counts, may be named in a file."""
+    if "packages" not in values:
+        return "lower --batch-size, --height or --width"
+    return "lower --batch-size, and --draws or --kept-steps; with a method that does not stream, raise --packages"
 
 
 def _again(values: Mapping[str, Any]) -> str:

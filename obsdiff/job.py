@@ -236,7 +236,13 @@ def require(job: Job, output: Path, *, copies: int) -> int:
     """
     planned = job.plan()
     weights = planned.estimates.checkpoint_bytes
-    require_memory(planned.estimates.memory_bytes + (copies - 1) * weights)
+    streams = METHODS[job.recipe.method].streams
+    advice = (
+        "lower --draws, --kept-steps or --num-samples"
+        if streams
+        else "raise --packages or lower --gram-budget and --batch-size"
+    )
+    require_memory(planned.estimates.memory_bytes + (copies - 1) * weights, advice=advice)
     require_disk(output, copies * weights)
     return weights
 

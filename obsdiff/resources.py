@@ -21,13 +21,12 @@ def require_disk(folder: Path, needed_bytes: int) -> None:
         )
 
 
-def require_memory(needed_bytes: int) -> None:
-    """Raises ResourceError where less than `needed_bytes` of memory is available."""
+def require_memory(needed_bytes: int, *, advice: str) -> None:
+    """Raises ResourceError, which ends in `advice`, where less than `needed_bytes` of memory is available."""
     available = psutil.virtual_memory().available
     if available < needed_bytes:
         raise ResourceError(
-            f"needs about {gigabytes(needed_bytes)} of memory, {gigabytes(available)} are available; "
-            "raise --packages or lower --gram-budget and --batch-size"
+            f"needs about {gigabytes(needed_bytes)} of memory, {gigabytes(available)} are available; {advice}"
         )
 
 

@@ -36,6 +36,8 @@ TINY = (
     "32",
     "--max-sequence-length",
     "2",
+    "--draws",
+    "1",
 )
 
 needs_rtx = pytest.mark.skipif(bool(Rtx().missing()), reason=f"TensorRT-RTX: {Rtx().missing()}")
@@ -204,12 +206,29 @@ def test_a_disk_that_holds_the_denoiser_but_not_the_rest_is_found_before_calibra
 
 
 @pytest.mark.usefixtures("no_work")
-@pytest.mark.parametrize("command", [prune(), export()])
+@pytest.mark.parametrize(
+    ("command", "advice"),
+    [
+        (prune(), "lower --draws, --kept-steps"),
+        (export(), "lower --draws, --kept-steps"),
+        (prune("--method", "obsdiff"), "raise --packages"),
+    ],
+)
 def test_too_little_memory_is_found_before_the_work(
-    command: list[str], fails: Fails, monkeypatch: pytest.MonkeyPatch
+    command: list[str], advice: str, fails: Fails, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resources.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
-    assert "are available; raise --packages" in fails(*command, code=4)
+    assert f"are available; {advice}" in fails(*command, code=4)
+
+
+def test_memory_that_runs_out_at_work_names_the_flags_that_count(fails: Fails, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(verbs, "load_model", full)
+    line = fails(*prune(), code=4)
+    assert "out of memory; lower --batch-size, and --draws or --kept-steps; " in line
+    assert "raise --packages" in line
 
 
 @pytest.mark.usefixtures("no_work")
@@ -376,7 +395,7 @@ def started(here: Path, *arguments: str) -> "subprocess.Popen[str]":
     return process
 
 
-SLOW = prune("--steps", "12", "--kept-steps", "3")
+SLOW = prune("--steps", "12", "--kept-steps", "3", "--draws", "8")
 """Slow enough to be interrupted after its first block."""
 
 
