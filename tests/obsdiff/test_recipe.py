@@ -1,24 +1,26 @@
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from obsdiff.families.table import FAMILIES
 from obsdiff.groups import Group, LinearSpec, Producer
-from obsdiff.recipe import Recipe, Sampling, parse_blocks, parse_bytes, read_prompts, select
+from obsdiff.loading import Defaults
+from obsdiff.recipe import Recipe, parse_blocks, parse_bytes, read_prompts, select
+from obsdiff.resolving import resolve
+from obsdiff.settings import Settings
 from obsdiff.sparsity import parse
 from obsdiff_runtime.errors import ConfigError
 
 
-def recipe(**changes: object) -> Recipe:
-    sampling = Sampling(
-        num_inference_steps=2, guidance_scale=1.0, height=8, width=8, max_sequence_length=None, batch_size=1, seed=0
+def recipe(**changes: Any) -> Recipe:
+    defaults = Defaults(
+        num_inference_steps=2, guidance_scale=1.0, height=8, width=8, max_sequence_length=None, prompts=None
     )
-    values: dict[str, object] = {
-        "model": "m", "revision": None, "variant": None, "family": "sd3", "sparsity": parse("2:4"),
-        "method": "obsdiff", "include": (), "exclude": (), "blocks": (), "protect_first": 0, "protect_last": 0,
-        "align": 64, "damp": 0.01, "block_columns": 128, "prompts": ("a", "b"), "prompts_source": "test",
-        "sampling": sampling, "time_weights": "uniform", "packages": 4, "gram_budget_bytes": None,
-    }  # fmt: skip
-    return Recipe(**(values | changes))  # type: ignore[arg-type]
+    settings = Settings(sparsity="2:4", protect_first=0, protect_last=0)
+    resolved = resolve(settings, model="m", family=FAMILIES["sd3"], defaults=defaults, prompts=("a", "b"))
+    return replace(resolved, **changes)
 
 
 LINEARS = tuple(
@@ -38,7 +40,7 @@ GROUPS = tuple(
 )  # fmt: skip
 
 
-def names(**changes: object) -> tuple[list[str], list[str]]:
+def names(**changes: Any) -> tuple[list[str], list[str]]:
     linears, groups = select(recipe(**changes), LINEARS, GROUPS)
     return [linear.name for linear in linears], [group.name for group in groups]
 
@@ -90,5 +92,5 @@ def test_an_empty_or_missing_prompts_file_is_an_error(tmp_path: Path) -> None:
 
 def test_the_digest_changes_with_anything_that_changes_the_result() -> None:
     assert recipe().digest() == recipe().digest()
-    for change in ({"damp": 0.02}, {"prompts": ("a",)}, {"sparsity": parse("4:8")}, {"packages": 5}):
+    for change in ({"damp": 0.02}, {"prompts": ("a",)}, {"sparsity": parse("4:8")}, {"packages": 5}, {"draws": 7}):
         assert recipe(**change).digest() != recipe().digest()
