@@ -26,7 +26,7 @@ from obsdiff_runtime.bundle import open_bundle
 from obsdiff_runtime.errors import BuildError, BundleError, CompatibilityError, ConfigError, ModelError, QualityError
 
 PROMPTS = ["a red circle", "a blue square"]
-TINY: dict[str, Any] = {"steps": 1, "height": 32, "width": 32, "num_samples": 2, "eval_prompts": 1}
+TINY: dict[str, Any] = {"steps": 1, "height": 32, "width": 32, "num_samples": 2, "eval_prompts": 1, "draws": 1}
 WHOLE: dict[str, Any] = {"protect_first": 0, "protect_last": 0, "align": 1}
 
 needs_rtx = pytest.mark.skipif(
@@ -60,6 +60,7 @@ def cut(tmp_path_factory: pytest.TempPathFactory, sd3_folder: Path, prompts_file
         model=str(sd3_folder),
         sparsity="structured:0.25",
         prompts_file=prompts_file,
+        allocation="uniform",
         max_sequence_length=4,
         **TINY,
         **WHOLE,
@@ -104,7 +105,9 @@ def test_a_masked_folder_loads_with_plain_diffusers(half: Path) -> None:
     pipeline = StableDiffusion3Pipeline.from_pretrained(half)
     manifest = pruned_manifest(half)
     assert manifest is not None
-    assert zeros(pipeline.transformer, list(manifest.linears)) == 0.5
+    masked = [name for name, record in manifest.linears.items() if record.pattern == "2:4"]
+    assert zeros(pipeline.transformer, masked) == 0.5
+    assert manifest.linears.keys() - masked == {"proj_out"}  # dense, refitted
 
 
 def test_a_shrunk_folder_loads_with_obsdiff_and_draws(cut: Path, denoise: Callable[[nn.Module], Tensor]) -> None:
@@ -115,7 +118,9 @@ def test_a_shrunk_folder_loads_with_obsdiff_and_draws(cut: Path, denoise: Callab
 
 def test_a_shrunk_folder_can_be_pruned_again(cut: Path, tmp_path: Path, prompts_file: str) -> None:
     settings = Settings(model=str(cut), sparsity="heads:0.34+2:4", prompts_file=prompts_file, max_sequence_length=4)
-    again = verbs.prune_to_folder(Settings(**{**vars(settings), **TINY, **WHOLE}), tmp_path / "again")
+    again = verbs.prune_to_folder(
+        Settings(**{**vars(settings), **TINY, **WHOLE, "allocation": "uniform"}), tmp_path / "again"
+    )
     loaded = obsdiff.load(tmp_path / "again")
     assert loaded.transformer.get_submodule("transformer_blocks.1.attn").heads == 2
     manifest = pruned_manifest(tmp_path / "again")
@@ -128,7 +133,7 @@ def test_a_shrunk_folder_can_be_pruned_again(cut: Path, tmp_path: Path, prompts_
 
 def test_pruning_twice_gives_the_same_bytes(cut: Path, sd3_folder: Path, tmp_path: Path, prompts_file: str) -> None:
     settings = {"model": str(sd3_folder), "sparsity": "structured:0.25", "prompts_file": prompts_file, **TINY, **WHOLE}
-    verbs.prune_to_folder(Settings(**settings, max_sequence_length=4), tmp_path / "out")
+    verbs.prune_to_folder(Settings(**settings, allocation="uniform", max_sequence_length=4), tmp_path / "out")
     assert digests(tmp_path / "out") == digests(cut)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # no journal, no partial
 
@@ -329,13 +334,14 @@ def test_a_pipeline_in_memory_is_pruned_saved_and_loaded(
         sparsity="structured:0.5+2:4",
         prompts=PROMPTS,
         steps=1,
+        draws=1,
         max_sequence_length=2,
         progress=lambda stage, *_: seen.append(stage),
         **WHOLE,
     )
     assert pruned.pipeline is pipeline
     assert pruned.recipe.prompts == tuple(PROMPTS)
-    assert {"prune units", "prune weights"} <= set(seen)
+    assert {"calibrate", "measure sensitivities", "prune blocks"} <= set(seen)
     obsdiff.save(pruned, str(tmp_path / "out"))
     loaded = obsdiff.load(str(tmp_path / "out"))
     assert torch.equal(denoise(loaded.transformer), denoise(pipeline.transformer))
@@ -347,12 +353,13 @@ def test_a_pipeline_in_memory_keeps_its_precision(
     pipeline = build_pipeline("sd3").to(torch.float16)
     pipeline.vae.float()
     text = {name: tensor.clone() for name, tensor in pipeline.text_encoder.state_dict().items()}
-    pruned = obsdiff.prune(pipeline, sparsity="2:4", prompts=PROMPTS, steps=1, max_sequence_length=2)
+    pruned = obsdiff.prune(pipeline, sparsity="2:4", prompts=PROMPTS, steps=1, draws=1, max_sequence_length=2)
     assert pipeline.transformer.dtype == pipeline.text_encoder.dtype == torch.float16
     assert pipeline.vae.dtype == torch.float32
     assert all(torch.equal(tensor, text[name]) for name, tensor in pipeline.text_encoder.state_dict().items())
     obsdiff.save(pruned, tmp_path / "out")
-    assert zeros(obsdiff.load(tmp_path / "out").transformer, [layer.name for layer in pruned.layers]) == 0.5
+    masked = [layer.name for layer in pruned.layers if layer.pattern == "2:4"]
+    assert zeros(obsdiff.load(tmp_path / "out").transformer, masked) == 0.5
 
 
 def test_a_pipeline_in_memory_without_a_denoiser_is_an_error(build_pipeline: Callable[..., DiffusionPipeline]) -> None:
