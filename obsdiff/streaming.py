@@ -262,9 +262,7 @@ class _Run:
             reduced = [_reduced(layers[linear.name], part) for linear, part in zip(sharing, columns, strict=True)]
             pruned = self._method.prune_weights(reduced, pattern, self._options)
             for linear, solution, part in zip(sharing, pruned, columns, strict=True):
-                what = "dense, refitted" if pattern is DENSE else str(pattern)
-                if part is not None:
-                    what = f"{solutions[linear.name][1]}, {what}"
+                what = "dense" if pattern is DENSE else str(pattern)
                 solutions[linear.name] = _widened(solution, layers[linear.name], part), what
         return self._package(solutions, kept)
 
@@ -277,7 +275,8 @@ class _Run:
                 weights[f"{name}.bias"] = cast(name, solution.bias, self._stored)
             stays = weight[:, solution.keep.any(dim=0)] if name in self._group_of else weight
             zeros = float((stays == 0).sum()) / max(stays.numel(), 1)
-            records.append(LayerResult(name=name, pattern=what, loss=solution.loss, zeros=zeros))
+            reason = "refitted to the dense model's output" if what == "dense" else None
+            records.append(LayerResult(name=name, pattern=what, loss=solution.loss, zeros=zeros, reason=reason))
         return PackageResult(weights=weights, kept=kept, layers=tuple(records))
 
     def _write(self, weights: Mapping[str, Tensor]) -> None:

@@ -161,11 +161,11 @@ def test_every_selected_linear_is_reported_once(kind: str, sparsity: str, shared
     assert set(names) == expected | ({output.name} if output is not None else set())
     for layer in pruned.layers:
         if output is not None and layer.name == output.name:
-            assert layer.pattern == "dense, refitted"
-        elif sparsity != "structured:0.25":
-            assert layer.pattern.endswith(sparsity.rpartition("+")[2])
-        if layer.name in consumers and pruned.recipe.sparsity.structured:
+            assert (layer.pattern, layer.reason) == ("dense", "refitted to the dense model's output")
+        elif sparsity == "structured:0.25":
             assert layer.pattern.startswith(("heads ", "ffn "))
+        else:
+            assert layer.pattern == sparsity.rpartition("+")[2]
 
 
 @pytest.mark.parametrize("kind", KINDS)
