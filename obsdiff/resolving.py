@@ -30,6 +30,9 @@ METHOD_OPTIONS: Final = {
 PICTURES: Final = 72
 """Drawn for a streamed calibration, where there are fewer prompts: content is what small sets lack most."""
 
+MOST_DRAWS: Final = 3
+"""Of a prompt, unless more are asked for."""
+
 MOST_TEXT_TOKENS: Final = 512
 """Of T5: diffusers' own limit."""
 
@@ -104,7 +107,9 @@ def resolve(
             SCHEDULES,
         ),
         packages=_at_least("--packages", 1, settings.packages, 4),
-        draws=_at_least("--draws", 1, settings.draws, 1 if fast else max(1, round(PICTURES / len(texts)))),
+        draws=_at_least(
+            "--draws", 1, settings.draws, 1 if fast else min(max(1, round(PICTURES / len(texts))), MOST_DRAWS)
+        ),
         trajectory_steps=trajectory_steps,
         kept_steps=_at_least("--kept-steps", 1, settings.kept_steps, 3 if fast else 2),
         fast=fast,

@@ -68,7 +68,7 @@ class Settings:
     packages: Annotated[int | None, "calibration passes the layers are split into, unless streamed; default: 4"] = None
     fast: Annotated[bool | None, "streamed only: a third of the calibration, for about half as much more error"] = None
     draws: Annotated[
-        int | None, "pictures drawn of each prompt by a streamed method; default: so many that there are 72, fast: 1"
+        int | None, "pictures drawn of each prompt by a streamed method; default: 1 to 3, so that there are 72; fast: 1"
     ] = None
     trajectory_steps: Annotated[
         int | None, "denoising steps it draws them by; default: a third of --steps, fast: a fifth"
