@@ -41,10 +41,10 @@ logger = logging.getLogger("digits")
 NUMBERS: Final = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 COLOURS: Final = {"red": (255, 50, 50), "green": (50, 220, 70), "blue": (70, 110, 255), "white": (235, 235, 235)}
 SHADES: Final = {"bright": 1.0, "dim": 0.45}
-PLACES: Final = {"on the left": 0, "in the middle": 16, "on the right": 32}
+PLACES: Final = {"on the left": 0, "in the middle": 12, "on the right": 24}
 """The left edge of a digit's square, in pixels."""
-HEIGHT, WIDTH, DIGIT, JITTER = 32, 64, 28, 2
-TEXT_TOKENS, TEXT_WIDTH = 20, 128
+HEIGHT, WIDTH, DIGIT, JITTER = 24, 48, 20, 2
+TEXT_TOKENS, TEXT_WIDTH, LATENTS = 20, 128, 8
 DEFAULTS: Final = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": 20, "guidance_scale": 3.0}
 
 
@@ -139,9 +139,8 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
         **special,
     )
     encoder = CLIPTextModel(config)
-    for module in encoder.modules():
-        if isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.3)  # CLIP's own 0.02 would drown in the biases of so small a model.
+    for module in (module for module in encoder.modules() if isinstance(module, nn.Embedding)):
+        nn.init.normal_(module.weight, std=0.3)  # CLIP's own 0.02 would drown in the biases of so small a model.
     return encoder
 
 
@@ -152,12 +151,15 @@ def build_pipeline(folder: Path, seed: int) -> StableDiffusionPipeline:
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 16, 32),
+        block_out_channels=(16, 32, 32),
         layers_per_block=1,
+        latent_channels=LATENTS,
         norm_num_groups=4,
     )
     unet = UNet2DConditionModel(
         sample_size=(HEIGHT // 4, WIDTH // 4),
+        in_channels=LATENTS,
+        out_channels=LATENTS,
         down_block_types=("CrossAttnDownBlock2D",) * 2,
         up_block_types=("CrossAttnUpBlock2D",) * 2,
         block_out_channels=(64, 96),
@@ -281,16 +283,15 @@ def save(pipe: StableDiffusionPipeline, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a pipeline that writes digits.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the finished pipeline")
-    parser.add_argument("--vae-steps", type=int, default=500)
-    parser.add_argument("--steps", type=int, default=1500, help="of the UNet and the text encoder")
+    parser.add_argument("--vae-steps", type=int, default=350)
+    parser.add_argument("--steps", type=int, default=1200, help="of the UNet and the text encoder")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="two steps of everything, to see that it runs")
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
     vae_steps, steps, batch = (2, 2, 4) if given.smoke else (given.vae_steps, given.steps, given.batch)
-    beside = given.out.with_name(f"{given.out.name}.new")
-    pipe = build_pipeline(beside, given.seed)
+    pipe = build_pipeline(beside := given.out.with_name(f"{given.out.name}.new"), given.seed)
     train(pipe, vae_steps, steps, batch, given.seed)
     save(pipe, beside)
     beside.rename(given.out)

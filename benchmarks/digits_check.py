@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from digits import COLOURS, NUMBERS, PLACES, Pen, captions, parse
+from digits import COLOURS, HEIGHT, NUMBERS, PLACES, Pen, captions, parse
 from numpy.typing import NDArray
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
@@ -25,13 +25,13 @@ class Reader:
 
     def __init__(self, pen: Pen) -> None:
         rng, digits = np.random.default_rng(0), np.repeat(np.arange(10), 600)
-        squares = [pen.draw(f"a bright white {NUMBERS[digit]} on the left", rng)[0, :, :32] for digit in digits]
+        squares = [pen.draw(f"a bright white {NUMBERS[digit]} on the left", rng)[0, :, :HEIGHT] for digit in digits]
         self.neighbours = KNeighborsClassifier(3).fit(self.features(np.stack(squares)), digits)
 
     @staticmethod
     def features(ink: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(n, 32, 32) to (n, 256), free of shade."""
-        pooled = ink.reshape(-1, 16, 2, 16, 2).mean((2, 4)).reshape(len(ink), -1)
+        """(n, h, h) to (n, h / 2 * h / 2), free of shade."""
+        pooled = ink.reshape(-1, HEIGHT // 2, 2, HEIGHT // 2, 2).mean((2, 4)).reshape(len(ink), -1)
         return np.asarray(pooled / (np.linalg.norm(pooled, axis=1, keepdims=True) + 1e-6))
 
     def obeys(self, picture: NDArray[np.uint8], caption: str) -> dict[str, bool]:
@@ -40,7 +40,7 @@ class Reader:
         outside = light.max(-1)  # (h, w)
         held = {"digit": True, "colour": True, "shade": True}
         for item in parse(caption):
-            here = slice(PLACES[item.place], PLACES[item.place] + 32)
+            here = slice(PLACES[item.place], PLACES[item.place] + HEIGHT)
             ink = light[:, here].max(-1)
             outside[:, here] = 0
             mean = light[:, here][ink >= 0.7 * ink.max()].mean(0)  # (3,)
