@@ -242,7 +242,7 @@ def test_readers_of_a_tensor_stay_dense_together_within_the_share(subject: Calla
     macs = planning.left_macs(linears, (), {}, allocation.positions(what.denoiser, what.calls()[0]))
     assert 0 < sum(macs[name] for name in dense) <= 0.25 * sum(macs.values())
     pruned = what.prune()
-    assert {layer.name for layer in pruned.layers if layer.reason is not None} == dense
+    assert {layer.name for layer in pruned.layers if "costs most" in (layer.reason or "")} == dense
 
 
 def test_a_run_that_goes_on_keeps_to_what_it_measured(

@@ -107,10 +107,11 @@ def test_a_neuron_that_never_speaks_is_the_first_to_leave(method: str, pipeline:
 @pytest.mark.parametrize("method", METHODS)
 def test_one_infinite_batch_names_layer_step_and_prompts_and_changes_nothing(method: str, pipeline: Any) -> None:
     calls: list[None] = []
+    bad = 2 if METHODS[method].streams else 4  # fewer calls are made
 
     def overflow(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         calls.append(None)
-        return output.index_fill(-1, torch.tensor([3]), torch.inf) if len(calls) == 4 else None
+        return output.index_fill(-1, torch.tensor([3]), torch.inf) if len(calls) == bad else None
 
     pipeline.transformer.transformer_blocks[1].ff.net[0].register_forward_hook(overflow)
     before = weights(pipeline.transformer)

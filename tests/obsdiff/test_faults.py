@@ -263,7 +263,7 @@ def test_weights_that_make_nan_are_an_error_that_says_where(fails: Fails, here: 
     weights["transformer_blocks.1.attn.to_v.weight"][0, 0] = float("nan")
     save_file(weights, path, metadata={"format": "pt"})
     line = fails(*prune(model="broken"), code=1)
-    assert "step 1, prompts 1 to 4: the denoiser's output is not finite; are its weights?" in line
+    assert "step 1, prompts 1 to 2: the denoiser's output is not finite; are its weights?" in line
     line = fails(*prune("--packages", "1", "--method", "obsdiff", model="broken"), code=1)
     assert "transformer_blocks.1.attn.to_" in line
     assert ": step 1, prompts 1 to 2: the activation is not finite" in line
@@ -395,7 +395,7 @@ def started(here: Path, *arguments: str) -> "subprocess.Popen[str]":
     return process
 
 
-SLOW = prune("--steps", "12", "--kept-steps", "3", "--draws", "8")
+SLOW = prune("--steps", "12", "--kept-steps", "4", "--draws", "40")
 """Slow enough to be interrupted after its first block."""
 
 
