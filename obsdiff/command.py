@@ -1,0 +1,190 @@
+"""What a verb of the command line is, and how one runs: flags in, one result on stdout, errors as one line and a code.
+
+A verb is a function under `obsdiff/commands` and a line in `obsdiff.cli.VERBS`. Flags come from `settings.FIELDS`.
+Results go to stdout, everything else to stderr. Nothing heavy is imported until a verb runs.
+"""
+
+import errno
+import inspect
+import json
+import logging
+import os
+import re
+import sys
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from obsdiff import launch
+from obsdiff.settings import FIELDS, Settings, gather, save
+from obsdiff_runtime.errors import ObsdiffError
+from obsdiff_runtime.progress import Progress
+
+INTERRUPTED = 130
+NOT_ENOUGH_ROOM = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One call of a verb: what was asked for, and where it may talk."""
+
+    settings: Settings
+    options: Mapping[str, Any]
+    progress: Progress
+
+    def print_result(self, data: Mapping[str, Any], show: Callable[[], None]) -> None:
+        """One JSON object on stdout with --json, else whatever `show` prints."""
+        if self.options["json"]:
+            print(json.dumps(data, allow_nan=False))
+        else:
+            show()
+
+
+Declared = tuple[Any, Any]
+"""The annotation of a flag or argument, and its default; `...` for none."""
+
+
+def option(kind: Any, *names: str, text: str, default: Any = None) -> Declared:
+    """A flag of a verb's own."""
+    return Annotated[kind, typer.Option(*names, help=text)], default
+
+
+COMMON = {
+    "config": option(Path | None, "--config", text="Settings from a .toml or .yaml file; keys are the flags' names."),
+    "save_config": option(Path | None, "--save-config", text="Write the settings given to this file."),
+    "set": option(list[str] | None, "--set", text="Set any setting: key=value or table.key=value; repeatable."),
+    "json": option(bool, "--json", text="One JSON object on stdout and nothing else.", default=False),
+    "verbose": option(bool, "--verbose", "-v", text="Log what happens on stderr.", default=False),
+    "quiet": option(bool, "--quiet", "-q", text="No progress on stderr.", default=False),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verb:
+    """A command.
+
+    Attributes:
+        name: as it is typed.
+        work: what it does; its docstring is the help.
+        fields: the flags that are fields of Settings.
+        own: its other flags and its arguments, as `option` makes them.
+    """
+
+    name: str
+    work: Callable[[Run], None]
+    fields: tuple[str, ...]
+    own: Mapping[str, Declared]
+
+    def register(self, app: typer.Typer) -> None:
+        """Adds the command to `app`, with the common flags too."""
+        declared = {**self.own, **{field: _setting(field) for field in self.fields}, **COMMON}
+
+        def command(**values: Any) -> None:
+            raise typer.Exit(_perform(self, {key: values[key] for key in declared}))
+
+        parameters = [
+            inspect.Parameter(
+                key,
+                inspect.Parameter.KEYWORD_ONLY,
+                annotation=kind,
+                default=inspect.Parameter.empty if default is ... else default,
+            )
+            for key, (kind, default) in declared.items()
+        ]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {key: kind for key, (kind, _) in declared.items()}
+        command.__doc__ = self.work.__doc__
+        app.command(self.name)(command)
+
+
+def verb(name: str, fields: Sequence[str] = (), **own: Declared) -> Callable[[Callable[[Run], None]], Verb]:
+    """Makes a function a verb whose flags are `fields` of Settings, `own`, and the common ones."""
+
+    def make(work: Callable[[Run], None]) -> Verb:
+        return Verb(name=name, work=work, fields=tuple(fields), own=own)
+
+    return make
+
+
+def _setting(field: str) -> Declared:
+    kind, text = typing.get_args(FIELDS[field].type)
+    flag = "--" + field.replace("_", "-")
+    return option(kind, f"{flag}/--no-{field}" if field == "trt" else flag, text=text)
+
+
+def _perform(verb: Verb, values: dict[str, Any]) -> int:
+    """Runs a verb and turns what a user can cause into one line and an exit code; bugs show their traceback.
+
+    Of several processes that torchrun started, those behind the first take part where a model is pruned, write nothing
+    and speak only of their errors.
+    """
+    from obsdiff.display import progress_on_stderr, quiet_libraries
+
+    # Threads that spin while they wait for a core that another program uses slow torch down by an order of magnitude:
+    # comparing four prompts on two cores takes 3 s with spinning and 6 s without; with one core taken, 134 s and 4 s.
+    # The loss is that of very small matrices only.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    logging.basicConfig(level=logging.INFO if values["verbose"] else logging.ERROR, stream=sys.stderr)
+    if not values["verbose"]:
+        quiet_libraries()
+    who = "obsdiff"
+    try:
+        place = launch.place()
+        if place.rank:
+            who = f"obsdiff: rank {place.rank}"
+            values = {**values, "save_config": None, "quiet": True}
+            if "resume" not in values or values["dry_run"]:
+                return 0
+        flags = {key: values[key] for key in (*verb.fields, *(("model",) if "model" in verb.own else ()))}
+        settings = gather(flags, config=values["config"], assignments=values["set"] or ())
+        if values["save_config"] is not None:
+            save(settings, values["save_config"])
+        with progress_on_stderr(quiet=values["quiet"] or values["json"]) as progress:
+            verb.work(Run(settings=settings, options=values, progress=progress))
+    except launch.Finished:
+        return 0
+    except ObsdiffError as error:
+        print(f"{who}: {error}", file=sys.stderr)
+        return NOT_ENOUGH_ROOM if _full(error) else error.exit_code
+    except KeyboardInterrupt:
+        print(f"{who}: interrupted{_again(values)}", file=sys.stderr)
+        return INTERRUPTED
+    except MemoryError:
+        print(f"{who}: out of memory; {_smaller(values)}", file=sys.stderr)
+        return NOT_ENOUGH_ROOM
+    except Exception as error:
+        if _full(error):
+            print(f"{who}: the disk is full: {error}{_again(values)}", file=sys.stderr)
+            return NOT_ENOUGH_ROOM
+        if not isinstance(error, OSError) or error.errno is None:
+            raise
+        print(f"{who}: {error.filename or 'disk'}: {error.strerror}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _full(error: BaseException | None) -> bool:
+    """Whether a full disk, a quota or a limit on file sizes is behind it; safetensors tells of it in words only."""
+    if error is None:
+        return False
+    number = error.errno if isinstance(error, OSError) else None
+    said = re.search(r"\(os error (\d+)\)", str(error))
+    codes = {number, int(said[1]) if said else None}
+    return bool(codes & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}) or _full(error.__cause__)
+
+
+def _smaller(values: Mapping[str, Any]) -> str:
+    """What makes a verb need less memory; the method, and so which flag counts, may be named in a file."""
+    if "packages" not in values:
+        return "lower --batch-size, --height or --width"
+    return "lower --batch-size, and --draws or --kept-steps; with a method that does not stream, raise --packages"
+
+
+def _again(values: Mapping[str, Any]) -> str:
+    """How to go on, where finished packages were kept."""
+    kept = "resume" in values and values["output"].with_name(f"{values['output'].name}.journal").exists()
+    return "; the same command with --resume continues" if kept else ""

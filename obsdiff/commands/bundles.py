@@ -1,0 +1,61 @@
+"""Verbs on a bundle: bench, generate. They never import torch."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from obsdiff.command import Run, option, verb
+from obsdiff_runtime.errors import ConfigError
+
+
+@verb(
+    "bench",
+    bundle=(Annotated[Path, typer.Argument(help="A bundle.")], ...),
+    against=option(Path | None, "--against", text="Another bundle, measured in turn with the first."),
+    iterations=option(int, "--iterations", text="Measured runs of each.", default=10),
+    warmup=option(int, "--warmup", text="Runs before measuring.", default=2),
+    threads=option(int | None, "--threads", text="Threads of ONNX Runtime; default: all cores."),
+)
+def bench(run: Run) -> None:
+    """Latency per component and end to end, through the runtime, without torch."""
+    from obsdiff_runtime import bench
+    from obsdiff_runtime.benchmark import table
+
+    names = ("against", "iterations", "warmup", "threads")
+    report = bench(run.options["bundle"], **{name: run.options[name] for name in names}, progress=run.progress)
+    run.print_result(report.to_json(), lambda: print(table(report)))
+
+
+@verb(
+    "generate",
+    ("steps", "guidance_scale", "height", "width", "max_sequence_length", "seed"),
+    bundle=(Annotated[Path, typer.Argument(help="A bundle.")], ...),
+    prompt=(Annotated[str, typer.Argument(help="What to draw.")], ...),
+    output=option(Path, "--output", "-o", text="Image file.", default=Path("image.png")),
+    negative_prompt=option(str, "--negative-prompt", text="What not to draw.", default=""),
+    threads=option(int | None, "--threads", text="Threads of ONNX Runtime; default: all cores."),
+)
+def generate(run: Run) -> None:
+    """An image, through the runtime, without torch."""
+    from PIL import Image
+
+    from obsdiff_runtime import Pipeline
+
+    settings, output = run.settings, run.options["output"]
+    if output.suffix.lower() not in Image.registered_extensions():
+        raise ConfigError(f"-o {output}: no image format of that name; use .png or .jpg")
+    images = Pipeline(run.options["bundle"], threads=run.options["threads"])(
+        run.options["prompt"],
+        negative_prompt=run.options["negative_prompt"],
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        height=settings.height,
+        width=settings.width,
+        max_sequence_length=settings.max_sequence_length,
+        seed=settings.seed or 0,
+        progress=run.progress,
+    )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(images.arrays[0]).save(output)
+    run.print_result({"image": str(output), "seconds": images.seconds}, lambda: print(output))

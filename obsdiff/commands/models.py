@@ -1,0 +1,144 @@
+"""Verbs on a model: export, prune, plan, eval."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from obsdiff.command import Run, option, verb
+
+MODEL = ("revision", "variant", "device")
+PRUNE = (
+    *("sparsity", "method", "include", "exclude", "blocks", "protect_first", "protect_last", "align", "damp"),
+    *("allocation", "dense_share", "prompts_file", "num_samples", "time_weights", "packages", "gram_budget"),
+    *("fast", "draws", "trajectory_steps", "kept_steps"),
+)
+SAMPLE = ("steps", "guidance_scale", "height", "width", "max_sequence_length", "batch_size", "seed")
+DELIVER = ("trt", "targets", "dtype", "opset")
+QUALITY = (
+    *("eval_prompts", "eval_prompts_file", "clip_model", "lpips", "fid_reference", "judge"),
+    *("guidance_sweep", "fail_if"),
+)
+OUTPUT = {
+    "output": option(Path, "--output", "-o", text="Folder to write; must not exist.", default=...),
+    "force": option(bool, "--force", text="Replace the output folder if it exists.", default=False),
+    "resume": option(bool, "--resume", text="Continue a killed run after its last finished package.", default=False),
+    "dry_run": option(bool, "--dry-run", text="Say what would be done, and stop.", default=False),
+}
+MODEL_ARGUMENT = (
+    Annotated[str | None, typer.Argument(help="A diffusers folder or Hub id; default: the pipeline shipped inside.")],
+    None,
+)
+
+
+@verb("export", (*PRUNE, *DELIVER, *QUALITY, *SAMPLE, *MODEL), model=MODEL_ARGUMENT, **OUTPUT)
+def export(run: Run) -> None:
+    """The main job: prune, shrink, export ONNX, build engines, verify, measure, bundle."""
+    from obsdiff import verbs
+
+    output: Path = run.options["output"]
+    if run.options["dry_run"]:
+        _show_plan(run, verbs.plan(run.settings, before=output, force=run.options["force"]))
+        return
+    exported = verbs.export(
+        run.settings,
+        output,
+        force=run.options["force"],
+        resume=run.options["resume"],
+        command=shlex.join(["obsdiff", *sys.argv[1:]]),
+        progress=run.progress,
+    )
+
+    def show() -> None:
+        from rich.console import Console
+
+        from obsdiff.report import summary_table
+        from obsdiff.wording import notes
+
+        console = Console()
+        console.print(summary_table(exported.report))
+        for note in notes(exported.report):
+            console.print(f"[yellow]note[/] {note}", highlight=False)
+        console.print(f"report  {output / 'report.html'}", style="dim")
+        console.print(f"next    obsdiff generate {output} '...' -o a.png", style="dim")
+
+    run.print_result(exported.to_json(), show)
+    exported.hold()
+
+
+@verb("prune", (*PRUNE, *SAMPLE, *MODEL), model=MODEL_ARGUMENT, **OUTPUT)
+def prune(run: Run) -> None:
+    """Stops after the pruned diffusers folder."""
+    from obsdiff import verbs
+
+    output: Path = run.options["output"]
+    if run.options["dry_run"]:
+        _show_plan(run, verbs.plan(run.settings, before=output, force=run.options["force"]))
+        return
+    result = verbs.prune_to_folder(
+        run.settings, output, force=run.options["force"], resume=run.options["resume"], progress=run.progress
+    )
+
+    def show() -> None:
+        from rich.console import Console
+
+        from obsdiff.display import layers_table
+
+        console = Console()
+        console.print(layers_table(result.layers))
+        console.print(f"next    obsdiff export {output} --trt -o {output}-bundle", style="dim")
+
+    run.print_result({"folder": str(output), **result.to_json()}, show)
+
+
+@verb("plan", (*PRUNE, *SAMPLE, *MODEL), model=MODEL_ARGUMENT)
+def plan(run: Run) -> None:
+    """Before anything runs: layers, parameters, MACs, memory, disk, calls. Works from config.json alone."""
+    from obsdiff import verbs
+
+    _show_plan(run, verbs.plan(run.settings))
+
+
+def _show_plan(run: Run, planned: Any) -> None:
+    from obsdiff.display import show_plan
+
+    run.print_result(planned.to_json(), lambda: show_plan(planned, verbose=run.options["verbose"]))
+
+
+@verb(
+    "eval",
+    (*QUALITY, *SAMPLE, "device"),
+    pruned=(Annotated[list[Path], typer.Argument(help="Pruned diffusers folders; several: mean and spread.")], ...),
+    against=option(str | None, "--against", text="The dense model; default: the pipeline shipped inside."),
+    html=option(Path | None, "--html", text="Also write a page with pictures and curves."),
+)
+def evaluate(run: Run) -> None:
+    """Paired quality: same prompts, same noise."""
+    from obsdiff import verbs
+
+    evaluated = verbs.evaluate(
+        run.options["pruned"],
+        run.options["against"],
+        run.settings,
+        html=run.options["html"],
+        command=shlex.join(["obsdiff", *sys.argv[1:]]),
+        progress=run.progress,
+    )
+
+    def show() -> None:
+        from rich.console import Console
+
+        from obsdiff.report import runs_table, summary_table
+
+        single = len(evaluated.reports) == 1
+        table = (
+            summary_table(evaluated.reports[0])
+            if single
+            else runs_table(evaluated.folders, evaluated.reports, evaluated.spread)
+        )
+        Console().print(table)
+
+    run.print_result(evaluated.to_json(), show)
+    evaluated.hold()
