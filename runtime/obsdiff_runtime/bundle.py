@@ -16,6 +16,7 @@ from typing import Any, Final, Literal
 
 from obsdiff_runtime.decoding import decode, encode
 from obsdiff_runtime.errors import BundleError, CompatibilityError
+from obsdiff_runtime.shapes import Range
 
 SCHEMA: Final = 1
 MANIFEST: Final = "obsdiff.json"
@@ -42,11 +43,15 @@ class EngineEntry:
     Attributes:
         path: of the plan, relative to the bundle.
         key: hash over graph content, builder and version, targets, precision, profile and flags.
-        backend: "tensorrt" or "tensorrt_rtx".
+        backend: "tensorrt", "tensorrt_rtx" or "onnxruntime".
         backend_version: version of the builder.
-        targets: compute capabilities it runs on: ("8.6", "8.9").
+        targets: what it runs on: compute capabilities ("8.6", "8.9"), or a provider of ONNX Runtime ("cuda:8.9").
+        device: name of the one GPU it was built on and tuned for; "" where it was built for a kind of GPU.
+        profiles: the shapes it takes; see `obsdiff_runtime.shapes.serving`.
         sparse_requested: sparse kernels were allowed.
-        sparsity: what is known of their use, in words.
+        refit: "no"; "yes", its weights can be replaced; "stripped", they must be, it holds none.
+        weight_streaming: weights can stay in the host's memory.
+        sparsity: what is known of sparse kernels, in words.
         receipt: path of the proof per layer, relative to the bundle.
     """
 
@@ -55,7 +60,11 @@ class EngineEntry:
     backend: str
     backend_version: str
     targets: tuple[str, ...] = ()
+    device: str = ""
+    profiles: tuple[Mapping[str, Range], ...] = ()
     sparse_requested: bool = False
+    refit: str = "no"
+    weight_streaming: bool = False
     sparsity: str = ""
     receipt: str | None = None
 
