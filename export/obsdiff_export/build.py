@@ -1,16 +1,12 @@
 """Graphs become engines: one process per build, and a receipt beside every plan.
 
-An engine's key is a hash over the graph and its weights, builder and version, targets, shapes and flags. A plan is
-reused only where its key and its checksum both match; a name alone proves nothing.
+An engine's key is a hash over the graph and its weights, builder and version, GPU, targets, profiles and flags. A plan
+is reused only where its key and its checksum both match; a name alone proves nothing.
 """
 
 import hashlib
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,33 +15,23 @@ from typing import Any, Final
 
 import onnx
 
-import obsdiff_export
-import obsdiff_runtime.errors
-from obsdiff_export.builders.request import Answer, Builder, Request
+from obsdiff_export import process
+from obsdiff_export.builders.request import Answer, Builder, Flags, Request
 from obsdiff_export.builders.rtx import Rtx
 from obsdiff_export.builders.tensorrt import TensorRt
 from obsdiff_export.pattern import PatternReport
 from obsdiff_export.ports import read_ports
-from obsdiff_export.profiles import Profile
 from obsdiff_export.receipt import Receipt, load, parse_log
-from obsdiff_runtime.errors import (
-    BuildError,
-    BundleError,
-    CompatibilityError,
-    ConfigError,
-    ExportError,
-    MissingPackageError,
-    ObsdiffError,
-    ResourceError,
-)
+from obsdiff_runtime.errors import BundleError, ConfigError, ExportError, MissingPackageError
 from obsdiff_runtime.progress import Progress, silent
+from obsdiff_runtime.shapes import Profile
 
 BUILDERS: Final[dict[str, Builder]] = {"tensorrt": TensorRt(), "tensorrt_rtx": Rtx()}
 
 SCRATCH: Final = "building"
 """Begins the name, behind a dot, of the folder that a build works in, beside its plan."""
 
-_TAIL_LINES: Final = 8
+_NO_FLAGS: Final = Flags()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +43,14 @@ class Engine:
         key: hash of everything that went into it.
         backend, backend_version: the builder.
         targets: compute capabilities it runs on.
-        sparse_requested: whether sparse tactics were asked for; what came of it is in the receipt.
+        device: the one GPU it was built on and for, "" where it was built for a kind of GPU.
+        profiles: the shapes it takes.
+        flags: what was asked of the builder; what came of `sparse` is in the receipt.
         bytes: of the plan.
         seconds: how long it took to build; of the first build where it was reused.
         receipt_path, log_path: beside the plan.
+        layers_path: what the builder's inspector says of the layers; None where it was not asked.
+        notes: what a user should know of it.
         reused: an equal engine was there already.
     """
 
@@ -69,12 +59,54 @@ class Engine:
     backend: str
     backend_version: str
     targets: tuple[str, ...]
-    sparse_requested: bool
+    device: str
+    profiles: tuple[Profile, ...]
+    flags: Flags
     bytes: int
     seconds: float
     receipt_path: Path
     log_path: Path
+    layers_path: Path | None
+    notes: tuple[str, ...]
     reused: bool
+
+    @property
+    def sparse_requested(self) -> bool:
+        return self.flags.sparse
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """One engine that is to be: everything that its key is made of, and the key."""
+
+    model: Path
+    builder: Builder
+    version: str
+    device: str
+    targets: tuple[str, ...]
+    profiles: tuple[Profile, ...]
+    flags: Flags
+    content: str
+    repeat: int
+
+    @property
+    def key(self) -> str:
+        parts = {
+            "onnx": self.content,
+            "builder": [self.builder.name, self.version],
+            "device": self.device,
+            "targets": list(self.targets),
+            "profiles": self.shapes(),
+            "flags": {**asdict(self.flags), "strongly_typed": True},
+            "repeat": self.repeat,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+
+    def shapes(self) -> tuple[dict[str, dict[str, Any]], ...]:
+        return tuple({name: asdict(limits) for name, limits in sorted(profile.items())} for profile in self.profiles)
+
+    def note(self) -> str:
+        return f"{self.model.parent.name} for {', '.join(self.targets)}"
 
 
 def available_builders() -> tuple[str, ...]:
@@ -108,10 +140,11 @@ def build(
     out_folder: Path,
     *,
     builder: Builder,
-    profile: Mapping[str, Profile],
-    sparse: bool,
+    profiles: Sequence[Profile],
+    flags: Flags = _NO_FLAGS,
     targets: Sequence[str] = (),
     patterns: Sequence[PatternReport] = (),
+    repeat: int = 0,
     progress: Progress = silent,
 ) -> Engine:
     """Builds one engine in a process of its own.
@@ -120,54 +153,29 @@ def build(
         model: the graph, its weights beside it.
         out_folder: gets `<key>.plan`, `.json` (the receipt) and `.log`; made where it is absent.
         builder: from `choose_builder`.
-        profile: from `profile_for`.
-        sparse: ask for sparse tactics.
+        profiles: one or more, from `profiles_for`; the engine holds kernels for each.
+        flags: what else is asked for.
         targets: compute capabilities; empty for the builder's own choice.
         patterns: the N:M verdicts of the graph's weights, for the receipt.
+        repeat: several builds of the same engine are told apart by it; beyond 0 no earlier timing is used.
         progress: called with the stage "build" before and after.
 
     Raises:
         BuildError: the builder refused the graph or crashed; with its last words and the log's place.
-        CompatibilityError: a target, or a number format on a target, that the builder cannot serve.
-        ResourceError: it ran out of memory.
+        CompatibilityError: a target, a flag, or a number format on a target, that the builder cannot serve.
+        ResourceError: it ran out of memory or disk.
         ExportError: the graph cannot be read.
+        ConfigError: the profiles are not the graph's.
     """
-    _check_profile(model, profile)
-    chosen = builder.targets(targets)
-    content = content_hash(model)
-    shapes = {name: asdict(shape) for name, shape in sorted(profile.items())}
-    key = _key(content, builder, chosen, shapes, sparse)
+    job = _job(model, builder, profiles, flags, targets, repeat)
     out_folder.mkdir(parents=True, exist_ok=True)
     for left in out_folder.glob(f".{SCRATCH}-*"):  # of a build that was killed
         shutil.rmtree(left, ignore_errors=True)
-    note = f"{model.parent.name} for {', '.join(chosen)}"
-    progress("build", 0, 1, note)
-    engine = _existing(out_folder, key)
+    progress("build", 0, 1, job.note())
+    engine = _existing(out_folder, job)
     if engine is None:
-        log = out_folder / f"{key}.log"
-        with tempfile.TemporaryDirectory(prefix=f".{SCRATCH}-", dir=out_folder) as scratch:
-            request = _request(Path(scratch), model, builder, shapes, sparse, chosen)
-            seconds = _run(request, builder, log)
-            plan = Path(request.plan)
-            receipt = Receipt(
-                key=key,
-                component=model.parent.name,
-                backend=builder.name,
-                backend_version=builder.version(),
-                targets=chosen,
-                onnx_sha256=content,
-                plan_sha256=_sha256(plan),
-                plan_bytes=plan.stat().st_size,
-                profile=shapes,
-                sparse_requested=sparse,
-                sparsity_log=parse_log(log.read_text(encoding="utf-8", errors="replace")),
-                weights=tuple(patterns),
-                seconds=seconds,
-            )
-            plan.replace(out_folder / f"{key}.plan")
-            receipt.save(out_folder / f"{key}.json")
-        engine = _engine(out_folder, receipt, reused=False)
-    progress("build", 1, 1, note)
+        engine = _build(job, out_folder, patterns)
+    progress("build", 1, 1, job.note())
     return engine
 
 
@@ -182,7 +190,7 @@ def content_hash(model: Path) -> str:
         places = {
             entry.value for tensor in graph.initializer for entry in tensor.external_data if entry.key == "location"
         }
-        digests = [_sha256(model), *(_sha256(model.parent / place) for place in sorted(places))]
+        digests = [sha256(model), *(sha256(model.parent / place) for place in sorted(places))]
     except Exception as error:
         raise ExportError(f"{model}: cannot be read as a graph with its weights: {error}") from error
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
@@ -193,113 +201,119 @@ def place_of(builder: Builder) -> str:
     return f"{type(builder).__module__}:{type(builder).__qualname__}"
 
 
-def _check_profile(model: Path, profile: Mapping[str, Profile]) -> None:
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _job(
+    model: Path, builder: Builder, profiles: Sequence[Profile], flags: Flags, targets: Sequence[str], repeat: int
+) -> _Job:
+    if not profiles:
+        raise ConfigError(f"{model}: an engine needs a profile of the shapes that it is to take")
     inputs, _ = read_ports(model)
     names = {port.name for port in inputs}
-    if names != set(profile):
-        raise ConfigError(f"{model}: the profile is for {sorted(profile)}, the graph's inputs are {sorted(names)}")
+    for profile in profiles:
+        if names != set(profile):
+            raise ConfigError(f"{model}: the profile is for {sorted(profile)}, the graph's inputs are {sorted(names)}")
+    chosen = builder.targets(targets)
+    builder.check(flags, chosen)
+    return _Job(
+        model=model,
+        builder=builder,
+        version=builder.version(),
+        device=builder.device(),
+        targets=chosen,
+        profiles=tuple(profiles),
+        flags=flags,
+        content=content_hash(model),
+        repeat=repeat,
+    )
 
 
-def _key(
-    content: str, builder: Builder, targets: Sequence[str], shapes: Mapping[str, Mapping[str, Any]], sparse: bool
-) -> str:
-    parts = {
-        "onnx": content,
-        "builder": [builder.name, builder.version()],
-        "targets": list(targets),
-        "shapes": shapes,
-        "flags": {"sparse": sparse, "strongly_typed": True, "tf32": False},
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+def _build(job: _Job, out_folder: Path, patterns: Sequence[PatternReport]) -> Engine:
+    """Builds beside, then moves in; the receipt comes last, so that a plan without one is no engine."""
+    log = out_folder / f"{job.key}.log"
+    with tempfile.TemporaryDirectory(prefix=f".{SCRATCH}-", dir=out_folder) as scratch:
+        request = _request(Path(scratch), job)
+        answer = process.run(request, job.builder, log)
+        receipt = _receipt(job, answer, Path(request.plan), log, patterns)
+        receipt.save(Path(scratch) / "receipt.json")
+        moves = {
+            request.plan: f"{job.key}.plan",
+            request.layers: f"{job.key}.layers.json",
+            str(Path(scratch) / request.data): request.data,
+            str(Path(scratch) / "receipt.json"): f"{job.key}.json",
+        }
+        for source, name in moves.items():
+            if Path(source).exists():
+                Path(source).replace(out_folder / name)
+    return _engine(out_folder, job, receipt, reused=False, notes=answer.notes)
 
 
-def _existing(folder: Path, key: str) -> Engine | None:
+def _receipt(job: _Job, answer: Answer, plan: Path, log: Path, patterns: Sequence[PatternReport]) -> Receipt:
+    return Receipt(
+        key=job.key,
+        component=job.model.parent.name,
+        backend=job.builder.name,
+        backend_version=job.version,
+        targets=job.targets,
+        onnx_sha256=job.content,
+        plan_sha256=sha256(plan),
+        plan_bytes=plan.stat().st_size,
+        profile=job.shapes()[0],
+        sparse_requested=job.flags.sparse,
+        sparsity_log=parse_log(log.read_text(encoding="utf-8", errors="replace")),
+        weights=tuple(patterns),
+        seconds=answer.seconds,
+    )
+
+
+def _existing(folder: Path, job: _Job) -> Engine | None:
     """The engine of this key, where its plan is the one that its receipt describes."""
-    plan, path = folder / f"{key}.plan", folder / f"{key}.json"
+    plan, path = folder / f"{job.key}.plan", folder / f"{job.key}.json"
     if not plan.exists() or not path.exists():
         return None
     try:
         receipt = load(path)
     except BundleError:
         return None
-    same = receipt.key == key and receipt.plan_sha256 == _sha256(plan)
-    return _engine(folder, receipt, reused=True) if same else None
+    same = receipt.key == job.key and receipt.plan_sha256 == sha256(plan)
+    return _engine(folder, job, receipt, reused=True) if same else None
 
 
-def _engine(folder: Path, receipt: Receipt, *, reused: bool) -> Engine:
+def _engine(folder: Path, job: _Job, receipt: Receipt, *, reused: bool, notes: tuple[str, ...] = ()) -> Engine:
+    layers = folder / f"{job.key}.layers.json"
     return Engine(
-        path=folder / f"{receipt.key}.plan",
-        key=receipt.key,
-        backend=receipt.backend,
-        backend_version=receipt.backend_version,
-        targets=receipt.targets,
-        sparse_requested=receipt.sparse_requested,
+        path=folder / f"{job.key}.plan",
+        key=job.key,
+        backend=job.builder.name,
+        backend_version=job.version,
+        targets=job.targets,
+        device=job.device,
+        profiles=job.profiles,
+        flags=job.flags,
         bytes=receipt.plan_bytes,
         seconds=receipt.seconds,
-        receipt_path=folder / f"{receipt.key}.json",
-        log_path=folder / f"{receipt.key}.log",
+        receipt_path=folder / f"{job.key}.json",
+        log_path=folder / f"{job.key}.log",
+        layers_path=layers if layers.exists() else None,
+        notes=notes,
         reused=reused,
     )
 
 
-def _request(
-    scratch: Path,
-    model: Path,
-    builder: Builder,
-    shapes: Mapping[str, Mapping[str, Any]],
-    sparse: bool,
-    targets: tuple[str, ...],
-) -> Request:
+def _request(scratch: Path, job: _Job) -> Request:
+    folder = scratch.resolve()
     return Request(
-        builder=place_of(builder),
-        onnx=str(model.resolve()),
-        plan=str((scratch / "plan").resolve()),
-        answer=str((scratch / "answer.json").resolve()),
-        profile=shapes,
-        sparse=sparse,
-        targets=targets,
+        builder=place_of(job.builder),
+        onnx=str(job.model.resolve()),
+        plan=str(folder / "plan"),
+        answer=str(folder / "answer.json"),
+        layers=str(folder / "layers.json"),
+        data=f"{job.key}.data",
+        timing_cache=None,
+        profiles=job.shapes(),
+        flags=job.flags,
+        targets=job.targets,
     )
-
-
-def _run(request: Request, builder: Builder, log: Path) -> float:
-    """Seconds that the build took; everything the process says goes to the log."""
-    scratch = Path(request.answer).parent
-    request.save(scratch / "request.json")
-    command = [sys.executable, "-P", "-u", "-m", "obsdiff_export.builders.worker", str(scratch / "request.json")]
-    with log.open("wb") as sink:
-        code = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT, env=_environment(builder)
-        ).returncode
-    answer = Answer.load(Path(request.answer)) if Path(request.answer).exists() else None
-    if code == 0 and answer is not None and not answer.failure:
-        return answer.seconds
-    raise _failure(request, builder, log, code, answer)
-
-
-def _environment(builder: Builder) -> dict[str, str]:
-    """This process's, with our packages on the path however they were found."""
-    roots = [str(Path(module.__file__ or "").parent.parent) for module in (obsdiff_export, obsdiff_runtime.errors)]
-    inherited = [path for path in (os.environ.get("PYTHONPATH"), builder.environment.get("PYTHONPATH")) if path]
-    return {**os.environ, **builder.environment, "PYTHONPATH": os.pathsep.join([*roots, *inherited])}
-
-
-def _failure(request: Request, builder: Builder, log: Path, code: int, answer: Answer | None) -> ObsdiffError:
-    """What to raise for a build that gave no plan."""
-    what = f"{builder.name} {builder.version()} built no engine from {request.onnx}"
-    if answer is not None and answer.failure == "incompatible":
-        return CompatibilityError(f"{what}: {answer.message}")
-    if code == -signal.SIGKILL or (answer is not None and answer.failure == "memory"):
-        return ResourceError(
-            f"{what}: it ran out of memory (or was killed); build for fewer targets, for smaller sizes or batches, "
-            f"or where more memory is free. Log: {log}"
-        )
-    if answer is not None and answer.failure:
-        return BuildError(f"{what}: {answer.message}. Log: {log}")
-    how = f"was ended by signal {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
-    return BuildError(f"{what}: its process {how}. The last lines of {log}:\n" + "\n".join(lines))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -22,6 +22,7 @@ _Array = np.ndarray[Any, np.dtype[Any]]
 
 _SUFFIX: Final = "::T"
 _CHUNK: Final = 1 << 24
+_PASSED: Final = ("Cast", "Identity", "QuantizeLinear", "DequantizeLinear")
 _BITS: Final[dict[int, tuple[type[np.unsignedinteger[Any]], int]]] = {
     TensorProto.FLOAT: (np.uint32, 0x7FFFFFFF),
     TensorProto.FLOAT16: (np.uint16, 0x7FFF),
@@ -44,6 +45,10 @@ class PatternReport:
         holds: whether every m consecutive weights along k hold at least n zeros.
         zeros: share of the weights that are zero.
         reason: why it does not hold, "" where it does.
+        pattern: that was looked for.
+        dtype: of the stored weights, as numpy calls it ("float16"); "" where it is not known.
+        reads: the tensor that is multiplied with the weight, before casts and Q/DQ: linears that read one tensor may
+            be merged by a builder. "" where it is not known.
     """
 
     name: str
@@ -53,6 +58,9 @@ class PatternReport:
     holds: bool
     zeros: float
     reason: str
+    pattern: str = "2:4"
+    dtype: str = ""
+    reads: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,7 @@ class _Weight:
     tensor: TensorProto
     node: str
     axis: int
+    reads: str
 
 
 def check(model_path: Path, n: int, m: int, expected: Collection[str] = ()) -> list[PatternReport]:
@@ -114,7 +123,15 @@ def _weights(graph: onnx.GraphProto) -> Iterator[_Weight]:
             traced = _trace(node.input[side], constants, producers)
             if traced is not None and len(traced[0].dims) == 2:
                 tensor, turned = traced
-                yield _Weight(tensor, node.name or node.output[0], reduced ^ turned)
+                reads = _source(node.input[1 - side], producers)
+                yield _Weight(tensor, node.name or node.output[0], reduced ^ turned, reads)
+
+
+def _source(name: str, producers: dict[str, onnx.NodeProto]) -> str:
+    """The value behind casts and Q/DQ."""
+    while (node := producers.get(name)) is not None and node.op_type in _PASSED:
+        name = node.input[0]
+    return name
 
 
 def _trace(
@@ -133,7 +150,7 @@ def _trace(
         if node.op_type == "Transpose":
             perm = [list(attribute.ints) for attribute in node.attribute if attribute.name == "perm"]
             turned ^= 0 if perm and perm[0] == sorted(perm[0]) else 1
-        elif node.op_type not in ("Cast", "Identity", "QuantizeLinear", "DequantizeLinear"):
+        elif node.op_type not in _PASSED:
             return None
         name = node.input[0]
     return constants[name], turned
@@ -178,6 +195,9 @@ def _report(weight: _Weight, bits: _Array | None, n: int, m: int) -> PatternRepo
         holds=not reason,
         zeros=zeros,
         reason=reason,
+        pattern=f"{n}:{m}",
+        dtype=onnx.helper.tensor_dtype_to_np_dtype(weight.tensor.data_type).name,
+        reads=weight.reads,
     )
 
 

@@ -1,43 +1,25 @@
-"""The receipt beside every engine: what was asked, what the weights are, and what the builder said of sparsity.
+"""The receipt beside every engine: what was asked, what was built, and what is proven of its sparsity.
 
 A builder that says nothing of sparsity proves nothing: that is "unknown", never success.
 """
 
 import json
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from obsdiff_export.pattern import PatternReport
-from obsdiff_runtime.errors import BundleError
+from obsdiff_export.proof import IGNORES, Proof, prove
+from obsdiff_export.witnesses import joined
+from obsdiff_runtime.decoding import decode, encode
+from obsdiff_runtime.errors import BundleError, SparsityProofError
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
 
-_FOUND: Final = (
-    re.compile(r"\(Sparsity\) Found (?P<count>\d+) layer\(s\) eligible to use sparse tactics(?:: *(?P<names>.*))?"),
-    re.compile(r"\(Sparsity\) Layers eligible for sparse math:(?P<names>.*)"),
-)
-_CHOSE: Final = (
-    re.compile(r"\(Sparsity\) Chose (?P<count>\d+) layer\(s\) using sparse tactics(?:: *(?P<names>.*))?"),
-    re.compile(r"\(Sparsity\) TRT inference plan picked sparse implementation for layers:(?P<names>.*)"),
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SparsityLog:
-    """What a builder's log says of sparse tactics; None where it says nothing.
-
-    Attributes:
-        found, chose: how many layers were eligible, and how many use sparse kernels.
-        found_layers, chose_layers: their names, as far as the log gives them.
-    """
-
-    found: int | None
-    chose: int | None
-    found_layers: tuple[str, ...] = ()
-    chose_layers: tuple[str, ...] = ()
+Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
+"""Input name -> {"min", "opt", "max"}."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +33,10 @@ class Receipt:
         targets: compute capabilities it was built for.
         onnx_sha256: of the graph and its weights.
         plan_sha256, plan_bytes: of the plan.
-        profile: input name -> {"min", "opt", "max"}.
+        profiles: one or more optimisation profiles.
+        flags: what else the builder was told, by name.
         sparse_requested: whether the builder was asked for sparse tactics.
-        sparsity_log: what its log says.
-        weights: the N:M verdicts of the graph's weights, as given to the build.
+        proof: what is proven of each linear.
         seconds: how long it took.
     """
 
@@ -66,16 +48,62 @@ class Receipt:
     onnx_sha256: str
     plan_sha256: str
     plan_bytes: int
-    profile: Mapping[str, Mapping[str, Sequence[int]]]
+    profiles: tuple[Shapes, ...]
     sparse_requested: bool
-    sparsity_log: SparsityLog
-    weights: tuple[PatternReport, ...]
+    proof: Proof
     seconds: float
+    flags: Mapping[str, object] = field(default_factory=dict)
     schema: int = SCHEMA
 
     def save(self, path: Path) -> None:
-        data = {**asdict(self), "sparsity": sparsity_statement(self)}
-        path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        data = {**encode(self), "sparsity": sparsity_statement(self)}
+        path.write_text(json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def of(
+    *,
+    key: str,
+    component: str,
+    backend: str,
+    backend_version: str,
+    targets: Sequence[str],
+    onnx_sha256: str,
+    plan_sha256: str,
+    plan_bytes: int,
+    profiles: Sequence[Mapping[str, Mapping[str, Sequence[int]]]],
+    sparse_requested: bool,
+    patterns: Sequence[PatternReport],
+    log: str,
+    inspector: str | None,
+    seconds: float,
+    flags: Mapping[str, object] | None = None,
+) -> Receipt:
+    """The receipt of a build that has just ended.
+
+    What goes in is stored as it is, but for the three that are heard as witnesses: `patterns`, the 2:4 verdicts of the
+    graph's weights (`pattern.check(graph, 2, 4)`); `log`, of the build; `inspector`, the EngineInspector's JSON, None
+    where the builder gives none. `flags` is JSON data.
+    """
+    return Receipt(
+        key=key,
+        component=component,
+        backend=backend,
+        backend_version=backend_version,
+        targets=tuple(targets),
+        onnx_sha256=onnx_sha256,
+        plan_sha256=plan_sha256,
+        plan_bytes=plan_bytes,
+        profiles=tuple(
+            {name: {end: tuple(sizes) for end, sizes in shapes.items()} for name, shapes in profile.items()}
+            for profile in profiles
+        ),
+        sparse_requested=sparse_requested,
+        proof=prove(
+            patterns, log, inspector, backend=backend, sparse_requested=sparse_requested, targets=tuple(targets)
+        ),
+        seconds=seconds,
+        flags=dict(flags or {}),
+    )
 
 
 def load(path: Path) -> Receipt:
@@ -89,46 +117,65 @@ def load(path: Path) -> Receipt:
         if data["schema"] != SCHEMA:
             raise BundleError(f"{path}: schema {data['schema']} is not {SCHEMA}; build the engine again")
         data.pop("sparsity", None)
-        log: dict[str, Any] = data["sparsity_log"]
-        log = {name: tuple(value) if isinstance(value, list) else value for name, value in log.items()}
-        data["sparsity_log"] = SparsityLog(**log)
-        data["weights"] = tuple(PatternReport(**report) for report in data["weights"])
-        data["targets"] = tuple(data["targets"])
-        return Receipt(**data)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BundleError(f"{path}: cannot be read as a receipt: {error}; build the engine again") from error
-
-
-def parse_log(text: str) -> SparsityLog:
-    """Reads both dialects of TensorRT's lines, 8.x and 10 on; the last of each counts."""
-    found, found_layers = _last(_FOUND, text)
-    chose, chose_layers = _last(_CHOSE, text)
-    return SparsityLog(found=found, chose=chose, found_layers=found_layers, chose_layers=chose_layers)
+    try:
+        return decode(Receipt, data, source=str(path))
+    except BundleError as error:
+        raise BundleError(f"{error}; build the engine again") from error
 
 
 def sparsity_statement(receipt: Receipt) -> str:
     """Whether sparse kernels run, in a sentence for a person."""
-    if receipt.backend == "tensorrt_rtx":
-        return (
-            "TensorRT-RTX accepts the sparse flag and ignores it in builds without a GPU: "
-            "this engine runs dense kernels, whatever its weights are."
-        )
-    if not receipt.sparse_requested:
+    proof = receipt.proof
+    if proof.verdict == "contradicted":
+        broken = next(layer for layer in proof.layers if layer.contradicts)
+        return f"Not proven: of {broken.weight}, {broken.reason}."
+    if proof.verdict == "ignored":
+        return f"{IGNORES[receipt.backend]}: this engine runs dense kernels, whatever its weights are."
+    if proof.verdict == "not requested":
         return "The engine was built without the sparse flag and runs dense kernels."
-    log = receipt.sparsity_log
-    if log.chose is None:
-        return (
-            f"Unknown: the build log of {receipt.backend} {receipt.backend_version} does not say whether sparse "
-            "kernels were chosen."
+    builder = f"{receipt.backend} {receipt.backend_version}"
+    if proof.verdict == "no linears":
+        return f"No weights were looked at, so nothing is proven of sparse kernels ({builder})."
+    return f"{_counted(proof)} ({builder})."
+
+
+def require_sparse(receipts: Iterable[Receipt]) -> None:
+    """Passes where every engine that could be sparse is proven to run sparse kernels.
+
+    Engines without any 2:4 weights, such as a VAE's, are left out. Of the others each must have one linear or more that
+    is proven to run on a sparse kernel, and no witness that contradicts another: a builder seldom chooses sparse
+    kernels for all of them.
+
+    Raises:
+        SparsityProofError: an engine's sparsity is not proven, or there is none to prove.
+    """
+    asked = list(receipts)
+    pruned = [receipt for receipt in asked if receipt.proof.holding or receipt.proof.verdict == "contradicted"]
+    if not pruned:
+        looked = f"{len(asked)} engines were looked at" if asked else "there is no engine"
+        raise SparsityProofError(
+            f"no proof of sparsity: {looked}, and none has weights that are 2:4; prune with --sparsity 2:4 and build"
         )
-    eligible = "an unknown number of" if log.found is None else str(log.found)
-    return f"The builder found {eligible} layers eligible for sparse kernels and chose them for {log.chose}."
+    failed = [receipt for receipt in pruned if receipt.proof.verdict != "active"]
+    if failed:
+        said = "; ".join(_unproven(receipt) for receipt in failed)
+        raise SparsityProofError(f"no proof of sparsity for {len(failed)} of {len(pruned)} pruned engines: {said}")
 
 
-def _last(patterns: Sequence[re.Pattern[str]], text: str) -> tuple[int | None, tuple[str, ...]]:
-    matches = [match for pattern in patterns for match in pattern.finditer(text)]
-    if not matches:
-        return None, ()
-    match = max(matches, key=lambda match: match.start())
-    names = tuple(name.strip() for name in (match["names"] or "").split(", ") if name.strip())
-    return int(match.groupdict().get("count") or len(names)), names
+def _counted(proof: Proof) -> str:
+    """How many linears run on sparse kernels, how many do not, and of how many it is not known."""
+    rest = [
+        f"{proof.count('not chosen')} could and do not" if proof.count("not chosen") else "",
+        f"{proof.count('not eligible')} cannot" if proof.count("not eligible") else "",
+        f"of {proof.count('unknown')} it is not known" if proof.count("unknown") else "",
+    ]
+    return ", ".join([f"{proof.active} of {len(proof.layers)} linears run on sparse kernels", *filter(None, rest)])
+
+
+def _unproven(receipt: Receipt) -> str:
+    proof = receipt.proof
+    reasons = Counter(layer.reason for layer in proof.layers if layer.verdict != "active")
+    common = joined((f"{count} x {reason}" for reason, count in reasons.most_common()), most=3)
+    return f"{receipt.component} ({receipt.backend} {receipt.backend_version}): {_counted(proof)}: {common}"

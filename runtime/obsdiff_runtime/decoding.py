@@ -1,6 +1,7 @@
 """JSON to frozen dataclasses and back, checked against the type hints.
 
-Enough for a manifest: str, int, float, bool, object, `X | None`, tuple[X, ...], Mapping[str, X], dataclasses of them.
+Enough for a manifest: str, int, float, bool, object, Literal of strings, `X | None`, tuple[X, ...], Mapping[str, X],
+dataclasses of them.
 Every complaint names the field by its path, as in `components.transformer.engines[0].key`.
 """
 
@@ -8,7 +9,7 @@ import dataclasses
 import math
 import types
 from collections.abc import Mapping
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from obsdiff_runtime.errors import BundleError
 
@@ -39,6 +40,10 @@ def encode(value: object) -> Any:
 def _decode(kind: Any, data: object, where: str, source: str) -> Any:
     origin, parameters = get_origin(kind), get_args(kind)
     if kind is object:
+        return data
+    if origin is Literal:
+        if type(data) is not str or data not in parameters:
+            raise BundleError(f"{source}: {where} should be one of {', '.join(parameters)}, not {data!r:.40}")
         return data
     if origin in (Union, types.UnionType):
         return _decode_union(parameters, data, where, source)

@@ -104,8 +104,8 @@ def test_rtx_builds_engines_for_three_architectures_without_a_gpu(graph):
     assert engine.path.stat().st_size == engine.bytes > 0
     assert not engine.reused
     receipt = load(engine.receipt_path)
-    assert (receipt.sparse_requested, receipt.sparsity_log.chose) == (True, None)
-    assert [(report.name, report.holds) for report in receipt.weights] == [("w", True)]
+    assert (receipt.sparse_requested, receipt.proof.chose, receipt.proof.verdict) == (True, None, "ignored")
+    assert [(layer.weight, layer.weights) for layer in receipt.proof.layers] == [("w", "holds")]
     assert "ignores it" in json.loads(engine.receipt_path.read_text())["sparsity"]
     assert "linear" in engine.log_path.read_text()
 

@@ -84,7 +84,18 @@ def save(folder: Path, weight: np.ndarray, layout: str, dtype: str = "float32", 
 def test_a_pattern_along_the_reduction_is_found_in_every_layout_and_dtype(tmp_path, layout, dtype, external):
     path = save(tmp_path, two_of_four(24, 32), layout, dtype, external=external)
     assert check(path, 2, 4, ["w"]) == [
-        PatternReport(name="w", node="linear", k=32, n_out=24, holds=True, zeros=0.5, reason="")
+        PatternReport(
+            name="w",
+            node="linear",
+            k=32,
+            n_out=24,
+            holds=True,
+            zeros=0.5,
+            reason="",
+            pattern="2:4",
+            dtype="int8" if layout == "dequantize" else dtype,
+            reads="x",
+        )
     ]
 
 
