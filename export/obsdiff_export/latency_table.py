@@ -130,8 +130,8 @@ class LatencyTable:
     def _missing(self, m: int, k: int, n: int) -> str:
         call = self.call
         return (
-            f"the latency table has no linear of {m} x {k} x {n} (tokens x inputs x outputs); it is of {self.model} at "
-            f"{call['height']} x {call['width']} pixels, {call['rows']} images a call, {call['text_tokens']} text tokens"
+            f"the latency table has no linear of {m} x {k} x {n} (tokens x inputs x outputs); it is of {self.model}, "
+            f"{call['height']} x {call['width']} px, {call['rows']} images a call, {call['text_tokens']} text tokens"
         )
 
     def _remedy(self) -> str:

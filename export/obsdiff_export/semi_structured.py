@@ -1,0 +1,246 @@
+"""2:4 in torch on a GPU: semi-structured tensors, by cuSPARSELt and its algorithm search where torch has it, or CUTLASS.
+
+    m       tokens
+    weight  (n, k), as nn.Linear keeps it; every four consecutive weights along k hold two zeros
+
+A measured reference, and what `whatif` uses where TensorRT is absent. Nothing is assumed to be faster:
+`use_where_faster` times each linear at its own tokens, keeps the dense weight where 2:4 does not win, and checks what
+it computes.
+"""
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from obsdiff_export.latency_table import SPARSE
+from obsdiff_export.linears import Shape
+from obsdiff_export.measuring import FEWEST, Product, Variant, is_faster
+from obsdiff_runtime.errors import CompatibilityError, ConfigError, RunError
+from obsdiff_runtime.progress import Progress, silent
+from obsdiff_runtime.timing import Comparison, compare, interleaved
+
+DTYPES: Final = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+TOLERANCE: Final = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
+"""Largest difference from the dense product, relative to its largest value: both round their sums to the format, whose
+steps are 1e-3 and 8e-3, in another order."""
+
+RUN_SECONDS: Final = 2e-3
+"""A timed run repeats its product for about so long: a launch alone takes some 1e-5 s."""
+
+ROUNDS: Final = 30
+
+Compress = Callable[[Tensor, Tensor], Tensor]
+"""(weight, tokens x) -> a weight that multiplies the same by sparse kernels, chosen for these tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replaced:
+    """What became of one linear.
+
+    Attributes:
+        sparse: whether it multiplies by sparse kernels now.
+        comparison: of 2:4 with dense; None where it was not timed.
+        error: largest difference from dense, relative to its largest value.
+        reason: why it stays dense, "" where it does not.
+    """
+
+    name: str
+    shape: Shape
+    sparse: bool
+    comparison: Comparison | None
+    error: float | None
+    reason: str
+
+
+def is_2_of_4(weight: Tensor) -> bool:
+    """Whether every four consecutive weights along k, (n, k), hold two zeros at least."""
+    n, k = weight.shape
+    return k % 4 == 0 and bool(((weight == 0).view(n, k // 4, 4).sum(-1) >= 2).all())
+
+
+def compress(weight: Tensor, x: Tensor) -> Tensor:
+    """A 2:4 weight as a semi-structured tensor, by the algorithm that a search finds fastest for these tokens.
+
+    Args:
+        weight: (n, k), on the GPU, float16 or bfloat16.
+        x: (m, k), like the tokens it will meet.
+
+    Raises:
+        CompatibilityError: this torch or GPU has no kernels for it.
+    """
+    from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
+
+    available, forced = torch.backends.cusparselt.is_available(), SparseSemiStructuredTensor._FORCE_CUTLASS
+    SparseSemiStructuredTensor._FORCE_CUTLASS = not available
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*prototype stage.*", category=UserWarning)
+            if not available or "alg_id" not in inspect.signature(to_sparse_semi_structured).parameters:
+                return to_sparse_semi_structured(weight)
+            packed = torch._cslt_compress(weight)
+            padded = functional.pad(x, (0, 0, 0, -len(x) % 8))  # as the product itself pads its tokens
+            # transpose_result: as nn.functional.linear calls it, which asks for (m, n).
+            algorithm = int(torch._cslt_sparse_mm_search(packed, padded.t(), transpose_result=True))
+            return to_sparse_semi_structured(weight, alg_id=algorithm)
+    except (RuntimeError, NotImplementedError, AttributeError) as error:
+        raise CompatibilityError(
+            f"torch {torch.__version__} has no 2:4 kernel here for a weight of {tuple(weight.shape)} in "
+            f"{weight.dtype}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from error
+    finally:
+        SparseSemiStructuredTensor._FORCE_CUTLASS = forced
+
+
+class TorchCuda:
+    """torch on the GPU: dense products by its own kernels, 2:4 by semi-structured tensors; see measuring.Measurer."""
+
+    backend = "torch"
+
+    def __init__(self, dtype: str, device: str = "cuda", compress: Compress = compress) -> None:
+        if dtype not in DTYPES:
+            raise ConfigError(f"2:4 in torch is timed in {' or '.join(DTYPES)}, not in {dtype}; choose with --dtype")
+        self.dtype, self._device, self._compress = dtype, torch.device(device), compress
+
+    def device(self) -> str:
+        return torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "CPU"
+
+    def versions(self) -> dict[str, str]:
+        library = torch.backends.cusparselt.version() if torch.backends.cusparselt.is_available() else None
+        found = {"torch": torch.__version__, "cuda": str(torch.version.cuda)}
+        return found | ({} if library is None else {"cusparselt": str(library)})
+
+    def without_sparse(self) -> str:
+        if self._device.type == "cuda" and torch.cuda.get_device_capability(self._device) < (8, 0):
+            return "this GPU has no sparse tensor cores; they came with compute capability 8.0"
+        return ""
+
+    @contextmanager
+    def prepare(self, shape: Shape, variant: Variant) -> Iterator[Product]:
+        weight, x = example(shape, DTYPES[self.dtype], self._device)
+        used = self._compress(weight, x) if variant == SPARSE else weight
+        yield _product(lambda: functional.linear(x, used), self._device)
+
+
+def example(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Random operands: a 2:4 weight (n, k) where k allows it, and tokens (m, k)."""
+    generator = torch.Generator(device=device).manual_seed(0)
+    weight = torch.randn(shape.n, shape.k, generator=generator, device=device)
+    if shape.k % 4 == 0:
+        groups = weight.view(shape.n, shape.k // 4, 4)
+        smallest = groups.abs().argsort(-1)[..., :2]  # (n, k / 4, 2)
+        groups.scatter_(-1, smallest, 0.0)
+    x = torch.randn(shape.m, shape.k, generator=generator, device=device)
+    return (weight / shape.k**0.5).to(dtype), x.to(dtype)
+
+
+def use_where_faster(
+    module: nn.Module,
+    tokens: Mapping[str, int],
+    *,
+    compress: Compress = compress,
+    rounds: int = ROUNDS,
+    progress: Progress = silent,
+) -> tuple[Replaced, ...]:
+    """Gives the 2:4 linears of a module semi-structured weights where that was measured to be faster; changes it.
+
+    Args:
+        module: in float16 or bfloat16, on the GPU, in eval mode.
+        tokens: linear -> how many it runs over in a call.
+        compress: makes the sparse weight.
+        rounds: timed rounds of each shape; linears of one shape are timed once.
+        progress: told of stage "2:4 in torch".
+
+    Returns:
+        one record for each linear of `tokens`.
+
+    Raises:
+        ConfigError: too few rounds.
+        RunError: sparse kernels compute something else.
+    """
+    if rounds < FEWEST:
+        raise ConfigError(f"{rounds} rounds are too few to tell a gain from noise; take {FEWEST} or more")
+    verdicts: dict[Shape, Comparison] = {}
+    found = []
+    for index, (name, count) in enumerate(tokens.items()):
+        progress("2:4 in torch", index, len(tokens), name)
+        linear = module.get_submodule(name)
+        if not isinstance(linear, nn.Linear):
+            raise ConfigError(f"{name} is a {type(linear).__name__}, not a linear")
+        found.append(_use(name, linear, count, compress, rounds, verdicts))
+    progress("2:4 in torch", len(tokens), len(tokens))
+    return tuple(found)
+
+
+def _use(
+    name: str, linear: nn.Linear, m: int, compress: Compress, rounds: int, verdicts: dict[Shape, Comparison]
+) -> Replaced:
+    weight = linear.weight.detach()
+    shape = Shape(m, linear.in_features, linear.out_features)
+
+    def dense(reason: str, comparison: Comparison | None = None, error: float | None = None) -> Replaced:
+        return Replaced(name=name, shape=shape, sparse=False, comparison=comparison, error=error, reason=reason)
+
+    if weight.dtype not in TOLERANCE:
+        return dense(f"its weight is {weight.dtype}; sparse kernels take float16 and bfloat16")
+    if not is_2_of_4(weight):
+        return dense("its weight is not 2:4")
+    x = torch.randn(m, shape.k, device=weight.device).to(weight.dtype)
+    try:
+        sparse = compress(weight, x)
+        error = _difference(functional.linear(x, sparse), functional.linear(x, weight))
+    except CompatibilityError as refusal:
+        return dense(str(refusal))
+    if not error <= TOLERANCE[weight.dtype]:
+        raise RunError(
+            f"{name}: the sparse product differs from the dense one by {error:.2g} of its largest value, more than "
+            f"{TOLERANCE[weight.dtype]:.2g}; do not use 2:4 in torch here, and report it with torch's version"
+        )
+    if shape not in verdicts:
+        verdicts[shape] = _race(x, weight, sparse, rounds)
+    comparison = verdicts[shape]
+    if not is_faster(comparison):
+        return dense(f"not faster beyond noise: {comparison.verdict}", comparison, error)
+    linear.weight = nn.Parameter(sparse, requires_grad=False)
+    return Replaced(name=name, shape=shape, sparse=True, comparison=comparison, error=error, reason="")
+
+
+def _race(x: Tensor, weight: Tensor, sparse: Tensor, rounds: int) -> Comparison:
+    runs = {
+        kind: _product(lambda used=used: functional.linear(x, used), x.device)  # type: ignore[misc]
+        for kind, used in (("dense", weight), (SPARSE, sparse))
+    }
+    seconds = interleaved({kind: product.run for kind, product in runs.items()}, rounds, 2, silent)
+    per_call = {kind: [value / runs[kind].calls for value in values] for kind, values in seconds.items()}
+    return compare(SPARSE, per_call[SPARSE], "dense", per_call["dense"])
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    largest = float(expected.abs().max())
+    return float((found.float() - expected.float()).abs().max()) / (largest or 1.0)
+
+
+def _product(multiply: Callable[[], Tensor], device: torch.device) -> Product:
+    """As many calls a run as take RUN_SECONDS, with one wait at the end."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    def run(calls: int) -> None:
+        with torch.no_grad():
+            for _ in range(calls):
+                multiply()
+        wait()
+
+    run(3)
+    (first,) = interleaved({"once": lambda: run(1)}, 3, 0, silent).values()
+    calls = max(1, int(RUN_SECONDS / max(min(first), 1e-6)))
+    return Product(run=lambda: run(calls), calls=calls)
