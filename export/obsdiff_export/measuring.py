@@ -14,14 +14,10 @@ from typing import Final, Literal, Protocol
 
 import numpy as np
 
-from obsdiff_export.build import Engine, build
-from obsdiff_export.builders.request import Builder
 from obsdiff_export.decision import FLOOR
 from obsdiff_export.forcing import write_linear
 from obsdiff_export.latency_table import SPARSE, Entry
 from obsdiff_export.linears import Shape
-from obsdiff_export.ports import read_ports
-from obsdiff_export.profiles import profile_for
 from obsdiff_runtime.backends.ort import open_graph, versions
 from obsdiff_runtime.errors import ObsdiffError
 from obsdiff_runtime.progress import silent
@@ -170,43 +166,40 @@ class OnnxRuntimeCpu:
             yield Product(run=lambda: session.run(inputs))
 
 
-OpenEngine = Callable[[Engine], Callable[[], object]]
-"""Loads an engine and gives what runs it once, inputs and outputs on the GPU, and waits for the end."""
+RunEngine = Callable[[Path, Path, bool], AbstractContextManager[Callable[[], object]]]
+"""(graph, folder for engines, whether sparse tactics are allowed) -> what runs the engine once and waits for its end,
+for as long as the context is open; inputs and outputs stay on the GPU. Raises an ObsdiffError where it cannot."""
 
 
 class TensorRtLinear:
     """TensorRT: one engine a product; 2:4 is the same forced weights built with sparse tactics allowed.
 
-    A dense product at a width that 2:4 fits has those weights too, without the flag, so that kernels alone differ.
+    A dense product whose k 2:4 fits has those weights too, without the flag, so that kernels alone differ.
     """
 
-    def __init__(self, builder: Builder, open_engine: OpenEngine, folder: Path, device: str, dtype: str) -> None:
-        self.backend, self.dtype = builder.name, dtype
-        self._builder, self._open, self._folder, self._device = builder, open_engine, folder, device
+    backend = "TensorRT"
+
+    def __init__(
+        self, engine: RunEngine, folder: Path, *, device: str, versions: Mapping[str, str], dtype: str
+    ) -> None:
+        self.dtype = dtype
+        self._engine, self._folder, self._device, self._versions = engine, folder, device, versions
 
     def device(self) -> str:
         return self._device
 
     def versions(self) -> dict[str, str]:
-        return {self._builder.name: self._builder.version()}
+        return dict(self._versions)
 
     def without_sparse(self) -> str:
         return ""
 
     @contextmanager
     def prepare(self, shape: Shape, variant: Variant) -> Iterator[Product]:
-        forced = shape.k % 4 == 0
         name = f"{shape.m}x{shape.k}x{shape.n}"
-        graph = write_linear(self._folder / name, shape, self.dtype, pattern=(2, 4) if forced else None)
-        inputs, _ = read_ports(graph)
-        engine = build(
-            graph,
-            self._folder / "engines" / name,
-            builder=self._builder,
-            profile=profile_for(inputs, {}),
-            sparse=variant == SPARSE,
-        )
-        yield Product(run=self._open(engine))
+        graph = write_linear(self._folder / name, shape, self.dtype, pattern=None if shape.k % 4 else (2, 4))
+        with self._engine(graph, self._folder / "engines" / name, variant == SPARSE) as run:
+            yield Product(run=run)
 
 
 def _entry(shape: Shape, dtype: str, variant: str, seconds: Sequence[float]) -> Entry:

@@ -1,4 +1,4 @@
-"""2:4 in torch on a GPU: semi-structured tensors, by cuSPARSELt and its algorithm search where torch has it, or CUTLASS.
+"""2:4 in torch on a GPU: semi-structured tensors, by cuSPARSELt and its search where torch has it, or CUTLASS.
 
     m       tokens
     weight  (n, k), as nn.Linear keeps it; every four consecutive weights along k hold two zeros
