@@ -17,12 +17,12 @@ from obsdiff.settings import Settings
 from obsdiff.sparsity import NM
 from obsdiff_export import onnx, parity, pattern, receipt
 from obsdiff_export.build import Engine, build
-from obsdiff_export.builders.request import Builder
+from obsdiff_export.builders.request import Builder, Flags
 from obsdiff_export.component import Component
 from obsdiff_export.onnx import OnnxModel
 from obsdiff_export.pattern import PatternReport
 from obsdiff_export.ports import read_ports
-from obsdiff_export.profiles import Size, profile_for
+from obsdiff_export.profiles import Size, profiles_for
 from obsdiff_runtime.backends.ort import open_graph
 from obsdiff_runtime.bundle import ComponentEntry, EngineEntry, TensorEntry
 from obsdiff_runtime.errors import ConfigError
@@ -173,8 +173,8 @@ def build_engines(
             graph,
             folder / "engines" / name,
             builder=builder,
-            profile=profile_for(inputs, sizes),
-            sparse=name == sparse,
+            profiles=profiles_for(inputs, [sizes]),
+            flags=Flags(sparse=name == sparse),
             targets=targets,
             patterns=patterns if name == sparse else (),
         )

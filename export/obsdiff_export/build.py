@@ -8,20 +8,20 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import onnx
 
-from obsdiff_export import process
+from obsdiff_export import process, receipt
 from obsdiff_export.builders.request import Answer, Builder, Flags, Request
 from obsdiff_export.builders.rtx import Rtx
 from obsdiff_export.builders.tensorrt import TensorRt
 from obsdiff_export.pattern import PatternReport
 from obsdiff_export.ports import read_ports
-from obsdiff_export.receipt import Receipt, load, parse_log
+from obsdiff_export.receipt import Receipt
 from obsdiff_runtime.errors import BundleError, ConfigError, ExportError, MissingPackageError
 from obsdiff_runtime.progress import Progress, silent
 from obsdiff_runtime.shapes import Profile
@@ -237,8 +237,8 @@ def _build(job: _Job, out_folder: Path, patterns: Sequence[PatternReport]) -> En
     with tempfile.TemporaryDirectory(prefix=f".{SCRATCH}-", dir=out_folder) as scratch:
         request = _request(Path(scratch), job)
         answer = process.run(request, job.builder, log)
-        receipt = _receipt(job, answer, Path(request.plan), log, patterns)
-        receipt.save(Path(scratch) / "receipt.json")
+        made = _receipt(job, answer.seconds, Path(request.plan), Path(request.layers), log, patterns)
+        made.save(Path(scratch) / "receipt.json")
         moves = {
             request.plan: f"{job.key}.plan",
             request.layers: f"{job.key}.layers.json",
@@ -248,11 +248,13 @@ def _build(job: _Job, out_folder: Path, patterns: Sequence[PatternReport]) -> En
         for source, name in moves.items():
             if Path(source).exists():
                 Path(source).replace(out_folder / name)
-    return _engine(out_folder, job, receipt, reused=False, notes=answer.notes)
+    return _engine(out_folder, job, made, reused=False, notes=answer.notes)
 
 
-def _receipt(job: _Job, answer: Answer, plan: Path, log: Path, patterns: Sequence[PatternReport]) -> Receipt:
-    return Receipt(
+def _receipt(
+    job: _Job, seconds: float, plan: Path, layers: Path, log: Path, patterns: Sequence[PatternReport]
+) -> Receipt:
+    return receipt.of(
         key=job.key,
         component=job.model.parent.name,
         backend=job.builder.name,
@@ -261,11 +263,13 @@ def _receipt(job: _Job, answer: Answer, plan: Path, log: Path, patterns: Sequenc
         onnx_sha256=job.content,
         plan_sha256=sha256(plan),
         plan_bytes=plan.stat().st_size,
-        profile=job.shapes()[0],
+        profiles=job.shapes(),
         sparse_requested=job.flags.sparse,
-        sparsity_log=parse_log(log.read_text(encoding="utf-8", errors="replace")),
-        weights=tuple(patterns),
-        seconds=answer.seconds,
+        patterns=patterns,
+        log=log.read_text(encoding="utf-8", errors="replace"),
+        inspector=layers.read_text(encoding="utf-8", errors="replace") if layers.exists() else None,
+        seconds=seconds,
+        flags={**asdict(job.flags), "strongly_typed": True, "device": job.device, "repeat": job.repeat},
     )
 
 
@@ -275,14 +279,14 @@ def _existing(folder: Path, job: _Job) -> Engine | None:
     if not plan.exists() or not path.exists():
         return None
     try:
-        receipt = load(path)
+        found = receipt.load(path)
     except BundleError:
         return None
-    same = receipt.key == job.key and receipt.plan_sha256 == sha256(plan)
-    return _engine(folder, job, receipt, reused=True) if same else None
+    same = found.key == job.key and found.plan_sha256 == sha256(plan)
+    return _engine(folder, job, found, reused=True) if same else None
 
 
-def _engine(folder: Path, job: _Job, receipt: Receipt, *, reused: bool, notes: tuple[str, ...] = ()) -> Engine:
+def _engine(folder: Path, job: _Job, found: Receipt, *, reused: bool, notes: tuple[str, ...] = ()) -> Engine:
     layers = folder / f"{job.key}.layers.json"
     return Engine(
         path=folder / f"{job.key}.plan",
@@ -293,8 +297,8 @@ def _engine(folder: Path, job: _Job, receipt: Receipt, *, reused: bool, notes: t
         device=job.device,
         profiles=job.profiles,
         flags=job.flags,
-        bytes=receipt.plan_bytes,
-        seconds=receipt.seconds,
+        bytes=found.plan_bytes,
+        seconds=found.seconds,
         receipt_path=folder / f"{job.key}.json",
         log_path=folder / f"{job.key}.log",
         layers_path=layers if layers.exists() else None,

@@ -1,12 +1,15 @@
-"""A toy network with the exporter's traps in it, and its exports."""
+"""A toy network with the exporter's traps in it, its exports, and a builder that does what a test says."""
 
+import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from obsdiff_export import build as build_module
 from obsdiff_export.component import Component
 from obsdiff_export.onnx import OnnxModel, export
 
@@ -80,3 +83,48 @@ class Exports:
 def exports(toy: Component, tmp_path_factory: pytest.TempPathFactory) -> Exports:
     folder = tmp_path_factory.mktemp("toy")
     return Exports(*(export(toy, folder / name, dtype=getattr(torch, name)) for name in Exports.__annotations__))
+
+
+@dataclass
+class Scripted:
+    """A builder whose `compile` runs a script in the building process."""
+
+    folder: Path
+    script: str
+    name: str = "scripted"
+    extra: str = "scripted"
+    release: str = "1.0"
+    gpu: str = ""
+    times_tactics: bool = False
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        body = textwrap.indent(textwrap.dedent(self.script), " " * 8)
+        source = f"class Scripted:\n    def compile(self, request, log):\n{body}\n"
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / "scripted_builder.py").write_text(source)
+        self.environment = {"PYTHONPATH": str(self.folder)}
+
+    def missing(self) -> str:
+        return ""
+
+    def version(self) -> str:
+        return self.release
+
+    def device(self) -> str:
+        return self.gpu
+
+    def targets(self, asked):
+        return tuple(asked) or ("8.6",)
+
+    def check(self, flags, targets):
+        pass
+
+    def compile(self, request, log):
+        raise AssertionError("runs elsewhere")
+
+
+@pytest.fixture
+def scripted(tmp_path, monkeypatch):
+    monkeypatch.setattr(build_module, "place_of", lambda builder: "scripted_builder:Scripted")
+    return lambda script: Scripted(tmp_path / "scripted", script)

@@ -1,8 +1,7 @@
 import json
 import subprocess
 import sys
-import textwrap
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,12 +10,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from obsdiff_export import build as build_module
+from obsdiff_export import process
 from obsdiff_export.build import BUILDERS, Engine, available_builders, build, choose_builder, content_hash
-from obsdiff_export.builders.request import Builder
+from obsdiff_export.builders.request import Builder, Flags
 from obsdiff_export.gpu import compute_capability
 from obsdiff_export.pattern import check
-from obsdiff_export.profiles import profile_for
+from obsdiff_export.ports import read_ports
+from obsdiff_export.profiles import profiles_for
 from obsdiff_export.receipt import load
 from obsdiff_runtime.errors import (
     BuildError,
@@ -49,52 +49,9 @@ def graph(tmp_path: Path) -> Path:
     return folder / "model.onnx"
 
 
-def profile_of(path: Path):
-    from obsdiff_export.ports import read_ports
-
-    return profile_for(read_ports(path)[0], SIZES)
-
-
 def build_here(path: Path, builder: Builder, **options) -> Engine:
-    options = {"sparse": True, **options}
-    return build(path, path.parent.parent / "engines", builder=builder, profile=profile_of(path), **options)
-
-
-@dataclass
-class Scripted:
-    """A builder whose `compile` runs a script in the building process."""
-
-    folder: Path
-    script: str
-    name: str = "scripted"
-    extra: str = "scripted"
-    release: str = "1.0"
-    environment: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        body = textwrap.indent(textwrap.dedent(self.script), " " * 8)
-        source = f"class Scripted:\n    def compile(self, request, log):\n{body}\n"
-        self.folder.mkdir(exist_ok=True)
-        (self.folder / "scripted_builder.py").write_text(source)
-        self.environment = {"PYTHONPATH": str(self.folder)}
-
-    def missing(self) -> str:
-        return ""
-
-    def version(self) -> str:
-        return self.release
-
-    def targets(self, asked):
-        return tuple(asked) or ("8.6",)
-
-    def compile(self, request, log):
-        raise AssertionError("runs elsewhere")
-
-
-@pytest.fixture
-def scripted(tmp_path, monkeypatch):
-    monkeypatch.setattr(build_module, "place_of", lambda builder: "scripted_builder:Scripted")
-    return lambda script: Scripted(tmp_path / "scripted", script)
+    options = {"flags": Flags(sparse=True), "profiles": profiles_for(read_ports(path)[0], [SIZES]), **options}
+    return build(path, path.parent.parent / "engines", builder=builder, **options)
 
 
 @needs_rtx
@@ -118,8 +75,8 @@ def test_rtx_builds_what_the_export_wrote(exports, tmp_path, dtype):
         model.path,
         tmp_path,
         builder=BUILDERS["tensorrt_rtx"],
-        profile=profile_for(model.inputs, SIZES),
-        sparse=True,
+        profiles=profiles_for(model.inputs, [SIZES]),
+        flags=Flags(sparse=True),
         targets=["8.9"],
     )
     assert engine.bytes > 0
@@ -142,8 +99,7 @@ def test_rtx_refuses_bfloat16_where_the_hardware_has_none(exports, tmp_path):
             model.path,
             tmp_path,
             builder=BUILDERS["tensorrt_rtx"],
-            profile=profile_for(model.inputs, SIZES),
-            sparse=False,
+            profiles=profiles_for(model.inputs, [SIZES]),
             targets=["7.5"],
         )
 
@@ -162,7 +118,8 @@ def test_a_graph_that_rtx_cannot_parse_is_a_build_error_with_its_words(graph):
 def test_tensorrt_builds_for_the_gpu_that_is_here(graph):
     engine = build_here(graph, BUILDERS["tensorrt"])
     assert engine.targets == (compute_capability(),)
-    assert load(engine.receipt_path).sparsity_log.chose is not None
+    assert load(engine.receipt_path).proof.chose is not None
+    assert engine.layers_path is not None
 
 
 def test_an_equal_engine_is_reused_and_an_altered_one_is_built_again(graph, scripted):
@@ -187,10 +144,16 @@ def test_everything_that_makes_an_engine_is_in_its_key(graph, scripted, exports)
     builder = scripted("return b'a plan'")
     keys = [
         build_here(graph, builder).key,
-        build_here(graph, builder, sparse=False).key,
+        build_here(graph, builder, flags=Flags()).key,
+        build_here(graph, builder, flags=Flags(sparse=True, refit="yes")).key,
+        build_here(graph, builder, flags=Flags(sparse=True, weight_streaming=True)).key,
+        build_here(graph, builder, flags=Flags(sparse=True, optimization_level=3)).key,
+        build_here(graph, builder, repeat=1).key,
         build_here(graph, builder, targets=["8.9"]).key,
         build_here(graph, replace(builder, release="2.0")).key,
         build_here(graph, replace(builder, name="other")).key,
+        build_here(graph, replace(builder, gpu="a GPU")).key,
+        build_here(graph, builder, profiles=profiles_for(read_ports(graph)[0], [SIZES, {"batch": 3}])).key,
     ]
     model = onnx.load(graph)
     model.graph.initializer[0].raw_data = bytes(len(model.graph.initializer[0].raw_data))
@@ -239,7 +202,9 @@ def test_progress_is_told_before_and_after(graph, scripted):
 
 def test_a_profile_for_other_inputs_is_refused(graph, scripted):
     with pytest.raises(ConfigError, match=r"the profile is for \[\], the graph's inputs are \['x'\]"):
-        build(graph, graph.parent, builder=scripted("return b''"), profile={}, sparse=False)
+        build_here(graph, scripted("return b''"), profiles=[{}])
+    with pytest.raises(ConfigError, match="needs a profile"):
+        build_here(graph, scripted("return b''"), profiles=[])
 
 
 def test_without_any_builder_the_error_names_both_extras(monkeypatch):
@@ -271,4 +236,4 @@ def test_tensorrt_builds_for_no_other_gpu_than_the_one_here(monkeypatch):
 
 def test_building_needs_no_torch():
     code = "import sys; sys.modules['torch'] = None; import obsdiff_export.build, obsdiff_export.builders.worker"
-    subprocess.run([sys.executable, "-c", code], check=True, env=build_module._environment(BUILDERS["tensorrt"]))
+    subprocess.run([sys.executable, "-c", code], check=True, env=process.environment(BUILDERS["tensorrt"]))

@@ -1,8 +1,9 @@
 import pytest
 
 from obsdiff_export.ports import Port, read_ports
-from obsdiff_export.profiles import Profile, profile_for
+from obsdiff_export.profiles import profile_for, profiles_for
 from obsdiff_runtime.errors import ConfigError, ExportError
+from obsdiff_runtime.shapes import Range
 
 LATENTS = Port(name="hidden_states", dtype="float16", shape=("batch", 16, "height", "width"))
 TIMESTEP = Port(name="timestep", dtype="float", shape=("batch",))
@@ -11,13 +12,13 @@ TIMESTEP = Port(name="timestep", dtype="float", shape=("batch",))
 def test_a_size_is_static_and_three_sizes_are_a_range():
     found = profile_for([LATENTS, TIMESTEP], {"batch": (1, 2, 8), "height": 64, "width": (32, 64, 64)})
     assert found == {
-        "hidden_states": Profile(min=(1, 16, 64, 32), opt=(2, 16, 64, 64), max=(8, 16, 64, 64)),
-        "timestep": Profile(min=(1,), opt=(2,), max=(8,)),
+        "hidden_states": Range(min=(1, 16, 64, 32), opt=(2, 16, 64, 64), max=(8, 16, 64, 64)),
+        "timestep": Range(min=(1,), opt=(2,), max=(8,)),
     }
 
 
 def test_sizes_of_other_components_do_no_harm():
-    assert profile_for([TIMESTEP], {"batch": 2, "height": 64}) == {"timestep": Profile(min=(2,), opt=(2,), max=(2,))}
+    assert profile_for([TIMESTEP], {"batch": 2, "height": 64}) == {"timestep": Range(min=(2,), opt=(2,), max=(2,))}
 
 
 def test_a_symbol_without_a_size_is_an_error_that_names_it():
@@ -29,6 +30,12 @@ def test_a_symbol_without_a_size_is_an_error_that_names_it():
 def test_sizes_out_of_order_are_refused(size):
     with pytest.raises(ConfigError, match="1 <= min <= opt <= max"):
         profile_for([TIMESTEP], {"batch": size})
+
+
+def test_profiles_that_are_equal_for_these_inputs_are_one():
+    tables = [{"batch": 2, "height": 32, "width": 32}, {"batch": 2, "height": 64, "width": 64}]
+    assert len(profiles_for([TIMESTEP], tables)) == 1
+    assert len(profiles_for([LATENTS, TIMESTEP], tables)) == 2
 
 
 def test_ports_are_read_from_disk_as_the_export_told_them(exports):

@@ -1,6 +1,9 @@
 """TensorRT-RTX: engines ahead of time, without a GPU, for several architectures at once.
 
-It takes the sparse flag and ignores it in such a build: plans with and without are equal byte for byte (1.7.1).
+It takes the sparse flag and ignores it in such a build: plans with and without are equal byte for byte (1.7.1). It has
+no timing cache (its calls are no-ops since 1.2), and only a machine with a GPU can make its engines refittable: without
+one its compiler fails on the first weight that is marked so, and REFIT_INDIVIDUAL with none marked gives an engine of
+which nothing can be refitted.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,8 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
-from obsdiff_export.builders.polygraph import build_plan, profile_from
-from obsdiff_export.builders.request import Log, RefusalError, Request
+from obsdiff_export.builders.polygraph import build_plan, common_options, set_flags
+from obsdiff_export.builders.request import Flags, Log, RefusalError, Request
+from obsdiff_export.gpu import compute_capability
 from obsdiff_runtime.errors import CompatibilityError
 
 DEFAULT_TARGETS = ("8.6", "8.9", "12.0")
@@ -21,6 +25,7 @@ class Rtx:
     name = "tensorrt_rtx"
     extra = "rtx"
     environment: Mapping[str, str] = {"POLYGRAPHY_USE_TENSORRT_RTX": "1"}
+    times_tactics = False
 
     def missing(self) -> str:
         absent = [package for package in ("tensorrt_rtx", "polygraphy") if find_spec(package) is None]
@@ -34,26 +39,32 @@ class Rtx:
                 continue
         return "unknown"
 
+    def device(self) -> str:
+        return ""
+
     def targets(self, asked: Sequence[str]) -> tuple[str, ...]:
         for target in asked:
             if target not in KNOWN_TARGETS:
                 raise CompatibilityError(_unknown(target, KNOWN_TARGETS))
-        return tuple(asked) or DEFAULT_TARGETS
+        return tuple(dict.fromkeys(asked)) or DEFAULT_TARGETS
 
-    def compile(self, request: Request, log: Log) -> bytes:
+    def check(self, flags: Flags, targets: Sequence[str]) -> None:
+        if flags.refit != "no" and (compute_capability() is None or len(targets) != 1):
+            raise CompatibilityError(
+                "TensorRT-RTX makes refittable engines on a machine with a GPU only, and for one target: "
+                f"build without --refit, or there with --targets {targets[0]}"
+            )
+
+    def compile(self, request: Request, log: Log) -> bytes | memoryview:
         import tensorrt_rtx as trt
         from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 
         capabilities = [_capability(trt, target) for target in request.targets]
-        common = CreateConfigRTX(
-            sparse_weights=request.sparse,
-            profiles=[profile_from(request.profile)],
-            profiling_verbosity=trt.ProfilingVerbosity.DETAILED,
-        )
+        common = CreateConfigRTX(**common_options(trt, request))
 
         def configure(builder: Any, network: Any) -> Any:
             config = common(builder, network)
-            config.clear_flag(trt.BuilderFlag.TF32)
+            set_flags(trt, config, request.flags)
             config.num_compute_capabilities = len(capabilities)
             for index, (target, capability) in enumerate(zip(request.targets, capabilities, strict=True)):
                 if not config.set_compute_capability(capability, index):

@@ -1,34 +1,65 @@
 """The process that builds one engine: `python -m obsdiff_export.builders.worker request.json`.
 
 Writes the plan and an answer; every message of the builder goes to stdout. A crash leaves no answer: the caller tells.
+The caller holds the other end of stdin: when it is gone, this process ends too.
 """
 
+import errno
 import importlib
+import os
 import sys
+import threading
 from pathlib import Path
 from time import perf_counter
 
-from obsdiff_export.builders.request import Answer, Builder, RefusalError, Request
+from obsdiff_export.builders.request import DISK_FULL, Answer, Builder, RefusalError, Request
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(path: str) -> None:
     request = Request.load(Path(path))
-    started = perf_counter()
     try:
-        plan = _builder(request.builder).compile(request, log)
-    except RefusalError as refusal:
-        answer = Answer(failure=refusal.failure, message=str(refusal), seconds=perf_counter() - started)
-    except MemoryError as error:
-        answer = Answer(failure="memory", message=str(error), seconds=perf_counter() - started)
-    else:
-        Path(request.plan).write_bytes(plan)
-        answer = Answer(failure="", message="", seconds=perf_counter() - started)
-    answer.save(Path(request.answer))
+        _answer(request).save(Path(request.answer))
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno in _FULL:
+            os._exit(DISK_FULL)  # no answer and no log line can be written
+        raise
 
 
 def log(severity: str, message: str) -> None:
     """A line of the log: the caller sends stdout there."""
-    sys.stdout.write(f"[{severity}] {message}\n")
+    try:
+        sys.stdout.write(f"[{severity}] {message}\n")
+    except OSError as error:
+        if error.errno in _FULL:
+            os._exit(DISK_FULL)
+        raise
+
+
+def _answer(request: Request) -> Answer:
+    """Builds, and writes the plan."""
+    notes: list[str] = []
+
+    def told(severity: str, message: str) -> None:
+        if severity == "NOTE":
+            notes.append(message)
+        log(severity, message)
+
+    started = perf_counter()
+    try:
+        plan = _builder(request.builder).compile(request, told)
+        Path(request.plan).write_bytes(plan)
+    except RefusalError as refusal:
+        return Answer(failure=refusal.failure, message=str(refusal), seconds=perf_counter() - started)
+    except MemoryError as error:
+        return Answer(failure="memory", message=str(error), seconds=perf_counter() - started)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        return Answer(failure="disk", message=str(error), seconds=perf_counter() - started)
+    return Answer(failure="", message="", seconds=perf_counter() - started, notes=tuple(notes))
 
 
 def _builder(place: str) -> Builder:
@@ -38,5 +69,13 @@ def _builder(place: str) -> Builder:
     return found
 
 
+def _end_with_the_caller() -> None:
+    """Reads stdin to its end, which comes when the caller is gone, killed or not."""
+    while os.read(0, 4096):
+        pass
+    os._exit(1)
+
+
 if __name__ == "__main__":
+    threading.Thread(target=_end_with_the_caller, daemon=True).start()
     main(sys.argv[1])

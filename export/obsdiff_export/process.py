@@ -1,0 +1,100 @@
+"""The process that one engine is built in, and what its end means."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+import obsdiff_export
+import obsdiff_runtime.errors
+from obsdiff_export.builders.request import DISK_FULL, Answer, Builder, Request
+from obsdiff_runtime.errors import BuildError, CompatibilityError, ObsdiffError, ResourceError
+
+_TAIL_LINES: Final = 8
+_NO_ROOM_BYTES: Final = 1 << 20
+"""With less than this free, a process that died without an answer is taken to have died of it."""
+
+
+def run(request: Request, builder: Builder, log: Path) -> Answer:
+    """Builds in a process of its own; everything that it says goes to the log.
+
+    Raises:
+        BuildError: the builder refused the graph, crashed, or gave no plan.
+        CompatibilityError: it cannot serve what was asked.
+        ResourceError: memory or disk were not enough.
+    """
+    scratch = Path(request.answer).parent
+    request.save(scratch / "request.json")
+    command = [sys.executable, "-P", "-u", "-m", "obsdiff_export.builders.worker", str(scratch / "request.json")]
+    with log.open("wb") as sink:
+        code = _wait(command, sink.fileno(), environment(builder))
+    try:
+        answer = Answer.load(Path(request.answer)) if Path(request.answer).exists() else None
+    except ValueError as error:
+        raise BuildError(f"{_what(request, builder)}: its answer cannot be read: {error}. Log: {log}") from error
+    if code != 0 or answer is None or answer.failure:
+        raise _failure(request, builder, log, code, answer)
+    plan = Path(request.plan)
+    if not plan.is_file() or not plan.stat().st_size:
+        raise BuildError(f"{_what(request, builder)}: it says that it built one, but the plan is empty. Log: {log}")
+    return answer
+
+
+def environment(builder: Builder) -> dict[str, str]:
+    """This process's, with our packages on the path however they were found."""
+    roots = [str(Path(module.__file__ or "").parent.parent) for module in (obsdiff_export, obsdiff_runtime.errors)]
+    inherited = [path for path in (os.environ.get("PYTHONPATH"), builder.environment.get("PYTHONPATH")) if path]
+    return {**os.environ, **builder.environment, "PYTHONPATH": os.pathsep.join([*roots, *inherited])}
+
+
+def _wait(command: list[str], sink: int, variables: dict[str, str]) -> int:
+    """The exit code; the process ends with this one, because it reads a pipe that we hold."""
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=sink, stderr=subprocess.STDOUT, env=variables
+    ) as process:
+        try:
+            return process.wait()
+        except BaseException:
+            process.kill()
+            raise
+
+
+def _failure(request: Request, builder: Builder, log: Path, code: int, answer: Answer | None) -> ObsdiffError:
+    """What to raise for a build that gave no plan."""
+    what = _what(request, builder)
+    failure = answer.failure if answer is not None else ""
+    told = answer.message if answer is not None else ""
+    free = shutil.disk_usage(log.parent).free
+    if failure == "incompatible":
+        return CompatibilityError(f"{what}: {told}")
+    if failure == "disk" or code == DISK_FULL or (answer is None and free < _NO_ROOM_BYTES):
+        log.unlink(missing_ok=True)
+        return ResourceError(
+            f"{what}: the disk is full ({free:,} bytes are free at {log.parent}); make room and repeat"
+        )
+    if failure == "memory" or code == -signal.SIGKILL:
+        return ResourceError(
+            f"{what}: it ran out of memory (or was killed); build for fewer targets, for smaller sizes or batches, "
+            f"or where more memory is free. Log: {log}"
+        )
+    if failure:
+        return BuildError(f"{what}: {told}. Log: {log}")
+    how = f"was ended by signal {_name(-code)}" if code < 0 else f"ended with exit code {code}"
+    if code == 0:
+        how = "ended without an answer"
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
+    return BuildError(f"{what}: its process {how}. The last lines of {log}:\n" + "\n".join(lines))
+
+
+def _what(request: Request, builder: Builder) -> str:
+    return f"{builder.name} {builder.version()} built no engine from {request.onnx}"
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return str(number)
