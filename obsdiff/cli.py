@@ -9,7 +9,7 @@ from typing import Annotated, Final
 import typer
 
 from obsdiff.command import Verb
-from obsdiff.commands import bundles, engines, models
+from obsdiff.commands import bundles, doctor, engines, models
 from obsdiff_runtime.version import __version__
 
 VERBS: Final[tuple[Verb, ...]] = (
@@ -20,6 +20,7 @@ VERBS: Final[tuple[Verb, ...]] = (
     models.evaluate,
     bundles.bench,
     bundles.generate,
+    doctor.doctor,
 )
 
 app = typer.Typer(

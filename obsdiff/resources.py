@@ -10,15 +10,25 @@ from obsdiff_runtime.errors import ResourceError
 
 def require_disk(folder: Path, needed_bytes: int) -> None:
     """Raises ResourceError where the disk that will hold `folder` has less than `needed_bytes` free."""
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
+    free = free_bytes(folder)
     if free < needed_bytes:
         raise ResourceError(
             f"{folder}: needs about {gigabytes(needed_bytes)}, {gigabytes(free)} are free; "
             "free some, or choose another disk with -o"
         )
+
+
+def existing_folder(folder: Path) -> Path:
+    """The folder, or its nearest parent that exists."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return existing
+
+
+def free_bytes(folder: Path) -> int:
+    """What is free on the disk that holds `folder`, or will."""
+    return shutil.disk_usage(existing_folder(folder)).free
 
 
 def require_memory(needed_bytes: int, *, advice: str) -> None:
