@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final, Protocol
 
-from obsdiff_runtime.backends import ort
+from obsdiff_runtime.backends import ort, trt
 from obsdiff_runtime.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Backend(Protocol):
         ...
 
 
-BACKENDS: Final[dict[str, Backend]] = {"onnxruntime": ort}
+BACKENDS: Final[dict[str, Backend]] = {"onnxruntime": ort, trt.TENSORRT.package: trt.TENSORRT, trt.RTX.package: trt.RTX}
 
 
 def backend(name: str) -> Backend:
