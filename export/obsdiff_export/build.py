@@ -4,34 +4,34 @@ An engine's key is a hash over the graph and its weights, builder and version, G
 is reused only where its key and its checksum both match; a name alone proves nothing.
 """
 
-import hashlib
 import json
-import shutil
-import tempfile
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import onnx
-
 from obsdiff_export import process, receipt
-from obsdiff_export.builders.request import Answer, Builder, Flags, Request
+from obsdiff_export.builders.request import Builder, Flags, Request
 from obsdiff_export.builders.rtx import Rtx
 from obsdiff_export.builders.tensorrt import TensorRt
+from obsdiff_export.caches import Cache, place
+from obsdiff_export.content import content_hash, sha256, sha256_of
 from obsdiff_export.pattern import PatternReport
 from obsdiff_export.ports import read_ports
 from obsdiff_export.receipt import Receipt
-from obsdiff_runtime.errors import BundleError, ConfigError, ExportError, MissingPackageError
+from obsdiff_export.workshop import workshop
+from obsdiff_runtime.errors import BundleError, ConfigError, MissingPackageError
 from obsdiff_runtime.progress import Progress, silent
 from obsdiff_runtime.shapes import Profile
 
 BUILDERS: Final[dict[str, Builder]] = {"tensorrt": TensorRt(), "tensorrt_rtx": Rtx()}
 
-SCRATCH: Final = "building"
-"""Begins the name, behind a dot, of the folder that a build works in, beside its plan."""
-
 _NO_FLAGS: Final = Flags()
+_ROLES: Final[Mapping[str, str]] = {"data": ".data", "layers": ".layers.json", "log": ".log", "plan": ".plan"}
+"""What a build leaves -> the end of its name. The receipt comes last: without it there is no engine."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +100,15 @@ class _Job:
             "flags": {**asdict(self.flags), "strongly_typed": True},
             "repeat": self.repeat,
         }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+        return sha256_of(json.dumps(parts, sort_keys=True).encode())[:24]
 
     def shapes(self) -> tuple[dict[str, dict[str, Any]], ...]:
         return tuple({name: asdict(limits) for name, limits in sorted(profile.items())} for profile in self.profiles)
+
+    @property
+    def timings(self) -> str:
+        """Name of the timings that hold for it: those of one builder's version on one GPU."""
+        return "-".join((self.builder.name, self.version, self.device, *self.targets))
 
     def note(self) -> str:
         return f"{self.model.parent.name} for {', '.join(self.targets)}"
@@ -145,9 +150,10 @@ def build(
     targets: Sequence[str] = (),
     patterns: Sequence[PatternReport] = (),
     repeat: int = 0,
+    cache: Cache | None = None,
     progress: Progress = silent,
 ) -> Engine:
-    """Builds one engine in a process of its own.
+    """One engine: the one that is there already, or in the cache, or built in a process of its own.
 
     Args:
         model: the graph, its weights beside it.
@@ -156,8 +162,9 @@ def build(
         profiles: one or more, from `profiles_for`; the engine holds kernels for each.
         flags: what else is asked for.
         targets: compute capabilities; empty for the builder's own choice.
-        patterns: the N:M verdicts of the graph's weights, for the receipt.
-        repeat: several builds of the same engine are told apart by it; beyond 0 no earlier timing is used.
+        patterns: the 2:4 verdicts of the graph's weights, for the receipt.
+        repeat: several builds of the same engine are told apart by it; beyond 0 no earlier timing is used or kept.
+        cache: where equal engines of other bundles and earlier timings are; None for neither.
         progress: called with the stage "build" before and after.
 
     Raises:
@@ -168,42 +175,18 @@ def build(
         ConfigError: the profiles are not the graph's.
     """
     job = _job(model, builder, profiles, flags, targets, repeat)
-    out_folder.mkdir(parents=True, exist_ok=True)
-    for left in out_folder.glob(f".{SCRATCH}-*"):  # of a build that was killed
-        shutil.rmtree(left, ignore_errors=True)
     progress("build", 0, 1, job.note())
-    engine = _existing(out_folder, job)
-    if engine is None:
-        engine = _build(job, out_folder, patterns)
+    with workshop(out_folder) as scratch:
+        engine = _existing(out_folder, job) or _from_cache(out_folder, scratch, job, cache, patterns)
+        if engine is None:
+            engine = _build(out_folder, scratch, job, cache, patterns)
     progress("build", 1, 1, job.note())
     return engine
-
-
-def content_hash(model: Path) -> str:
-    """sha256 over a graph and the files its weights lie in.
-
-    Raises:
-        ExportError: one of them is absent, or the graph is none.
-    """
-    try:
-        graph = onnx.load(str(model), load_external_data=False).graph
-        places = {
-            entry.value for tensor in graph.initializer for entry in tensor.external_data if entry.key == "location"
-        }
-        digests = [sha256(model), *(sha256(model.parent / place) for place in sorted(places))]
-    except Exception as error:
-        raise ExportError(f"{model}: cannot be read as a graph with its weights: {error}") from error
-    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def place_of(builder: Builder) -> str:
     """Where the building process finds a builder: "module:Class"."""
     return f"{type(builder).__module__}:{type(builder).__qualname__}"
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _job(
@@ -231,29 +214,77 @@ def _job(
     )
 
 
-def _build(job: _Job, out_folder: Path, patterns: Sequence[PatternReport]) -> Engine:
-    """Builds beside, then moves in; the receipt comes last, so that a plan without one is no engine."""
-    log = out_folder / f"{job.key}.log"
-    with tempfile.TemporaryDirectory(prefix=f".{SCRATCH}-", dir=out_folder) as scratch:
-        request = _request(Path(scratch), job)
-        answer = process.run(request, job.builder, log)
-        made = _receipt(job, answer.seconds, Path(request.plan), Path(request.layers), log, patterns)
-        made.save(Path(scratch) / "receipt.json")
-        moves = {
-            request.plan: f"{job.key}.plan",
-            request.layers: f"{job.key}.layers.json",
-            str(Path(scratch) / request.data): request.data,
-            str(Path(scratch) / "receipt.json"): f"{job.key}.json",
-        }
-        for source, name in moves.items():
-            if Path(source).exists():
-                Path(source).replace(out_folder / name)
-    return _engine(out_folder, job, made, reused=False, notes=answer.notes)
+def _build(folder: Path, scratch: Path, job: _Job, cache: Cache | None, patterns: Sequence[PatternReport]) -> Engine:
+    keeps_timings = cache is not None and job.builder.times_tactics and job.repeat == 0
+    request = _request(scratch, job, keeps_timings)
+    if cache is not None and request.timing_cache is not None:
+        known = cache.timings(job.timings)
+        if known is not None:
+            Path(request.timing_cache).write_bytes(known)
+    answer = process.run(request, job.builder, folder / f"{job.key}{_ROLES['log']}")
+    if cache is not None and request.timing_cache is not None and Path(request.timing_cache).exists():
+        cache.store_timings(job.timings, Path(request.timing_cache).read_bytes())
+    paths = {
+        "data": scratch / request.data,
+        "layers": Path(request.layers),
+        "log": process.log_in(scratch),
+        "plan": Path(request.plan),
+    }
+    files = {role: path for role, path in paths.items() if path.exists()}
+    if cache is not None:
+        cache.store(job.key, files, seconds=answer.seconds, notes=answer.notes)
+    return _finish(folder, scratch, job, files, patterns, seconds=answer.seconds, notes=answer.notes, reused=False)
+
+
+def _from_cache(
+    folder: Path, scratch: Path, job: _Job, cache: Cache | None, patterns: Sequence[PatternReport]
+) -> Engine | None:
+    entry = cache.find(job.key) if cache is not None else None
+    if entry is None:
+        return None
+    files = {role: scratch / role for role in entry.files}
+    for role, path in entry.files.items():
+        place(path, files[role])
+    return _finish(folder, scratch, job, files, patterns, seconds=entry.seconds, notes=entry.notes, reused=True)
+
+
+def _finish(
+    folder: Path,
+    scratch: Path,
+    job: _Job,
+    files: Mapping[str, Path],
+    patterns: Sequence[PatternReport],
+    *,
+    seconds: float,
+    notes: tuple[str, ...],
+    reused: bool,
+) -> Engine:
+    """Moves what a build left beside each other, with a receipt made of it."""
+    made = _receipt(job, files, patterns, seconds, notes)
+    made.save(scratch / "receipt.json")
+    moves = {path: folder / f"{job.key}{_ROLES[role]}" for role, path in files.items()}
+    moves[scratch / "receipt.json"] = folder / f"{job.key}.json"
+    try:
+        for source, target in moves.items():
+            source.replace(target)
+    except BaseException:
+        for target in moves.values():
+            target.unlink(missing_ok=True)
+        raise
+    return _engine(folder, job, made, reused=reused)
 
 
 def _receipt(
-    job: _Job, seconds: float, plan: Path, layers: Path, log: Path, patterns: Sequence[PatternReport]
+    job: _Job, files: Mapping[str, Path], patterns: Sequence[PatternReport], seconds: float, notes: tuple[str, ...]
 ) -> Receipt:
+    def text(role: str) -> str | None:
+        return files[role].read_text(encoding="utf-8", errors="replace") if role in files else None
+
+    flags = {**asdict(job.flags), "strongly_typed": True, "device": job.device, "repeat": job.repeat}
+    if notes:
+        flags["notes"] = list(notes)
+    if "data" in files:
+        flags["data_sha256"] = sha256(files["data"])
     return receipt.of(
         key=job.key,
         component=job.model.parent.name,
@@ -261,33 +292,42 @@ def _receipt(
         backend_version=job.version,
         targets=job.targets,
         onnx_sha256=job.content,
-        plan_sha256=sha256(plan),
-        plan_bytes=plan.stat().st_size,
+        plan_sha256=sha256(files["plan"]),
+        plan_bytes=files["plan"].stat().st_size,
         profiles=job.shapes(),
         sparse_requested=job.flags.sparse,
         patterns=patterns,
-        log=log.read_text(encoding="utf-8", errors="replace"),
-        inspector=layers.read_text(encoding="utf-8", errors="replace") if layers.exists() else None,
+        log=text("log") or "",
+        inspector=text("layers"),
         seconds=seconds,
-        flags={**asdict(job.flags), "strongly_typed": True, "device": job.device, "repeat": job.repeat},
+        flags=flags,
     )
 
 
 def _existing(folder: Path, job: _Job) -> Engine | None:
-    """The engine of this key, where its plan is the one that its receipt describes."""
-    plan, path = folder / f"{job.key}.plan", folder / f"{job.key}.json"
-    if not plan.exists() or not path.exists():
+    """The engine of this key, where its files are those that its receipt describes."""
+    paths = {role: folder / f"{job.key}{end}" for role, end in _ROLES.items()}
+    path = folder / f"{job.key}.json"
+    if not paths["plan"].exists() or not path.exists():
         return None
     try:
         found = receipt.load(path)
-    except BundleError:
+    except BundleError as error:
+        _log.warning("%s", error)
         return None
-    same = found.key == job.key and found.plan_sha256 == sha256(plan)
-    return _engine(folder, job, found, reused=True) if same else None
+    expected = {"plan": found.plan_sha256}
+    if "data_sha256" in found.flags:
+        expected["data"] = str(found.flags["data_sha256"])
+    for role, digest in expected.items():
+        if found.key != job.key or not paths[role].exists() or sha256(paths[role]) != digest:
+            _log.warning("%s is not what its receipt describes; it is built again", paths[role])
+            return None
+    return _engine(folder, job, found, reused=True)
 
 
-def _engine(folder: Path, job: _Job, found: Receipt, *, reused: bool, notes: tuple[str, ...] = ()) -> Engine:
-    layers = folder / f"{job.key}.layers.json"
+def _engine(folder: Path, job: _Job, found: Receipt, *, reused: bool) -> Engine:
+    layers = folder / f"{job.key}{_ROLES['layers']}"
+    notes = found.flags.get("notes")
     return Engine(
         path=folder / f"{job.key}.plan",
         key=job.key,
@@ -302,12 +342,12 @@ def _engine(folder: Path, job: _Job, found: Receipt, *, reused: bool, notes: tup
         receipt_path=folder / f"{job.key}.json",
         log_path=folder / f"{job.key}.log",
         layers_path=layers if layers.exists() else None,
-        notes=notes,
+        notes=tuple(map(str, notes)) if isinstance(notes, Sequence) else (),
         reused=reused,
     )
 
 
-def _request(scratch: Path, job: _Job) -> Request:
+def _request(scratch: Path, job: _Job, keeps_timings: bool) -> Request:
     folder = scratch.resolve()
     return Request(
         builder=place_of(job.builder),
@@ -316,7 +356,7 @@ def _request(scratch: Path, job: _Job) -> Request:
         answer=str(folder / "answer.json"),
         layers=str(folder / "layers.json"),
         data=f"{job.key}.data",
-        timing_cache=None,
+        timing_cache=str(folder / "timings") if keeps_timings else None,
         profiles=job.shapes(),
         flags=job.flags,
         targets=job.targets,

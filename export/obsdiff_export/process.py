@@ -18,8 +18,17 @@ _NO_ROOM_BYTES: Final = 1 << 20
 """With less than this free, a process that died without an answer is taken to have died of it."""
 
 
+class _DiskFullError(ResourceError):
+    """Nothing is kept of such a build, not even its log."""
+
+
 def run(request: Request, builder: Builder, log: Path) -> Answer:
-    """Builds in a process of its own; everything that it says goes to the log.
+    """Builds in a process of its own; everything that it says goes to `log_in` the request's folder.
+
+    Args:
+        request: what is to be built.
+        builder: that it names.
+        log: where the log is kept of a build that fails.
 
     Raises:
         BuildError: the builder refused the graph, crashed, or gave no plan.
@@ -29,8 +38,22 @@ def run(request: Request, builder: Builder, log: Path) -> Answer:
     scratch = Path(request.answer).parent
     request.save(scratch / "request.json")
     command = [sys.executable, "-P", "-u", "-m", "obsdiff_export.builders.worker", str(scratch / "request.json")]
-    with log.open("wb") as sink:
+    with log_in(scratch).open("wb") as sink:
         code = _wait(command, sink.fileno(), environment(builder))
+    try:
+        return _answer(request, builder, log, code)
+    except (BuildError, ResourceError) as error:
+        if not isinstance(error, _DiskFullError):
+            log_in(scratch).replace(log)
+        raise
+
+
+def log_in(scratch: Path) -> Path:
+    """Where the log of a build is written."""
+    return scratch / "log"
+
+
+def _answer(request: Request, builder: Builder, log: Path, code: int) -> Answer:
     try:
         answer = Answer.load(Path(request.answer)) if Path(request.answer).exists() else None
     except ValueError as error:
@@ -59,6 +82,7 @@ def _wait(command: list[str], sink: int, variables: dict[str, str]) -> int:
             return process.wait()
         except BaseException:
             process.kill()
+            process.wait()
             raise
 
 
@@ -71,10 +95,8 @@ def _failure(request: Request, builder: Builder, log: Path, code: int, answer: A
     if failure == "incompatible":
         return CompatibilityError(f"{what}: {told}")
     if failure == "disk" or code == DISK_FULL or (answer is None and free < _NO_ROOM_BYTES):
-        log.unlink(missing_ok=True)
-        return ResourceError(
-            f"{what}: the disk is full ({free:,} bytes are free at {log.parent}); make room and repeat"
-        )
+        room = f"{free:,} bytes are free at {log.parent}"
+        return _DiskFullError(f"{what}: the disk, or a quota on it, is full ({room}); make room and repeat")
     if failure == "memory" or code == -signal.SIGKILL:
         return ResourceError(
             f"{what}: it ran out of memory (or was killed); build for fewer targets, for smaller sizes or batches, "
@@ -85,7 +107,9 @@ def _failure(request: Request, builder: Builder, log: Path, code: int, answer: A
     how = f"was ended by signal {_name(-code)}" if code < 0 else f"ended with exit code {code}"
     if code == 0:
         how = "ended without an answer"
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
+    lines = (
+        log_in(Path(request.answer).parent).read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
+    )
     return BuildError(f"{what}: its process {how}. The last lines of {log}:\n" + "\n".join(lines))
 
 

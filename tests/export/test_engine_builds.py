@@ -11,8 +11,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from obsdiff_export import process
-from obsdiff_export.build import BUILDERS, Engine, available_builders, build, choose_builder, content_hash
+from obsdiff_export.build import BUILDERS, Engine, available_builders, build, choose_builder
 from obsdiff_export.builders.request import Builder, Flags
+from obsdiff_export.content import content_hash
 from obsdiff_export.gpu import compute_capability
 from obsdiff_export.pattern import check
 from obsdiff_export.ports import read_ports

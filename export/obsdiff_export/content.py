@@ -1,0 +1,34 @@
+"""Hashes of files and graphs: what a thing is, whatever it is called."""
+
+import hashlib
+from pathlib import Path
+
+import onnx
+
+from obsdiff_runtime.errors import ExportError
+
+
+def content_hash(model: Path) -> str:
+    """sha256 over a graph and the files its weights lie in.
+
+    Raises:
+        ExportError: one of them is absent, or the graph is none.
+    """
+    try:
+        graph = onnx.load(str(model), load_external_data=False).graph
+        places = {
+            entry.value for tensor in graph.initializer for entry in tensor.external_data if entry.key == "location"
+        }
+        digests = [sha256(model), *(sha256(model.parent / place) for place in sorted(places))]
+    except Exception as error:
+        raise ExportError(f"{model}: cannot be read as a graph with its weights: {error}") from error
+    return sha256_of("\n".join(digests).encode())
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
