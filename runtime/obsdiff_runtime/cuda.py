@@ -148,7 +148,10 @@ class Cuda:
             ResourceError: no device memory is left.
             RunError: anything else that CUDA reports.
         """
-        error, *values = getattr(self.runtime, name)(*arguments)
+        try:
+            error, *values = getattr(self.runtime, name)(*arguments)
+        except RuntimeError as failure:  # cuda-python before 12.6, where the driver's library is absent
+            raise _no_gpu(f"{name}: {failure}") from failure
         if error != self.runtime.cudaError_t.cudaSuccess:
             raise self._error(name, error, arguments)
         return None if not values else values[0] if len(values) == 1 else tuple(values)
@@ -177,10 +180,7 @@ class Cuda:
         text = self.runtime.cudaGetErrorString(error)[1]
         said = f"{name}: {text.decode() if isinstance(text, bytes) else text} ({code})"
         if code in _NO_GPU:
-            return CompatibilityError(
-                f"no NVIDIA GPU can be used here: {said}. `nvidia-smi` should list one; if it does, its driver is older "
-                "than cuda-python: update the driver, or pip install 'cuda-python<13'"
-            )
+            return _no_gpu(said)
         if code == "cudaErrorMemoryAllocation":
             wanted = f"; {arguments[0]} bytes were asked for" if name == "cudaMalloc" else ""
             return ResourceError(
@@ -205,6 +205,13 @@ def load(extra: str = "trt") -> Cuda:
             f"cuda-python is absent: pip install 'obsdiff[{extra}]', or without torch 'obsdiff-runtime[{extra}]'"
         ) from error
     return Cuda(runtime, _handles())
+
+
+def _no_gpu(said: str) -> CompatibilityError:
+    return CompatibilityError(
+        f"no NVIDIA GPU can be used here: {said}. `nvidia-smi` should list one; if it does, its driver is older than "
+        "cuda-python: update the driver, or pip install 'cuda-python<13'"
+    )
 
 
 def _handles() -> Callable[[Any], int]:

@@ -290,6 +290,14 @@ def test_without_a_gpu_nothing_is_loaded(gpu: Any, plan: PlanWriter, tmp_path: P
     assert TENSORRT.obstacle() == ""
 
 
+def test_an_old_cuda_python_without_a_driver_is_no_bug(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise RuntimeError("Failed to dlopen libcuda.so.1")
+
+    monkeypatch.setattr(sys.modules["cuda.bindings.runtime"], "cudaGetDevice", fails)
+    assert "no NVIDIA GPU can be used here: cudaGetDevice: Failed to dlopen libcuda.so.1" in TENSORRT.obstacle()
+
+
 @pytest.mark.parametrize("package", ["tensorrt", "cuda"])
 def test_a_missing_package_names_the_extra(
     gpu: Any, plan: PlanWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
