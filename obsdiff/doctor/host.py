@@ -85,8 +85,6 @@ class Host:
 
 def read_host(output: Path, *, root: Path = Path("/"), environment: Mapping[str, str] = os.environ) -> Host:
     """Looks around; `output` is where results would go, `root` where the system's files lie."""
-    from obsdiff_runtime.timing import machine
-
     memory = psutil.virtual_memory()
     limit, used = (_number(root / "sys/fs/cgroup" / name) for name in ("memory.max", "memory.current"))
     hub = hub_folder(environment)
@@ -94,7 +92,7 @@ def read_host(output: Path, *, root: Path = Path("/"), environment: Mapping[str,
         system=platform.platform(),
         machine=platform.machine(),
         python=platform.python_version(),
-        cpu=machine().cpu,
+        cpu=_processor(root),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         quota=_quota(root),
         memory_bytes=min(memory.total, limit or memory.total),
@@ -124,6 +122,12 @@ def _disk(folder: Path) -> Disk:
     except OSError:
         writable = False
     return Disk(folder=str(folder.absolute()), free_bytes=free_bytes(folder), writable=writable)
+
+
+def _processor(root: Path) -> str:
+    """The model's name; Arm's cores have none."""
+    found = re.search(r"^model name\s*:\s*(.+)$", _text(root / "proc/cpuinfo"), re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def _quota(root: Path) -> float | None:

@@ -149,7 +149,11 @@ def _onnxruntime(facts: Facts) -> Iterator[Check]:
 
 def _tensorrt(facts: Facts) -> Iterator[Check]:
     tensorrt = facts.loaded("tensorrt")
-    parts = {name: version for name, version in facts.packages.items() if re.match(r"tensorrt(-cu\d+)?(-|$)", name)}
+    parts = {
+        name: version.partition(".post")[0]
+        for name, version in facts.packages.items()
+        if re.match(r"tensorrt(?!-rtx)(-|$)", name)
+    }
     if len(set(parts.values())) > 1:
         yield _unfit(
             "TensorRT's parts",

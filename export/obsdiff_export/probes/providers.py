@@ -1,5 +1,6 @@
 """What ONNX Runtime's providers really run: a session of one product each, no falling back. Run by `asking.ask`."""
 
+import ctypes
 import tempfile
 from pathlib import Path
 from typing import Any, Final
@@ -28,12 +29,14 @@ def multiply(question: str) -> dict[str, Any]:
         "error", relative; "computed_in", the format that the kernel works in, None where the provider hides it.
 
     Raises:
-        RuntimeError: the provider does not load, or leaves the graph to another.
+        RuntimeError: the provider is not there, does not load, or leaves the graph to another.
         ArithmeticError: the product is wrong.
     """
     import onnxruntime
 
     provider, _, form = question.partition("/")
+    if provider not in onnxruntime.get_available_providers():
+        raise RuntimeError(f"this onnxruntime has no {provider}")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     if provider != CPU:
@@ -42,11 +45,34 @@ def multiply(question: str) -> dict[str, Any]:
         optimized = Path(folder, "optimized.onnx")
         if provider in _TELLS:
             options.optimized_model_filepath = str(optimized)
-        session = onnxruntime.InferenceSession(product(form), options, providers=[provider])
+        try:
+            session = onnxruntime.InferenceSession(product(form), options, providers=[provider])
+        except Exception as failed:
+            missing = unloadable(Path(onnxruntime.__file__).parent / "capi", provider)
+            if missing:
+                raise RuntimeError(f"it does not load: {missing}") from failed
+            raise
         if session.get_providers()[0] != provider:
             raise RuntimeError(f"onnxruntime chose {session.get_providers()[0]} instead")
         relative = error(session.run(None, {"x": factors()[0]})[0])
         return {"error": relative, "computed_in": _computed_in(optimized) if optimized.exists() else None}
+
+
+def unloadable(folder: Path, provider: str) -> str:
+    """What the library of a provider lacks, in the loader's words; "" where it loads or has none of its own.
+
+    onnxruntime itself tells it to its log only, and says that it fell back.
+    """
+    name = provider.removesuffix("ExecutionProvider").lower()
+    library, shared = (folder / f"libonnxruntime_providers_{part}.so" for part in (name, "shared"))
+    if not library.exists():
+        return ""
+    try:
+        ctypes.CDLL(str(shared), ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(library))
+    except OSError as error:
+        return str(error)
+    return ""
 
 
 def _computed_in(path: Path) -> str | None:

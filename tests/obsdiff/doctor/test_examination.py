@@ -1,0 +1,64 @@
+"""The doctor on the machine that runs the tests."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from obsdiff.doctor import examination
+from obsdiff.doctor.examination import examine
+from obsdiff_export.asking import Outcome
+
+
+def test_a_quick_look_is_one_json_object_and_imports_no_vendors_library(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.argv = ['obsdiff', 'doctor', '--quick', '--json']\n"
+        "from obsdiff.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as ended:\n    code = ended.code\n"
+        "heavy = {'torch', 'diffusers', 'onnxruntime', 'tensorrt', 'tensorrt_rtx'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else code)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    data = json.loads(result.stdout)
+    assert data["ready"]
+    assert data["facts"]["libraries"]["torch"]["value"]["version"]
+    assert data["facts"]["products"] == {}
+    assert not list(tmp_path.iterdir())
+
+
+def test_products_are_tried_on_every_device_and_provider_that_is_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked = []
+
+    def ask(place: str, questions: list[str], **_: object) -> dict[str, Outcome]:
+        asked.extend(questions)
+        libraries = {
+            "gpus": {"devices": [{"capability": "8.6"}]},
+            "torch": {"usable": True},
+            "onnxruntime": {"providers": ["CUDAExecutionProvider", "AzureExecutionProvider", "CPUExecutionProvider"]},
+        }
+        return {name: Outcome(value=libraries.get(name, {"version": "1"}), failure="") for name in questions}
+
+    monkeypatch.setattr(examination, "ask", ask)
+    facts = examine(tmp_path)
+    for name in (
+        *("torch/cpu/fp32", "torch/cuda/fp8", "torch/cuda/2:4 fp16", "onnxruntime/CUDAExecutionProvider/int8"),
+        *("tensorrt/here/bf16", "tensorrt_rtx/12.0/fp16"),
+    ):
+        assert name in facts.products
+    assert not [name for name in facts.products if "Azure" in name]
+
+
+def test_what_obsdiff_requires_is_held_against_what_is_installed() -> None:
+    installed = examination._installed()
+    assert examination._unmet(installed) == ()
+    missing = {name: version for name, version in installed.items() if name != "diffusers"}
+    (words,) = examination._unmet({**missing, "torch": "2.13.0+cu130"})
+    assert words.startswith("diffusers")
+    assert words.endswith("is not installed")
+    (words,) = examination._unmet({**installed, "torch": "2.5.1"})
+    assert words.endswith("is needed, 2.5.1 is installed")
