@@ -163,7 +163,7 @@ def _layer_of_entry(entry: object, index: int) -> EngineLayer:
         kind=_text(entry, "LayerType") or UNKNOWN,
         tactic=_text(entry, "TacticName"),
         inputs=_tensors_of_entries(entry.get("Inputs")),
-        constants=_tensors_of_entries(entry.get("Constants")),
+        constants=(*_tensors_of_entries(entry.get("Constants")), *_weights_of_entry(entry)),
         outputs=_tensors_of_entries(entry.get("Outputs")),
         onnx_nodes=nodes_of(_text(entry, "Metadata")),
     )
@@ -180,6 +180,14 @@ def _tensors_of_entries(entries: object) -> tuple[EngineTensor, ...]:
         )
         for tensor in tensors
     )
+
+
+def _weights_of_entry(entry: Mapping[str, Any]) -> tuple[EngineTensor, ...]:
+    """What 8.x and 10.x tell of a layer's weights: their type and number, no shape."""
+    weights = entry.get("Weights")
+    if not isinstance(weights, Mapping) or not isinstance(weights.get("Type"), str):
+        return ()
+    return (EngineTensor(name="weights", dtype=dtype_of(weights["Type"])),)
 
 
 def _dims(values: object) -> tuple[int, ...] | None:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from obsdiff_export.judging import IGNORES
 from obsdiff_export.pattern import PatternReport
-from obsdiff_export.proof import IGNORES, Proof, prove
+from obsdiff_export.proof import Proof, prove
 from obsdiff_export.witnesses import joined
 from obsdiff_runtime.decoding import decode, encode
 from obsdiff_runtime.errors import BundleError, SparsityProofError
@@ -137,8 +138,8 @@ def sparsity_statement(receipt: Receipt) -> str:
         return "The engine was built without the sparse flag and runs dense kernels."
     builder = f"{receipt.backend} {receipt.backend_version}"
     if proof.verdict == "no linears":
-        return f"No weights were looked at, so nothing is proven of sparse kernels ({builder})."
-    return f"{_counted(proof)} ({builder})."
+        return f"Not proven: no weights were looked at; {_said(proof)} ({builder})."
+    return f"{_counted(proof)}; {_said(proof)} ({builder})."
 
 
 def require_sparse(receipts: Iterable[Receipt]) -> None:
@@ -154,14 +155,16 @@ def require_sparse(receipts: Iterable[Receipt]) -> None:
     asked = list(receipts)
     pruned = [receipt for receipt in asked if receipt.proof.holding or receipt.proof.verdict == "contradicted"]
     if not pruned:
-        looked = f"{len(asked)} engines were looked at" if asked else "there is no engine"
-        raise SparsityProofError(
-            f"no proof of sparsity: {looked}, and none has weights that are 2:4; prune with --sparsity 2:4 and build"
-        )
+        looked = f"{len(asked)} {'engine was' if len(asked) == 1 else 'engines were'} looked at, and none has weights"
+        what = f"{looked} that are 2:4" if asked else "there is no engine"
+        raise SparsityProofError(f"no proof of sparsity: {what}; prune with --sparsity 2:4 and build with TensorRT")
     failed = [receipt for receipt in pruned if receipt.proof.verdict != "active"]
     if failed:
         said = "; ".join(_unproven(receipt) for receipt in failed)
-        raise SparsityProofError(f"no proof of sparsity for {len(failed)} of {len(pruned)} pruned engines: {said}")
+        raise SparsityProofError(
+            f"no proof of sparsity for {len(failed)} of {len(pruned)} pruned engines: {said}. "
+            "`obsdiff inspect` lists every linear; build with TensorRT on the GPU that serves, or without the demand"
+        )
 
 
 def _counted(proof: Proof) -> str:
@@ -172,6 +175,15 @@ def _counted(proof: Proof) -> str:
         f"of {proof.count('unknown')} it is not known" if proof.count("unknown") else "",
     ]
     return ", ".join([f"{proof.active} of {len(proof.layers)} linears run on sparse kernels", *filter(None, rest)])
+
+
+def _said(proof: Proof) -> str:
+    """What the builder's log says in numbers."""
+    if proof.found is None and proof.chose is None:
+        return "the build log says nothing of sparse kernels"
+    found = "an unknown number" if proof.found is None else str(proof.found)
+    chose = "an unknown number" if proof.chose is None else str(proof.chose)
+    return f"the builder found {found} of its layers eligible and chose sparse kernels for {chose}"
 
 
 def _unproven(receipt: Receipt) -> str:

@@ -18,7 +18,7 @@ _CHOSE: Final = (
     re.compile(r"\(Sparsity\) TRT inference plan picked sparse implementation for layers:(?P<names>.*)"),
 )
 _SPARSE_KERNEL: Final = re.compile(r"spars|sptensor|spmma|spgemm|(?<![a-z])sp_?gemm", re.IGNORECASE)
-_DENSE_KERNEL: Final = re.compile(r"gemm|xmma|cutlass|cublas|implicit|fprop|h\d{4,}|s\d{4,}", re.IGNORECASE)
+_DENSE_KERNEL: Final = re.compile(r"gemm|gemv|xmma|cutlass|cublas|cudnn|nvjet|fprop|implicit", re.IGNORECASE)
 _KINDS: Final = frozenset(
     {
         "gemm",
@@ -56,10 +56,17 @@ class SparsityLog:
 
 
 def parse_log(text: str) -> SparsityLog:
-    """Reads both dialects of TensorRT's lines, 8.x and 10 on; the last of each counts."""
-    found, found_layers = _last(_FOUND, text)
-    chose, chose_layers = _last(_CHOSE, text)
-    return SparsityLog(found=found, chose=chose, found_layers=found_layers, chose_layers=chose_layers)
+    """Reads both dialects of TensorRT's lines, 8.x and 10 on; the last pair counts, for builders try more than once."""
+    found, chose = _last(_FOUND, text), _last(_CHOSE, text)
+    if found is not None and chose is not None and chose.start() < found.start():
+        chose = None  # of an earlier try
+    found_layers, chose_layers = _names(found), _names(chose)
+    return SparsityLog(
+        found=_count(found, found_layers),
+        chose=_count(chose, chose_layers),
+        found_layers=found_layers,
+        chose_layers=chose_layers,
+    )
 
 
 def kernel_of(tactic: str) -> Kernel:
@@ -98,10 +105,25 @@ def joined(names: Iterable[str], most: int = 3) -> str:
     return ", ".join(listed[:most]) + more
 
 
-def _last(patterns: Sequence[re.Pattern[str]], text: str) -> tuple[int | None, tuple[str, ...]]:
+def _last(patterns: Sequence[re.Pattern[str]], text: str) -> re.Match[str] | None:
     matches = [match for pattern in patterns for match in pattern.finditer(text)]
-    if not matches:
-        return None, ()
-    match = max(matches, key=lambda match: match.start())
-    names = tuple(name.strip() for name in (match["names"] or "").split(", ") if name.strip())
-    return int(match.groupdict().get("count") or len(names)), names
+    return max(matches, key=lambda match: match.start()) if matches else None
+
+
+def _count(match: re.Match[str] | None, names: Sequence[str]) -> int | None:
+    """What the line says, or as many as it names: the dialect of 8.x has no number."""
+    if match is None:
+        return None
+    return int(match.groupdict().get("count") or len(names))
+
+
+def _names(match: re.Match[str] | None) -> tuple[str, ...]:
+    """The names after the colon, split at commas outside brackets: "Conv_1 + PWN(Sigmoid_2, Mul_3)" is one."""
+    names, depth = [""], 0
+    for char in (match["names"] or "") if match is not None else "":
+        depth += (char in "([{") - (char in ")]}")
+        if char == "," and depth <= 0:
+            names.append("")
+        else:
+            names[-1] += char
+    return tuple(name.strip() for name in names if name.strip())
