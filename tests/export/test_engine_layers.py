@@ -36,7 +36,8 @@ TENSORRT_8_LOG = """\
 [08/05/2024-12:06:54] [V] [TRT] Layers:
 Name: Reformatting CopyNode for Input Tensor 0 to MatMul_5 + Add_6, LayerType: Reformat, Inputs: [ { Name: x, \
 Location: Device, Dimensions: [1,64,768], Format/Datatype: Row major linear FP32 }], Outputs: [ { Name: \
-Reformatted Input Tensor 0 to {ForeignNode[a...b]}, Location: Device, Dimensions: [1,64,768], Format/Datatype: Row major linear FP16 format }], \
+Reformatted Input Tensor 0 to {ForeignNode[a...b]}, Location: Device, Dimensions: [1,64,768], Format/Datatype: \
+Row major linear FP16 format }], \
 ParameterType: Reformat, Origin: REFORMAT, TacticValue: 0x0, StreamId: 0, Metadata:\x20
 Name: MatMul_5 + Add_6, LayerType: CaskGemmMatrixMultiply, Inputs: [ { Name: y, Location: Device, Dimensions: \
 [64,768], Format/Datatype: Row major linear FP16 format }], Outputs: [ { Name: z, Location: Device, Dimensions: \
