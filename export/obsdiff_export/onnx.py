@@ -21,6 +21,7 @@ from obsdiff_export.capture import lower
 from obsdiff_export.casting import cast_to, inputs_in
 from obsdiff_export.component import Component
 from obsdiff_export.ports import Port
+from obsdiff_export.quantizing import LEAST_OPSET, Quantization, insert
 from obsdiff_runtime.errors import ConfigError, ExportError, ResourceError
 from obsdiff_runtime.version import __version__
 
@@ -40,6 +41,7 @@ class OnnxModel:
         name: the component's.
         path: the graph; its weights are `model.onnx.data` beside it.
         dtype: "float32", "float16" or "bfloat16": what the graph computes in.
+        precision: "int8" or "fp8" where its linears do, else the dtype.
         opset: of the default domain.
         inputs, outputs: in order.
         weights: names of the initializers that come from the module.
@@ -50,6 +52,7 @@ class OnnxModel:
     name: str
     path: Path
     dtype: str
+    precision: str
     opset: int
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
@@ -58,14 +61,22 @@ class OnnxModel:
     seconds: float
 
 
-def export(component: Component, folder: Path, *, dtype: torch.dtype, opset: int | None = None) -> OnnxModel:
+def export(
+    component: Component,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    opset: int | None = None,
+    quantization: Quantization | None = None,
+) -> OnnxModel:
     """Writes model.onnx, model.onnx.data and config.json into `folder`.
 
     Args:
         component: what to export; its module is as before afterwards.
         folder: made where it is absent.
         dtype: float32, float16 or bfloat16: of the weights, and of floating inputs but `casting.FLOAT32_INPUTS`.
-        opset: 18 or later, 22 or later for bfloat16; None for 20, or 22.
+        opset: 18 or later, 22 or later for bfloat16, 19 or later with a quantization; None for 20, or 22.
+        quantization: linears that compute in eight bits; their weights in the module are rounded already.
 
     Raises:
         ConfigError: a dtype or an opset that cannot be exported.
@@ -73,7 +84,8 @@ def export(component: Component, folder: Path, *, dtype: torch.dtype, opset: int
         ResourceError: not enough disk.
     """
     started = perf_counter()
-    opset = checked_opset(dtype, opset)
+    quantized = quantization is not None and bool(quantization.linears)
+    opset = checked_opset(dtype, opset, quantized=quantized)
     _check(component)
     with cast_to(component.module, dtype):
         model, weights = lower(component, inputs_in(dtype, component.inputs), opset)
@@ -81,6 +93,8 @@ def export(component: Component, folder: Path, *, dtype: torch.dtype, opset: int
     passes.fold_transposes(model)
     passes.lower_doubles(model)
     passes.name_axes(model, component.dynamic_axes)
+    if quantization is not None:
+        insert(model, quantization)
     passes.strip(model, _provenance(component, dtype, opset))
     _check_axes(model, component)
     kept = tuple(name for name in model.graph.initializers if name.removesuffix(passes.TRANSPOSED) in weights)
@@ -89,6 +103,7 @@ def export(component: Component, folder: Path, *, dtype: torch.dtype, opset: int
         name=component.name,
         path=folder / GRAPH,
         dtype=_NAMES[dtype],
+        precision=quantization.format.name if quantization is not None and quantized else _NAMES[dtype],
         opset=opset,
         inputs=tuple(_port(value) for value in model.graph.inputs),
         outputs=tuple(_port(value) for value in model.graph.outputs),
@@ -98,7 +113,8 @@ def export(component: Component, folder: Path, *, dtype: torch.dtype, opset: int
     )
 
 
-def checked_opset(dtype: torch.dtype, opset: int | None) -> int:
+def checked_opset(dtype: torch.dtype, opset: int | None, *, quantized: bool = False) -> int:
+    """The opset of a graph; raises ConfigError for a dtype or an opset that cannot be exported."""
     if dtype not in _OPSETS:
         raise ConfigError(f"cannot export {dtype}; known are float32, float16 and bfloat16")
     least, default = _OPSETS[dtype]
@@ -106,6 +122,8 @@ def checked_opset(dtype: torch.dtype, opset: int | None) -> int:
         raise ConfigError(
             f"opset {opset} has no {_NAMES[dtype]} graphs; take {least} or later, {default} is the default"
         )
+    if quantized and opset is not None and opset < LEAST_OPSET:
+        raise ConfigError(f"opset {opset} has no 8-bit graphs; take {LEAST_OPSET} or later, {default} is the default")
     return opset or default
 
 
