@@ -3,6 +3,9 @@
 `uniform` takes the same share everywhere, as the paper does. `measured` saves at least the same multiply-accumulates
 (MACs) where it costs the denoiser's velocity least: groups differ a thousandfold. Every candidate is measured alone, in
 an otherwise dense model (sensitivities.py), and errors of several are taken to add up.
+
+With a latency table (`latency:FILE`, latencies.py) it is time that is saved: the budget is what the uniform rule's cuts
+would save by that table, and a group's units are worth what the table says. Removals cost the same error either way.
 """
 
 import inspect
@@ -12,11 +15,12 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
-from obsdiff import costs, planning, ranks, sensitivities
+from obsdiff import costs, latencies, planning, ranks, sensitivities
 from obsdiff.core import budget, timesteps
 from obsdiff.core.budget import Option
 from obsdiff.families import Family
 from obsdiff.groups import Group, LinearSpec
+from obsdiff.latencies import Times
 from obsdiff.methods import Method, Options
 from obsdiff.recipe import Recipe, select
 from obsdiff.residuals import block_modules
@@ -25,6 +29,7 @@ from obsdiff.sensitivities import Candidate
 from obsdiff.sparsity import NM, Pattern
 from obsdiff.streaming import Assignment, assign
 from obsdiff.trajectories import Call
+from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.progress import Progress
 
 EFFORT: Final = 0.75
@@ -56,7 +61,7 @@ def measured(
     journal: Journal | None,
     progress: Progress,
 ) -> Assignment:
-    """Spends the uniform rule's MACs where they cost least, and the dense share where pruning costs most.
+    """Spends the uniform rule's MACs, or time, where they cost least, and the dense share where pruning costs most.
 
     Args:
         denoiser: dense; the same bits afterwards.
@@ -70,15 +75,16 @@ def measured(
 
     Raises:
         CalibrationError: see sensitivities.measure.
+        ConfigError: the latency table lacks a shape, or has no cut of the uniform rule save time.
     """
     everything = family.linears(denoiser)
     first, last = recipe.spared
     linears, groups = select(
         replace(recipe, protect_first=first, protect_last=last), everything, family.groups(denoiser)
     )
-    spending = _Spending(denoiser, recipe, linears, groups, positions(denoiser, calls[0]))
+    spending = _Spending(denoiser, recipe, linears, groups, positions(denoiser, calls[0]), everything)
     paper = uniform(denoiser, family, recipe)
-    wanted = spending.saved(paper.groups, paper.removals)
+    wanted = spending.worth(paper.groups, paper.removals)
     candidates = spending.candidates(units=wanted > 0, weights=recipe.dense_share > 0)
     known = journal.read("allocation") if journal is not None else None
     if known is None:
@@ -122,12 +128,33 @@ class _Spending:
         linears: Sequence[LinearSpec],
         groups: Sequence[Group],
         positions: Mapping[str, int],
+        everything: Sequence[LinearSpec],
     ) -> None:
         self._denoiser, self._recipe, self._positions, self._linears = denoiser, recipe, positions, linears
         sparsity = recipe.sparsity
         self._groups = [group for group in groups if (sparsity.heads if group.kind == "heads" else sparsity.ffn) > 0]
         self._numbers = {group.name: removable(group, recipe.align) for group in self._groups}
         self._readers = _readers(linears, sparsity.pattern)
+        self._times: Times | None = None
+        if latencies.is_latency(recipe.allocation):
+            self._times = Times(latencies.table_of(recipe.allocation), everything, positions)
+            self._times.require(self._groups)
+
+    def worth(self, groups: Sequence[Group], removals: Mapping[str, int]) -> float:
+        """What these removals save, in what the budget is in: MACs of one image, or milliseconds of the table's call.
+
+        Raises:
+            ConfigError: units go and the table has them save no time.
+        """
+        if self._times is None:
+            return self.saved(groups, removals)
+        ms = self._times.saved_ms(groups, removals)
+        if ms <= 0 and any(removals.values()):
+            raise ConfigError(
+                "--allocation latency: by this table the cuts asked for save no time, so there is nothing to allocate; "
+                "ask for more, or use --allocation measured"
+            )
+        return ms
 
     def saved(self, groups: Sequence[Group], removals: Mapping[str, int]) -> int:
         """MACs of one image that these removals save."""
@@ -147,27 +174,33 @@ class _Spending:
             found.append(Candidate(key=readers.name, block=readers.block, linears=readers.linears, pattern=pattern))
         return found
 
-    def removals(self, wanted: int, errors: Mapping[str, float]) -> dict[str, int]:
-        """How many units each group loses, so that `wanted` MACs are saved at least error."""
+    def removals(self, wanted: float, errors: Mapping[str, float]) -> dict[str, int]:
+        """How many units each group loses, so that `wanted` is saved at least error."""
         if wanted == 0:
             return {}
+        worth = [[self._worth_of(group, number) for number in self._numbers[group.name]] for group in self._groups]
+        savings, goal = _whole(worth, wanted)
         items: list[list[Option]] = []
-        for group in self._groups:
+        for group, numbers in zip(self._groups, savings, strict=True):
             curve = {
                 number / group.units: errors[f"{group.name} {number}"]
                 for number in probed(group, self._numbers[group.name])
             }
             items.append(
                 [
-                    Option(
-                        saving=self.saved([group], {group.name: number}),
-                        error=budget.interpolate(curve, number / group.units),
-                    )
-                    for number in self._numbers[group.name]
+                    Option(saving=saving, error=budget.interpolate(curve, number / group.units))
+                    for number, saving in zip(self._numbers[group.name], numbers, strict=True)
                 ]
             )
-        chosen = budget.choose(items, wanted)
+        chosen = budget.choose(items, min(goal, budget.most(items)))
         return {group.name: self._numbers[group.name][index] for group, index in zip(self._groups, chosen, strict=True)}
+
+    def _worth_of(self, group: Group, number: int) -> float:
+        return (
+            self.saved([group], {group.name: number})
+            if self._times is None
+            else self._times.saved_ms([group], {group.name: number})
+        )
 
     def spare(self, assignment: Assignment, errors: Mapping[str, float]) -> Assignment:
         """Takes the pattern from the linears where it costs most, up to the share of MACs that may stay dense."""
@@ -207,6 +240,16 @@ class _Spending:
                 macs = round(ratio * sum(whole[linear] for linear in candidate.linears))
             records.append(Sensitivity(name=name, change=change, ratio=ratio, error=errors[candidate.key], macs=macs))
         return tuple(records)
+
+
+def _whole(worth: Sequence[Sequence[float]], wanted: float) -> tuple[list[list[int]], int]:
+    """Savings and budget as whole numbers of one unit; MACs are that already."""
+    flat = [*(value for values in worth for value in values), wanted]
+    *numbers, goal = (
+        [int(value) for value in flat] if all(isinstance(value, int) for value in flat) else budget.whole(flat)
+    )
+    left = iter(numbers)
+    return [[next(left) for _ in values] for values in worth], goal
 
 
 def removable(group: Group, align: int) -> list[int]:

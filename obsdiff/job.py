@@ -13,11 +13,12 @@ from diffusers.utils.logging import disable_progress_bar
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from obsdiff import allocation, costs, facts, moments, planning, ranks
+from obsdiff import allocation, costs, facts, latencies, moments, planning, ranks
 from obsdiff.checkpoint import DEFAULTS
 from obsdiff.estimates import Streams, Workload
 from obsdiff.families import Family
 from obsdiff.families.table import family_of
+from obsdiff.latencies import Times
 from obsdiff.loading import (
     Defaults,
     LoadedPipeline,
@@ -61,6 +62,11 @@ class Job:
             vae_scale=vae_scale(self.configs),
         )
 
+    def times(self) -> Times:
+        """The costs of the recipe's latency table; see latencies."""
+        table = latencies.table_of(self.recipe.allocation)
+        return Times(table, self.family.linears(self.denoiser), self.positions(self.denoiser))
+
     def plan(self) -> Plan:
         recipe = self.recipe
         linears, groups = select(recipe, self.family.linears(self.denoiser), self.family.groups(self.denoiser))
@@ -90,7 +96,7 @@ class Job:
 def streams_of(recipe: Recipe) -> Streams:
     """How much a streamed method will look at."""
     passes = -(-len(recipe.prompts) // recipe.sampling.batch_size)
-    measured = allocation.EFFORT if recipe.allocation == "measured" else 0.0
+    measured = 0.0 if recipe.allocation == "uniform" else allocation.EFFORT
     return Streams(
         draws=recipe.draws,
         trajectory_steps=recipe.trajectory_steps,
@@ -110,9 +116,12 @@ def open_job(settings: Settings, *, sparsity_required: bool = True) -> Job:
     select(recipe, family.linears(denoiser), family.groups(denoiser))
     pipeline = str(configs.get("model_index", {}).get("_class_name", family.pipeline))
     check_size(pipeline, configs[family.denoiser], vae_scale(configs), recipe.sampling)
-    return Job(
+    job = Job(
         model=name_of(settings), family=family, denoiser=denoiser, configs=configs, defaults=defaults, recipe=recipe
     )
+    if latencies.is_latency(recipe.allocation):
+        job.times().require(select(recipe, family.linears(denoiser), family.groups(denoiser))[1])
+    return job
 
 
 def check_size_of(loaded: LoadedPipeline, sampling: Sampling) -> None:

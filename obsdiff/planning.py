@@ -127,7 +127,8 @@ def plan(
         positions: of the denoiser, from costs.positions.
         align: kept FFN widths are rounded to a multiple of this; 1 is the paper's.
         workload: how much calibration there is, and what it runs on.
-        allocation: "uniform", or "measured": units that save as many MACs will be chosen from what is measured.
+        allocation: "uniform"; "measured": units that save as many MACs will be chosen from what is measured; or by a
+            latency table: units that save as much time.
 
     Raises:
         ResourceError: the byte budget is smaller than one tier's grams.
@@ -417,9 +418,10 @@ def _notes(
     allocation: str,
 ) -> tuple[str, ...]:
     notes = []
-    if allocation == "measured" and any(removed.values()):
+    if allocation != "uniform" and any(removed.values()):
+        much = "as many MACs" if allocation == "measured" else "as much time by the latency table"
         notes.append(
-            "the cuts are the uniform rule's; measured allocation saves at least as many MACs where that costs least, "
+            f"the cuts are the uniform rule's; measured allocation saves at least {much} where that costs least, "
             "so which units go is known once it has measured (--allocation uniform takes these)"
         )
     for kind, ratio in (("heads", sparsity.heads), ("ffn", sparsity.ffn)):

@@ -152,7 +152,7 @@ class _Run:
         stream_costs.check_budget(self._solved(assignment), self._recipe.gram_budget_bytes)
         calls = streaming.record(self._pipeline, self._family, self._recipe, self._progress)
         resources = (self._method, self._options, calls)
-        if self._recipe.allocation == "measured":
+        if self._recipe.allocation != "uniform":
             assignment = allocation.measured(*subject, *resources, journal=self._journal, progress=self._progress)
         self.sensitivities = assignment.sensitivities
         kept, pruned = streaming.prune(

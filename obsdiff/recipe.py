@@ -42,7 +42,8 @@ class Recipe:
         protect_first, protect_last: blocks that keep all their units in structured mode.
         spared: blocks at the start and at the end that keep all their units under a measured allocation too: those
             that the user protects, where the family's own protection is a rule for uniform shares.
-        allocation: "uniform", or "measured": the same MACs go where it costs least.
+        allocation: "uniform"; "measured": the same MACs go where it costs least; or "latency:FILE#SHA256": as much
+            time by that table goes there.
         dense_share: share of the selected linears' MACs that a pattern leaves dense, where it would cost most.
         align: kept FFN widths are rounded to a multiple of this.
         damp: added to a gram's diagonal, as a fraction of its mean.
@@ -60,6 +61,10 @@ class Recipe:
         refit_output: of a streamed method: whether the linear behind the last block is refitted.
         joint: of a streamed method: whether ADMM looks for the support, or the OBS sweep.
         fast: of a streamed method: whether ADMM looks less long.
+        dtype: as asked for: "auto", "fp32", "fp16" or "bf16".
+        precision: "int8" or "fp8" where the denoiser's linears are to compute in it, else "float".
+        keep_float: globs of linears that stay in float.
+        quantize_outputs: whether what they give is rounded too.
     """
 
     model: str
@@ -95,6 +100,10 @@ class Recipe:
     refit_output: bool
     joint: bool
     fast: bool
+    dtype: str
+    precision: str
+    keep_float: tuple[str, ...]
+    quantize_outputs: bool
 
     def to_json(self) -> dict[str, Any]:
         data = dataclasses.asdict(self)

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Final
 
+from obsdiff import latencies
 from obsdiff.core.timesteps import SCHEDULES
 from obsdiff.families import Family
 from obsdiff.loading import Defaults
@@ -14,7 +15,7 @@ from obsdiff.settings import Settings
 from obsdiff.sparsity import Sparsity, parse
 from obsdiff_runtime.errors import ConfigError
 
-ALLOCATIONS: Final = ("measured", "uniform")
+ALLOCATIONS: Final = ("measured", "uniform", f"{latencies.PREFIX}FILE")
 
 METHOD_OPTIONS: Final = {
     "block": 128.0,
@@ -119,6 +120,10 @@ def resolve(
         dense_targets=bool(options["dense_targets"]),
         refit_output=bool(options["refit_output"]),
         joint=bool(options["joint"]),
+        dtype=settings.dtype or "auto",
+        precision=settings.precision or "float",
+        keep_float=tuple(settings.keep_float or ()),
+        quantize_outputs=bool(settings.quantize_outputs),
         gram_budget_bytes=None if settings.gram_budget is None else parse_bytes(settings.gram_budget, "--gram-budget"),
     )
 
@@ -183,10 +188,15 @@ def _allocation(asked: str | None, method: str, sparsity: Sparsity, dense_share:
     useful = sparsity.structured or dense_share > 0
     name = "measured" if streams and useful else "uniform"
     if asked is not None:
-        name = _choice("--allocation", asked, ALLOCATIONS)
-    if name == "measured" and not streams:
+        name = latencies.named(asked) if latencies.is_latency(asked) else _choice("--allocation", asked, ALLOCATIONS)
+    if name != "uniform" and not streams:
         able = ", ".join(other for other, each in METHODS.items() if each.streams)
-        raise ConfigError(f"--allocation measured: --method {method} takes the same share everywhere; use {able}")
+        raise ConfigError(f"--allocation {asked}: --method {method} takes the same share everywhere; use {able}")
+    if latencies.is_latency(name) and not sparsity.structured:
+        raise ConfigError(
+            f"--allocation {asked}: --sparsity {sparsity} removes no units, whose time a table could tell; remove some "
+            "(structured:0.25), or leave --allocation out"
+        )
     if name == "measured" and not useful:
         raise ConfigError(
             f"--allocation measured: --sparsity {sparsity} leaves nothing to choose; remove units (structured:0.25), "

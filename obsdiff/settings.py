@@ -44,7 +44,9 @@ class Settings:
     )
     protect_last: Annotated[int | None, "blocks left whole at the end, structured only; default: the family's"] = None
     allocation: Annotated[
-        str | None, "measured (units go where the output suffers least) or uniform; default: the method's"
+        str | None,
+        "measured (units go where the output suffers least), uniform, or latency:FILE (measured, and what counts is "
+        "time by a table of obsdiff whatif); default: the method's",
     ] = None
     dense_share: Annotated[
         float | None, "share of the MACs that a pattern leaves dense, where it would cost most; default: 0"
@@ -81,6 +83,13 @@ class Settings:
     dtype: Annotated[str | None, "precision in the ONNX graphs: auto, fp32, fp16 or bf16; auto: fp16 for engines"] = (
         None
     )
+    precision: Annotated[
+        str | None, "int8 or fp8 in the denoiser's linears, or a --dtype; a sparsity can be joined: fp8+2:4"
+    ] = None
+    keep_float: Annotated[
+        list[str] | None, "leave linears whose name matches this glob out of --precision; repeatable"
+    ] = None
+    quantize_outputs: Annotated[bool | None, "round what int8 or fp8 linears give, too; some kernels need it"] = None
     opset: Annotated[int | None, "ONNX opset; default: 20, or 22 for bf16"] = None
     trt: Annotated[bool | None, "build TensorRT engines (TensorRT-RTX ahead of time where there is no GPU)"] = None
     targets: Annotated[list[str] | None, "compute capabilities of TensorRT-RTX engines; default: 8.6 8.9 12.0"] = None

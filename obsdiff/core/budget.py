@@ -1,7 +1,7 @@
 """Which option to take of each item, so that together they save enough at least error: a multiple-choice knapsack.
 
 item     something of which exactly one option is taken (a group of units; a set of linears)
-option   a saving (multiply-accumulates), and the error that it costs
+option   a saving (multiply-accumulates, or time in units of `whole`), and the error that it costs
 cell     one step of the axis of savings on which the dynamic programme runs
 """
 
@@ -16,6 +16,16 @@ import torch
 
 CELLS: Final = 8192
 """Steps of the axis of savings, at most."""
+
+ROUNDING: Final = 1e-9
+"""Of the largest saving: a remainder below this is rounding."""
+
+MOST_PARTS: Final = 5e4
+"""Of the largest saving: a common divisor smaller than one of so many parts is not believed in. Euclid's steps lose as
+many times float64's 1e-16, so that the largest saving's number of parts is known to its cube times that: 0.01."""
+
+FINEST: Final = 2.0**-40
+"""Of the largest saving: the unit of savings that have no common divisor."""
 
 FAINTEST: Final = 1e-12
 """Errors below this count as this: the logarithm needs one, and float32 sees none smaller."""
@@ -39,14 +49,45 @@ def most(items: Sequence[Sequence[Option]]) -> int:
     return sum(max(option.saving for option in options) for options in items)
 
 
+def whole(savings: Sequence[float]) -> list[int]:
+    """Real savings as whole numbers, in a unit that all share.
+
+    Where there is a common divisor, as in a table by which time goes like multiply-accumulates, they count in it, so
+    that `choose` sees what it would see of those. Else they count in FINEST of the largest, rounded down.
+
+    Args:
+        savings: finite; what is below 0 saves nothing.
+    """
+    values = [max(saving, 0.0) for saving in savings]
+    largest = max(values, default=0.0)
+    if largest == 0:
+        return [0] * len(values)
+    divisor = 0.0
+    for index, value in enumerate(values):
+        divisor = _common_divisor(value, divisor, largest * ROUNDING)
+        if divisor:  # what Euclid's steps rounded is taken out again, so that it does not add up
+            divisor = (top := max(values[: index + 1])) / max(round(top / divisor), 1)
+    if divisor > largest / MOST_PARTS and all(abs(math.remainder(value, divisor)) < divisor / 1e3 for value in values):
+        return [round(value / divisor) for value in values]
+    return [math.floor(value / (largest * FINEST)) for value in values]
+
+
+def _common_divisor(a: float, b: float, zero: float) -> float:
+    """Euclid's, with remainders to the nearest multiple; what is below `zero` counts as none."""
+    while b > zero:
+        a, b = b, abs(math.remainder(a, b))
+    return a
+
+
 def choose(items: Sequence[Sequence[Option]], budget: int, *, cells: int = CELLS) -> list[int]:
     """The choice of least total error among those that save at least `budget`.
 
     f_i(j), the least error with which items i and later save j, is min over options of error + f_{i+1}(max(j - saving,
     0)). Errors may fall or rise with the saving, convex or not. The axis counts in the savings' greatest common divisor
-    where the budget then fits into `cells`: the result is the best one. Otherwise it counts in budget / cells and every
-    saving is rounded down to it: the budget is still met, and the error is at most that of the best choice which saves
-    len(items) * budget / cells more.
+    where the budget then fits into `cells`: the result is the best one. Otherwise it counts in the least multiple of
+    the divisor with which it fits, and every saving is rounded down to it: the budget is still met, and the error is at
+    most that of the best choice which saves len(items) * budget / cells more. Savings and budget of another unit give
+    the same choice.
 
     Args:
         items: the options of each, at least one.
@@ -64,7 +105,7 @@ def choose(items: Sequence[Sequence[Option]], budget: int, *, cells: int = CELLS
     unit = math.gcd(*(option.saving for options in items for option in options)) or 1
     needed = max(-(-budget // unit), 0)
     if needed > cells:
-        unit, needed = -(-budget // cells), cells
+        unit *= -(-needed // cells)
         needed = -(-budget // unit)
     savings = [[option.saving // unit for option in options] for options in items]
     if sum(map(max, savings)) < needed:  # only rounding stands between this and the budget

@@ -1,0 +1,183 @@
+"""What `whatif` asks about: the linears of a denoiser, the shapes they run at, and the widths they could be cut to.
+
+m, k, n   tokens (over all images of a call), inputs and outputs of a linear
+group     units that are removed together; producers lose outputs, consumers lose inputs
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final, Literal
+
+from obsdiff.groups import Group
+from obsdiff.job import Job, open_job
+from obsdiff.recipe import select
+from obsdiff.settings import Settings
+from obsdiff_export.linears import Shape, grouped, weights_of
+from obsdiff_runtime.bundle import MANIFEST, Bundle, open_bundle
+from obsdiff_runtime.errors import ConfigError
+
+Rounding = Literal["aligned", "paper", "whole"]
+
+CUTS: Final = (0.15, 0.20, 0.25, 0.30)
+"""Shares of units whose widths are timed, each as the paper rounds it and aligned."""
+
+DEEP_CUTS: Final = (0.5, 0.75)
+"""Shares timed aligned only, so that an allocation knows what groups that lose much gain."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutPlan:
+    """Every group of a kind cut alike.
+
+    Attributes:
+        kind: "heads" or "ffn".
+        share: of the kind's units that go, after rounding.
+        rounding: "aligned" to kernels' widths, "paper" for the nearest number of neurons, "whole" for heads.
+        shapes: linear -> what it runs then, of the linears that change.
+    """
+
+    kind: str
+    share: float
+    rounding: Rounding
+    shapes: Mapping[str, Shape]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A denoiser at a size.
+
+    Attributes:
+        model: what it is called.
+        family: of it.
+        component: its folder in a bundle, or in the pipeline.
+        shapes: linear -> what it runs, of those that can be pruned.
+        cuts: what could be cut, and what the linears would run then.
+        call: height, width, rows and text_tokens of a call.
+        job: the model by its configurations.
+        bundle: where the subject is one.
+    """
+
+    model: str
+    family: str
+    component: str
+    shapes: Mapping[str, Shape]
+    cuts: tuple[CutPlan, ...]
+    call: Mapping[str, int]
+    job: Job = field(repr=False)
+    bundle: Bundle | None = field(default=None, repr=False)
+
+    @property
+    def grouped(self) -> dict[Shape, tuple[str, ...]]:
+        """The linears of each distinct shape, what costs most first."""
+        return grouped(self.shapes)
+
+    @property
+    def narrower(self) -> dict[Shape, tuple[Shape, ...]]:
+        """Full shape -> the distinct narrower ones that it could become, the widest first."""
+        found: dict[Shape, set[Shape]] = {}
+        for cut in self.cuts:
+            for name, narrow in cut.shapes.items():
+                found.setdefault(self.shapes[name], set()).add(narrow)
+        return {shape: tuple(sorted(cuts, reverse=True)) for shape, cuts in found.items()}
+
+
+def subject_of(settings: Settings) -> Subject:
+    """The subject that the settings name: a bundle, or a model by its configurations alone.
+
+    Raises:
+        ConfigError, ModelError, BundleError: there is no such model or bundle, or a selection that leaves nothing.
+    """
+    bundle = _bundle(settings.model)
+    job = open_job(settings, sparsity_required=False)
+    linears, groups = select(
+        replace(job.recipe, protect_first=0, protect_last=0),
+        job.family.linears(job.denoiser),
+        job.family.groups(job.denoiser),
+    )
+    rows = 2 if job.recipe.sampling.guidance_scale > 1 else 1
+    positions = job.positions(job.denoiser)
+    widths = {linear.name: (linear.in_features, linear.out_features) for linear in linears}
+    if bundle is not None:
+        stored = _as_in_bundle(bundle, job.family.denoiser, widths)
+        widths, groups = stored, groups if stored == widths else ()  # of cut ones the units are not known
+    shapes = {name: Shape(rows * positions[name], k, n) for name, (k, n) in widths.items() if name in positions}
+    sampling = job.recipe.sampling
+    return Subject(
+        model=job.model,
+        family=job.family.name,
+        component=job.family.denoiser,
+        shapes=shapes,
+        cuts=_plans(groups, shapes, job.recipe.align),
+        call={
+            "height": sampling.height,
+            "width": sampling.width,
+            "rows": rows,
+            "text_tokens": job.text_tokens,
+        },
+        job=job,
+        bundle=bundle,
+    )
+
+
+def kept_units(group: Group, share: float, align: int) -> int:
+    """The units left of a group that loses this share: at least one, and neurons to the nearest multiple of `align`."""
+    exact = group.units - round(group.units * share)
+    if group.kind == "heads":
+        return max(exact, 1)
+    return min(max((exact + align // 2) // align, 1) * align, group.units)
+
+
+def _plans(groups: Sequence[Group], shapes: Mapping[str, Shape], align: int) -> tuple[CutPlan, ...]:
+    """The cuts worth timing; those in which nothing changes, or the same as in the one before, are left out."""
+    found: list[CutPlan] = []
+    for kind in ("heads", "ffn"):
+        of_kind = [group for group in groups if group.kind == kind]
+        for share in (*CUTS, *DEEP_CUTS):
+            roundings: dict[Rounding, int] = {"whole": 1} if kind == "heads" else {"aligned": align}
+            if kind == "ffn" and share in CUTS:
+                roundings["paper"] = 1
+            for rounding, to in roundings.items():
+                narrow = _cut(of_kind, shapes, share, to)
+                if narrow and all(narrow != other.shapes for other in found):
+                    gone = sum(group.units - kept_units(group, share, to) for group in of_kind)
+                    real = gone / sum(group.units for group in of_kind)
+                    found.append(CutPlan(kind=kind, share=real, rounding=rounding, shapes=narrow))
+    return tuple(sorted(found, key=lambda cut: (cut.kind, cut.share)))
+
+
+def _cut(groups: Sequence[Group], shapes: Mapping[str, Shape], share: float, align: int) -> dict[str, Shape]:
+    """Linear -> what it runs once the groups lost the share; linears that stay as they are left out."""
+    rows: Counter[str] = Counter()
+    columns: Counter[str] = Counter()
+    for group in groups:
+        lost = (group.units - kept_units(group, share, align)) * group.width
+        for producer in group.producers:
+            rows[producer.name] += lost * producer.parts
+        for consumer in group.consumers:
+            columns[consumer] += lost
+    return {
+        name: Shape(shape.m, shape.k - columns[name], shape.n - rows[name])
+        for name, shape in shapes.items()
+        if rows[name] or columns[name]
+    }
+
+
+def _bundle(model: str | None) -> Bundle | None:
+    folder = None if model is None else Path(model).expanduser()
+    if folder is None or not (folder / MANIFEST).is_file():
+        return None
+    return open_bundle(folder, verify="sizes")
+
+
+def _as_in_bundle(bundle: Bundle, component: str, widths: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """The widths in the bundle's graph, which may have been cut."""
+    stored = weights_of(bundle.onnx(component))
+    absent = [name for name in widths if name not in stored]
+    if absent:
+        raise ConfigError(
+            f"{bundle.root}: its {component} has no weight of {absent[0]} under that name; was its ONNX exported by "
+            "another program? Give the model instead of the bundle"
+        )
+    return {name: (stored[name].k, stored[name].n) for name in widths}
