@@ -63,8 +63,30 @@ class PatternReport:
     reads: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class StoredWeight:
+    """A constant operand of a MatMul or Gemm as it lies in the file.
+
+    Attributes:
+        name, node, dtype, reads: as in PatternReport.
+        k, n_out: widths.
+        bits: (n_out, k), the stored elements as unsigned integers, mapped where they are external; None for a type that
+            is not known here.
+        mask: the bits that are zero for a zero.
+    """
+
+    name: str
+    node: str
+    dtype: str
+    reads: str
+    k: int
+    n_out: int
+    bits: _Array | None
+    mask: int
+
+
 @dataclass(frozen=True)
-class _Weight:
+class _Operand:
     tensor: TensorProto
     node: str
     axis: int
@@ -86,14 +108,22 @@ def check(model_path: Path, n: int, m: int, expected: Collection[str] = ()) -> l
     """
     if not 0 < n < m:
         raise ConfigError(f"{n}:{m} is no pattern: N of every M are zero, and N is 1 to M-1")
-    try:
-        model = onnx.load(str(model_path), load_external_data=False)
-        weights = list(_weights(model.graph))
-        reports = [_report(weight, _bits(weight.tensor, model_path.parent), n, m) for weight in weights]
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{model_path}: cannot be read as a graph with its weights: {error}") from error
+    reports = [_report(weight, n, m) for weight in stored_weights(model_path)]
     _require(model_path, reports, f"{n}:{m}", expected)
     return reports
+
+
+def stored_weights(model_path: Path) -> list[StoredWeight]:
+    """Every constant 2-D operand of a MatMul or Gemm, in graph order.
+
+    Raises:
+        ExportError: the graph or its weights cannot be read.
+    """
+    try:
+        model = onnx.load(str(model_path), load_external_data=False)
+        return [_stored(operand, model_path.parent) for operand in _operands(model.graph)]
+    except Exception as error:  # protobuf's own among them
+        raise ExportError(f"{model_path}: cannot be read as a graph with its weights: {error}") from error
 
 
 def _require(path: Path, reports: list[PatternReport], pattern: str, expected: Collection[str]) -> None:
@@ -111,7 +141,7 @@ def _require(path: Path, reports: list[PatternReport], pattern: str, expected: C
         raise ExportError(f"{path}: {len(broken)} weights should be {pattern} in the graph and are not: {shown}")
 
 
-def _weights(graph: onnx.GraphProto) -> Iterator[_Weight]:
+def _operands(graph: onnx.GraphProto) -> Iterator[_Operand]:
     """Constant 2-D operands of MatMul and Gemm, with the axis of the stored tensor that is reduced."""
     constants = {tensor.name: tensor for tensor in graph.initializer}
     producers = {output: node for node in graph.node for output in node.output}
@@ -124,7 +154,7 @@ def _weights(graph: onnx.GraphProto) -> Iterator[_Weight]:
             if traced is not None and len(traced[0].dims) == 2:
                 tensor, turned = traced
                 reads = _source(node.input[1 - side], producers)
-                yield _Weight(tensor, node.name or node.output[0], reduced ^ turned, reads)
+                yield _Operand(tensor, node.name or node.output[0], reduced ^ turned, reads)
 
 
 def _source(name: str, producers: dict[str, onnx.NodeProto]) -> str:
@@ -173,30 +203,43 @@ def _bits(tensor: TensorProto, folder: Path) -> _Array | None:
     return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
 
 
-def _report(weight: _Weight, bits: _Array | None, n: int, m: int) -> PatternReport:
-    k, n_out = weight.tensor.dims[weight.axis], weight.tensor.dims[1 - weight.axis]
+def _stored(operand: _Operand, folder: Path) -> StoredWeight:
+    tensor, axis = operand.tensor, operand.axis
+    bits = _bits(tensor, folder)
+    return StoredWeight(
+        name=tensor.name.removesuffix(_SUFFIX),
+        node=operand.node,
+        dtype=onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).name,
+        reads=operand.reads,
+        k=tensor.dims[axis],
+        n_out=tensor.dims[1 - axis],
+        bits=bits if bits is None or axis == 1 else bits.T,
+        mask=_BITS[tensor.data_type][1] if bits is not None else 0,
+    )
+
+
+def _report(weight: StoredWeight, n: int, m: int) -> PatternReport:
     zeros, fewest = 0.0, 0
-    if bits is None:
-        reason = f"its element type {TensorProto.DataType.Name(weight.tensor.data_type)} is not known here"
+    if weight.bits is None:
+        reason = f"its element type {weight.dtype} is not known here"
     else:
-        mask = _BITS[weight.tensor.data_type][1]
-        zeros, fewest, where = _count(bits if weight.axis == 1 else bits.T, mask, m)
-        if k % m:
-            reason = f"its {k} inputs are not divisible by {m}"
+        zeros, fewest, where = _count(weight.bits, weight.mask, m)
+        if weight.k % m:
+            reason = f"its {weight.k} inputs are not divisible by {m}"
         elif fewest < n:
             reason = f"only {fewest} of {m} weights are zero at output {where[0]}, inputs from {where[1]}"
         else:
             reason = ""
     return PatternReport(
-        name=weight.tensor.name.removesuffix(_SUFFIX),
+        name=weight.name,
         node=weight.node,
-        k=k,
-        n_out=n_out,
+        k=weight.k,
+        n_out=weight.n_out,
         holds=not reason,
         zeros=zeros,
         reason=reason,
         pattern=f"{n}:{m}",
-        dtype=onnx.helper.tensor_dtype_to_np_dtype(weight.tensor.data_type).name,
+        dtype=weight.dtype,
         reads=weight.reads,
     )
 
