@@ -16,12 +16,14 @@ from typing import Any, Final
 
 import numpy as np
 
-from obsdiff_runtime.backends import profiles
+from obsdiff_runtime import shapes as profiles
 from obsdiff_runtime.backends.numbers import DTYPES, from_device, storage, to_device
-from obsdiff_runtime.backends.profiles import Profile, Range, Shape
 from obsdiff_runtime.bundle import TensorEntry
 from obsdiff_runtime.cuda import Cuda, Stream
 from obsdiff_runtime.errors import CompatibilityError, ConfigError, ObsdiffError, ResourceError, RunError
+from obsdiff_runtime.shapes import Profile, Range
+
+Shape = tuple[int, ...]
 
 VENDOR_NAMES: Final[Mapping[str, tuple[str, ...]]] = {
     "": ("ILogger", "Runtime", "TensorIOMode", "TensorLocation", "__version__"),
@@ -98,6 +100,7 @@ class TrtSession:
         self._name, self._messages, self.device = name, messages, device
         self._runtime, self._engine = runtime, engine  # the context needs both
         self._ports = _ports(vendor, engine, name, ports)
+        self._symbols = {port.name: port.shape for port in ports.values()}
         inputs = [entry for entry, is_input in self._ports if is_input]
         self.inputs = tuple(inputs)
         self.outputs = tuple(entry for entry, is_input in self._ports if not is_input)
@@ -220,8 +223,8 @@ class TrtSession:
         index = profiles.choose(self._profiles, shapes)
         if index is None:
             raise ConfigError(
-                f"{self._name} does not take these shapes; {profiles.explain(self._profiles, shapes)}. "
-                "Ask for another size, or build an engine that holds it: obsdiff build BUNDLE --profile SIZES"
+                f"{self._name}: {profiles.refusal(self._profiles, shapes, self._symbols)}. Ask for another size, or "
+                "build an engine that holds it: obsdiff build BUNDLE --profile SIZES"
             )
         self._stream.forget()
         self._shapes, self._warm = {}, False

@@ -28,14 +28,15 @@ def select(
     command = f"build one for this machine: obsdiff build {bundle}"
     if not entries:
         raise CompatibilityError(f"{component} of {bundle} has no engine; {command}")
-    reasons = {entry: _obstacle(entry, backend, version, device) for entry in entries}
+    reasons = []
     for entry in reversed(entries):
-        if not reasons[entry]:
+        reason = _obstacle(entry, backend, version, device)
+        if not reason:
             return entry
-    first = list(dict.fromkeys(f"{entry.path} {reasons[entry]}" for entry in reversed(entries)))
+        reasons.append(f"{entry.path} {reason}")
     raise CompatibilityError(
         f"no engine of {component} runs here, with {backend} {version} on {device.name} ({device.capability}): "
-        f"{'; '.join(first)}; {command}"
+        f"{'; '.join(reasons)}; {command}"
     )
 
 
@@ -58,6 +59,8 @@ def _obstacle(entry: EngineEntry, backend: str, version: str, device: Device) ->
         return f"was built by {entry.backend} {entry.backend_version} for compute capability {targets}"
     if not same_version(entry.backend_version, version):
         return f"was built by {entry.backend} {entry.backend_version}, and a plan loads in the version that built it"
+    if entry.refit == "stripped":
+        return "holds no weights, and none are put into engines here"
     return ""
 
 

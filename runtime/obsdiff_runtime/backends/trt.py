@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import logging
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,8 @@ from obsdiff_runtime.errors import BundleError, CompatibilityError, MissingPacka
 
 _LAST_MESSAGES: Final = 8
 
+log = logging.getLogger(__name__)
+
 
 class TensorRt:
     """The backend of one of the two packages; see `backends.Backend`."""
@@ -26,15 +29,20 @@ class TensorRt:
     def open_session(self, bundle: Bundle, component: str, *, threads: int | None = None) -> TrtSession:
         """`threads` is of no use here: the work is the GPU's."""
         vendor, driver = self.load()
-        entry = bundle.component(component)
+        entry, device = bundle.component(component), driver.device()
         engine = plans.select(
             entry.engines,
             backend=self.package,
             version=str(vendor.__version__),
-            device=driver.device(),
+            device=device,
             component=component,
             bundle=bundle.root,
         )
+        if engine.device not in ("", device.name):
+            log.warning(
+                "%s was tuned on %s and runs on %s; obsdiff build %s tunes it for this GPU",
+                component, engine.device, device.name, bundle.root,
+            )  # fmt: skip
         ports = {port.name: port for port in (*entry.inputs, *entry.outputs)}
         return self.open_plan(bundle.path(engine.path), name=component, ports=ports)
 

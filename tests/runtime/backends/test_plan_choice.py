@@ -9,7 +9,7 @@ from obsdiff_runtime.backends import backend
 from obsdiff_runtime.backends.plans import same_version, select
 from obsdiff_runtime.bundle import Bundle, ComponentEntry, Defaults, EngineEntry, FileEntry, Manifest, TensorEntry
 from obsdiff_runtime.cuda import Device
-from obsdiff_runtime.errors import CompatibilityError
+from obsdiff_runtime.errors import CompatibilityError, ConfigError
 
 HERE = Device(name="NVIDIA H200", capability="9.0", memory_bytes=1)
 
@@ -40,6 +40,7 @@ def test_the_newest_engine_for_this_machine_is_taken() -> None:
             "was built by tensorrt 10.3.0, and a plan loads in the version that built it",
         ),
         ({"backend": "tensorrt_rtx"}, "is for tensorrt_rtx"),
+        ({"refit": "stripped"}, "holds no weights, and none are put into engines here"),
     ],
 )
 def test_a_plan_for_another_machine_is_refused_with_the_command(changes: dict[str, Any], why: str) -> None:
@@ -74,9 +75,16 @@ def test_versions_are_compared_as_far_as_both_say(built: str, here: str, same: b
     assert same_version(built, here) is same
 
 
-def test_a_bundle_s_engine_runs_as_a_session(gpu: Any, plan: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_bundle_s_engine_runs_as_a_session(
+    gpu: Any, plan: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     engine = EngineEntry(
-        path="engines/toy/a.plan", key="a", backend="tensorrt", backend_version="10.3.0", targets=("9.0",)
+        path="engines/toy/a.plan",
+        key="a",
+        backend="tensorrt",
+        backend_version="10.3.0",
+        targets=("9.0",),
+        device="Another GPU",
     )
     plan(tmp_path / engine.path, profiles=[(1, 2, 4)])
     tensors = {
@@ -104,8 +112,11 @@ def test_a_bundle_s_engine_runs_as_a_session(gpu: Any, plan: Callable[..., Path]
     assert session.inputs == component.inputs
     assert session.outputs == component.outputs
     assert session.device == "Fake GPU (9.0)"
+    assert "toy was tuned on Another GPU and runs on Fake GPU" in caplog.text
     result = session.run({"x": np.ones((2, 3)), "k": np.full((2, 1), 3)})
     np.testing.assert_array_equal(result["y"], np.full((2, 3), 5.0))
+    with pytest.raises(ConfigError, match="toy: the engine does not take batch 5: its profile takes batch 1 to 4"):
+        session.run({"x": np.ones((5, 3)), "k": np.ones((5, 1))})
     gpu.capability = (8, 6)
     with pytest.raises(CompatibilityError, match=r"for compute capability 9.0; build one .*: obsdiff build"):
         backend("tensorrt").open_session(bundle, "toy")

@@ -141,8 +141,8 @@ def test_a_request_outside_every_profile_is_told_the_nearest(gpu: Any, plan: Pla
     with pytest.raises(ConfigError) as error:
         session.run(inputs(9))
     assert str(error.value) == (
-        "transformer does not take these shapes; the nearest of 2 profiles is 1: axis 0 of x is 9, it takes 4..8; "
-        "axis 0 of k is 9, it takes 4..8. It holds x (4..8, 3), k (4..8, 1). "
+        "transformer: the engine does not take axis 0 of x 9, axis 0 of k 9: the nearest of its 2 profiles (number 2) "
+        "takes axis 0 of x 4 to 8, axis 0 of k 4 to 8. "
         "Ask for another size, or build an engine that holds it: obsdiff build BUNDLE --profile SIZES"
     )
     feeds = inputs(8)
@@ -151,7 +151,7 @@ def test_a_request_outside_every_profile_is_told_the_nearest(gpu: Any, plan: Pla
 
 def test_a_wrong_rank_is_named(gpu: Any, plan: PlanWriter, tmp_path: Path) -> None:
     session = TENSORRT.open_plan(plan(tmp_path / "a.plan", profiles=[(1, 1, 2)]))
-    with pytest.raises(ConfigError, match=r"x should have 2 axes, not 3: \(1, 1, 3\)"):
+    with pytest.raises(ConfigError, match="x has 3 axes, the engine takes 2"):
         session.run({**inputs(1), "x": np.zeros((1, 1, 3))})
 
 
@@ -160,7 +160,9 @@ def test_an_engine_of_one_shape_takes_that(gpu: Any, plan: PlanWriter, tmp_path:
     assert session.inputs[0].shape == (2, 3)
     feeds = inputs(2)
     np.testing.assert_array_equal(session.run(feeds)["y"], expected(feeds))
-    with pytest.raises(ConfigError, match="the engine's profile: axis 0 of x is 3, it takes 2"):
+    with pytest.raises(
+        ConfigError, match="does not take axis 0 of x 3, axis 0 of k 3: its profile takes axis 0 of x 2"
+    ):
         session.run(inputs(3))
 
 
