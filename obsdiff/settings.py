@@ -93,6 +93,29 @@ class Settings:
     opset: Annotated[int | None, "ONNX opset; default: 20, or 22 for bf16"] = None
     trt: Annotated[bool | None, "build TensorRT engines (TensorRT-RTX ahead of time where there is no GPU)"] = None
     targets: Annotated[list[str] | None, "compute capabilities of TensorRT-RTX engines; default: 8.6 8.9 12.0"] = None
+    builder: Annotated[
+        str | None, "tensorrt, tensorrt_rtx, onnxruntime or onnxruntime_tensorrt; default: the TensorRT that is here"
+    ] = None
+    profile: Annotated[
+        list[str] | None, "sizes that engines take, such as 512,768x512,1024@1-4 (pixels@images); default: the served"
+    ] = None
+    min_shapes: Annotated[str | None, "smallest shapes by input instead, as trtexec spells them: name:1x16x64x64"] = (
+        None
+    )
+    opt_shapes: Annotated[str | None, "shapes that kernels are timed at; default: the largest"] = None
+    max_shapes: Annotated[str | None, "largest shapes"] = None
+    refit: Annotated[
+        str | None, "yes: weights can be swapped without a rebuild; stripped: and the plan holds none; default: no"
+    ] = None
+    weight_streaming: Annotated[bool | None, "let weights stay in host memory, for a GPU that is too small"] = None
+    optimization_level: Annotated[int | None, "0 (quickest build) to 5 (quickest engine); default: the builder's"] = (
+        None
+    )
+    require_sparse: Annotated[bool | None, "exit with 6 unless sparse kernels are proven to run"] = None
+    cache_dir: Annotated[str | None, "engines are kept here for other bundles; default: OBSDIFF_CACHE or ~/.cache"] = (
+        None
+    )
+    no_cache: Annotated[bool | None, "neither take engines from the cache nor keep them there"] = None
     eval_prompts: Annotated[
         int | None, "held-out prompts for the comparison; default: 16, or 32 on the shipped one"
     ] = None
@@ -146,6 +169,19 @@ def validate(values: Mapping[str, Any]) -> Settings:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"{where}: {first['msg'].lower()}, got {first['input']!r}") from None
+
+
+def given_as(settings: Settings | None, more: Mapping[str, Any]) -> Settings:
+    """Settings with keywords laid over them, types checked; a list of one may be given as its only item.
+
+    Raises:
+        ConfigError: an unknown key (names the nearest) or a value of the wrong type.
+    """
+    values = {} if settings is None else {field: getattr(settings, field) for field in FIELDS}
+    for key, value in more.items():
+        is_list = key in FIELDS and "list[" in str(FIELDS[key].type)
+        values[key] = [value] if is_list and isinstance(value, str) else value
+    return validate(values)
 
 
 def save(settings: Settings, path: Path) -> None:

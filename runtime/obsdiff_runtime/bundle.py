@@ -61,7 +61,7 @@ class EngineEntry:
     backend_version: str
     targets: tuple[str, ...] = ()
     device: str = ""
-    profiles: tuple[Mapping[str, Range], ...] = ()
+    profiles: tuple[Mapping[str, Range], ...] = field(default=(), hash=False)
     sparse_requested: bool = False
     refit: str = "no"
     weight_streaming: bool = False
@@ -71,13 +71,20 @@ class EngineEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class ComponentEntry:
-    """A network of the pipeline; `onnx` is its graph, relative to the bundle, `dtype` that of its weights."""
+    """A network of the pipeline.
+
+    Attributes:
+        onnx: its graph, relative to the bundle.
+        dtype: of its weights, or of what is around those that have eight bits.
+        precision: "int8" or "fp8" where its linears compute in it, else the dtype; "" in older bundles.
+    """
 
     onnx: str
     dtype: str
     inputs: tuple[TensorEntry, ...]
     outputs: tuple[TensorEntry, ...]
     engines: tuple[EngineEntry, ...] = ()
+    precision: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
