@@ -8,12 +8,17 @@ with the flag meets the fastest without it in a pass of their own, which decides
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Final, Generic, Literal, Protocol, TypeVar
 
+import numpy as np
+
 from obsdiff_export.decision import FLOOR, Decision, between_builds, decide, not_measured, spread
+from obsdiff_export.judging import IGNORES
+from obsdiff_runtime.backends.trt import RTX, TENSORRT
 from obsdiff_runtime.decoding import encode
 from obsdiff_runtime.errors import ConfigError, ObsdiffError
 from obsdiff_runtime.progress import Progress, silent
@@ -28,6 +33,8 @@ BUILDS: Final = 3
 ROUNDS: Final = 40
 WARMUP: Final = 10
 
+_BACKENDS: Final = {backend.package: backend for backend in (TENSORRT, RTX)}
+
 
 class Built(Protocol):
     """What is built: `build.Engine`, or anything else with a key."""
@@ -36,7 +43,15 @@ class Built(Protocol):
     def key(self) -> str: ...
 
 
+class Plan(Built, Protocol):
+    """An engine in a file of its own."""
+
+    @property
+    def path(self) -> Path: ...
+
+
 E = TypeVar("E", bound=Built)
+P = TypeVar("P", bound=Plan)
 
 BuildEngine = Callable[[Variant, int], E]
 """(variant, repeat) -> engine. Repeats of a variant are builds of the same. Raises an ObsdiffError where it cannot."""
@@ -180,6 +195,46 @@ def timed_by(
             return interleaved(runs, rounds, warmup, progress)
 
     return run_all
+
+
+def timing_here(
+    backend: str,
+    inputs: Mapping[str, np.ndarray[Any, Any]],
+    *,
+    rounds: int = ROUNDS,
+    warmup: int = WARMUP,
+    progress: Progress = silent,
+) -> TimeEngines[P] | str:
+    """What times plans on this GPU, as `compare_engines` wants it; or why there is nothing to time.
+
+    A run computes from inputs that lie on the GPU already: nothing is copied.
+
+    Args:
+        backend: the builder's name.
+        inputs: of one call at the served size, by name.
+        rounds: that count.
+        warmup: rounds before that do not.
+        progress: told of stage "bench".
+    """
+    if backend in IGNORES:
+        return IGNORES[backend]
+    if backend not in _BACKENDS:
+        return f"engines of {backend} are not timed here, those of {', '.join(_BACKENDS)} are"
+    runtime = _BACKENDS[backend]
+    obstacle = runtime.obstacle()
+    if obstacle:
+        return obstacle
+
+    @contextmanager
+    def open_run(engine: P) -> Iterator[Callable[[], object]]:
+        session = runtime.open_plan(engine.path)
+        try:
+            session.run(inputs)
+            yield session.rerun
+        finally:
+            session.close()
+
+    return timed_by(open_run, rounds=rounds, warmup=warmup, progress=progress)
 
 
 class _Contest(Generic[E]):

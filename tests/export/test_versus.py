@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from obsdiff_export.decision import between_builds, decide
-from obsdiff_export.versus import TimeEngines, Variant, Versus, compare_engines, timed_by
+from obsdiff_export.versus import TimeEngines, Variant, Versus, compare_engines, timed_by, timing_here
+from obsdiff_runtime.backends.trt import TENSORRT
 from obsdiff_runtime.errors import BuildError, CompatibilityError, ConfigError, ObsdiffError
 from obsdiff_runtime.timing import Comparison
 
@@ -259,3 +260,31 @@ def test_engines_are_unloaded_where_one_does_not_load() -> None:
     with pytest.raises(ObsdiffError, match="no memory"):
         timed_by(open_run)({"sparse": Plan("s", 1), "pruned": Plan("p", 1)})
     assert events == ["unloaded"]
+
+
+def test_a_builder_that_ignores_the_flag_needs_no_timing() -> None:
+    assert "ignores" in str(timing_here("tensorrt_rtx", {}))
+    assert "engines of openvino are not timed here, those of tensorrt" in str(timing_here("openvino", {}))
+
+
+def test_plans_are_timed_without_copies_and_unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+
+    class Session:
+        def run(self, inputs: Mapping[str, np.ndarray]) -> None:
+            events.append(f"run with {list(inputs)}")
+
+        def rerun(self) -> None:
+            events.append("rerun")
+
+        def close(self) -> None:
+            events.append("close")
+
+    monkeypatch.setattr(TENSORRT, "obstacle", lambda: "no GPU")
+    assert timing_here("tensorrt", {}) == "no GPU"
+    monkeypatch.setattr(TENSORRT, "obstacle", lambda: "")
+    monkeypatch.setattr(TENSORRT, "open_plan", lambda path: events.append(f"open {path}") or Session())
+    timing = timing_here("tensorrt", {"x": np.zeros(1)}, rounds=2, warmup=0)
+    assert not isinstance(timing, str)
+    assert list(timing({"sparse": Plan("s", 1)})) == ["sparse"]
+    assert events == ["open a.plan", "run with ['x']", "rerun", "rerun", "close"]
