@@ -11,7 +11,8 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from obsdiff import card, costs, delivery, facts, gates, report
+from obsdiff import card, costs, delivery, engines, facts, gates, report
+from obsdiff.engines import Order
 from obsdiff.evaluation import Evaluation, ImagePair, figure_names
 from obsdiff.evaluation import evaluate as run_pairs
 from obsdiff.gates import Gate
@@ -23,7 +24,7 @@ from obsdiff.measurements import Counts, LatencyPair, NotMeasured, Report, Stage
 from obsdiff.pruning import Pruned
 from obsdiff.settings import Settings
 from obsdiff.sparsity import NM
-from obsdiff_export.builders.request import Builder
+from obsdiff_export.quantizing import Quantization, imitated
 from obsdiff_runtime.bundle import Defaults as BundleDefaults
 from obsdiff_runtime.bundle import Manifest, write_manifest
 from obsdiff_runtime.errors import ConfigError
@@ -77,6 +78,7 @@ def compare(
     scales: Sequence[float] = (),
     dense_scores: Mapping[float, float] | None = None,
     keep_images: int | None = None,
+    quantization: Quantization | None = None,
 ) -> tuple[Evaluation | NotMeasured, tuple[ImagePair, ...]]:
     """Dense against pruned on the prompts.
 
@@ -90,8 +92,9 @@ def compare(
         scales: guidance scales to judge both models at beside the job's own.
         dense_scores: the dense model's, by guidance scale, where an earlier comparison found them.
         keep_images: how many picture pairs are returned; None for all.
+        quantization: of the pruned denoiser, whose weights are rounded: it is compared as it will compute.
     """
-    if not pruned.kept and not any(layer.zeros for layer in pruned.layers):
+    if quantization is None and not pruned.kept and not any(layer.zeros for layer in pruned.layers):
         return NotMeasured(why="nothing was pruned"), ()
     if not prompts:
         return NotMeasured(why="no prompts to compare on were asked for (--eval-prompts 0)"), ()
@@ -100,21 +103,22 @@ def compare(
     judges = Judges(obeys=obedience_of(job.defaults)) if judges is None else judges
     sampled = dataclasses.replace(job.recipe.sampling, seed=job.recipe.sampling.seed + EVALUATION_SEED)
     same: Any = {"dense": dense, "pruned": pruned.denoiser, "prompts": prompts, "sampling": sampled}
-    evaluation, images = run_pairs(
-        pruned.pipeline, job.family, **same, judges=judges, keep_images=keep_images, progress=progress
-    )
-    if scales and judges.first is not None:
-        sweep = sweep_guidance(
-            pruned.pipeline,
-            job.family,
-            **same,
-            fixed=_fixed(evaluation, judges.first[0]),
-            scales=scales,
-            judge=judges.first,
-            dense_scores=dense_scores,
-            progress=progress,
+    with imitated(pruned.denoiser, quantization):
+        evaluation, images = run_pairs(
+            pruned.pipeline, job.family, **same, judges=judges, keep_images=keep_images, progress=progress
         )
-        evaluation = dataclasses.replace(evaluation, guidance=sweep)
+        if scales and judges.first is not None:
+            sweep = sweep_guidance(
+                pruned.pipeline,
+                job.family,
+                **same,
+                fixed=_fixed(evaluation, judges.first[0]),
+                scales=scales,
+                judge=judges.first,
+                dense_scores=dense_scores,
+                progress=progress,
+            )
+            evaluation = dataclasses.replace(evaluation, guidance=sweep)
     return evaluation, images
 
 
@@ -163,11 +167,12 @@ def deliver(
     pruned: Pruned,
     dense: nn.Module,
     folder: Path,
-    builder: Builder | None,
+    order: Order | None,
     stages: Stages,
     progress: Progress,
+    quantization: Quantization | None = None,
 ) -> Delivery:
-    """Writes ONNX, engines and the rest into `folder`."""
+    """Writes ONNX, engines (where some are ordered) and the rest into `folder`."""
     sampled, scale = job.recipe.sampling, vae_scale(job.configs)
     pattern = job.recipe.sparsity.pattern
     with stages("export and compare with torch"):
@@ -179,6 +184,7 @@ def deliver(
             settings,
             pruned=[layer.name for layer in pruned.layers if layer.pattern == str(pattern)],
             expected=pattern if isinstance(pattern, NM) else None,
+            quantization=quantization,
             progress=progress,
         )
         delivery.copy_rest(pruned.pipeline, folder)
@@ -195,20 +201,18 @@ def deliver(
             opset=settings.opset,
             progress=progress,
         )
-    sizes = delivery.sizes_of(sampled, text_tokens=job.text_tokens, vae_scale=scale)
-    if builder is not None:
+    sizes = engines.sizes_of(sampled, text_tokens=job.text_tokens, vae_scale=scale)
+    if order is not None:
         with stages("build engines"):
-            engines = delivery.build_engines(
+            built = engines.build_engines(
                 {item.model.name: item.model.path for item in components},
                 folder,
-                sizes,
-                builder=builder,
-                targets=settings.targets or (),
-                sparse=job.family.denoiser,
-                patterns=denoiser.patterns,
+                engines.served(sizes, str(job.configs["model_index"]["_class_name"]), job.configs[job.family.denoiser]),
+                order,
+                denoiser=job.family.denoiser,
                 progress=progress,
             )
-        components = tuple(dataclasses.replace(item, engines=(engines[item.model.name],)) for item in components)
+        components = tuple(dataclasses.replace(item, engines=(built[item.model.name],)) for item in components)
     return Delivery(
         dense_bytes=dense_bytes,
         pruned_bytes=denoiser.model.bytes,
@@ -230,7 +234,7 @@ def report_of(
         return facts.counts(denoiser, costs.macs(denoiser, job.positions(denoiser)), size)
 
     components = finished.components
-    engines = tuple(delivery.built(item.model.name, engine) for item in components for engine in item.engines)
+    built = tuple(engines.built(item.model.name, engine) for item in components for engine in item.engines)
     return Report(
         obsdiff_version=__version__,
         model=job.model,
@@ -243,7 +247,7 @@ def report_of(
         pruned=counts(pruned.denoiser, finished.pruned_bytes),
         layers=pruned.layers,
         components=tuple(item.report() for item in components) or _NOTHING_EXPORTED,
-        engines=engines or NotMeasured(why="no engines were asked for; --trt builds them"),
+        engines=built or NotMeasured(why="no engines were asked for; --trt builds them"),
         latency=(finished.latency,) if isinstance(finished.latency, LatencyPair) else finished.latency,
         evaluation=evaluation,
         stages=tuple(stages),

@@ -1,7 +1,7 @@
 """From a pipeline to a bundle's content: ONNX folders, engines, manifest entries."""
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -10,21 +10,20 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from obsdiff.engines import engine_entry
 from obsdiff.families import Family
-from obsdiff.measurements import BuiltEngine, ExportedComponent, LatencyPair, NotMeasured
+from obsdiff.measurements import ExportedComponent, LatencyPair, NotMeasured
 from obsdiff.recipe import Sampling
 from obsdiff.settings import Settings
 from obsdiff.sparsity import NM
-from obsdiff_export import onnx, parity, pattern, receipt
-from obsdiff_export.build import Engine, build
-from obsdiff_export.builders.request import Builder, Flags
+from obsdiff_export import onnx, parity, pattern
+from obsdiff_export.build import Engine
 from obsdiff_export.component import Component
 from obsdiff_export.onnx import OnnxModel
 from obsdiff_export.pattern import PatternReport
-from obsdiff_export.ports import read_ports
-from obsdiff_export.profiles import Size, profiles_for
+from obsdiff_export.quantizing import Quantization
 from obsdiff_runtime.backends.ort import open_graph
-from obsdiff_runtime.bundle import ComponentEntry, EngineEntry, TensorEntry
+from obsdiff_runtime.bundle import ComponentEntry, TensorEntry
 from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.progress import Progress, silent
 from obsdiff_runtime.timing import time_interleaved
@@ -47,7 +46,7 @@ class Delivered:
     def report(self) -> ExportedComponent:
         return ExportedComponent(
             name=self.model.name,
-            dtype=self.model.dtype,
+            dtype=in_words(self.model),
             bytes_on_disk=self.model.bytes,
             max_error=self.max_error,
         )
@@ -56,12 +55,18 @@ class Delivered:
         return ComponentEntry(
             onnx=self.model.path.relative_to(root).as_posix(),
             dtype=self.model.dtype,
+            precision=self.model.precision,
             inputs=tuple(TensorEntry(name=port.name, dtype=port.dtype, shape=port.shape) for port in self.model.inputs),
             outputs=tuple(
                 TensorEntry(name=port.name, dtype=port.dtype, shape=port.shape) for port in self.model.outputs
             ),
             engines=tuple(engine_entry(engine, root) for engine in self.engines),
         )
+
+
+def in_words(model: OnnxModel) -> str:
+    """What a graph computes in: "float16", or "fp8 in float16" where only its linears have eight bits."""
+    return model.dtype if model.precision == model.dtype else f"{model.precision} in {model.dtype}"
 
 
 def dtype_of(component: str, settings: Settings) -> torch.dtype:
@@ -87,6 +92,7 @@ def deliver(
     *,
     pruned: Sequence[str],
     expected: NM | None,
+    quantization: Quantization | None = None,
     progress: Progress = silent,
 ) -> tuple[Delivered, ...]:
     """Exports every component, compares it with torch, and checks the pattern in the denoiser's graph.
@@ -99,6 +105,7 @@ def deliver(
         settings: dtype and opset.
         pruned: linears whose weights must hold the pattern.
         expected: the pattern, where there is one.
+        quantization: of the denoiser, whose weights are rounded.
         progress: told component by component.
 
     Raises:
@@ -109,8 +116,11 @@ def deliver(
     for index, component in enumerate(components):
         progress("export", index, len(components), component.name)
         dtype = dtype_of(component.name, settings)
-        model = onnx.export(component, folder / component.name, dtype=dtype, opset=settings.opset)
-        error = parity.compare(component, model).max_relative_error
+        rounding = quantization if component.name == family.denoiser else None
+        model = onnx.export(
+            component, folder / component.name, dtype=dtype, opset=settings.opset, quantization=rounding
+        )
+        error = parity.compare(component, model, quantization=rounding).max_relative_error
         reports: list[PatternReport] = []
         if component.name == family.denoiser and expected is not None:
             names = [f"{name}.weight" for name in pruned]
@@ -126,84 +136,6 @@ def copy_rest(pipeline: DiffusionPipeline, folder: Path) -> None:
     for name, component in pipeline.components.items():
         if component is not None and (name.startswith("tokenizer") or name == "scheduler"):
             component.save_pretrained(folder / name)
-
-
-def sizes_of(sampling: Sampling, *, text_tokens: int, vae_scale: int) -> dict[str, Size]:
-    """What every dynamic axis is at the served size: one image, with guidance if there is any, or up to four."""
-    rows = 2 if sampling.guidance_scale > 1 else 1
-    return {
-        "batch": (1, rows, 4 * rows),
-        "height": sampling.height // vae_scale,
-        "width": sampling.width // vae_scale,
-        "image_height": sampling.height,
-        "image_width": sampling.width,
-        "text_tokens": text_tokens,
-        "sequence": sampling.max_sequence_length or 256,
-    }
-
-
-def build_engines(
-    graphs: Mapping[str, Path],
-    folder: Path,
-    sizes: Mapping[str, Size],
-    *,
-    builder: Builder,
-    targets: Sequence[str],
-    sparse: str | None,
-    patterns: Sequence[PatternReport] = (),
-    progress: Progress = silent,
-) -> dict[str, Engine]:
-    """One engine for each component.
-
-    Args:
-        graphs: component -> its ONNX file.
-        folder: the bundle; engines go to engines/<component>/.
-        sizes: of the dynamic axes.
-        builder: from choose_builder.
-        targets: compute capabilities; empty for the builder's own choice.
-        sparse: the component that may use sparse tactics.
-        patterns: verdicts on that component's weights.
-        progress: told component by component.
-    """
-    engines = {}
-    for index, (name, graph) in enumerate(graphs.items()):
-        progress("build", index, len(graphs), name)
-        inputs, _ = read_ports(graph)
-        engines[name] = build(
-            graph,
-            folder / "engines" / name,
-            builder=builder,
-            profiles=profiles_for(inputs, [sizes]),
-            flags=Flags(sparse=name == sparse),
-            targets=targets,
-            patterns=patterns if name == sparse else (),
-        )
-    progress("build", len(graphs), len(graphs))
-    return engines
-
-
-def engine_entry(engine: Engine, root: Path) -> EngineEntry:
-    return EngineEntry(
-        path=engine.path.relative_to(root).as_posix(),
-        key=engine.key,
-        backend=engine.backend,
-        backend_version=engine.backend_version,
-        targets=engine.targets,
-        sparse_requested=engine.sparse_requested,
-        sparsity=receipt.sparsity_statement(receipt.load(engine.receipt_path)),
-        receipt=engine.receipt_path.relative_to(root).as_posix(),
-    )
-
-
-def built(name: str, engine: Engine) -> BuiltEngine:
-    return BuiltEngine(
-        component=name,
-        backend=f"{engine.backend} {engine.backend_version}",
-        targets=engine.targets,
-        sparsity=receipt.sparsity_statement(receipt.load(engine.receipt_path)),
-        bytes_on_disk=engine.bytes,
-        seconds=engine.seconds,
-    )
 
 
 def time_denoisers(
@@ -256,7 +188,7 @@ def time_denoisers(
     pair = LatencyPair.of(
         timings,
         what="one denoiser call",
-        backend=f"ONNX Runtime on the CPU, {pruned.dtype}",
+        backend=f"ONNX Runtime on the CPU, {in_words(pruned)}",
         shape=f"{rows} x {sampling.height}x{sampling.width} pixels, {text_tokens} text tokens",
     )
     return pair, model.bytes

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import tomllib
 
@@ -134,6 +134,12 @@ class Settings:
         default=None, metadata={"flag": False}
     )
 
+
+ENGINES: Final = (
+    *("builder", "targets", "profile", "min_shapes", "opt_shapes", "max_shapes", "refit", "weight_streaming"),
+    *("optimization_level", "require_sparse", "cache_dir", "no_cache"),
+)
+"""The fields that are about engines."""
 
 FIELDS: dict[str, "dataclasses.Field[Any]"] = {f.name: f for f in dataclasses.fields(Settings)}
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from obsdiff import card, checkpoint, delivery, launch, pruning, ranks
+from obsdiff import card, checkpoint, delivery, engines, launch, pruning, ranks
 from obsdiff.bundling import Stages, compare, deliver, finish, gates_of, obedience_of, report_of, scales_of
 from obsdiff.comparison import evaluate as evaluate
 from obsdiff.comparison import hold, layers_of
+from obsdiff.engines import Order, order_of
+from obsdiff.engines import build as build
 from obsdiff.evaluation import check_size
-from obsdiff.families.table import FAMILIES
 from obsdiff.folders import check_free, new_folder
 from obsdiff.gates import Gate
 from obsdiff.job import (
@@ -35,30 +36,34 @@ from obsdiff.judges import judges_of
 from obsdiff.loading import LoadedPipeline
 from obsdiff.measurements import Report
 from obsdiff.planning import Plan
+from obsdiff.precision import fitting, format_of, quantizable, quantize, separate
 from obsdiff.pruning import Pruned
 from obsdiff.recipe import evaluation_prompts, prompts_digest
 from obsdiff.resolving import resolve
-from obsdiff.settings import Settings
+from obsdiff.settings import ENGINES, Settings, given_as
 from obsdiff.sparsity import parse
-from obsdiff_export.build import choose_builder
+from obsdiff_export import receipt
 from obsdiff_export.onnx import checked_opset
 from obsdiff_export.parity import require_onnxruntime
-from obsdiff_runtime.bundle import EngineEntry, open_bundle, write_manifest
-from obsdiff_runtime.errors import CompatibilityError, ConfigError
+from obsdiff_export.receipt import Receipt
+from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.progress import Progress, silent
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """A finished bundle, and the gates it is to be held to."""
+    """A finished bundle, the gates it is to be held to, and the receipts that are to prove its sparsity, if any are."""
 
     folder: Path
     report: Report
     gates: tuple[Gate, ...] = ()
+    required: tuple[Receipt, ...] | None = None
 
     def hold(self) -> None:
-        """Raises QualityError where a gate fails; the bundle stays, so that it can be looked at."""
+        """Raises QualityError or SparsityProofError where it fails; the bundle stays, so that it can be looked at."""
         hold(self.gates, self.report, self.folder)
+        if self.required is not None:
+            receipt.require_sparse(self.required)
 
     def to_json(self) -> dict[str, Any]:
         return {"folder": str(self.folder), **self.report.to_json()}
@@ -77,7 +82,7 @@ def plan(settings: Settings, *, before: Path | None = None, force: bool = False)
     """
     if before is not None:
         check_free(before, force=force)
-    return open_job(settings).plan()
+    return open_job(separate(settings)).plan()
 
 
 def prune(
@@ -149,38 +154,44 @@ def prune_to_folder(
 
 
 def export(
-    settings: Settings,
-    output: Path,
+    model: Settings | str | Path | None = None,
+    output: Path | str | None = None,
     *,
     force: bool = False,
     resume: bool = False,
     command: str | None = None,
     progress: Progress = silent,
+    **more: Any,
 ) -> Exported:
-    """`obsdiff export`, the main job: prune, shrink, ONNX, engines, verify, measure, bundle.
+    """The main job: prune, shrink, ONNX, engines, verify, measure, bundle: `export(output="out", sparsity="2:4")`.
 
     Args:
-        settings: what is asked for; without a sparsity the model is exported as it is.
+        model: what `obsdiff export` takes, or all settings; without a sparsity the model is exported as it is.
         output: the bundle's folder.
         force: replace an earlier result.
         resume: go on after the last finished package of a killed run.
         command: what the user typed, for the report.
         progress: told of every stage.
+        **more: the flags of `obsdiff export`.
 
     Raises:
         ObsdiffError: one of its kinds; nothing half-written is left.
         Finished: this is another than the first of several ranks, and the pruning is done.
     """
+    settings = separate(_asked(model, more))
+    format = format_of(settings)
+    if output is None:
+        raise ConfigError("export writes a folder: name it, as in export(output='sd35m')")
+    output = Path(output)
     check_free(output, force=force)
     require_onnxruntime()
-    if settings.targets and not settings.trt:
-        raise ConfigError("--targets says what engines are built for, and none are without --trt")
-    builder = choose_builder() if settings.trt else None
-    if builder is not None:
-        builder.targets(settings.targets or ())
+    order = fitting(_order_of(settings), settings)
     for part in ("denoiser", "vae"):
-        checked_opset(delivery.dtype_of(part, settings), settings.opset)
+        quantized = format is not None and part == "denoiser"
+        checked_opset(delivery.dtype_of(part, settings), settings.opset, quantized=quantized)
     job = open_job(settings, sparsity_required=False)
+    if format is not None:
+        quantizable(job.family.linears(job.denoiser), job.recipe.keep_float)
     held_out = evaluation_prompts(settings, job.defaults.prompts)
     if held_out:
         check_size(job.recipe.sampling)
@@ -198,57 +209,54 @@ def export(
         dense = copy.deepcopy(loaded.denoiser)
     with stages("calibrate and prune"):
         pruned = _prune(loaded, job, stored, journal, progress)
+    rounding = None
+    if format is not None:
+        with stages("quantize"):
+            dtype = delivery.dtype_of(job.family.denoiser, settings)
+            rounding = quantize(pruned.pipeline, job.family, job.recipe, format, dtype=dtype, progress=progress)
+    quantization = None if rounding is None else rounding.quantization
     with stages("verify"):
-        evaluation, images = compare(job, pruned, dense, held_out, progress, judges=judges, scales=scales)
+        evaluation, images = compare(
+            job, pruned, dense, held_out, progress, judges=judges, scales=scales, quantization=quantization
+        )
     if settings.sparsity is None and loaded.manifest is not None:  # pruned by an earlier run: say and check what it is
         recipe = dataclasses.replace(job.recipe, sparsity=parse(loaded.manifest.sparsity))
         job = dataclasses.replace(job, recipe=recipe)
         pruned = dataclasses.replace(pruned, layers=layers_of(loaded.manifest))
     with new_folder(output, force=force) as folder:
-        finished = deliver(job, settings, pruned, dense, folder, builder, stages, progress)
+        finished = deliver(job, settings, pruned, dense, folder, order, stages, progress, quantization)
         found = dataclasses.replace(
             report_of(job, pruned, dense, finished, evaluation, stages.done),
             command=command,
             licence=card.licence_of(loaded.folder),
+            quantized=() if rounding is None else rounding.linears,
+            notes=() if rounding is None else (rounding.note(),),
         )
         finish(folder, job, found, images, finished)
+        built = [engine for item in finished.components for engine in item.engines]
+        required = engines.receipts(built) if order is not None and order.require_sparse else None
     journal.remove()
-    return Exported(folder=output, report=found, gates=gates)
+    return Exported(folder=output, report=found, gates=gates, required=required)
 
 
-def build(
-    bundle: Path, *, targets: Sequence[str] | None = None, progress: Progress = silent
-) -> tuple[EngineEntry, ...]:
-    """`obsdiff build`: engines for this machine from a bundle's ONNX; the manifest lists them."""
-    builder = choose_builder()
-    opened = open_bundle(bundle)
-    manifest = opened.manifest
-    family = FAMILIES.get(manifest.family)
-    if family is None:
-        raise CompatibilityError(f"{bundle}: family {manifest.family} is unknown here; there are {', '.join(FAMILIES)}")
-    shape = manifest.recipe
-    sizes = shape.get("sizes")
-    if not isinstance(sizes, dict):
-        raise ConfigError(f"{bundle}: the manifest says nothing of the sizes it was exported for; export it again")
-    engines = delivery.build_engines(
-        {name: opened.onnx(name) for name in manifest.components},
-        bundle,
-        {name: tuple(size) if isinstance(size, list) else size for name, size in sizes.items()},
-        builder=builder,
-        targets=targets or (),
-        sparse=family.denoiser,
-        progress=progress,
-    )
-    entries = {name: delivery.engine_entry(engine, bundle) for name, engine in engines.items()}
-    components = {
-        name: dataclasses.replace(
-            component,
-            engines=(*(old for old in component.engines if old.key != entries[name].key), entries[name]),
-        )
-        for name, component in manifest.components.items()
-    }
-    write_manifest(bundle, dataclasses.replace(manifest, components=components))
-    return tuple(entries.values())
+def _asked(model: Settings | str | Path | None, more: dict[str, Any]) -> Settings:
+    if isinstance(model, Settings):
+        return given_as(model, more)
+    return given_as(None, more if model is None else {"model": str(model), **more})
+
+
+def _order_of(settings: Settings) -> Order | None:
+    """The order for engines, None where none are to be built.
+
+    Raises:
+        ConfigError: a flag for engines without --trt.
+    """
+    if settings.trt:
+        return order_of(settings)
+    for name in ENGINES:
+        if getattr(settings, name):
+            raise ConfigError(f"--{name.replace('_', '-')} is about engines, and none are built without --trt")
+    return None
 
 
 def _prune(loaded: LoadedPipeline, job: Job, stored: torch.dtype, journal: FolderJournal, progress: Progress) -> Pruned:

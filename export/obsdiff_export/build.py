@@ -221,7 +221,8 @@ def _build(folder: Path, scratch: Path, job: _Job, cache: Cache | None, patterns
         known = cache.timings(job.timings)
         if known is not None:
             Path(request.timing_cache).write_bytes(known)
-    answer = process.run(request, job.builder, folder / f"{job.key}{_ROLES['log']}")
+    failed = cache.log(job.key) if cache is not None else folder / f"{job.key}{_ROLES['log']}"
+    answer = process.run(request, job.builder, failed)
     if cache is not None and request.timing_cache is not None and Path(request.timing_cache).exists():
         cache.store_timings(job.timings, Path(request.timing_cache).read_bytes())
     paths = {

@@ -2,6 +2,7 @@
 
     engines/<key>/      entry.json: what lies here, with sha256; plan, log, layers.json, data
     timings/<name>      what a builder measured on one GPU: sha256, then the builder's own bytes
+    logs/<key>.log      of the last build of an engine that failed
 
 An engine's key is a hash of all that went into it, so an entry is never out of date: it is whole, or damaged, and a
 damaged one is taken out and built again. Everything is written beside and renamed. Of two processes that store the same
@@ -114,6 +115,10 @@ class Cache:
                 new.replace(path)
         except OSError as error:
             _log.warning("%s: the builder's timings were not kept: %s", path, error)
+
+    def log(self, key: str) -> Path:
+        """Where the log of a build that failed is kept: a bundle that is being written is gone then."""
+        return self.root / "logs" / f"{key}.log"
 
     def _timings(self, name: str) -> Path:
         return self.root / "timings" / re.sub(r"[^\w.]+", "-", name)

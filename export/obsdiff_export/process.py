@@ -1,5 +1,6 @@
 """The process that one engine is built in, and what its end means."""
 
+import logging
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ import obsdiff_runtime.errors
 from obsdiff_export.builders.request import DISK_FULL, Answer, Builder, Request
 from obsdiff_runtime.errors import BuildError, CompatibilityError, ObsdiffError, ResourceError
 
+_log = logging.getLogger(__name__)
 _TAIL_LINES: Final = 8
 _NO_ROOM_BYTES: Final = 1 << 20
 """With less than this free, a process that died without an answer is taken to have died of it."""
@@ -44,7 +46,7 @@ def run(request: Request, builder: Builder, log: Path) -> Answer:
         return _answer(request, builder, log, code)
     except (BuildError, ResourceError) as error:
         if not isinstance(error, _DiskFullError):
-            log_in(scratch).replace(log)
+            _keep(log_in(scratch), log)
         raise
 
 
@@ -73,6 +75,14 @@ def environment(builder: Builder) -> dict[str, str]:
     return {**os.environ, **builder.environment, "PYTHONPATH": os.pathsep.join([*roots, *inherited])}
 
 
+def _keep(written: Path, log: Path) -> None:
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(written, log)
+    except OSError as error:  # what is to be told is the build's failure
+        _log.warning("%s: the log of the build was not kept: %s", log, error)
+
+
 def _wait(command: list[str], sink: int, variables: dict[str, str]) -> int:
     """The exit code; the process ends with this one, because it reads a pipe that we hold."""
     with subprocess.Popen(
@@ -91,11 +101,11 @@ def _failure(request: Request, builder: Builder, log: Path, code: int, answer: A
     what = _what(request, builder)
     failure = answer.failure if answer is not None else ""
     told = answer.message if answer is not None else ""
-    free = shutil.disk_usage(log.parent).free
+    free = shutil.disk_usage(Path(request.answer).parent).free
     if failure == "incompatible":
         return CompatibilityError(f"{what}: {told}")
     if failure == "disk" or code == DISK_FULL or (answer is None and free < _NO_ROOM_BYTES):
-        room = f"{free:,} bytes are free at {log.parent}"
+        room = f"{free:,} bytes are free at {Path(request.answer).parent.parent}"
         return _DiskFullError(f"{what}: the disk, or a quota on it, is full ({room}); make room and repeat")
     if failure == "memory" or code == -signal.SIGKILL:
         return ResourceError(
@@ -107,10 +117,9 @@ def _failure(request: Request, builder: Builder, log: Path, code: int, answer: A
     how = f"was ended by signal {_name(-code)}" if code < 0 else f"ended with exit code {code}"
     if code == 0:
         how = "ended without an answer"
-    lines = (
-        log_in(Path(request.answer).parent).read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
-    )
-    return BuildError(f"{what}: its process {how}. The last lines of {log}:\n" + "\n".join(lines))
+    said = log_in(Path(request.answer).parent).read_text(encoding="utf-8", errors="replace").splitlines()
+    last = "\n".join(said[-_TAIL_LINES:])
+    return BuildError(f"{what}: its process {how}. The last lines of {log}:\n{last}")
 
 
 def _what(request: Request, builder: Builder) -> str:

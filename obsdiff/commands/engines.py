@@ -5,22 +5,30 @@ from typing import Annotated
 
 import typer
 
-from obsdiff.command import Run, verb
+from obsdiff.command import Run, option, verb
+from obsdiff.settings import ENGINES
 
 
 @verb(
     "build",
-    ("targets",),
+    ENGINES,
     bundle=(Annotated[Path, typer.Argument(help="A bundle.")], ...),
+    component=option(list[str] | None, "--component", text="Only this one's engine; repeatable."),
 )
 def build(run: Run) -> None:
     """Engines for this machine, from the bundle's ONNX."""
-    from obsdiff import verbs
+    from obsdiff import engines
 
-    engines = verbs.build(run.options["bundle"], targets=run.settings.targets, progress=run.progress)
+    built = engines.build(
+        run.options["bundle"], run.settings, components=run.options["component"] or (), progress=run.progress
+    )
 
     def show() -> None:
-        for engine in engines:
-            print(f"{engine.path}  {engine.backend} {engine.backend_version}\n    {engine.sparsity}")
+        from rich.console import Console
 
-    run.print_result({"engines": [vars(engine) for engine in engines]}, show)
+        console = Console(soft_wrap=True)
+        for line in engines.lines(built):
+            console.print(line, highlight=False, markup=False)
+
+    run.print_result(built.to_json(), show)
+    built.hold()

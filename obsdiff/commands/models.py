@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from obsdiff.command import Run, option, verb
-from obsdiff.commands.engines import ENGINES
+from obsdiff.settings import ENGINES
 
 MODEL = ("revision", "variant", "device")
 PRUNE = (
@@ -17,7 +17,7 @@ PRUNE = (
     *("fast", "draws", "trajectory_steps", "kept_steps"),
 )
 SAMPLE = ("steps", "guidance_scale", "height", "width", "max_sequence_length", "batch_size", "seed")
-DELIVER = ("trt", "targets", "precision", "keep_float", "quantize_outputs", "dtype", "opset")
+DELIVER = ("trt", *ENGINES, "precision", "keep_float", "quantize_outputs", "dtype", "opset")
 QUALITY = (
     *("eval_prompts", "eval_prompts_file", "clip_model", "lpips", "fid_reference", "judge"),
     *("guidance_sweep", "fail_if"),

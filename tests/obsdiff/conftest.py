@@ -42,6 +42,12 @@ def _quiet_and_single_threaded() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test takes engines from the user's cache, nor leaves any there."""
+    monkeypatch.setenv("OBSDIFF_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 def sd3_transformer(**changes: Any) -> SD3Transformer2DModel:
     """Three blocks of 4 heads of 8; the last one drops its text."""
     config: dict[str, Any] = {

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import obsdiff
-from obsdiff import delivery, verbs
+from obsdiff import engines, verbs
 from obsdiff.checkpoint import pruned_manifest
 from obsdiff.cli import main
 from obsdiff.settings import Settings
@@ -171,9 +171,9 @@ def test_a_bundle_is_measured_without_torch(bundle: Path, tmp_path: Path) -> Non
 @needs_rtx
 def test_engines_are_added_to_a_bundle_in_place(bundle: Path, tmp_path: Path) -> None:
     before = open_bundle(bundle).manifest
-    engines = verbs.build(bundle, targets=["8.9"])
+    built = verbs.build(bundle, targets=["8.9"])
     after = open_bundle(bundle).manifest  # every file as listed
-    assert len(engines) == len(before.components)
+    assert len(built.entries) == len(built.engines) == len(before.components)
     for name, component in after.components.items():
         assert [engine.targets for engine in component.engines] == [("8.9",)], name
         assert "ignores it" in component.engines[0].sparsity
@@ -194,11 +194,16 @@ def test_a_build_that_dies_half_way_leaves_the_bundle_valid(bundle: Path, monkey
         raise BuildError("the builder crashed")
 
     class Any8:
+        name = "any"
+
         def targets(self, asked: Any) -> tuple[str, ...]:
             return tuple(asked)
 
-    monkeypatch.setattr(delivery, "build", build)
-    monkeypatch.setattr(verbs, "choose_builder", Any8)
+        def check(self, flags: Any, targets: Any) -> None:
+            pass
+
+    monkeypatch.setattr(engines, "build_one", build)
+    monkeypatch.setattr(engines, "choose_builder", lambda name: Any8())
     with pytest.raises(BuildError):
         verbs.build(bundle)
     assert (bundle / "obsdiff.json").read_bytes() == before
@@ -370,7 +375,6 @@ def test_a_pipeline_in_memory_without_a_denoiser_is_an_error(build_pipeline: Cal
 
 
 def test_a_bundle_of_an_unknown_family_gets_no_engines(bundle: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(verbs, "FAMILIES", {})
-    monkeypatch.setattr(verbs, "choose_builder", lambda: None)
+    monkeypatch.setattr(engines, "FAMILIES", {})
     with pytest.raises(CompatibilityError, match="family sd3 is unknown here"):
         verbs.build(bundle)

@@ -18,6 +18,8 @@ Log = Callable[[str, str], None]
 Refit = Literal["no", "yes", "stripped"]
 """Whether an engine's weights can be replaced: no; yes; or they must be, because the plan holds none."""
 
+REFITS: Final[tuple[Refit, ...]] = ("no", "yes", "stripped")
+
 Failure = Literal["refused", "incompatible", "memory", "disk"]
 
 DISK_FULL: Final = 74
