@@ -33,16 +33,22 @@ def build(question: str) -> dict[str, Any]:
         raise RuntimeError(logger.words("the parser refused the graph"))
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)
-    if target != "here":
-        config.num_compute_capabilities = 1
-        capability = getattr(trt.ComputeCapability, f"SM{target.replace('.', '')}", None)
-        if capability is None or not config.set_compute_capability(capability, 0):
-            raise RuntimeError(f"it does not build for {target}")
+    if target != "here" and not _aim(trt, config, target):
+        raise RuntimeError(f"it does not build for {target}")
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise RuntimeError(logger.words("the builder gave no plan"))
     ran = _run(trt, logger, plan) if target == "here" else None
     return {"bytes": plan.nbytes, "error": ran}
+
+
+def _aim(trt: Any, config: Any, target: str) -> bool:
+    """Sets the one compute capability to build for, where the builder takes any but that of its own GPU."""
+    if not hasattr(config, "set_compute_capability"):
+        return False
+    capability = getattr(trt.ComputeCapability, f"SM{target.replace('.', '')}", None)
+    config.num_compute_capabilities = 1
+    return capability is not None and bool(config.set_compute_capability(capability, 0))
 
 
 def _run(trt: Any, logger: Any, plan: Any) -> float | None:
