@@ -147,7 +147,7 @@ def require_sparse(receipts: Iterable[Receipt]) -> None:
 
     Engines without any 2:4 weights, such as a VAE's, are left out. Of the others each must have one linear or more that
     is proven to run on a sparse kernel, and no witness that contradicts another: a builder seldom chooses sparse
-    kernels for all of them.
+    kernels for all of them. An engine without the flag may stand beside a proven one of its component, to compare with.
 
     Raises:
         SparsityProofError: an engine's sparsity is not proven, or there is none to prove.
@@ -158,7 +158,13 @@ def require_sparse(receipts: Iterable[Receipt]) -> None:
         looked = f"{len(asked)} {'engine was' if len(asked) == 1 else 'engines were'} looked at, and none has weights"
         what = f"{looked} that are 2:4" if asked else "there is no engine"
         raise SparsityProofError(f"no proof of sparsity: {what}; prune with --sparsity 2:4 and build with TensorRT")
-    failed = [receipt for receipt in pruned if receipt.proof.verdict != "active"]
+    proven = {receipt.component for receipt in pruned if receipt.proof.verdict == "active"}
+    failed = [
+        receipt
+        for receipt in pruned
+        if receipt.proof.verdict != "active"
+        and not (receipt.proof.verdict == "not requested" and receipt.component in proven)
+    ]
     if failed:
         said = "; ".join(_unproven(receipt) for receipt in failed)
         raise SparsityProofError(

@@ -109,6 +109,13 @@ def test_proven_engines_pass_and_those_without_sparse_weights_do_not_count():
     require_sparse([vae, receipt_of()])
 
 
+def test_a_dense_twin_may_stand_beside_a_proven_engine_but_not_alone():
+    twin = receipt_of(log="", sparse_requested=False)
+    require_sparse([receipt_of(), twin])
+    with pytest.raises(SparsityProofError, match="2 x the engine was built without the sparse flag"):
+        require_sparse([twin])
+
+
 def test_an_unproven_engine_is_an_error_with_exit_code_6_that_says_why():
     with pytest.raises(SparsityProofError, match="no proof of sparsity for 1 of 2 pruned engines") as raised:
         require_sparse([receipt_of(), receipt_of(log="", component="unet")])
