@@ -9,7 +9,7 @@ from typing import Annotated, Final
 import typer
 
 from obsdiff.command import Verb
-from obsdiff.commands import bundles, doctor, engines, models
+from obsdiff.commands import bundles, doctor, engines, inspection, models
 from obsdiff_runtime.version import __version__
 
 VERBS: Final[tuple[Verb, ...]] = (
@@ -21,6 +21,7 @@ VERBS: Final[tuple[Verb, ...]] = (
     bundles.bench,
     bundles.generate,
     doctor.doctor,
+    inspection.inspect,
 )
 
 app = typer.Typer(

@@ -10,7 +10,7 @@ and witnesses that contradict each other prove nothing either: both are "unknown
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from obsdiff_export.judging import IGNORES, Case, LayerProof, Verdict
 from obsdiff_export.layers import layers_of_inspector, layers_of_log
@@ -64,6 +64,11 @@ class Proof:
     def count(self, verdict: Verdict) -> int:
         """Linears of a verdict."""
         return sum(layer.verdict == verdict for layer in self.layers)
+
+    def counts(self) -> dict[str, int]:
+        """Linears by verdict, the best one first; without those that none has."""
+        found = {verdict: self.count(verdict) for verdict in get_args(Verdict)}
+        return {verdict: linears for verdict, linears in found.items() if linears}
 
     @property
     def holding(self) -> int:
