@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from obsdiff.evaluation import Evaluation
-from obsdiff.results import LayerResult
+from obsdiff.results import LayerResult, QuantizedLinear
 from obsdiff_runtime.timing import Comparison, Latency, Timings
 
 Verdict = Literal["faster", "slower", "no different", "unknown"]
@@ -149,6 +149,7 @@ class Report:
         licence: of the base model where known, as its card says it: license, license_name, license_link.
         latency: one entry or more, the most telling one first.
         notes: what the user should know, in plain sentences.
+        quantized: what `--precision` made of each linear of the blocks; empty where it was not asked for.
     """
 
     obsdiff_version: str
@@ -167,6 +168,7 @@ class Report:
     evaluation: Evaluation | NotMeasured
     stages: tuple[Stage, ...]
     notes: tuple[str, ...] = ()
+    quantized: tuple[QuantizedLinear, ...] = ()
     command: str | None = None
     licence: Mapping[str, str] = field(default_factory=dict)
 

@@ -21,12 +21,14 @@ from torch import nn
 
 from obsdiff import ranges, streaming
 from obsdiff.core import scales
+from obsdiff.engines import Order
 from obsdiff.families import Family
 from obsdiff.groups import LinearSpec
 from obsdiff.ranges import Rule, Stream, Streams
 from obsdiff.recipe import Recipe
+from obsdiff.results import QuantizedLinear
 from obsdiff.settings import Settings
-from obsdiff_export.formats import FORMATS, Format, stored_scale
+from obsdiff_export.formats import FORMATS, NEEDS, Format, stored_scale, targets_for
 from obsdiff_export.quantizing import LinearScales, Quantization
 from obsdiff_runtime.errors import CalibrationError, ConfigError
 from obsdiff_runtime.progress import Progress, silent
@@ -36,24 +38,6 @@ log = logging.getLogger(__name__)
 DTYPES: Final = ("fp32", "fp16", "bf16")
 RULE: Final[Rule] = "error"
 """How far activations reach, unless told: benchmarks/precision.py compares."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuantizedLinear:
-    """What became of one linear.
-
-    Attributes:
-        precision: "int8", "fp8" or "float".
-        weight_error, input_error: shares of the output's energy that rounding weights and inputs loses, on the
-            calibration tokens, taking inputs for uncorrelated; None where nothing was rounded.
-        reason: why it stayed in float, where it did.
-    """
-
-    name: str
-    precision: str
-    weight_error: float | None = None
-    input_error: float | None = None
-    reason: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +89,19 @@ def format_of(settings: Settings) -> Format | None:
     return None
 
 
+def fitting(order: Order | None, settings: Settings) -> Order | None:
+    """The order for engines, for those of its targets that compute in what the settings ask for.
+
+    Raises:
+        CompatibilityError: a target that the user named does not, or none does.
+    """
+    if order is None:
+        return None
+    formats = [name for name in (settings.precision, settings.dtype) if name in NEEDS]
+    asked = order.targets if settings.targets else ()
+    return dataclasses.replace(order, targets=targets_for(asked, order.targets, formats))
+
+
 def _check_part(part: str, text: str) -> None:
     names = (*DTYPES, *FORMATS)
     if part and (part[0].isdigit() or part[0] == "." or ":" in part):
@@ -153,7 +150,7 @@ def quantize(
     """
     denoiser: nn.Module = getattr(pipeline, family.denoiser)
     every = family.linears(denoiser)
-    chosen = _chosen(every, recipe.keep_float)
+    chosen = quantizable(every, recipe.keep_float)
     _check_weights(denoiser, chosen)
     calls = streaming.record(pipeline, family, dataclasses.replace(recipe, draws=1), progress)
     streams = ranges.observe(
@@ -171,7 +168,12 @@ def quantize(
     )
 
 
-def _chosen(linears: Sequence[LinearSpec], patterns: Iterable[str]) -> tuple[LinearSpec, ...]:
+def quantizable(linears: Sequence[LinearSpec], patterns: Iterable[str]) -> tuple[LinearSpec, ...]:
+    """The linears that no pattern of --keep-float leaves out.
+
+    Raises:
+        ConfigError: a pattern matches nothing, or nothing is left.
+    """
     names = [linear.name for linear in linears]
     kept: set[str] = set()
     for pattern in patterns:

@@ -45,6 +45,24 @@ class Sensitivity:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QuantizedLinear:
+    """What `--precision` made of one linear.
+
+    Attributes:
+        precision: "int8", "fp8" or "float".
+        weight_error, input_error: shares of the output's energy that rounding weights and inputs loses, on the
+            calibration tokens, taking inputs for uncorrelated; None where nothing was rounded.
+        reason: why it stayed in float, where it did.
+    """
+
+    name: str
+    precision: str
+    weight_error: float | None = None
+    input_error: float | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class PackageResult:
     """What a package or a block changed: new tensors by parameter name, kept units by group, and the record.
 

@@ -6,6 +6,7 @@
 Rounding is that of ONNX's QuantizeLinear: to the nearest code, ties to even, beyond the largest code to that code.
 """
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -68,9 +69,9 @@ def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def can_compute(target: str, format: str) -> bool:
-    """Whether a compute capability ("8.9") has kernels for a format ("fp8")."""
-    major, minor = (int(part) for part in target.split("."))
-    return (major, minor) >= NEEDS.get(format, (0, 0))
+    """Whether a compute capability ("8.9") has kernels for a format ("fp8"). Of other targets nothing is known."""
+    found = re.fullmatch(r"(\d+)\.(\d+)", target)
+    return found is None or (int(found[1]), int(found[2])) >= NEEDS.get(format, (0, 0))
 
 
 def targets_for(asked: Sequence[str], usual: Sequence[str], formats: Collection[str]) -> tuple[str, ...]:
