@@ -52,6 +52,38 @@ def lines(curves: Mapping[str, Sequence[float]], *, x: str, y: str, first: int =
     return _svg(marks, x, y)
 
 
+def bars(series: Mapping[str, Sequence[float]], *, labels: Sequence[str], x: str, y: str) -> str:
+    """Bars from zero, side by side for each label, in the colours of classes k0, k1, ... (KINDS); 0 leaves a gap.
+
+    Args:
+        series: by name, values of equal number; none negative.
+        labels: of the places; tooltips have them whole, the axis numbers them 1, 2, ...
+        x: names the axis across.
+        y: names the axis upwards.
+
+    Raises:
+        ValueError: no values, or one that is negative or not finite.
+    """
+    for values in series.values():
+        _check(values, least=0.0)
+    ticks = linear_ticks(max(max(values) for values in series.values()))
+    marks = [_grid(tick / ticks[-1], f"{tick:g}") for tick in ticks]
+    slot = (WIDTH - LEFT - RIGHT) / len(labels)
+    width = min(slot * 0.8 / len(series), 40.0)
+    for place, label in enumerate(labels):
+        middle = LEFT + (place + 0.5) * slot
+        if place % max(1, math.ceil(len(labels) / 20)) == 0:
+            marks.append(_text(middle, HEIGHT - BOTTOM + 16, str(place + 1), "middle"))
+        for index, (name, values) in enumerate(series.items()):
+            left, top = middle + (index - len(series) / 2) * width, _up(values[place] / ticks[-1])
+            title = escape(f"{label}, {name}: {values[place]:.3g}")
+            marks.append(
+                f'<g class="k{index % KINDS}"><rect class="cell" x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" '
+                f'height="{_up(0) - top:.1f}"><title>{title}</title></rect></g>'
+            )
+    return _svg(marks, x, y)
+
+
 def heat(rows: Sequence[Sequence[float]], *, labels: Sequence[str], x: str, y: str) -> str:
     """A field of cells, the darker the larger, on a logarithmic scale; the first row is at the bottom.
 

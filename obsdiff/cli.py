@@ -9,7 +9,7 @@ from typing import Annotated, Final
 import typer
 
 from obsdiff.command import Verb
-from obsdiff.commands import bundles, doctor, engines, inspection, models
+from obsdiff.commands import bundles, doctor, engines, inspection, models, whatif
 from obsdiff_runtime.version import __version__
 
 VERBS: Final[tuple[Verb, ...]] = (
@@ -17,6 +17,7 @@ VERBS: Final[tuple[Verb, ...]] = (
     models.prune,
     models.plan,
     engines.build,
+    whatif.whatif,
     models.evaluate,
     bundles.bench,
     bundles.generate,

@@ -1,0 +1,183 @@
+"""What `whatif` found, as tables on a terminal and as a page with charts that asks nothing of the network."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Final
+
+from markupsafe import Markup
+
+from obsdiff import charts
+from obsdiff.measurements import NotMeasured
+from obsdiff.templates import FOLDER, environment
+from obsdiff.whatif import CutRow, ShapeRow, Step, WhatIf
+from obsdiff.wording import ABSENT, milliseconds, percent
+from obsdiff_runtime.version import __version__
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Cells = tuple[str, ...]
+
+SHAPES: Final[Cells] = (
+    "#",
+    "linears",
+    "such as",
+    "tokens",
+    "inputs",
+    "outputs",
+    "dense",
+    "2:4",
+    "gain",
+    "share",
+    "2:4 is",
+)
+CUTS: Final[Cells] = ("#", "cut", "of the units", "rounded", "linears before", "after", "gain", "if it went like MACs")
+STEPS: Final[Cells] = ("one denoiser call", "median", "gain", "95 %")
+STYLES: Final = {"worth it": "green", "not worth it": "red", "within noise": "yellow", "not measured": "dim"}
+
+
+def shape_cells(found: WhatIf) -> list[Cells]:
+    """A line for each shape, under SHAPES."""
+    return [(str(i), *_shape(row, found.estimate)) for i, row in enumerate(found.rows, 1)]
+
+
+def cut_cells(found: WhatIf) -> list[Cells]:
+    """A line for each cut, under CUTS."""
+    return [(str(i), *_cut(row, found.estimate)) for i, row in enumerate(found.cuts, 1)]
+
+
+def step_cells(found: WhatIf) -> list[Cells]:
+    """A line for each whole call, under STEPS."""
+    return [_step(step) for step in found.steps]
+
+
+def tables(found: WhatIf) -> "list[Table]":
+    """For a terminal; the title of the first says what was measured or that it is an estimate."""
+    from rich import box
+    from rich.table import Table
+
+    blocks = [(found.title, SHAPES, shape_cells(found)), (_cut_title(found), CUTS, cut_cells(found))]
+    blocks.append(("end to end", STEPS, step_cells(found)))
+    made = []
+    for title, headings, rows in blocks:
+        if not rows:
+            continue
+        table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+        for heading in headings:
+            text = heading in ("such as", "cut", "rounded", "2:4 is", "one denoiser call")
+            table.add_column(heading, justify="left" if text else "right", overflow="fold")
+        for row in rows:
+            styled = f"[{STYLES[row[-1]]}]{row[-1]}[/]" if row[-1] in STYLES else row[-1]
+            table.add_row(*row[:-1], styled)
+        made.append(table)
+    return made
+
+
+def page(found: WhatIf, command: str | None) -> str:
+    """The same as one HTML page.
+
+    Args:
+        found: what to show.
+        command: that made it; None from Python.
+    """
+    table = found.table
+    return (
+        environment(escape=True)
+        .get_template("whatif.html.j2")
+        .render(
+            style=Markup((FOLDER / "report.css").read_text(encoding="utf-8")),
+            version=__version__,
+            found=found,
+            table=table,
+            command=command,
+            blocks=[
+                (heading, headings, rows)
+                for heading, headings, rows in (
+                    ("By shape", SHAPES, shape_cells(found)),
+                    (_cut_title(found).capitalize(), CUTS, cut_cells(found)),
+                    ("End to end", STEPS, step_cells(found)),
+                )
+                if rows
+            ],
+            shape_chart=_shape_chart(found.rows, found),
+            sparse=any(row.sparse_ms is not None for row in found.rows),
+            cut_chart=_cut_chart(found.cuts, found),
+        )
+    )
+
+
+def _shape(row: ShapeRow, estimate: bool) -> Cells:
+    gain = ABSENT
+    if row.ratio is not None:
+        gain = f"at most {row.ratio:.2f}x" if estimate else f"{row.ratio:.2f}x"
+        gain += f" ({row.low:.2f} to {row.high:.2f})" if row.low is not None and row.high is not None else ""
+    return (
+        str(row.linears),
+        row.example,
+        *(str(size) for size in (row.shape.m, row.shape.k, row.shape.n)),
+        _ms(row.dense_ms, estimate),
+        _ms(row.sparse_ms, estimate),
+        gain,
+        ABSENT if row.share is None else percent(row.share),
+        row.verdict,
+    )
+
+
+def _cut(row: CutRow, estimate: bool) -> Cells:
+    return (
+        {"heads": "heads", "ffn": "FFN neurons"}[row.kind],
+        percent(row.share),
+        {"aligned": "to aligned widths", "paper": "as the paper", "whole": "whole heads"}[row.rounding],
+        _ms(row.dense_ms, estimate),
+        _ms(row.cut_ms, estimate),
+        ABSENT if row.ratio is None else f"{row.ratio:.2f}x",
+        f"{row.macs_ratio:.2f}x",
+    )
+
+
+def _step(step: Step) -> Cells:
+    if isinstance(step.ms, NotMeasured):
+        return step.name, f"{ABSENT}: {step.ms.why}", "", ""
+    comparison = step.comparison
+    if comparison is None:
+        return step.name, milliseconds(step.ms), "", ""
+    low, high = comparison.low, comparison.high
+    interval = "too few rounds" if low is None or high is None else f"{low:.2f} to {high:.2f}"
+    if low is not None and high is not None and low <= 1 <= high:
+        interval += ", no difference beyond noise"
+    return step.name, milliseconds(step.ms), f"{comparison.speedup:.2f}x", interval
+
+
+def _ms(value: float | None, estimate: bool) -> str:
+    if value is None:
+        return ABSENT
+    return f"at least {milliseconds(value)}" if estimate else milliseconds(value)
+
+
+def _cut_title(found: WhatIf) -> str:
+    return f"{'ESTIMATE: ' if found.estimate else ''}narrower, all blocks alike, without 2:4"
+
+
+def _shape_chart(rows: Sequence[ShapeRow], found: WhatIf) -> Markup:
+    bars = {"dense": [row.linears * (row.dense_ms or 0.0) for row in rows]}
+    if any(row.sparse_ms is not None for row in rows):
+        bars["2:4"] = [row.linears * (row.sparse_ms or 0.0) for row in rows]
+    return _chart(bars, [f"{row.linears} of {row.shape}" for row in rows], "linears of a shape", found)
+
+
+def _cut_chart(rows: Sequence[CutRow], found: WhatIf) -> Markup | None:
+    if not rows:
+        return None
+    bars = {
+        "after the cut": [row.cut_ms or 0.0 for row in rows],
+        "if it went like MACs": [(row.dense_ms or 0.0) / row.macs_ratio for row in rows],
+    }
+    return _chart(bars, [f"{row.kind} {percent(row.share)} {row.rounding}" for row in rows], "cut", found)
+
+
+def _chart(bars: Mapping[str, Sequence[float]], labels: Sequence[str], x: str, found: WhatIf) -> Markup:
+    """Bars with a legend; the axis says whether it is an estimate."""
+    y = "ms, ESTIMATE" if found.estimate else "ms in a call"
+    drawn = charts.bars(bars, labels=labels, x=x, y=y)
+    legend = "".join(f'<span class="k{index}">{escape(name)}</span>' for index, name in enumerate(bars))
+    return Markup(f'<p class="legend">{legend}</p><div class="scroll">{drawn}</div>')

@@ -1,0 +1,83 @@
+"""The work of the verb `whatif`: what is asked about, what it is timed on, within a budget of minutes."""
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from time import perf_counter
+from typing import Final
+
+from obsdiff import whatif, whatif_steps
+from obsdiff.measurements import NotMeasured
+from obsdiff.settings import Settings
+from obsdiff.subject import Subject, subject_of
+from obsdiff.whatif import Step, WhatIf
+from obsdiff.whatif_backends import Place, dtype_of, place_of
+from obsdiff_export import roofline
+from obsdiff_runtime.errors import ConfigError
+from obsdiff_runtime.progress import Progress, silent
+
+LINEARS: Final = 0.6
+"""Of the budget, for single linears; the rest is for whole calls."""
+
+
+def run(
+    settings: Settings,
+    *,
+    minutes: float = 5.0,
+    shapes_only: bool = False,
+    gpu: str | None = None,
+    backend: str = "auto",
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> WhatIf:
+    """Answers whether 2:4 is worth it, on which linears, and which widths are.
+
+    Args:
+        settings: the model or bundle, the size and the rest.
+        minutes: to spend on timing; exporting and building engines take what they take.
+        shapes_only: single linears alone: nothing is loaded, configurations suffice.
+        gpu: estimate for this GPU from published peaks, and time nothing.
+        backend: "auto", "tensorrt", "torch" or "cpu".
+        threads: of ONNX Runtime; None: all cores.
+        progress: told of the stages.
+
+    Raises:
+        ConfigError, ModelError, BundleError: what was asked for cannot be.
+        CompatibilityError: the backend cannot run here.
+        RunError: nothing could be timed.
+    """
+    if not 0 < minutes < 24 * 60:
+        raise ConfigError(f"--minutes {minutes:g}: must be more than 0 and less than a day")
+    if gpu is not None:
+        card = roofline.gpu(gpu)
+        dtype = dtype_of(settings, "fp16", "fp16", "bf16", "int8", "fp8")
+        roofline.peak(card, dtype)
+        return whatif.estimate(subject_of(settings), card, dtype)
+    started = perf_counter()
+    with tempfile.TemporaryDirectory(prefix="obsdiff-") as scratch:
+        place = place_of(backend, settings, threads=threads, folder=Path(scratch))
+        subject = subject_of(settings)
+        seconds = 60 * minutes
+        own = seconds if shapes_only else LINEARS * seconds
+        found = whatif.explore(subject, place.measurer, seconds=own, progress=progress)
+        if shapes_only:
+            return found
+        left = max(seconds - (perf_counter() - started), (1 - LINEARS) * seconds)
+        return _with_steps(found, _steps(subject, settings, place, left, progress), place)
+
+
+def _steps(subject: Subject, settings: Settings, place: Place, seconds: float, progress: Progress) -> tuple[Step, ...]:
+    if isinstance(place.runner, str):
+        return (Step(name=whatif_steps.DENSE, ms=NotMeasured(why=place.runner)),)
+    return whatif_steps.time_steps(subject, settings, place.runner, seconds=seconds, progress=progress)
+
+
+def _with_steps(found: WhatIf, steps: tuple[Step, ...], place: Place) -> WhatIf:
+    """The findings with whole calls, and how much of one the timed linears are."""
+    notes = found.notes
+    dense = next((step.ms for step in steps if step.name == whatif_steps.DENSE), None)
+    times = [(row.dense_ms, row.linears) for row in found.rows]
+    if isinstance(dense, float) and all(ms is not None for ms, _ in times):
+        linears = sum((ms or 0.0) * count for ms, count in times)
+        notes = (*notes, f"the linears, timed one by one, add up to {linears:.3g} ms of a call's {dense:.3g} ms")
+    return dataclasses.replace(found, steps=steps, notes=notes)
