@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from obsdiff_export import process, receipt
+from obsdiff_export.builders.onnxruntime import OnnxRuntime, OnnxRuntimeTensorRt
 from obsdiff_export.builders.request import Builder, Flags, Request
 from obsdiff_export.builders.rtx import Rtx
 from obsdiff_export.builders.tensorrt import TensorRt
@@ -25,7 +26,14 @@ from obsdiff_runtime.errors import BundleError, ConfigError, MissingPackageError
 from obsdiff_runtime.progress import Progress, silent
 from obsdiff_runtime.shapes import Profile
 
-BUILDERS: Final[dict[str, Builder]] = {"tensorrt": TensorRt(), "tensorrt_rtx": Rtx()}
+BUILDERS: Final[dict[str, Builder]] = {
+    "tensorrt": TensorRt(),
+    "tensorrt_rtx": Rtx(),
+    "onnxruntime": OnnxRuntime(),
+    "onnxruntime_tensorrt": OnnxRuntimeTensorRt(),
+}
+_UNASKED: Final = ("tensorrt", "tensorrt_rtx")
+"""What is chosen from where no builder is named: an engine of another kind is no substitute."""
 
 _NO_FLAGS: Final = Flags()
 _ROLES: Final[Mapping[str, str]] = {"data": ".data", "layers": ".layers.json", "log": ".log", "plan": ".plan"}
@@ -130,7 +138,7 @@ def choose_builder(name: str | None = None) -> Builder:
     """
     if name is not None and name not in BUILDERS:
         raise ConfigError(f"no builder is called {name!r}; there are {', '.join(BUILDERS)}")
-    asked = [BUILDERS[name]] if name is not None else list(BUILDERS.values())
+    asked = [BUILDERS[each] for each in ([name] if name is not None else _UNASKED)]
     for builder in asked:
         if not builder.missing():
             return builder
