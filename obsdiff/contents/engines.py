@@ -64,14 +64,13 @@ def read(path: Path) -> EngineContent:
     """Reads what lies beside a plan: `<key>.json`, `<key>.layers.json`, `<key>.log`.
 
     Raises:
-        BundleError: the plan is not the one that its receipt describes, or the receipt cannot be read.
+        BundleError: the plan is not the one that its receipt describes.
     """
     beside = {role: path.with_name(f"{path.stem}{end}") for role, end in _ENDS.items()}
-    notes = []
-    receipt = load(beside["receipt"]) if beside["receipt"].is_file() else None
+    receipt, missing = _receipt(beside["receipt"])
+    notes = [missing] if missing else []
     if receipt is None:
-        sparsity = "Not known: the plan has no receipt beside it, and a plan does not tell which kernels it has."
-        notes.append(f"no {beside['receipt'].name} beside the plan: `obsdiff build` writes one with every engine")
+        sparsity = "Not known: a plan does not tell which kernels it has, and there is no receipt that does."
     else:
         if receipt.plan_sha256 != _sha256(path):
             raise BundleError(f"{path} is not the plan that {beside['receipt'].name} describes; build the engine again")
@@ -90,6 +89,16 @@ def read(path: Path) -> EngineContent:
         layers_from=source,
         notes=tuple(dict.fromkeys([*notes, *unread])),
     )
+
+
+def _receipt(path: Path) -> tuple[Receipt | None, str]:
+    """The receipt, or why there is none."""
+    if not path.is_file():
+        return None, f"no {path.name} beside the plan: `obsdiff build` writes one with every engine"
+    try:
+        return load(path), ""
+    except BundleError as error:
+        return None, str(error)
 
 
 def _layers(beside: dict[str, Path]) -> tuple[tuple[EngineLayer, ...], str, list[str]]:
