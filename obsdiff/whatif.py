@@ -202,7 +202,7 @@ def estimate(subject: Subject, card: Gpu, dtype: str) -> WhatIf:
     notes = [
         f"every time here is a lower bound from {card.source}: {peak.dense:g} dense and {peak.sparse:g} sparse TFLOP/s "
         f"in {dtype}, {card.bandwidth:g} GB/s; real kernels take longer",
-        f"{REPORTED}; measure on the GPU: run this there without --gpu",
+        "to measure, run this on that GPU without --gpu",
     ]
     if peak.derived:
         notes.append(f"the peak in {dtype} is not printed in that source but derived: {peak.derived}")

@@ -1,5 +1,6 @@
 """What `whatif` found, as tables on a terminal and as a page with charts that asks nothing of the network."""
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Final
@@ -31,7 +32,15 @@ SHAPES: Final[Cells] = (
     "share",
     "2:4 is",
 )
-CUTS: Final[Cells] = ("#", "cut", "of the units", "rounded", "linears before", "after", "gain", "if it went like MACs")
+CUTS: Final[Cells] = ("#", "cut", "of the units", "rounded", "before", "after", "gain", "by MACs")
+BOUNDS: Final = {
+    "dense": "dense at least",
+    "2:4": "2:4 at least",
+    "before": "before at least",
+    "after": "after at least",
+}
+"""What headings are called in an estimate."""
+
 STEPS: Final[Cells] = ("one denoiser call", "median", "gain", "95 %")
 STYLES: Final = {"worth it": "green", "not worth it": "red", "within noise": "yellow", "not measured": "dim"}
 
@@ -43,7 +52,7 @@ def shape_cells(found: WhatIf) -> list[Cells]:
 
 def cut_cells(found: WhatIf) -> list[Cells]:
     """A line for each cut, under CUTS."""
-    return [(str(i), *_cut(row, found.estimate)) for i, row in enumerate(found.cuts, 1)]
+    return [(str(i), *_cut(row)) for i, row in enumerate(found.cuts, 1)]
 
 
 def step_cells(found: WhatIf) -> list[Cells]:
@@ -56,12 +65,8 @@ def tables(found: WhatIf) -> "list[Table]":
     from rich import box
     from rich.table import Table
 
-    blocks = [(found.title, SHAPES, shape_cells(found)), (_cut_title(found), CUTS, cut_cells(found))]
-    blocks.append(("end to end", STEPS, step_cells(found)))
     made = []
-    for title, headings, rows in blocks:
-        if not rows:
-            continue
+    for title, headings, rows in _blocks(found):
         table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
         for heading in headings:
             text = heading in ("such as", "cut", "rounded", "2:4 is", "one denoiser call")
@@ -90,20 +95,27 @@ def page(found: WhatIf, command: str | None) -> str:
             found=found,
             table=table,
             command=command,
-            blocks=[
-                (heading, headings, rows)
-                for heading, headings, rows in (
-                    ("By shape", SHAPES, shape_cells(found)),
-                    (_cut_title(found).capitalize(), CUTS, cut_cells(found)),
-                    ("End to end", STEPS, step_cells(found)),
-                )
-                if rows
-            ],
+            blocks=_blocks(found),
             shape_chart=_shape_chart(found.rows, found),
             sparse=any(row.sparse_ms is not None for row in found.rows),
             cut_chart=_cut_chart(found.cuts, found),
         )
     )
+
+
+def _blocks(found: WhatIf) -> list[tuple[str, Cells, list[Cells]]]:
+    """Title, headings and lines of the tables that have any."""
+    mark = "ESTIMATE: " if found.estimate else ""
+    blocks = [
+        (found.title, SHAPES, shape_cells(found)),
+        (f"{mark}all linears that a cut changes, in a call, without 2:4", CUTS, cut_cells(found)),
+        ("end to end", STEPS, step_cells(found)),
+    ]
+    return [
+        (title, tuple(BOUNDS.get(name, name) for name in headings) if found.estimate else headings, rows)
+        for title, headings, rows in blocks
+        if rows
+    ]
 
 
 def _shape(row: ShapeRow, estimate: bool) -> Cells:
@@ -113,23 +125,23 @@ def _shape(row: ShapeRow, estimate: bool) -> Cells:
         gain += f" ({row.low:.2f} to {row.high:.2f})" if row.low is not None and row.high is not None else ""
     return (
         str(row.linears),
-        row.example,
+        re.sub(r"^.*blocks\.\d+\.", "", row.example),
         *(str(size) for size in (row.shape.m, row.shape.k, row.shape.n)),
-        _ms(row.dense_ms, estimate),
-        _ms(row.sparse_ms, estimate),
+        _ms(row.dense_ms),
+        _ms(row.sparse_ms),
         gain,
         ABSENT if row.share is None else percent(row.share),
         row.verdict,
     )
 
 
-def _cut(row: CutRow, estimate: bool) -> Cells:
+def _cut(row: CutRow) -> Cells:
     return (
         {"heads": "heads", "ffn": "FFN neurons"}[row.kind],
         percent(row.share),
         {"aligned": "to aligned widths", "paper": "as the paper", "whole": "whole heads"}[row.rounding],
-        _ms(row.dense_ms, estimate),
-        _ms(row.cut_ms, estimate),
+        _ms(row.dense_ms),
+        _ms(row.cut_ms),
         ABSENT if row.ratio is None else f"{row.ratio:.2f}x",
         f"{row.macs_ratio:.2f}x",
     )
@@ -148,14 +160,10 @@ def _step(step: Step) -> Cells:
     return step.name, milliseconds(step.ms), f"{comparison.speedup:.2f}x", interval
 
 
-def _ms(value: float | None, estimate: bool) -> str:
+def _ms(value: float | None) -> str:
     if value is None:
         return ABSENT
-    return f"at least {milliseconds(value)}" if estimate else milliseconds(value)
-
-
-def _cut_title(found: WhatIf) -> str:
-    return f"{'ESTIMATE: ' if found.estimate else ''}narrower, all blocks alike, without 2:4"
+    return milliseconds(value) if value >= 0.1 else f"{1000 * value:.3g} us"
 
 
 def _shape_chart(rows: Sequence[ShapeRow], found: WhatIf) -> Markup:
