@@ -42,7 +42,7 @@ def build_plan(trt: Any, request: Request, log: Log, configure: Configure) -> by
 
     errors: list[str] = []
     G_LOGGER.module_severity = G_LOGGER.CRITICAL
-    logger = _logger(trt, log, errors)
+    logger = make_logger(trt, log, errors)
     polygraphy_util.TRT_LOGGER = logger
     try:
         parsed = _parse(trt, request.onnx, logger)
@@ -103,24 +103,7 @@ def reason_of(description: str) -> str:
     return "; ".join(dict.fromkeys(told)) or description.strip()
 
 
-def _parse(trt: Any, path: str, logger: Any) -> tuple[Any, Any, Any]:
-    """(builder, network, parser).
-
-    Raises:
-        RefusalError: the parser does not take the graph; names the node.
-    """
-    from polygraphy.backend.trt import CreateNetwork
-
-    builder, network = CreateNetwork(strongly_typed=True)()
-    trt.init_libnvinfer_plugins(logger, "")
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(path) or parser.num_errors:
-        found = [_told(parser.get_error(index)) for index in range(parser.num_errors)]
-        raise RefusalError("refused", "; ".join(dict.fromkeys(found[:_MOST_ERRORS])) or "its parser gave no reason")
-    return builder, network, parser
-
-
-def _told(error: Any) -> str:
+def told(error: Any) -> str:
     """A parser's error in one sentence: the node, its operator and the reason."""
     name, operator = (getattr(error, field, str)() for field in ("node_name", "node_operator"))
     index = error.node()
@@ -132,12 +115,8 @@ def _told(error: Any) -> str:
     return f"its parser refused node {name or index} ({operator or 'unknown operator'}): {reason}"
 
 
-def _readable(timing_cache: str | None) -> str | None:
-    """The file, where there is something in it to read: Polygraphy warns of one that is absent."""
-    return timing_cache if timing_cache is not None and Path(timing_cache).exists() else None
-
-
-def _logger(trt: Any, log: Log, errors: list[str]) -> Any:
+def make_logger(trt: Any, log: Log, errors: list[str]) -> Any:
+    """A logger of the vendor's kind: every message goes to `log`, errors to `errors` too."""
     names = {
         trt.ILogger.Severity.INTERNAL_ERROR: "ERROR",
         trt.ILogger.Severity.ERROR: "ERROR",
@@ -159,6 +138,28 @@ def _logger(trt: Any, log: Log, errors: list[str]) -> Any:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     return Logger()
+
+
+def _parse(trt: Any, path: str, logger: Any) -> tuple[Any, Any, Any]:
+    """(builder, network, parser).
+
+    Raises:
+        RefusalError: the parser does not take the graph; names the node.
+    """
+    from polygraphy.backend.trt import CreateNetwork
+
+    builder, network = CreateNetwork(strongly_typed=True)()
+    trt.init_libnvinfer_plugins(logger, "")
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(path) or parser.num_errors:
+        found = [told(parser.get_error(index)) for index in range(parser.num_errors)]
+        raise RefusalError("refused", "; ".join(dict.fromkeys(found[:_MOST_ERRORS])) or "its parser gave no reason")
+    return builder, network, parser
+
+
+def _readable(timing_cache: str | None) -> str | None:
+    """The file, where there is something in it to read: Polygraphy warns of one that is absent."""
+    return timing_cache if timing_cache is not None and Path(timing_cache).exists() else None
 
 
 def _refusal(errors: list[str], request: Request) -> RefusalError:
