@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 
 from rich import box
 from rich.console import RenderableType
@@ -10,12 +10,13 @@ from rich.table import Table
 from rich.text import Text
 
 from obsdiff.contents.bundles import BundleContent
-from obsdiff.contents.checkpoints import CheckpointContent
+from obsdiff.contents.checkpoints import CheckpointContent, StoredLinear
 from obsdiff.contents.engines import EngineContent
 from obsdiff.contents.graphs import GraphContent
 from obsdiff.inspection import Content
 from obsdiff.quantities import count, percent, size
-from obsdiff_export.layers import EngineLayer
+from obsdiff_export.layers import EngineLayer, EngineTensor
+from obsdiff_export.ports import Port
 from obsdiff_export.proof import Proof
 from obsdiff_runtime.bundle import TensorEntry
 
@@ -76,20 +77,17 @@ def _losses(content: CheckpointContent) -> str:
 
 def _linears(content: CheckpointContent, everything: bool) -> Table:
     if everything:
-        table = _table("linear", "outputs x inputs", "asked for", "holds", "zeros", "loss", "left dense because")
-        for linear in content.linears:
-            loss = "" if linear.loss is None else f"{linear.loss:.2e}"
-            shape = f"{linear.n_out} x {linear.k}"
-            held = _held(linear.holds)
-            table.add_row(
-                linear.name, shape, linear.pattern or "", held, _zeros(linear.zeros), loss, linear.reason or ""
-            )
-        return table
+        columns = ("linear", "outputs x inputs", "asked for", "holds", "zeros", "loss", "left dense because")
+        return _table(columns, (_linear(linear) for linear in content.linears))
     groups = Counter((linear.pattern or "", _held(linear.holds), linear.reason or "") for linear in content.linears)
-    table = _table("linears", "asked for", "holds", "left dense because")
-    for (pattern, held, reason), linears in groups.most_common():
-        table.add_row(str(linears), pattern, held, reason)
-    return table
+    short = ("linears", "asked for", "holds", "left dense because")
+    return _table(short, ((str(linears), *row) for row, linears in groups.most_common()))
+
+
+def _linear(linear: StoredLinear) -> tuple[str, ...]:
+    shape, loss = f"{linear.n_out} x {linear.k}", "" if linear.loss is None else f"{linear.loss:.2e}"
+    asked, reason = linear.pattern or "", linear.reason or ""
+    return linear.name, shape, asked, _held(linear.holds), _zeros(linear.zeros), loss, reason
 
 
 def _graph(content: GraphContent, everything: bool) -> list[RenderableType]:
@@ -105,17 +103,20 @@ def _graph(content: GraphContent, everything: bool) -> list[RenderableType]:
         ("outputs", _ports(content.outputs)),
         ("operators", f"{sum(content.ops.values())}: {operators}"),
     ]
+    return [_facts(facts), _weights(content, everything)]
+
+
+def _weights(content: GraphContent, everything: bool) -> Table:
     if everything:
-        table = _table("weight", "inputs x outputs", "format", "holds", "zeros", "node")
-        for weight in content.weights:
-            shape = f"{weight.k} x {weight.n_out}"
-            table.add_row(weight.name, shape, weight.dtype, _held(weight.patterns), _zeros(weight.zeros), weight.node)
-    else:
-        groups = Counter((weight.dtype, _held(weight.patterns)) for weight in content.weights)
-        table = _table("weights of MatMul and Gemm", "format", "holds")
-        for (dtype, held), weights in groups.most_common():
-            table.add_row(str(weights), dtype, held)
-    return [_facts(facts), table]
+        columns = ("weight", "inputs x outputs", "format", "holds", "zeros", "node")
+        weights = (
+            (each.name, f"{each.k} x {each.n_out}", each.dtype, _held(each.patterns), _zeros(each.zeros), each.node)
+            for each in content.weights
+        )
+        return _table(columns, weights)
+    groups = Counter((weight.dtype, _held(weight.patterns)) for weight in content.weights)
+    short = ("weights of MatMul and Gemm", "format", "holds")
+    return _table(short, ((str(number), *row) for row, number in groups.most_common()))
 
 
 def _engine(content: EngineContent, everything: bool) -> list[RenderableType]:
@@ -131,43 +132,45 @@ def _engine(content: EngineContent, everything: bool) -> list[RenderableType]:
     facts += [("on disk", size(content.bytes)), ("sparsity", content.sparsity)]
     shown: list[RenderableType] = [_facts(facts)]
     if receipt is not None and receipt.proof.layers:
-        shown.append(_proof(receipt.proof, everything))
+        shown += _proof(receipt.proof, everything)
     if content.layers:
         shown.append(_layers(content.layers, content.layers_from, everything))
     return [*shown, *_notes(content.notes)]
 
 
-def _proof(proof: Proof, everything: bool) -> Table:
+def _proof(proof: Proof, everything: bool) -> list[RenderableType]:
+    """What is proven, and the reasons below, numbered."""
+    reasons = list(dict.fromkeys(layer.reason for layer in proof.layers if layer.reason))
+    number = {"": "", **{reason: str(index) for index, reason in enumerate(reasons, 1)}}
+    columns = ("verdict", "weights", "log", "kernel", "why")
+    rows = [(layer.verdict, layer.weights, layer.log, layer.inspector, number[layer.reason]) for layer in proof.layers]
     if everything:
-        table = _table("linear", "inputs x outputs", "format", "weights", "log", "kernel", "verdict", "why")
-        for layer in proof.layers:
-            shape = f"{layer.k} x {layer.n_out}"
-            witnesses = (layer.weights, layer.log, layer.inspector)
-            table.add_row(layer.weight, shape, layer.dtype, *witnesses, layer.verdict, layer.reason)
-        return table
-    groups = Counter((layer.verdict, layer.weights, layer.log, layer.inspector, layer.reason) for layer in proof.layers)
-    table = _table("linears", "verdict", "weights", "log", "kernel", "why")
-    for row, linears in groups.most_common(10):
-        verdict, weights, log, inspector, reason = row
-        table.add_row(str(linears), verdict, weights, log, inspector, reason)
-    if len(groups) > 10:
-        table.add_row(f"{len(groups) - 10} more", "", "", "", "", "see --layers")
-    return table
+        linears = ((layer.weight, f"{layer.k} x {layer.n_out}", layer.dtype) for layer in proof.layers)
+        told = [(*linear, *row) for linear, row in zip(linears, rows, strict=True)]
+        table = _table(("linear", "inputs x outputs", "format", *columns), told)
+    else:
+        groups = Counter(rows).most_common()
+        table = _table(("linears", *columns), ((str(linears), *row) for row, linears in groups))
+    return [table, _facts((f"({index})", reason) for index, reason in enumerate(reasons, 1)), Text()]
 
 
 def _layers(layers: Sequence[EngineLayer], source: str, everything: bool) -> Table:
     if everything:
-        table = _table("engine layer", "kind", "reads", "gives", "kernel", "computes", title=f"layers, from {source}")
-        for layer in layers:
-            kernel = layer.tactic if len(layer.tactic) < 60 else f"{layer.tactic[:57]}..."
-            tensors = (_tensors(layer.inputs), _tensors(layer.outputs))
-            table.add_row(layer.name, layer.kind, *tensors, kernel, ", ".join(layer.onnx_nodes))
-        return table
+        columns = ("computes", "kind", "reads", "gives", "kernel")
+        each = (
+            (
+                ", ".join(layer.onnx_nodes) or layer.name,
+                layer.kind,
+                _tensors(layer.inputs),
+                _tensors(layer.outputs),
+                layer.tactic if len(layer.tactic) < 60 else f"{layer.tactic[:57]}...",
+            )
+            for layer in layers
+        )
+        return _table(columns, each, title=f"layers, from {source}")
     groups = Counter((layer.kind, _formats(layer)) for layer in layers)
-    table = _table("engine layers", "kind", "format", title=f"{len(layers)} layers, from {source}")
-    for (kind, formats), found in groups.most_common():
-        table.add_row(str(found), kind, formats)
-    return table
+    rows = ((str(found), *row) for row, found in groups.most_common())
+    return _table(("engine layers", "kind", "format"), rows, title=f"{len(layers)} layers, from {source}")
 
 
 def _bundle(content: BundleContent, everything: bool) -> list[RenderableType]:
@@ -186,17 +189,33 @@ def _bundle(content: BundleContent, everything: bool) -> list[RenderableType]:
         ("engines", str(built) if built else "none"),
         ("measured", ", ".join(content.measurements) or "nothing"),
     ]
-    table = _table("component", "format", "on disk", "inputs", "engines")
-    for network in content.networks:
-        engines = content.engines.get(network.name, ())
-        backends = Counter(engine.receipt.backend for engine in engines if engine.receipt is not None)
-        listed = ", ".join(f"{number} x {backend}" for backend, number in backends.items())
-        table.add_row(network.name, network.dtype, size(network.bytes), _ports(network.inputs), listed)
-    shown: list[RenderableType] = [_facts(facts), table]
-    for engines in content.engines.values():
-        for engine in engines:
-            shown += _engine(engine, everything)
+    networks = ((each.name, each.dtype, size(each.bytes), _ports(each.inputs)) for each in content.networks)
+    shown: list[RenderableType] = [_facts(facts), _table(("component", "format", "on disk", "inputs"), networks)]
+    if everything:
+        for engines in content.engines.values():
+            for engine in engines:
+                shown += _engine(engine, everything)
+    elif built:
+        shown += _engines(content)
     return shown
+
+
+def _engines(content: BundleContent) -> list[RenderableType]:
+    """A row for each engine, and below what is known of their sparsity, each sentence once."""
+    rows: list[tuple[str, ...]] = []
+    said: dict[str, list[str]] = {}
+    for name, engines in content.engines.items():
+        for engine in engines:
+            receipt = engine.receipt
+            builder = f"{receipt.backend} {receipt.backend_version}" if receipt is not None else engine.header
+            targets = ", ".join(receipt.targets) if receipt is not None else ""
+            verdicts = ", ".join(f"{linears} {verdict}" for verdict, linears in engine.verdicts.items())
+            rows.append((name, builder, targets, size(engine.bytes), verdicts))
+            for sentence in (engine.sparsity, *engine.notes):
+                said.setdefault(sentence, []).append(name)
+    columns = ("engine", "built by", "for", "on disk", "linears by proof of sparse kernels")
+    sentences = ((", ".join(dict.fromkeys(names)), sentence) for sentence, names in said.items())
+    return [_table(columns, rows), _facts(sentences)]
 
 
 def _facts(facts: Iterable[tuple[str, str]]) -> Table:
@@ -209,10 +228,12 @@ def _facts(facts: Iterable[tuple[str, str]]) -> Table:
     return grid
 
 
-def _table(*columns: str, title: str | None = None) -> Table:
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
     for name in columns:
         table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))  # not as markup: names hold brackets
     return table
 
 
@@ -221,10 +242,9 @@ def _notes(notes: Sequence[str]) -> list[RenderableType]:
     return [Text.assemble(("note ", "yellow"), note) for note in [*notes[:SHOWN_NOTES], *more]]
 
 
-def _ports(ports: Iterable[Any]) -> str:
-    """name [batch, 4, height] of inputs and outputs."""
-    shown: list[TensorEntry] = list(ports)
-    return "; ".join(f"{port.name} {port.dtype} [{', '.join(map(str, port.shape))}]" for port in shown)
+def _ports(ports: Iterable[Port | TensorEntry]) -> str:
+    """name float16 [batch, 4, height] of inputs and outputs."""
+    return "; ".join(f"{port.name} {port.dtype} [{', '.join(map(str, port.shape))}]" for port in ports)
 
 
 def _profile(profile: Mapping[str, Mapping[str, Sequence[int]]]) -> str:
@@ -237,8 +257,13 @@ def _profile(profile: Mapping[str, Mapping[str, Sequence[int]]]) -> str:
     return "; ".join(f"{name} {sizes(shapes)}" for name, shapes in profile.items())
 
 
-def _tensors(tensors: Sequence[Any]) -> str:
-    return "; ".join(f"{tensor.dtype} {'x'.join(map(str, tensor.dims or ('?',)))}" for tensor in tensors)
+def _tensors(tensors: Sequence[EngineTensor]) -> str:
+    """float16 ?x256: a size that changes at run time is a ?."""
+
+    def shape(dims: Sequence[int] | None) -> str:
+        return "?" if dims is None else "x".join("?" if axis < 0 else str(axis) for axis in dims)
+
+    return "; ".join(f"{tensor.dtype} {shape(tensor.dims)}" for tensor in tensors)
 
 
 def _formats(layer: EngineLayer) -> str:

@@ -7,6 +7,9 @@ import typer
 
 from obsdiff.command import Run, option, verb
 
+WIDTH = 160
+"""Columns where the output goes to a file or a pipe."""
+
 
 @verb(
     "inspect",
@@ -28,7 +31,9 @@ def inspect(run: Run) -> None:
 
         from obsdiff.inspection_tables import render
 
-        console = Console(soft_wrap=False)
+        console = Console()
+        if not console.is_terminal:
+            console.width = max(console.width, WIDTH)
         for part in render(content, everything=run.options["layers"]):
             console.print(part, highlight=False)
 
