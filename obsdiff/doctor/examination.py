@@ -41,6 +41,7 @@ class Facts:
     host: see there.
     packages: distribution -> version, of those that matter and are installed.
     unmet: requirements of obsdiff itself that what is installed does not meet, in words.
+    misfits: optional packages that are installed in a version that its extras do not take, in words.
     libraries: LIBRARIES -> what each says of itself, or why it does not load.
     products: "torch/cpu/fp16", "onnxruntime/CPUExecutionProvider/fp16", "tensorrt_rtx/8.6/fp16" or
         "tensorrt/here/fp16" -> what came of one product; empty where none was tried.
@@ -49,6 +50,7 @@ class Facts:
     host: Host
     packages: Mapping[str, str]
     unmet: tuple[str, ...]
+    misfits: tuple[str, ...]
     libraries: Mapping[str, Outcome]
     products: Mapping[str, Outcome]
 
@@ -83,10 +85,12 @@ def examine(output: Path, *, quick: bool = False, timeout_s: float = 120, progre
             name if name.startswith(f"{library}/") else f"{library}/{name}": outcome for name, outcome in asked.items()
         }
     installed = _installed()
+    unmet, misfits = _unmet(installed)
     facts = Facts(
         host=read_host(output),
         packages={name: version for name, version in installed.items() if _matters(name)},
-        unmet=_unmet(installed),
+        unmet=unmet,
+        misfits=misfits,
         libraries=libraries,
         products=products,
     )
@@ -130,20 +134,21 @@ def _matters(name: str) -> bool:
     return name in PACKAGES or name.startswith(_PREFIXES)
 
 
-def _unmet(installed: Mapping[str, str]) -> tuple[str, ...]:
-    """What obsdiff requires, without its extras, and does not have."""
+def _unmet(installed: Mapping[str, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What obsdiff requires and does not have; what is of another version than an extra of obsdiff asks for."""
     try:
         required = requires("obsdiff") or ()
     except PackageNotFoundError:  # run from its sources
         required = ()
-    missing = []
+    missing: list[str] = []
+    others: list[str] = []
     for text in required:
         requirement = Requirement(text)
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-            continue
+        optional = requirement.marker is not None and not requirement.marker.evaluate({"extra": ""})
         has = installed.get(requirement.name.lower().replace("_", "-"))
-        if has is None:
-            missing.append(f"{requirement} is not installed")
-        elif not requirement.specifier.contains(has, prereleases=True):
-            missing.append(f"{requirement} is needed, {has} is installed")
-    return tuple(missing)
+        asked = f"{requirement.name}{requirement.specifier}"
+        if has is None and not optional:
+            missing.append(f"{asked} is not installed")
+        elif has is not None and not requirement.specifier.contains(has, prereleases=True):
+            (others if optional else missing).append(f"{asked} is needed, {has} is installed")
+    return tuple(missing), tuple(others)

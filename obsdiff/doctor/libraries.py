@@ -19,6 +19,14 @@ _OLDEST_TENSORRT: Final = (10, 3)
 def check_libraries(facts: Facts) -> Iterator[Check]:
     """Every library on its own."""
     yield _requirements(facts)
+    if facts.misfits:
+        yield Check(
+            group="libraries",
+            name="versions",
+            status="warn",
+            finding="; ".join(facts.misfits),
+            advice="pip install --upgrade 'obsdiff[...]' with the extras that you use",
+        )
     for name in facts.libraries:
         if name != "gpus":
             yield _library(facts, name)

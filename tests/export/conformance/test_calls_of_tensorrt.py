@@ -35,6 +35,7 @@ MODULES: dict[str, tuple[list[Surface], dict[str, str]]] = {
     "export/obsdiff_export/builders/tensorrt.py": (TENSORRT, OBJECTS),
     "export/obsdiff_export/builders/rtx.py": (RTX, OBJECTS),
     "export/obsdiff_export/probes/engines.py": (EVERY, OBJECTS),
+    "export/obsdiff_export/refitting.py": (EVERY, OBJECTS),
     "runtime/obsdiff_runtime/backends/trt.py": (EVERY, {"vendor": MODULE}),
     "runtime/obsdiff_runtime/backends/engine.py": (EVERY, OBJECTS),
 }

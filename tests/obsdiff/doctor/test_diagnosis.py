@@ -71,8 +71,14 @@ def ran(*names: str, **value: Any) -> dict[str, Outcome]:
     return {name: Outcome(value={"error": 1e-3, **value}, failure="") for name in names}
 
 
-def facts(packages: dict[str, str] | None = None, host: Host = HOST, unmet: tuple[str, ...] = (),
-          products: dict[str, Outcome] | None = None, **libraries: Outcome) -> Facts:  # fmt: skip
+def facts(
+    packages: dict[str, str] | None = None,
+    host: Host = HOST,
+    unmet: tuple[str, ...] = (),
+    misfits: tuple[str, ...] = (),
+    products: dict[str, Outcome] | None = None,
+    **libraries: Outcome,
+) -> Facts:
     """A machine without a GPU where the base install works; libraries by name change it."""
     works = {name: plain("1.0") for name in ("diffusers", "transformers", "onnx", "onnxscript", "polygraphy")}
     works |= {"gpus": NO_DRIVER, "torch": torch(None), "onnxruntime": ort()}
@@ -80,6 +86,7 @@ def facts(packages: dict[str, str] | None = None, host: Host = HOST, unmet: tupl
         host=host,
         packages={"obsdiff": "0.1.0", "torch": "2.13.0", **(packages or {})},
         unmet=unmet,
+        misfits=misfits,
         libraries={**ABSENT, **works, **libraries},
         products=products or {},
     )
@@ -224,6 +231,12 @@ def test_requirements_that_are_not_met_block_the_main_job() -> None:
     diagnosis = judge(facts(unmet=("torch<2.14,>=2.9 is needed, 2.5.1 is installed",)))
     assert not diagnosis.ready
     assert diagnosis.abilities[0].how == "first mend: requirements"
+
+
+def test_an_optional_package_of_a_version_that_is_not_taken_is_a_warning() -> None:
+    machine = facts(misfits=("polygraphy>=0.50.3 is needed, 0.49.26 is installed",))
+    assert found(machine, "versions").status == "warn"
+    assert judge(machine).ready
 
 
 def test_a_turing_card_has_no_sparse_tensor_cores() -> None:

@@ -55,10 +55,12 @@ def test_products_are_tried_on_every_device_and_provider_that_is_there(
 
 def test_what_obsdiff_requires_is_held_against_what_is_installed() -> None:
     installed = examination._installed()
-    assert examination._unmet(installed) == ()
+    assert examination._unmet(installed)[0] == ()
     missing = {name: version for name, version in installed.items() if name != "diffusers"}
-    (words,) = examination._unmet({**missing, "torch": "2.13.0+cu130"})
+    (words,), _ = examination._unmet({**missing, "torch": "2.13.0+cu130"})
     assert words.startswith("diffusers")
     assert words.endswith("is not installed")
-    (words,) = examination._unmet({**installed, "torch": "2.5.1"})
+    (words,), _ = examination._unmet({**installed, "torch": "2.5.1"})
     assert words.endswith("is needed, 2.5.1 is installed")
+    _, misfits = examination._unmet({**installed, "tensorrt": "8.6.1"})
+    assert "tensorrt>=10.3 is needed, 8.6.1 is installed" in misfits
