@@ -106,6 +106,7 @@ def write_linear(
     opset = helper.make_opsetid("", _OPSETS[dtype])
     model = helper.make_model(graph, opset_imports=[opset], ir_version=_IR_VERSION)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.onnx.data").unlink(missing_ok=True)  # onnx would append to it
     onnx.save(
         model, str(folder / "model.onnx"), save_as_external_data=True, location="model.onnx.data", size_threshold=1024
     )
