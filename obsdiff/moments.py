@@ -220,7 +220,7 @@ class TierMoments:
         """Grams by LinearSpec.reads, targets by linear, over the calls of all ranks.
 
         Args:
-            repair: the share of a stream's error to make up for.
+            repair: the share to make up for of what can be made up of a stream's error.
         """
         for gram in self._grams.values():
             ranks.add_up(gram.sums())
@@ -248,14 +248,16 @@ class _TargetSums:
 
     The residual stream in front of the linear is off by d, that of the dense model less that of the pruned one. With g
     the linear's gate, the output that makes up for it is y + d / g. Where g varies between calls, its
-    least-squares weight is g^2, of which one gram for all channels can know the mean only: y + g d / E[g^2].
+    least-squares weight is g^2, of which one gram for all channels can know the mean only: y + g d / E[g^2]. That adds
+    u = g^2 d / E[g^2] to the stream, too much where g is large; a u comes closest to d where, channel by channel,
+    a = E[u d] / E[u^2] = E[g^2 d^2] E[g^2] / E[g^4 d^2]. Of y + a g d / E[g^2], `repair` is the share that is taken.
     """
 
     def __init__(self, linear: LinearSpec, device: torch.device) -> None:
         self._linear, self._device = linear, device
         self._plain = _Products(linear, device)
         self._gap: _Products | None = None
-        self._energies = torch.zeros(4, linear.out_features, dtype=torch.float64, device=device)
+        self._energies = torch.zeros(5, linear.out_features, dtype=torch.float64, device=device)
         self._weight = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, x: Tensor, y: Tensor, weight: float) -> None:
@@ -278,7 +280,8 @@ class _TargetSums:
         wanted = _wide(y).flatten(0, -2)
         squares = _wide(gate * torch.ones_like(gap)).flatten(0, -2).square()
         self._gap.add(_wide(x), pushed, weight)
-        for place, value in ((1, wanted * pushed), (2, pushed.square()), (3, squares)):
+        energy = pushed.square()
+        for place, value in ((1, wanted * pushed), (2, energy), (3, squares), (4, squares * energy)):
             self._energies[place] += weight * _sum(value)
 
     def sums(self) -> tuple[Tensor, ...]:
@@ -289,12 +292,19 @@ class _TargetSums:
     def target(self, repair: float) -> Target:
         cross, mean, energy = self._plain.cross, self._plain.sum, self._energies[0]
         if self._gap is not None:
-            share = repair * self._weight / self._energies[3].clamp_min(torch.finfo(torch.float64).tiny)  # (out,)
-            share[self._energies[3] == 0] = 0
+            share = repair * self._attainable()
             cross = cross + share[:, None] * self._gap.cross
             mean = mean + share * self._gap.sum
             energy = energy + 2 * share * self._energies[1] + share.square() * self._energies[2]
         return Target(cross=cross / self._weight, mean=mean / self._weight, energy=energy / self._weight)
+
+    def _attainable(self) -> Tensor:
+        """a / E[g^2] of each channel, (out,), float64; 0 where there is no gap or the gate is shut."""
+        _, _, pushed, squares, steep = self._energies
+        tiny = torch.finfo(torch.float64).tiny
+        ideal = self._weight / squares.clamp_min(tiny)
+        best = pushed / steep.clamp_min(tiny)
+        return torch.minimum(best, ideal).masked_fill((squares == 0) | (steep == 0), 0)
 
 
 def _wide(value: Tensor) -> Tensor:

@@ -52,8 +52,8 @@ class Recipe:
         draws: pictures that a streamed method draws of each prompt, each from noise of its own.
         trajectory_steps: sampler steps by which it draws them.
         kept_steps: steps of each batch of prompts whose denoiser calls a streamed method looks at.
-        repair: of a streamed method: the share of a residual stream's error that the linears which write to it are to
-            make up for.
+        repair: of a streamed method: of what the linears that write to a residual stream could make up of its error,
+            the share that they are to.
         guided: of a streamed method: weight of the guided combination of two rows, beside the rows themselves.
         permute: of a streamed method: whether channels may change places where N:M then costs less.
         dense_targets: of a streamed method: whether layers are fitted to the dense model's outputs, or to what they

@@ -12,14 +12,14 @@ from obsdiff.loading import Defaults
 from obsdiff.methods.table import METHODS
 from obsdiff.recipe import Recipe, Sampling, calibration_prompts, parse_blocks, parse_bytes
 from obsdiff.settings import Settings
-from obsdiff.sparsity import Sparsity, parse
+from obsdiff.sparsity import Sparsity, Unstructured, parse
 from obsdiff_runtime.errors import ConfigError
 
 ALLOCATIONS: Final = ("measured", "uniform", f"{latencies.PREFIX}FILE")
 
 METHOD_OPTIONS: Final = {
     "block": 128.0,
-    "repair": 0.5,
+    "repair": 0.7,
     "guided": 0.3,
     "permute": 1.0,
     "dense_targets": 1.0,
@@ -79,7 +79,7 @@ def resolve(
     steps = runs.num_inference_steps
     fast = _fast(settings.fast, method)
     trajectory_steps = _at_least(
-        "--trajectory-steps", 1, settings.trajectory_steps, -(-steps // (5 if fast else 3)), most=steps
+        "--trajectory-steps", 1, settings.trajectory_steps, -(-steps // 5) * (1 if fast else 2), most=steps
     )
     return Recipe(
         model=model,
@@ -185,7 +185,7 @@ def _dense_share(asked: float | None, sparsity: Sparsity) -> float:
 
 def _allocation(asked: str | None, method: str, sparsity: Sparsity, dense_share: float) -> str:
     streams = METHODS[method].streams
-    useful = sparsity.structured or dense_share > 0
+    useful = sparsity.structured or dense_share > 0 or isinstance(sparsity.pattern, Unstructured)
     name = "measured" if streams and useful else "uniform"
     if asked is not None:
         name = latencies.named(asked) if latencies.is_latency(asked) else _choice("--allocation", asked, ALLOCATIONS)

@@ -45,8 +45,8 @@ class Settings:
     protect_last: Annotated[int | None, "blocks left whole at the end, structured only; default: the family's"] = None
     allocation: Annotated[
         str | None,
-        "measured (units go where the output suffers least), uniform, or latency:FILE (measured, and what counts is "
-        "time by a table of obsdiff whatif); default: the method's",
+        "measured (units and single weights go where the output suffers least), uniform, or latency:FILE (measured, "
+        "and what counts is time by a table of obsdiff whatif); default: the method's",
     ] = None
     dense_share: Annotated[
         float | None, "share of the MACs that a pattern leaves dense, where it would cost most; default: 0"
@@ -73,7 +73,7 @@ class Settings:
         int | None, "pictures drawn of each prompt by a streamed method; default: 1 to 3, so that there are 72; fast: 1"
     ] = None
     trajectory_steps: Annotated[
-        int | None, "denoising steps it draws them by; default: a third of --steps, fast: a fifth"
+        int | None, "denoising steps it draws them by; default: two fifths of --steps, fast: a fifth"
     ] = None
     kept_steps: Annotated[int | None, "steps of each picture that it looks at; default: 2, fast: 3"] = None
     gram_budget: Annotated[

@@ -245,6 +245,32 @@ def test_readers_of_a_tensor_stay_dense_together_within_the_share(subject: Calla
     assert {layer.name for layer in pruned.layers if "costs most" in (layer.reason or "")} == dense
 
 
+def test_single_weights_go_where_they_cost_least_and_as_many_as_asked(subject: Callable[..., Subject]) -> None:
+    what = subject("sd3", "0.5")
+    linears = {linear.name: linear for linear in what.family.linears(what.denoiser)}
+    sizes = {name: linear.in_features * linear.out_features for name, linear in linears.items()}
+    found = what.measured()
+    ratios = {name: pattern.ratio for name, pattern in found.patterns.items()}
+    costs = {each.name: each.error / sum(sizes[name] for name in each.name.split()) for each in found.sensitivities}
+    dearest, cheapest = (ratios[pick(costs, key=costs.__getitem__).split()[0]] for pick in (max, min))
+    assert dearest < 0.5 < cheapest
+    assert all(abs(ratio - 0.5) <= allocation.REACH for ratio in ratios.values())
+    together = {(linear.block, linear.reads): ratios[name] for name, linear in linears.items()}
+    assert all(together[linear.block, linear.reads] == ratios[name] for name, linear in linears.items())
+    pruned = what.prune()
+    zeros = sum(layer.zeros * sizes[layer.name] for layer in pruned.layers if layer.name in ratios)
+    assert 0.5 <= round(zeros / sum(sizes.values()), 3) <= 0.51
+
+
+@pytest.mark.parametrize(
+    ("ratio", "least", "most"), [(0.5, 0.25, 0.75), (0.2, 0.01, 0.45), (0.8, 0.55, 0.95), (0.97, 0.72, 0.97)]
+)
+def test_the_ratios_near_one_stay_shares_and_hold_it(ratio: float, least: float, most: float) -> None:
+    near = allocation.ratios_near(ratio)
+    assert (near[0], near[-1]) == (least, most)
+    assert ratio in near
+
+
 def test_a_run_that_goes_on_keeps_to_what_it_measured(
     subject: Callable[..., Subject], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -87,7 +87,7 @@ def test_linears_that_share_an_input_share_a_gram_and_have_targets_of_their_own(
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("repair", [0.0, 0.5, 1.0])
 def test_the_target_makes_up_for_the_gap_of_the_streams(repair: float, gated: bool) -> None:
-    """y + r g d / E[g^2], d what the pruned stream before lacks; E[g^2] is taken per output channel."""
+    """y + r a g d / E[g^2]: d what the pruned stream lacks, a what brings g^2 d / E[g^2] closest to d in a channel."""
     sums = TierMoments([spec("out")], torch.device("cpu"))
     parts: list[tuple[Tensor, ...]] = []
     for index, ((x, y), weight) in enumerate(zip(calls(), WEIGHTS, strict=True)):
@@ -100,7 +100,10 @@ def test_the_target_makes_up_for_the_gap_of_the_streams(repair: float, gated: bo
     target = sums.finish(repair)[1]["out"]
     x, y, d, g, w = weighted(parts)
     total = w.sum()
-    wanted = y + repair * g * d / ((w * g.square()).sum(0) / total)
+    mean = (w * g.square()).sum(0) / total
+    pushed = g.square() * d / mean
+    best = ((w * pushed * d).sum(0) / (w * pushed.square()).sum(0)).clamp_max(1)
+    wanted = y + repair * best * g * d / mean
     torch.testing.assert_close(target.cross, (w * wanted).T @ x / total, **CLOSE)
     torch.testing.assert_close(target.mean, (w * wanted).sum(0) / total, **CLOSE)
     torch.testing.assert_close(target.energy, (w * wanted.square()).sum(0) / total, **CLOSE)

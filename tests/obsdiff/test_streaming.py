@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 import obsdiff
-from obsdiff import calibration, pruning, streaming
+from obsdiff import allocation, calibration, pruning, streaming
 from obsdiff.core import permutation
 from obsdiff.families.table import family_of
 from obsdiff.groups import Group, Producer
@@ -164,18 +164,23 @@ def test_every_selected_linear_is_reported_once(kind: str, sparsity: str, shared
             assert (layer.pattern, layer.reason) == ("dense", "refitted to the dense model's output")
         elif sparsity == "structured:0.25":
             assert layer.pattern.startswith(("heads ", "ffn "))
+        elif sparsity == "0.5":
+            assert float(layer.pattern) == pytest.approx(0.5, abs=allocation.REACH)
         else:
             assert layer.pattern == sparsity.rpartition("+")[2]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_half_of_the_weights_go(kind: str, shared: Shared) -> None:
+def test_as_many_weights_go_as_the_record_says_and_half_in_all(kind: str, shared: Shared) -> None:
     pruned, _ = shared(kind, "0.5")
+    total = zeros = 0
     for layer in pruned.layers:
         weight = pruned.denoiser.get_submodule(layer.name).weight
-        if layer.pattern == "0.5":
-            assert float((weight == 0).float().mean()) == pytest.approx(0.5, abs=0.02)
+        if layer.pattern != "dense":
+            assert float((weight == 0).float().mean()) == pytest.approx(float(layer.pattern), abs=0.02)
             assert layer.zeros == pytest.approx(float((weight == 0).float().mean()))
+            total, zeros = total + weight.numel(), zeros + int((weight == 0).sum())
+    assert zeros / total == pytest.approx(0.5, abs=0.02)
 
 
 @pytest.mark.parametrize("sparsity", ["structured:0.25", "structured:0.25+2:4"])
@@ -278,12 +283,12 @@ def test_permutation_moves_channels_and_spares_error(kind: str, prune: Prune, mo
         return orders[-1]
 
     monkeypatch.setattr(streaming, "permute", watched)
-    moved = prune(kind, "2:4")
+    moved = prune(kind, "2:4", method_options={"repair": 0})  # so that both have the same targets
     groups = moved.family.groups(moved.denoiser)
     assert len(orders) == len(groups)
     assert any(not torch.equal(order, torch.arange(len(order))) for order in orders)
     orders.clear()
-    still = prune(kind, "2:4", method_options={"permute": 0})
+    still = prune(kind, "2:4", method_options={"permute": 0, "repair": 0})
     assert not orders
     consumers = {name for group in groups for name in group.consumers}
 
