@@ -289,13 +289,15 @@ def engine_entry(engine: Engine, root: Path) -> EngineEntry:
 
 
 def built(name: str, engine: Engine) -> BuiltEngine:
+    proven = receipt.load(engine.receipt_path)
     return BuiltEngine(
         component=name,
         backend=f"{engine.backend} {engine.backend_version}",
         targets=engine.targets,
-        sparsity=receipt.sparsity_statement(receipt.load(engine.receipt_path)),
+        sparsity=receipt.sparsity_statement(proven),
         bytes_on_disk=engine.bytes,
         seconds=engine.seconds,
+        verdicts=proven.proof.counts(),
     )
 
 

@@ -122,7 +122,15 @@ class ExportedComponent:
 
 @dataclass(frozen=True, kw_only=True)
 class BuiltEngine:
-    """An engine in the bundle; `sparsity` says in words what is known of its use of sparse kernels."""
+    """An engine in the bundle.
+
+    Attributes:
+        backend: with its version.
+        targets: compute capabilities that it is for.
+        sparsity: what is known of its use of sparse kernels, in words.
+        verdicts: its linears by what is proven of them: {"active": 140, "not chosen": 56}; empty where none was looked
+            at.
+    """
 
     component: str
     backend: str
@@ -130,6 +138,7 @@ class BuiltEngine:
     sparsity: str
     bytes_on_disk: int
     seconds: float
+    verdicts: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,8 +25,8 @@ SPARSE_LOG = """\
 [INFO] (Sparsity) Chose 1 layer(s) using sparse tactics: first
 [VERBOSE] Layers:
 Name: first, LayerType: gemm, Inputs: [ { Name: x, Dimensions: [-1,16], Datatype: Half, Format: (Linear) }], \
-Constants: [], Outputs: [ { Name: h, Dimensions: [-1,8], Datatype: Half, Format: (Linear) }], TacticName: sm80_xmma_sparse_gemm, \
-StreamId: 0, Metadata: [ONNX Layer: first]
+Constants: [], Outputs: [ { Name: h, Dimensions: [-1,8], Datatype: Half, Format: (Linear) }], TacticName: \
+sm80_xmma_sparse_gemm, StreamId: 0, Metadata: [ONNX Layer: first]
 Name: second, LayerType: gemm, Inputs: [], Constants: [], Outputs: [], TacticName: sm80_xmma_gemm, Metadata:\x20
 
 """
