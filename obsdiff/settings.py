@@ -92,7 +92,11 @@ class Settings:
     quantize_outputs: Annotated[bool | None, "round what int8 or fp8 linears give, too; some kernels need it"] = None
     opset: Annotated[int | None, "ONNX opset; default: 20, or 22 for bf16"] = None
     trt: Annotated[bool | None, "build TensorRT engines (TensorRT-RTX ahead of time where there is no GPU)"] = None
-    targets: Annotated[list[str] | None, "compute capabilities of TensorRT-RTX engines; default: 8.6 8.9 12.0"] = None
+    targets: Annotated[
+        list[str] | None,
+        "what engines run on: compute capabilities (TensorRT-RTX: 8.6 8.9 12.0; TensorRT: the GPU here), "
+        "or cpu or cuda (onnxruntime)",
+    ] = None
     builder: Annotated[
         str | None, "tensorrt, tensorrt_rtx, onnxruntime or onnxruntime_tensorrt; default: the TensorRT that is here"
     ] = None

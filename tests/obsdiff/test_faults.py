@@ -138,7 +138,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         (prune(output="prompts.txt/out"), "prompts.txt is a file"),
         (export("--dtype", "fp8"), "--dtype fp8: there are auto, fp32, fp16, bf16"),
         (export("--opset", "5"), "opset 5 has no float32 graphs; take 18 or later"),
-        (export("--targets", "8.9"), "--targets says what engines are built for"),
+        (export("--targets", "8.9"), "--targets is about engines, and none are built"),
         (export("--height", "8"), "are too small to compare"),
         (export("--eval-prompts", "-1"), "--eval-prompts -1: must not be negative"),
         (export("--eval-prompts-file", "none.txt"), "--eval-prompts-file none.txt: No such file"),
