@@ -203,8 +203,12 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     _check_references(complete, folder)
     text = json.dumps(encode(complete), indent=2, ensure_ascii=False, allow_nan=False)
     part = folder / f"{MANIFEST}.part"
-    part.write_text(text + "\n", encoding="utf-8")
-    part.replace(folder / MANIFEST)
+    try:
+        part.write_text(text + "\n", encoding="utf-8")
+        part.replace(folder / MANIFEST)
+    except BaseException:  # a full disk, or an interruption
+        part.unlink(missing_ok=True)
+        raise
     return complete
 
 

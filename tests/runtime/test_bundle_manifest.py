@@ -186,3 +186,22 @@ def test_an_unknown_component_lists_the_known(folder: Path) -> None:
     opened: Bundle = open_bundle(folder)
     with pytest.raises(BundleError, match="no component unet; it has transformer"):
         opened.component("unet")
+
+
+def test_a_manifest_that_cannot_be_written_leaves_the_old_one_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+    empty = dataclasses.replace(MANIFEST, components={})
+    write_manifest(tmp_path, empty)
+    before = (tmp_path / "obsdiff.json").read_bytes()
+
+    def full(self: Path, text: str, **options: object) -> int:
+        self.write_bytes(text.encode()[:10])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_manifest(tmp_path, dataclasses.replace(empty, sparsity="4:8"))
+    assert (tmp_path / "obsdiff.json").read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "obsdiff.json"}
