@@ -46,12 +46,14 @@ def render(report: Report, index: Mapping[str, Any], kind: Kind, *, base_model: 
         summary=wording.summary(report),
         notes=wording.notes(report),
         absences=wording.absences(report),
+        engine_sparsity=wording.engine_sparsity(report),
         sampling=None if isinstance(evaluation, NotMeasured) else evaluation.sampling,
         prompts=0 if isinstance(evaluation, NotMeasured) else len(evaluation.per_prompt),
         code=_code(report, index, kind),
         limits=_limits(report, kind),
         size=wording.size,
         small=wording.small,
+        proven=wording.proven,
     )
     return re.sub(r"\n{3,}", "\n\n", text)
 

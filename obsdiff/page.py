@@ -48,7 +48,7 @@ def render(report: Report, images: Sequence[ImagePair]) -> str:
     templates = environment(escape=True)
     templates.globals |= {
         name: getattr(wording, name)
-        for name in ("size", "seconds", "milliseconds", "percent", "small", "speedup", "points")
+        for name in ("size", "seconds", "milliseconds", "percent", "small", "speedup", "points", "proven")
     }
     return templates.get_template("report.html.j2").render(
         report=report,
@@ -58,6 +58,7 @@ def render(report: Report, images: Sequence[ImagePair]) -> str:
         summary=wording.summary(report),
         notes=wording.notes(report),
         absences=wording.absences(report),
+        engine_sparsity=wording.engine_sparsity(report),
         recipe=json.dumps(dict(report.recipe), indent=2, ensure_ascii=False, default=str),
         layer_chart=_layer_chart(report),
         **_pictures(report.evaluation, images),

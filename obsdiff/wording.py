@@ -10,7 +10,7 @@ from typing import Final
 from obsdiff.evaluation import Evaluation, Share
 from obsdiff.guidance import GuidanceSweep
 from obsdiff.judges import OBEDIENCE
-from obsdiff.measurements import LatencyPair, NotMeasured, Report
+from obsdiff.measurements import BuiltEngine, LatencyPair, NotMeasured, Report
 from obsdiff.quantities import count as count
 from obsdiff.quantities import milliseconds as milliseconds
 from obsdiff.quantities import percent as percent
@@ -127,6 +127,19 @@ def summary(report: Report) -> tuple[Row, ...]:
 def headline(report: Report) -> tuple[str, ...]:
     """What was done, is it faster, is it good: one plain sentence or two for each."""
     return (_done(report), _speed(report), _goodness(report))
+
+
+def proven(engine: BuiltEngine) -> str:
+    """140 active, 56 not chosen: the linears of an engine by what is proven of their kernels."""
+    return ", ".join(f"{linears} {verdict}" for verdict, linears in engine.verdicts.items()) or "none looked at"
+
+
+def engine_sparsity(report: Report) -> tuple[str, ...]:
+    """What is known of sparse kernels in the engines, each sentence once, behind the names it is true of."""
+    said: dict[str, list[str]] = {}
+    for engine in () if isinstance(report.engines, NotMeasured) else report.engines:
+        said.setdefault(engine.sparsity, []).append(engine.component)
+    return tuple(f"{', '.join(dict.fromkeys(names))}: {sentence}" for sentence, names in said.items())
 
 
 def notes(report: Report) -> tuple[str, ...]:

@@ -54,12 +54,15 @@ def export(run: Run) -> None:
 
     def show() -> None:
         from rich.console import Console
+        from rich.markup import escape
 
         from obsdiff.report import summary_table
-        from obsdiff.wording import notes
+        from obsdiff.wording import engine_sparsity, notes
 
         console = Console()
         console.print(summary_table(exported.report))
+        for line in engine_sparsity(exported.report):
+            console.print(f"[bold]engine[/] {escape(line)}", highlight=False)
         for note in notes(exported.report):
             console.print(f"[yellow]note[/] {note}", highlight=False)
         console.print(f"report  {output / 'report.html'}", style="dim")

@@ -163,6 +163,18 @@ def make_report(pairs: tuple[ImagePair, ...]) -> Callable[..., Report]:
                     sparsity="not supported by this backend: it ignores the sparse flag",
                     bytes_on_disk=14_000_000,
                     seconds=8.25,
+                    verdicts={"active": 40, "not chosen": 12, "unknown": 4},
+                ),
+                *(
+                    BuiltEngine(
+                        component=name,
+                        backend="tensorrt_rtx 1.7.1",
+                        targets=("8.6", "8.9", "12.0"),
+                        sparsity="The engine was built without the sparse flag and runs dense kernels.",
+                        bytes_on_disk=2_000_000,
+                        seconds=1.5,
+                    )
+                    for name in ("vae_decoder", "text_encoder")
                 ),
             ),
             "latency": (

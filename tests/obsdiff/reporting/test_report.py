@@ -191,6 +191,24 @@ def test_rtx_engines_are_said_to_ignore_zeros(make_report: MakeReport) -> None:
     assert not any("TensorRT-RTX" in note for note in wording.notes(make_report(sparsity="structured:0.3", notes=())))
 
 
+def test_engines_count_their_linears_and_say_each_sentence_once(make_report: MakeReport, pairs: Pairs) -> None:
+    report = make_report()
+    assert [wording.proven(engine) for engine in report.engines] == [
+        "40 active, 12 not chosen, 4 unknown",
+        "none looked at",
+        "none looked at",
+    ]
+    said = wording.engine_sparsity(report)
+    assert said == (
+        "transformer: not supported by this backend: it ignores the sparse flag",
+        "vae_decoder, text_encoder: The engine was built without the sparse flag and runs dense kernels.",
+    )
+    html = render(report, pairs)
+    for words in (*said, "40 active, 12 not chosen, 4 unknown"):
+        assert html.count(words) == 1
+    assert wording.engine_sparsity(make_report(engines=NotMeasured(why="none were asked for"))) == ()
+
+
 def test_linears_left_dense_are_counted_with_their_reason(make_report: MakeReport) -> None:
     assert "1 linear stayed dense: 6 inputs are no multiple of 4." in wording.notes(make_report())
 
