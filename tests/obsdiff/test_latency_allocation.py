@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from hypothesis import given as hypothesis_given
 from hypothesis import strategies as st
 
-from obsdiff import allocation, latencies, streaming
+from obsdiff import allocation, latencies, pruning, streaming
 from obsdiff.core import budget
 from obsdiff.groups import Group
 from obsdiff.job import computable, given
@@ -149,6 +149,17 @@ def test_as_much_time_goes_as_by_the_uniform_rule(subject: Subject) -> None:
     groups = subject.family.groups(subject.denoiser)
     found = times.saved_ms(groups, subject.removals(recipe))
     assert found >= times.saved_ms(paper.groups, paper.removals) * (1 - 1e-9) > 0  # 1e-9: of the whole units
+
+
+def test_what_is_pruned_is_what_was_allocated(
+    subject: Subject, build_pipeline: Callable[..., DiffusionPipeline]
+) -> None:
+    recipe = subject.recipe(f"latency:{subject.table(by_macs)}", "ffn:0.4")
+    expected = subject.removals(recipe)
+    pruned = pruning.prune(build_pipeline("sd3"), subject.family, recipe)
+    assert {name: pruned.units[name] - len(kept) for name, kept in pruned.kept.items()} == {
+        name: number for name, number in expected.items() if number
+    }
 
 
 def test_a_shape_that_the_table_lacks_is_named(subject: Subject) -> None:
