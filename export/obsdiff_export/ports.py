@@ -21,12 +21,14 @@ def read_ports(path: Path) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
     """Inputs and outputs of a graph on disk; its weights are not read.
 
     Raises:
-        ExportError: the file is absent or no graph.
+        ExportError: the file is absent, empty or no graph.
     """
     try:
         graph = onnx.load(str(path), load_external_data=False).graph
     except Exception as error:
         raise ExportError(f"{path}: cannot be read as an ONNX graph: {error}") from error
+    if not graph.output:
+        raise ExportError(f"{path}: is no graph: it has no outputs; is the file whole?")
     weights = {tensor.name for tensor in graph.initializer}
     inputs = tuple(_port(value) for value in graph.input if value.name not in weights)
     return inputs, tuple(_port(value) for value in graph.output)

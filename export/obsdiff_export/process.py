@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,8 @@ from obsdiff_runtime.errors import BuildError, CompatibilityError, ObsdiffError,
 
 _log = logging.getLogger(__name__)
 _TAIL_LINES: Final = 8
+_STARVED: Final = re.compile(r"std::bad_alloc|^MemoryError\b|Cannot allocate memory", re.MULTILINE)
+"""Last words of a process that had no memory left to answer with."""
 _NO_ROOM_BYTES: Final = 1 << 20
 """With less than this free, a process that died without an answer is taken to have died of it."""
 
@@ -107,7 +110,9 @@ def _failure(request: Request, builder: Builder, log: Path, code: int, answer: A
     if failure == "disk" or code == DISK_FULL or (answer is None and free < _NO_ROOM_BYTES):
         room = f"{free:,} bytes are free at {Path(request.answer).parent.parent}"
         return _DiskFullError(f"{what}: the disk, or a quota on it, is full ({room}); make room and repeat")
-    if failure == "memory" or code == -signal.SIGKILL:
+    said = log_in(Path(request.answer).parent).read_text(encoding="utf-8", errors="replace").splitlines()
+    last = "\n".join(said[-_TAIL_LINES:])
+    if failure == "memory" or code == -signal.SIGKILL or (answer is None and _STARVED.search(last)):
         return ResourceError(
             f"{what}: it ran out of memory (or was killed); build for fewer targets, for smaller sizes or batches, "
             f"or where more memory is free. Log: {log}"
@@ -117,8 +122,6 @@ def _failure(request: Request, builder: Builder, log: Path, code: int, answer: A
     how = f"was ended by signal {_name(-code)}" if code < 0 else f"ended with exit code {code}"
     if code == 0:
         how = "ended without an answer"
-    said = log_in(Path(request.answer).parent).read_text(encoding="utf-8", errors="replace").splitlines()
-    last = "\n".join(said[-_TAIL_LINES:])
     return BuildError(f"{what}: its process {how}. The last lines of {log}:\n{last}")
 
 

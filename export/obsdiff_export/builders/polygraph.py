@@ -153,13 +153,21 @@ def _parse(trt: Any, path: str, logger: Any) -> tuple[Any, Any, Any]:
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(path) or parser.num_errors:
         found = [told(parser.get_error(index)) for index in range(parser.num_errors)]
-        raise RefusalError("refused", "; ".join(dict.fromkeys(found[:_MOST_ERRORS])) or "its parser gave no reason")
+        text = "; ".join(dict.fromkeys(found[:_MOST_ERRORS])) or "its parser gave no reason"
+        raise RefusalError("memory" if _starved(text) else "refused", text)
     return builder, network, parser
 
 
 def _readable(timing_cache: str | None) -> str | None:
     """The file, where there is something in it to read: Polygraphy warns of one that is absent."""
     return timing_cache if timing_cache is not None and Path(timing_cache).exists() else None
+
+
+def _starved(text: str) -> bool:
+    lowered = text.lower()
+    # The last is a thread that could not be started: Myelin's words under a limit on memory.
+    words = ("out of memory", "outofmemory", "bad_alloc", "resource temporarily unavailable")
+    return any(word in lowered for word in words)
 
 
 def _refusal(errors: list[str], request: Request) -> RefusalError:
@@ -171,6 +179,6 @@ def _refusal(errors: list[str], request: Request) -> RefusalError:
             "incompatible",
             f"the graph has a number format that {where} lacks (bfloat16 needs 8.0, float8 8.9 or later): {text}",
         )
-    if "out of memory" in lowered or "outofmemory" in lowered or "bad_alloc" in lowered:
+    if _starved(text):
         return RefusalError("memory", text)
     return RefusalError("refused", "; ".join(dict.fromkeys(reason_of(error) for error in errors[:_MOST_ERRORS])))
