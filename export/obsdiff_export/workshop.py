@@ -5,6 +5,7 @@ import re
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ import psutil
 SCRATCH: Final = "building"
 """Begins the folder's name, behind a dot; host and process that build in it follow."""
 
+_STALE_SECONDS: Final = 24 * 3600
 _OWNER: Final = re.compile(rf"\.{SCRATCH}-(?P<host>.+)-(?P<process>\d+)-[^-]+")
 
 
@@ -44,7 +46,19 @@ def _mine() -> str:
 
 def _sweep(folder: Path) -> None:
     for left in folder.glob(f".{SCRATCH}-*"):
-        owner = _OWNER.fullmatch(left.name)
-        if owner is not None and (owner["host"] != socket.gethostname() or psutil.pid_exists(int(owner["process"]))):
-            continue
-        shutil.rmtree(left, ignore_errors=True)
+        if not _in_use(left):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _in_use(scratch: Path) -> bool:
+    """Whether its process lives; of another host's, such as a container that is gone, whether it wrote today."""
+    owner = _OWNER.fullmatch(scratch.name)
+    if owner is None:
+        return False
+    if owner["host"] == socket.gethostname():
+        return bool(psutil.pid_exists(int(owner["process"])))
+    try:
+        latest = max(path.stat().st_mtime for path in (scratch, *scratch.iterdir()))
+    except FileNotFoundError:  # it ends just now
+        return False
+    return time.time() - latest < _STALE_SECONDS

@@ -197,6 +197,15 @@ def test_a_file_is_no_cache(tmp_path):
         open_cache(tmp_path / "file")
 
 
+def test_the_folder_of_another_host_is_swept_when_nothing_was_written_for_a_day(graph, scripted, tmp_path):
+    young, old = (tmp_path / "out" / f".building-container-{number}-abc" for number in (1, 2))
+    for folder in (young, old):
+        folder.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    build(graph("transformer"), tmp_path / "out", builder=scripted(COUNTED), profiles=PROFILES)
+    assert (young.exists(), old.exists()) == (True, False)
+
+
 def test_a_full_disk_leaves_nothing_and_says_so(graph, scripted, cache, tmp_path):
     builder = scripted("import errno\nraise OSError(errno.ENOSPC, 'No space left on device')")
     with pytest.raises(ResourceError, match=r"is full \([\d,]+ bytes are free .*make room"):
