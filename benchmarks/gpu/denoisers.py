@@ -17,7 +17,7 @@ PASSES = (
 )
 """What is timed and how, over all variants before the next: compiling takes seconds, and may use up the time."""
 
-RACE_SECONDS = 1.5
+RACE_SECONDS = 1.0
 
 
 def run(sheet: Sheet, options: Options, compress: Compress = semi_structured.compress) -> None:

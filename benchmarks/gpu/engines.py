@@ -1,4 +1,4 @@
-"""The A/B of TensorRT engines on two SD3 blocks: the same 2:4 weights with and without the flag, and dense ones."""
+"""The A/B of TensorRT engines on an SD3 block: the same 2:4 weights with and without the flag, and dense ones."""
 
 import tempfile
 from pathlib import Path
@@ -18,7 +18,7 @@ from obsdiff_export.ports import read_ports
 from obsdiff_export.profiles import profile_for
 from obsdiff_export.versus import TimeEngines, Variant, compare_engines, timing_here
 
-LAYERS = 2
+LAYERS = 1
 
 
 class Blocks(nn.Module):
@@ -36,7 +36,7 @@ class Blocks(nn.Module):
 
 
 def run(sheet: Sheet, options: Options) -> None:
-    with sheet.case(what=f"{LAYERS} blocks, 2:4") as row, tempfile.TemporaryDirectory() as scratch:
+    with sheet.case(what=f"{LAYERS} SD3 block(s), 2:4") as row, tempfile.TemporaryDirectory() as scratch:
         builder = choose_builder()
         graphs, inputs = _graphs(Path(scratch), options)
         ports, _ = read_ports(graphs["dense"])
