@@ -7,7 +7,7 @@ from typing import Final, Literal
 
 from obsdiff_export.layers import UNKNOWN, EngineLayer, EngineTensor, dtype_of
 from obsdiff_export.pattern import PatternReport
-from obsdiff_export.witnesses import SparsityLog, computing, joined, kernel_of, parts_of
+from obsdiff_export.witnesses import SparsityLog, by_node, computing, joined, kernel_of, parts_of
 
 Verdict = Literal["active", "not chosen", "not eligible", "unknown"]
 Weights = Literal["holds", "broken", "not checked"]
@@ -76,7 +76,7 @@ class Case:
     ) -> None:
         self.patterns = {report.node: report for report in patterns}
         self.said = said
-        self.table = table
+        self.layers = by_node(table)
         self.ignored = IGNORES.get(backend, "")
         self.requested = requested
         self.too_old = bool(targets) and all(_older(target) for target in targets)
@@ -89,7 +89,7 @@ class Case:
         return tuple(name for name, nodes in self.chose.items() if not self.patterns.keys() & set(nodes))
 
     def judge(self, report: PatternReport) -> LayerProof:
-        layers = computing(report.node, self.table)
+        layers = computing(self.layers.get(report.node, ()))
         merged = self._merged(report, layers)
         weights, why_broken = _weights(report, merged)
         log, inspector = self._log(report.node), _inspector(layers)

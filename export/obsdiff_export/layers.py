@@ -6,6 +6,7 @@
 Both are another program's text: what it does not say is "unknown", what cannot be read is an error, nothing is guessed.
 """
 
+import functools
 import json
 import re
 from collections.abc import Mapping
@@ -111,6 +112,7 @@ def nodes_of(metadata: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(match["name"] for match in _NODE.finditer(metadata) if match["name"]))
 
 
+@functools.cache
 def dtype_of(text: str) -> str:
     """Our name of the type that a builder's words contain: "Half", "Row major linear FP16 format (kLINEAR)"."""
     for name, words in _DTYPES.items():

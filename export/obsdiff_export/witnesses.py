@@ -87,13 +87,21 @@ def parts_of(name: str) -> tuple[str, ...]:
     return tuple(part for part in bare if part)
 
 
-def computing(node: str, layers: Sequence[EngineLayer]) -> tuple[EngineLayer, ...]:
-    """The layers that multiply with this node's weight: several where an engine has profiles.
+def by_node(layers: Iterable[EngineLayer]) -> dict[str, list[EngineLayer]]:
+    """The layers that name a node, in their metadata or, where they have none, in their name."""
+    named: dict[str, list[EngineLayer]] = {}
+    for layer in layers:
+        for node in dict.fromkeys(layer.onnx_nodes or parts_of(layer.name)):
+            named.setdefault(node, []).append(layer)
+    return named
+
+
+def computing(named: Sequence[EngineLayer]) -> tuple[EngineLayer, ...]:
+    """Of the layers that name a node, those that multiply with its weight: several where an engine has profiles.
 
     A node's name is also on layers that only prepare its operands or add its bias: those with a kernel that multiplies,
     or of a kind that does, come before them.
     """
-    named = [layer for layer in layers if node in (layer.onnx_nodes or parts_of(layer.name))]
     multiplies = [layer for layer in named if kernel_of(layer.tactic) != "silent"]
     return tuple(multiplies or [layer for layer in named if layer.kind.lower() in _KINDS])
 
