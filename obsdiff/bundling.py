@@ -25,6 +25,7 @@ from obsdiff.pruning import Pruned
 from obsdiff.settings import Settings
 from obsdiff.sparsity import NM
 from obsdiff_export.quantizing import Quantization, imitated
+from obsdiff_export.requested import Served
 from obsdiff_runtime.bundle import Defaults as BundleDefaults
 from obsdiff_runtime.bundle import Manifest, write_manifest
 from obsdiff_runtime.errors import ConfigError
@@ -201,13 +202,13 @@ def deliver(
             opset=settings.opset,
             progress=progress,
         )
-    sizes = engines.sizes_of(sampled, text_tokens=job.text_tokens, vae_scale=scale)
+    what = served_by(job)
     if order is not None:
         with stages("build engines"):
             built = engines.build_engines(
                 {item.model.name: item.model.path for item in components},
                 folder,
-                engines.served(sizes, str(job.configs["model_index"]["_class_name"]), job.configs[job.family.denoiser]),
+                what,
                 order,
                 denoiser=job.family.denoiser,
                 progress=progress,
@@ -218,8 +219,15 @@ def deliver(
         pruned_bytes=denoiser.model.bytes,
         components=components,
         latency=latency,
-        sizes=sizes,
+        sizes=what.sizes,
     )
+
+
+def served_by(job: Job) -> Served:
+    """What the job's engines are for."""
+    sizes = engines.sizes_of(job.recipe.sampling, text_tokens=job.text_tokens, vae_scale=vae_scale(job.configs))
+    pipeline = str(job.configs.get("model_index", {}).get("_class_name", job.family.pipeline))
+    return engines.served(sizes, pipeline, job.configs[job.family.denoiser])
 
 
 def report_of(

@@ -163,6 +163,11 @@ def served(sizes: Sizes, pipeline: str, config: Mapping[str, Any]) -> Served:
     )
 
 
+def require_drawable(order: Order, what: Served) -> None:
+    """Raises ConfigError for a profile that the denoiser cannot draw; to be called before any work."""
+    tables(order.profiles, what, denoiser=True)
+
+
 def build_engines(
     graphs: Mapping[str, Path],
     folder: Path,

@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from obsdiff import card, checkpoint, delivery, engines, launch, pruning, ranks
-from obsdiff.bundling import Stages, compare, deliver, finish, gates_of, obedience_of, report_of, scales_of
+from obsdiff.bundling import Stages, compare, deliver, finish, gates_of, obedience_of, report_of, scales_of, served_by
 from obsdiff.comparison import evaluate as evaluate
 from obsdiff.comparison import hold, layers_of
 from obsdiff.engines import Order, order_of
@@ -190,6 +190,8 @@ def export(
         quantized = format is not None and part == "denoiser"
         checked_opset(delivery.dtype_of(part, settings), settings.opset, quantized=quantized)
     job = open_job(settings, sparsity_required=False)
+    if order is not None:
+        engines.require_drawable(order, served_by(job))
     if format is not None:
         quantizable(job.family.linears(job.denoiser), job.recipe.keep_float)
     held_out = evaluation_prompts(settings, job.defaults.prompts)

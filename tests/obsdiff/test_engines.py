@@ -246,3 +246,12 @@ def test_orders_are_for_every_component(builds: SimpleNamespace, bundle: Path) -
     assert (what.rows, what.scale, what.step, what.largest) == (2, 8, 16, 3072)
     found = build_engines(graphs, bundle, what, order, denoiser="transformer")
     assert list(found) == ["transformer", "vae_decoder"]
+
+
+def test_export_finds_a_profile_that_cannot_be_drawn_before_any_work(
+    builds: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verbs, "load_model", lambda settings: pytest.fail("the model was loaded"))
+    with pytest.raises(ConfigError, match="--profile 33: width 33 is no multiple of"):
+        obsdiff.export(output=tmp_path / "out", sparsity="2:4", trt=True, profile="33")
+    assert not (tmp_path / "out").exists()
