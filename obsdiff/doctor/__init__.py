@@ -72,7 +72,7 @@ def judge(facts: Facts) -> Diagnosis:
     checks = tuple(check for judging in judges for check in judging(facts))
     return Diagnosis(
         date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        abilities=(_export(checks), _engines(facts), _sparse(facts)),
+        abilities=(_export(checks), _engines(facts), _running(facts), _sparse(facts)),
         checks=checks,
         facts=facts,
     )
@@ -111,11 +111,27 @@ def _engines(facts: Facts) -> Ability:
         how = f"with TensorRT {(facts.loaded('tensorrt') or {})['version']}, for the GPU that is here"
     elif builder:
         here = [gpu["capability"] for gpu in facts.gpus]
-        fitting = "; they run on this GPU" if set(here) & set(KNOWN_TARGETS) else "; they do not run on this machine"
+        fitting = "; they fit this GPU" if set(here) & set(KNOWN_TARGETS) else "; they do not run on this machine"
         how = f"ahead of time with TensorRT-RTX, for compute capabilities {', '.join(KNOWN_TARGETS)}{fitting}"
     else:
         how = "no builder works here: pip install 'obsdiff[trt]' beside an NVIDIA GPU, 'obsdiff[rtx]' without one"
     return Ability(name="build engines", possible=bool(builder), how=how)
+
+
+def _running(facts: Facts) -> Ability:
+    cuda = facts.loaded("cuda") or {}
+    gpus = {gpu["capability"] for gpu in facts.gpus}
+    if not gpus:
+        how = "no GPU is visible; bundles run their ONNX graphs on the processor"
+    elif cuda.get("device") is None:
+        how = "cuda-python does not reach the GPU: pip install 'obsdiff[trt]'"
+    elif facts.loaded("tensorrt") is not None:
+        return Ability(name="run engines", possible=True, how="of TensorRT, built on this GPU by the same version")
+    elif facts.loaded("tensorrt_rtx") is not None and gpus & set(KNOWN_TARGETS):
+        return Ability(name="run engines", possible=True, how="of TensorRT-RTX")
+    else:
+        how = "no TensorRT that fits this GPU loads: pip install 'obsdiff[trt]'"
+    return Ability(name="run engines", possible=False, how=how)
 
 
 def _sparse(facts: Facts) -> Ability:

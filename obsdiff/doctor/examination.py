@@ -20,13 +20,13 @@ from obsdiff_runtime.progress import Progress, silent
 FORMATS: Final = ("fp32", "fp16", "bf16", "int8", "fp8")
 LIBRARIES: Final = (
     *("gpus", "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime"),
-    *("polygraphy", "tensorrt", "tensorrt_rtx"),
+    *("polygraphy", "tensorrt", "tensorrt_rtx", "cuda"),
 )
-"""Import names, and "gpus" for the driver."""
+"""Import names, and "gpus" for the driver; "cuda" is cuda-python."""
 PACKAGES: Final = (
     *("obsdiff", "torch", "diffusers", "transformers", "accelerate", "safetensors", "tokenizers", "numpy"),
     *("onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "polygraphy", "nvidia-modelopt"),
-    *("cuda-python", "nvidia-ml-py"),
+    *("cuda-python", "cuda-bindings"),
 )
 _PREFIXES: Final = ("tensorrt", "nvidia-cuda-runtime", "nvidia-cudnn", "nvidia-cusparselt")
 """Beginnings of the names of packages that come per CUDA version."""

@@ -12,10 +12,20 @@ from typing import Final
 import psutil
 
 from obsdiff.resources import existing_folder, free_bytes
+from obsdiff_export.caches import default_folder
 
 SETTINGS: Final = (
     *("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "NVIDIA_TF32_OVERRIDE"),
-    *("LD_LIBRARY_PATH", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT", "TMPDIR", "PYTHONPATH"),
+    *(
+        "LD_LIBRARY_PATH",
+        "HF_HOME",
+        "HF_HUB_CACHE",
+        "HF_HUB_OFFLINE",
+        "HF_ENDPOINT",
+        "TMPDIR",
+        "PYTHONPATH",
+        "OBSDIFF_CACHE",
+    ),
 )
 """Environment variables that change what a run does."""
 
@@ -63,7 +73,7 @@ class Host:
     jetson: None on other machines.
     settings: environment variables that matter and are set.
     hub_token: whether one is set or stored.
-    disks: "output", "cache" (of the Hub) and "temp".
+    disks: "output", "cache" (of the Hub), "engines" (the cache of built ones) and "temp".
     """
 
     system: str
@@ -103,7 +113,12 @@ def read_host(output: Path, *, root: Path = Path("/"), environment: Mapping[str,
         jetson=_jetson(root),
         settings={name: environment[name] for name in SETTINGS if environment.get(name)},
         hub_token=bool(environment.get("HF_TOKEN")) or (hub.parent / "token").is_file(),
-        disks={"output": _disk(output), "cache": _disk(hub), "temp": _disk(Path(tempfile.gettempdir()))},
+        disks={
+            "output": _disk(output),
+            "cache": _disk(hub),
+            "engines": _disk(default_folder()),
+            "temp": _disk(Path(tempfile.gettempdir())),
+        },
     )
 
 

@@ -10,7 +10,7 @@ from obsdiff_export.builders.rtx import KNOWN_TARGETS
 
 _NEEDED: Final = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
 """Without one of them `obsdiff export` does not run."""
-_EXTRAS: Final = {"onnxruntime": "cpu", "tensorrt": "trt", "tensorrt_rtx": "rtx", "polygraphy": "rtx"}
+_EXTRAS: Final = {"onnxruntime": "cpu", "tensorrt": "trt", "tensorrt_rtx": "rtx", "polygraphy": "rtx", "cuda": "trt"}
 _DRIVERS: Final = {12: 525, 13: 580}
 """CUDA major -> the first driver that runs it (NVIDIA, "CUDA Compatibility")."""
 _OLDEST_TENSORRT: Final = (10, 3)
@@ -39,6 +39,7 @@ def check_fit(facts: Facts) -> Iterator[Check]:
     yield from _tensorrt(facts)
     yield from _jetson(facts)
     yield from _rtx(facts)
+    yield from _running(facts)
 
 
 def _requirements(facts: Facts) -> Check:
@@ -57,6 +58,7 @@ def _requirements(facts: Facts) -> Check:
 
 def _library(facts: Facts, name: str) -> Check:
     outcome, needed = facts.libraries[name], name in _NEEDED
+    title = "cuda-python" if name == "cuda" else name
     if outcome.value is not None:
         details = [str(outcome.value["version"])]
         if name == "torch":
@@ -67,7 +69,7 @@ def _library(facts: Facts, name: str) -> Check:
                 details.append("cuSPARSELt")
         if name == "onnxruntime":
             details.append(", ".join(outcome.value["providers"]))
-        return Check(group="libraries", name=name, status="ok", finding="; ".join(details))
+        return Check(group="libraries", name=title, status="ok", finding="; ".join(details))
     absent = re.match(rf"ModuleNotFoundError: No module named '{name}'", outcome.failure) is not None
     extra = _EXTRAS.get(name)
     install = f"pip install 'obsdiff[{extra}]'" if extra else "pip install --upgrade obsdiff"
@@ -76,14 +78,14 @@ def _library(facts: Facts, name: str) -> Check:
     if absent:
         status: Status = "problem" if needed else "not here"
         return Check(
-            group="libraries", name=name, status=status, finding="not installed", advice=install, blocks=needed
+            group="libraries", name=title, status=status, finding="not installed", advice=install, blocks=needed
         )
     return Check(
         group="libraries",
-        name=name,
+        name=title,
         status="problem",
         finding=f"installed, but does not load: {outcome.failure}",
-        advice=f"install it again: pip install --force-reinstall {name.replace('_', '-')}",
+        advice=f"install it again: pip install --force-reinstall {title.replace('_', '-')}",
         blocks=needed,
     )
 
@@ -244,6 +246,24 @@ def _rtx(facts: Facts) -> Iterator[Check]:
             "warn",
             "pip install 'obsdiff[trt]'",
         )
+
+
+def _running(facts: Facts) -> Iterator[Check]:
+    """Engines are run through cuda-python."""
+    builders = [name for name in ("tensorrt", "tensorrt_rtx") if facts.loaded(name) is not None]
+    if not facts.gpus or not builders:
+        return
+    cuda = facts.loaded("cuda")
+    if cuda is None:
+        extra = "trt" if "tensorrt" in builders else "rtx"
+        yield _unfit(
+            "engines and cuda-python",
+            "engines can be built but not run: that takes cuda-python, which does not load",
+            "warn",
+            f"pip install 'obsdiff[{extra}]'",
+        )
+    elif cuda["device"] is None:
+        yield _unfit("cuda-python and the GPU", cuda["why"], "problem", "engines cannot be run like this")
 
 
 def _unfit(name: str, finding: str, status: Status, advice: str) -> Check:

@@ -35,7 +35,7 @@ def check_machine(facts: Facts) -> Iterator[Check]:
                 status="problem",
                 finding=f"no file can be made in {disk.folder}",
                 advice=where,
-                blocks=name != "cache",
+                blocks=name in ("output", "temp"),
             )
         else:
             little = disk.free_bytes < _LITTLE_DISK_BYTES

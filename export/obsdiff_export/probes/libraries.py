@@ -2,12 +2,15 @@
 
 import importlib
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 
 def describe(name: str) -> dict[str, Any]:
     """Facts of one library: its version, and what is particular to it."""
-    return {"gpus": _gpus, "torch": _torch, "onnxruntime": _onnxruntime}.get(name, lambda: _plain(name))()
+    return {"gpus": _gpus, "torch": _torch, "onnxruntime": _onnxruntime, "cuda": _cuda}.get(
+        name, lambda: _plain(name)
+    )()
 
 
 def _gpus() -> dict[str, Any]:
@@ -46,6 +49,28 @@ def _onnxruntime() -> dict[str, Any]:
     import onnxruntime
 
     return {"version": onnxruntime.__version__, "providers": onnxruntime.get_available_providers()}
+
+
+def _cuda() -> dict[str, Any]:
+    """cuda-python, through which engines are run, and what it says of the GPU."""
+    importlib.import_module("cuda")
+    from obsdiff_runtime import cuda
+    from obsdiff_runtime.errors import CompatibilityError
+
+    runtime = cuda.load()
+    versions = [_version_of(name) for name in ("cuda-python", "cuda-bindings")]
+    found = {"version": next(filter(None, versions), "unknown"), "device": None, "why": ""}
+    try:
+        return {**found, "device": asdict(runtime.device())}
+    except CompatibilityError as error:
+        return {**found, "why": str(error)}
+
+
+def _version_of(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return ""
 
 
 def _plain(name: str) -> dict[str, Any]:

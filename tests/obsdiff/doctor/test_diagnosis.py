@@ -101,13 +101,14 @@ def faults(facts: Facts) -> dict[str, str]:
     return {check.name: check.finding for check in judge(facts).checks if check.status in ("warn", "problem")}
 
 
-H100 = {"gpus": gpus("9.0"), "torch": torch(), "onnxruntime": ort("CUDAExecutionProvider")}
+CUDA = Outcome(value={"version": "13.0.1", "device": {"name": "NVIDIA X", "capability": "9.0"}, "why": ""}, failure="")
+H100 = {"gpus": gpus("9.0"), "torch": torch(), "onnxruntime": ort("CUDAExecutionProvider"), "cuda": CUDA}
 
 
 def test_an_h100_with_tensorrt_has_no_faults_and_can_do_everything() -> None:
     machine = facts(packages={"tensorrt": "11.4.1", "tensorrt-cu13-libs": "11.4.1"}, tensorrt=plain("11.4.1"), **H100)
     assert faults(machine) == {}
-    assert [ability.possible for ability in judge(machine).abilities] == [True, True, True]
+    assert [ability.possible for ability in judge(machine).abilities] == [True, True, True, True]
     assert found(machine, "GPU 0").finding.startswith("NVIDIA X, compute capability 9.0, 80.0 GiB, 79.0 GiB free")
     assert found(machine, "sparse tensor cores").finding.startswith("tf32, fp16, bf16, int8, fp8")
 
@@ -115,8 +116,8 @@ def test_an_h100_with_tensorrt_has_no_faults_and_can_do_everything() -> None:
 def test_rtx_on_an_h100_is_a_warning_that_names_the_other_builder() -> None:
     check = found(facts(tensorrt_rtx=plain("1.7.1.116"), **H100), "TensorRT-RTX and the GPU")
     assert (check.status, check.advice) == ("warn", "pip install 'obsdiff[trt]'")
-    export, engines, sparse = judge(facts(tensorrt_rtx=plain("1.7.1.116"), **H100)).abilities
-    assert (export.possible, engines.possible, sparse.possible) == (True, True, False)
+    export, engines, running, sparse = judge(facts(tensorrt_rtx=plain("1.7.1.116"), **H100)).abilities
+    assert (export.possible, engines.possible, running.possible, sparse.possible) == (True, True, False, False)
     assert "they do not run on this machine" in engines.how
 
 
@@ -125,7 +126,7 @@ def test_without_a_gpu_the_main_job_runs_and_two_four_gains_nothing() -> None:
     assert judge(machine).ready
     assert faults(machine) == {}
     assert found(machine, "driver").status == "not here"
-    assert not judge(machine).abilities[2].possible
+    assert not judge(machine).abilities[3].possible
 
 
 @pytest.mark.parametrize(
@@ -202,6 +203,18 @@ def test_tensorrt_that_does_not_load_is_a_problem_but_stops_no_export() -> None:
     assert judge(machine).ready
 
 
+def test_engines_that_can_be_built_and_not_run_are_a_warning() -> None:
+    machine = facts(tensorrt=plain("11.4.1"), **{**H100, "cuda": ABSENT["cuda"]})
+    assert set(faults(machine)) == {"engines and cuda-python"}
+    assert not judge(machine).abilities[2].possible
+
+
+def test_a_cuda_python_that_does_not_reach_the_gpu_says_why() -> None:
+    blind = Outcome(value={"version": "13.0.1", "device": None, "why": "no NVIDIA GPU can be used here"}, failure="")
+    machine = facts(tensorrt=plain("11.4.1"), **{**H100, "cuda": blind})
+    assert found(machine, "cuda-python and the GPU").finding == "no NVIDIA GPU can be used here"
+
+
 def test_a_builder_without_polygraphy_builds_nothing() -> None:
     machine = facts(tensorrt_rtx=plain("1.7.1.116"), polygraphy=ABSENT["polygraphy"])
     assert "TensorRT-RTX and Polygraphy" in faults(machine)
@@ -242,7 +255,7 @@ def test_an_optional_package_of_a_version_that_is_not_taken_is_a_warning() -> No
 def test_a_turing_card_has_no_sparse_tensor_cores() -> None:
     machine = facts(gpus=gpus("7.5"), torch=torch(), onnxruntime=ort("CUDAExecutionProvider"))
     assert "structured:0.25" in found(machine, "sparse tensor cores").advice
-    assert "no sparse tensor cores" in judge(machine).abilities[2].how
+    assert "no sparse tensor cores" in judge(machine).abilities[3].how
 
 
 def test_gpus_of_two_kinds_and_a_gpu_in_use_are_told() -> None:
