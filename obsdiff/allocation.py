@@ -144,13 +144,13 @@ class _Spending:
     ) -> None:
         self._denoiser, self._recipe, self._positions, self._linears = denoiser, recipe, positions, linears
         sparsity = recipe.sparsity
-        self._groups = [group for group in groups if (sparsity.heads if group.kind == "heads" else sparsity.ffn) > 0]
+        self._groups = [group for group in groups if _share(group, recipe) > 0]
         self._numbers = {group.name: removable(group, recipe.align) for group in self._groups}
         self._readers = _readers(linears, sparsity.pattern)
         self._times: Times | None = None
         if latencies.is_latency(recipe.allocation):
             self._times = Times(latencies.table_of(recipe.allocation), everything, positions)
-            self._times.require(self._groups)
+            self._times.require(spendable(self._groups, recipe))
 
     def worth(self, groups: Sequence[Group], removals: Mapping[str, int]) -> float:
         """What these removals save, in what the budget is in: MACs of one image, or milliseconds of the table's call.
@@ -295,6 +295,15 @@ def ratios_near(ratio: float) -> list[float]:
     steps = range(-round(100 * REACH), round(100 * REACH) + 1)
     near = [round(ratio + step / 100, 6) for step in steps]
     return [value for value in near if 0 < value <= max(MOST, ratio)]
+
+
+def spendable(groups: Sequence[Group], recipe: Recipe) -> list[Group]:
+    """Those that the sparsity takes units from and that can lose some."""
+    return [group for group in groups if _share(group, recipe) > 0 and len(removable(group, recipe.align)) > 1]
+
+
+def _share(group: Group, recipe: Recipe) -> float:
+    return recipe.sparsity.heads if group.kind == "heads" else recipe.sparsity.ffn
 
 
 def removable(group: Group, align: int) -> list[int]:

@@ -120,7 +120,8 @@ def open_job(settings: Settings, *, sparsity_required: bool = True) -> Job:
         model=name_of(settings), family=family, denoiser=denoiser, configs=configs, defaults=defaults, recipe=recipe
     )
     if latencies.is_latency(recipe.allocation):
-        job.times().require(select(recipe, family.linears(denoiser), family.groups(denoiser))[1])
+        groups = select(recipe, family.linears(denoiser), family.groups(denoiser))[1]
+        job.times().require(allocation.spendable(groups, recipe))
     return job
 
 

@@ -90,6 +90,8 @@ def subject_of(settings: Settings) -> Subject:
         ConfigError, ModelError, BundleError: there is no such model or bundle, or a selection that leaves nothing.
     """
     bundle = _bundle(settings.model)
+    if bundle is not None:
+        settings = _served(settings, bundle)
     job = open_job(settings, sparsity_required=False)
     linears, groups = select(
         replace(job.recipe, protect_first=0, protect_last=0),
@@ -169,6 +171,13 @@ def _bundle(model: str | None) -> Bundle | None:
     if folder is None or not (folder / MANIFEST).is_file():
         return None
     return open_bundle(folder, verify="sizes")
+
+
+def _served(settings: Settings, bundle: Bundle) -> Settings:
+    """The size that the bundle is served at, where no other is given."""
+    defaults = bundle.manifest.defaults
+    own = {name: getattr(defaults, name) for name in ("height", "width", "guidance_scale", "max_sequence_length")}
+    return replace(settings, **{name: value for name, value in own.items() if getattr(settings, name) is None})
 
 
 def _as_in_bundle(bundle: Bundle, component: str, widths: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from obsdiff_export.latency_table import load
 from obsdiff_export.linears import Shape
 from obsdiff_export.measuring import Product, Variant
 from obsdiff_runtime import timing
+from obsdiff_runtime.bundle import Defaults
 from obsdiff_runtime.errors import CompatibilityError, ConfigError, RunError
 
 SIZE: dict[str, Any] = {"height": 32, "width": 32, "align": 8}
@@ -325,9 +327,10 @@ def test_a_bundle_s_widths_are_those_of_its_graph(
     from obsdiff import subject as subject_module
     from obsdiff_export.linears import Weight
 
-    @dataclass(frozen=True)
+    defaults = Defaults(height=48, width=32, num_inference_steps=4, guidance_scale=1.0, max_sequence_length=None)
+
     class Bundle:
-        root: Path = tmp_path
+        root, manifest = tmp_path, SimpleNamespace(defaults=defaults)
 
         def onnx(self, component: str) -> Path:
             return tmp_path / component
@@ -339,8 +342,9 @@ def test_a_bundle_s_widths_are_those_of_its_graph(
     }
     monkeypatch.setattr(subject_module, "_bundle", lambda model: Bundle())
     monkeypatch.setattr(subject_module, "weights_of", lambda path: narrow)
-    found = subject_of(Settings(model=str(sd3_folder), **SIZE))
+    found = subject_of(Settings(model=str(sd3_folder), align=8))
     assert {shape.n for shape in found.shapes.values()} == {32}
+    assert (found.call["height"], found.call["width"], found.call["rows"]) == (48, 32, 1)  # as it is served
     assert found.cuts == ()  # which units are left is not known
     narrow.popitem()
     with pytest.raises(ConfigError, match="Give the model instead"):
