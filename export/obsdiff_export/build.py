@@ -171,7 +171,8 @@ def build(
         flags: what else is asked for.
         targets: compute capabilities; empty for the builder's own choice.
         patterns: the 2:4 verdicts of the graph's weights, for the receipt.
-        repeat: several builds of the same engine are told apart by it; beyond 0 no earlier timing is used or kept.
+        repeat: several builds of the same engine are told apart by it; beyond 0 nothing is taken from the cache or
+            kept there, neither engines nor timings.
         cache: where equal engines of other bundles and earlier timings are; None for neither.
         progress: called with the stage "build" before and after.
 
@@ -240,7 +241,7 @@ def _build(folder: Path, scratch: Path, job: _Job, cache: Cache | None, patterns
         "plan": Path(request.plan),
     }
     files = {role: path for role, path in paths.items() if path.exists()}
-    if cache is not None:
+    if cache is not None and job.repeat == 0:
         cache.store(job.key, files, seconds=answer.seconds, notes=answer.notes)
     return _finish(folder, scratch, job, files, patterns, seconds=answer.seconds, notes=answer.notes, reused=False)
 
@@ -248,7 +249,7 @@ def _build(folder: Path, scratch: Path, job: _Job, cache: Cache | None, patterns
 def _from_cache(
     folder: Path, scratch: Path, job: _Job, cache: Cache | None, patterns: Sequence[PatternReport]
 ) -> Engine | None:
-    entry = cache.find(job.key) if cache is not None else None
+    entry = cache.find(job.key) if cache is not None and job.repeat == 0 else None
     if entry is None:
         return None
     files = {role: scratch / role for role in entry.files}

@@ -87,6 +87,14 @@ def test_a_changed_vae_does_not_rebuild_the_denoiser(graph, scripted, cache, tmp
     assert runs_of(builder) == 2
 
 
+def test_repeats_are_built_anew_for_every_bundle(graph, scripted, cache, tmp_path):
+    builder = scripted(COUNTED)
+    for folder in ("one", "two", "two"):
+        build(graph("transformer"), tmp_path / folder, builder=builder, profiles=PROFILES, cache=cache, repeat=1)
+    assert runs_of(builder) == 2  # in the same folder one that is there counts
+    assert not (cache.root / "engines").exists()
+
+
 @pytest.mark.parametrize("name", ["plan", "log", "entry.json"])
 def test_a_damaged_entry_is_noticed_told_and_built_again(graph, scripted, cache, tmp_path, caplog, name):
     builder = scripted(COUNTED)
