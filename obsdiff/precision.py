@@ -156,16 +156,31 @@ def quantize(
     streams = ranges.observe(
         denoiser, chosen, calls, format=format, dtype=dtype, outputs=recipe.quantize_outputs, progress=progress
     )
-    rounding = _Rounding(denoiser, streams, format, dtype, rule)
-    records = {linear.name: rounding.linear(linear) for linear in chosen}
-    return Quantized(
-        quantization=Quantization(format=format, linears=rounding.scales),
+    found = round_weights(denoiser, chosen, streams, format, dtype=dtype, rule=rule)
+    records = {record.name: record for record in found.linears}
+    left = "matches --keep-float"
+    return dataclasses.replace(
+        found,
         linears=tuple(
-            records.get(linear.name)
-            or QuantizedLinear(name=linear.name, precision="float", reason="matches --keep-float")
+            records.get(linear.name) or QuantizedLinear(name=linear.name, precision="float", reason=left)
             for linear in every
         ),
     )
+
+
+def round_weights(
+    denoiser: nn.Module,
+    linears: Sequence[LinearSpec],
+    streams: Streams,
+    format: Format,
+    *,
+    dtype: torch.dtype,
+    rule: Rule = RULE,
+) -> Quantized:
+    """Chooses the scales of the linears from what was observed, and rounds their weights in place."""
+    rounding = _Rounding(denoiser, streams, format, dtype, rule)
+    records = tuple(rounding.linear(linear) for linear in linears)
+    return Quantized(quantization=Quantization(format=format, linears=rounding.scales), linears=records)
 
 
 def quantizable(linears: Sequence[LinearSpec], patterns: Iterable[str]) -> tuple[LinearSpec, ...]:
