@@ -20,7 +20,7 @@ from obsdiff.subject import CutPlan, Subject
 from obsdiff_export import roofline
 from obsdiff_export.latency_table import DENSE, SPARSE, Entry, LatencyTable, What
 from obsdiff_export.linears import Shape
-from obsdiff_export.measuring import Measurer, Timed, Variant, is_faster, is_no_faster, measure
+from obsdiff_export.measuring import LATE, Measurer, Timed, Variant, is_faster, is_no_faster, measure
 from obsdiff_export.roofline import Gpu
 from obsdiff_runtime.errors import RunError
 from obsdiff_runtime.progress import Progress, silent
@@ -166,6 +166,9 @@ def explore(subject: Subject, measurer: Measurer, *, seconds: float, progress: P
     for index, shape in enumerate(groups):
         progress("time linears", index, len(groups), str(shape))
         left = seconds - (perf_counter() - started)
+        if left <= 0:
+            timed[shape] = Timed(entries=(), comparisons={}, failures={(shape, DENSE): LATE})
+            continue
         own = left * costs[shape] / sum(list(costs.values())[index:])
         timed[shape] = measure(measurer, _products(shape, subject, refusal), seconds=max(own, LEAST_SECONDS))
     progress("time linears", len(groups), len(groups))

@@ -63,7 +63,7 @@ def run(
         if shapes_only:
             return found
         left = max(seconds - (perf_counter() - started), (1 - LINEARS) * seconds)
-        return _with_steps(found, _steps(subject, settings, place, left, progress), place)
+        return _with_steps(found, _steps(subject, settings, place, left, progress))
 
 
 def _steps(subject: Subject, settings: Settings, place: Place, seconds: float, progress: Progress) -> tuple[Step, ...]:
@@ -72,7 +72,7 @@ def _steps(subject: Subject, settings: Settings, place: Place, seconds: float, p
     return whatif_steps.time_steps(subject, settings, place.runner, seconds=seconds, progress=progress)
 
 
-def _with_steps(found: WhatIf, steps: tuple[Step, ...], place: Place) -> WhatIf:
+def _with_steps(found: WhatIf, steps: tuple[Step, ...]) -> WhatIf:
     """The findings with whole calls, and how much of one the timed linears are."""
     notes = found.notes
     dense = next((step.ms for step in steps if step.name == whatif_steps.DENSE), None)

@@ -28,6 +28,8 @@ FEWEST: Final = 9
 
 MOST: Final = 60
 
+LATE: Final = "the time was up; give it more --minutes"
+
 Variant = Literal["dense", "2:4"]
 
 
@@ -100,6 +102,9 @@ def measure(measurer: Measurer, products: Sequence[tuple[Shape, Variant]], *, se
     with ExitStack() as opened:
         round_seconds = 0.0
         for shape, variant in products:
+            if perf_counter() - started > seconds:  # making a product, an engine above all, takes time too
+                failures[shape, variant] = LATE
+                continue
             try:
                 product = opened.enter_context(measurer.prepare(shape, variant))
                 took = _once(product)
@@ -108,7 +113,7 @@ def measure(measurer: Measurer, products: Sequence[tuple[Shape, Variant]], *, se
                 continue
             left = seconds - (perf_counter() - started)
             if (round_seconds + took) * FEWEST > left:
-                failures[shape, variant] = "the time was up; give it more --minutes"
+                failures[shape, variant] = LATE
                 continue
             ready[shape, variant] = product
             round_seconds += took

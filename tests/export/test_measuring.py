@@ -92,6 +92,25 @@ def test_what_does_not_fit_into_the_time_is_said(clock: Clock) -> None:
     assert clock.now < 24 * 1.1
 
 
+def test_nothing_is_made_once_the_time_is_up(clock: Clock) -> None:
+    """An engine takes longer to build than to time."""
+    made: list[str] = []
+
+    class Slow(Fake):
+        @contextmanager
+        def prepare(self, shape: Shape, variant: Variant) -> Iterator[Product]:
+            made.append(variant)
+            self._clock.now += 20
+            with super().prepare(shape, variant) as product:
+                yield product
+
+    slow = Slow(clock, {(FULL, "dense"): 0.01, (FULL, "2:4"): 0.01, (HALF, "dense"): 0.01})
+    found = measure(slow, [(FULL, "dense"), (FULL, "2:4"), (HALF, "dense")], seconds=30)
+    assert made == ["dense", "2:4"]
+    assert [entry.variant for entry in found.entries] == ["dense"]
+    assert found.failures.keys() == {(FULL, "2:4"), (HALF, "dense")}
+
+
 def test_a_product_that_cannot_be_made_leaves_the_others(clock: Clock) -> None:
     found = measure(Fake(clock, {(FULL, "dense"): 0.01}), [(FULL, "dense"), (FULL, "2:4")], seconds=9)
     assert len(found.entries) == 1
@@ -114,7 +133,7 @@ def test_a_gain_must_be_sure_and_more_than_builds_differ_by(
 
 def test_onnx_runtime_times_dense_and_narrower() -> None:
     measurer = OnnxRuntimeCpu(1)
-    found = measure(measurer, [(Shape(4, 64, 64), "dense"), (Shape(4, 64, 32), "dense")], seconds=0.2)
+    found = measure(measurer, [(Shape(4, 64, 64), "dense"), (Shape(4, 64, 32), "dense")], seconds=60)
     assert [(entry.n, entry.dtype) for entry in found.entries] == [(64, "float32"), (32, "float32")]
     assert all(0 < entry.low_ms <= entry.ms <= entry.high_ms for entry in found.entries)
     assert "no sparse kernels" in measurer.without_sparse()

@@ -296,7 +296,7 @@ def test_the_verb_writes_a_table_that_allocation_reads(
     sd3_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table, html = tmp_path / "new" / "table.json", tmp_path / "page.html"
-    flags = ["--shapes-only", "--backend", "cpu", "--minutes", "0.1", "--threads", "1", "--json"]
+    flags = ["--shapes-only", "--backend", "cpu", "--minutes", "5", "--threads", "1", "--json"]
     size = ["--height", "32", "--width", "32", "--align", "8"]
     monkeypatch.setattr(
         sys, "argv", ["obsdiff", "whatif", str(sd3_folder), *flags, *size, "-o", str(table), "--html", str(html)]
