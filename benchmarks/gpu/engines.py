@@ -2,21 +2,19 @@
 
 import tempfile
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gpu import models
 from gpu.rows import Options, Sheet
-from obsdiff_export import onnx, pattern
-from obsdiff_export.build import Engine, build, choose_builder
+from obsdiff_export import onnx, pattern, receipt
+from obsdiff_export.build import choose_builder
 from obsdiff_export.builders.request import Flags
 from obsdiff_export.component import Component
+from obsdiff_export.contest import build_faster
 from obsdiff_export.ports import read_ports
 from obsdiff_export.profiles import profile_for
-from obsdiff_export.versus import TimeEngines, Variant, compare_engines, timing_here
 
 LAYERS = 1
 
@@ -38,36 +36,30 @@ class Blocks(nn.Module):
 def run(sheet: Sheet, options: Options) -> None:
     with sheet.case(what=f"{LAYERS} SD3 block(s), 2:4") as row, tempfile.TemporaryDirectory() as scratch:
         builder = choose_builder()
-        graphs, inputs = _graphs(Path(scratch), options)
+        graphs = _graphs(Path(scratch), options)
         ports, _ = read_ports(graphs["dense"])
-        profile = profile_for(ports, {})
-        patterns = pattern.check(graphs["pruned"], 2, 4)
-
-        def build_one(variant: Variant, repeat: int) -> Engine:
-            graph = graphs["dense" if variant == "dense" else "pruned"]
-            return build(
-                graph,
-                Path(scratch) / "engines",
-                builder=builder,
-                profiles=[profile],
-                flags=Flags(sparse=variant == "sparse"),
-                patterns=() if variant == "dense" else patterns,
-                repeat=repeat,
-            )
-
-        timing: TimeEngines[Engine] | str = timing_here(builder.name, inputs)
-        found = compare_engines(build_one, timing, budget_seconds=sheet.left() * 0.8)
+        found = build_faster(
+            graphs["pruned"],
+            Path(scratch) / "engines",
+            builder=builder,
+            profiles=[profile_for(ports, {})],
+            flags=Flags(),
+            patterns=pattern.check(graphs["pruned"], 2, 4),
+            dense=graphs["dense"],
+            budget_seconds=sheet.left() * 0.8,
+        )
         row.case["builder"] = f"{builder.name} {builder.version()}"
         row.figures |= {f"{name}_ms": spread.p50_ms for name, spread in found.spreads.items()}
         row.figures |= {"builds": len(found.builds), "build_seconds": sum(made.seconds for made in found.builds)}
         if found.decision.comparison is not None:
             row.figures["sparse_speedup"] = found.decision.comparison.speedup
-        row.note = found.decision.why
+        proven = receipt.sparsity_statement(receipt.load(found.shipped.receipt_path))
+        row.note = f"{found.decision.why}\nthe shipped engine: {proven}"
         row.error = "; ".join(failure.message for failure in found.failures)
 
 
-def _graphs(folder: Path, options: Options) -> tuple[dict[str, Path], dict[str, np.ndarray[Any, Any]]]:
-    """Both graphs in float16, and what they are called with."""
+def _graphs(folder: Path, options: Options) -> dict[str, Path]:
+    """Both graphs, in float16."""
     dense = models.dense(options, LAYERS + 1)
     given = models.block_inputs(dense, models.inputs(dense, options))
     paths = {}
@@ -86,4 +78,4 @@ def _graphs(folder: Path, options: Options) -> tuple[dict[str, Path], dict[str, 
             config={},
         )
         paths[name] = onnx.export(component, folder / name, dtype=torch.float16).path
-    return paths, {key: tensor.float().cpu().numpy() for key, tensor in given.items()}
+    return paths
