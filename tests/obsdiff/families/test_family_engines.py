@@ -1,0 +1,50 @@
+"""A small SD3, built by TensorRT-RTX: what the real engine makes of its linears."""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from obsdiff.families.table import FAMILIES
+from obsdiff_export.build import BUILDERS, build
+from obsdiff_export.layers import layers_of_log
+from obsdiff_export.onnx import export
+from obsdiff_export.pattern import check
+from obsdiff_export.profiles import profiles_for
+from obsdiff_export.receipt import load
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX is not installed"),
+]
+
+SIZES = {"batch": (1, 2, 4), "height": 8, "width": 8, "text_tokens": (1, 7, 20)}
+
+
+def test_every_linear_is_in_the_real_engine_and_linears_of_one_input_are_merged_across_blocks(
+    build_pipeline: Callable[..., DiffusionPipeline], tmp_path: Path
+) -> None:
+    family = "sd3"
+    pipeline = build_pipeline(family)
+    components = FAMILIES[family].components(pipeline, height=64, width=64)
+    component = next(found for found in components if found.name == FAMILIES[family].denoiser)
+    model = export(component, tmp_path / component.name, dtype=torch.float16)
+    engine = build(
+        model.path,
+        tmp_path / "engines",
+        builder=BUILDERS["tensorrt_rtx"],
+        profiles=profiles_for(model.inputs, [SIZES]),
+        targets=("8.9",),
+        patterns=check(model.path, 2, 4),
+    )
+    layers = layers_of_log(engine.log_path.read_text(encoding="utf-8"))
+    proof = load(engine.receipt_path).proof
+    assert [layer.weight for layer in proof.layers if not layer.layer] == []
+    assert {layer.dtype for layer in proof.layers} <= {"float16"}
+    products = [layer for layer in layers if layer.kind == "gemm"]
+    assert {tensor.dtype for layer in products for tensor in layer.inputs} == {"float16"}
+    merged = {layer.weight: layer.merged for layer in proof.layers}
+    assert "transformer_blocks.1.norm1.linear.weight" in merged["transformer_blocks.0.norm1.linear.weight"]
