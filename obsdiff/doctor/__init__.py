@@ -123,8 +123,10 @@ def _running(facts: Facts) -> Ability:
     gpus = {gpu["capability"] for gpu in facts.gpus}
     if not gpus:
         how = "no GPU is visible; bundles run their ONNX graphs on the processor"
-    elif cuda.get("device") is None:
-        how = "cuda-python does not reach the GPU: pip install 'obsdiff[trt]'"
+    elif not cuda:
+        how = "cuda-python does not load: pip install 'obsdiff[trt]'"
+    elif cuda["device"] is None:
+        how = "cuda-python does not reach the GPU; why is told below"
     elif facts.loaded("tensorrt") is not None:
         return Ability(name="run engines", possible=True, how="of TensorRT, built on this GPU by the same version")
     elif facts.loaded("tensorrt_rtx") is not None and gpus & set(KNOWN_TARGETS):

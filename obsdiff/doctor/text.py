@@ -17,7 +17,7 @@ def show(diagnosis: Diagnosis, console: Console | None = None) -> None:
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(max_width=26)
     table.add_column(min_width=8)
-    table.add_column()
+    table.add_column(overflow="fold")
     for ability in diagnosis.abilities:
         word = "[green]yes[/]" if ability.possible else "[yellow]no[/]"
         table.add_row(f"[bold]{ability.name}[/]", word, escape(shorten_home(ability.how)))
