@@ -13,7 +13,7 @@ import pytest
 from obsdiff.cli import main
 from obsdiff_runtime.version import __version__
 
-VERBS = ("export", "prune", "plan", "build", "whatif", "eval", "bench", "generate", "inspect")
+VERBS = ("export", "prune", "plan", "build", "whatif", "eval", "bench", "generate", "doctor", "inspect")
 
 
 def obsdiff(*arguments: str, cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
