@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from obsdiff import card, costs, delivery, engines, facts, gates, report
-from obsdiff.engines import Order
+from obsdiff.engines import Engines, Order
 from obsdiff.evaluation import Evaluation, ImagePair, figure_names
 from obsdiff.evaluation import evaluate as run_pairs
 from obsdiff.gates import Gate
@@ -46,6 +47,7 @@ class Delivery:
         dense_bytes, pruned_bytes: of the denoiser's weights, in the same format.
         components: in the bundle; none where nothing was exported.
         sizes: of the dynamic axes at the served size.
+        engines: None where none were built.
     """
 
     dense_bytes: int
@@ -53,6 +55,7 @@ class Delivery:
     components: tuple[delivery.Delivered, ...] = ()
     latency: LatencyPair | NotMeasured = _NOTHING_EXPORTED
     sizes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    engines: Engines | None = None
 
 
 class Stages:
@@ -174,7 +177,7 @@ def deliver(
     quantization: Quantization | None = None,
 ) -> Delivery:
     """Writes ONNX, engines (where some are ordered) and the rest into `folder`."""
-    sampled, scale = job.recipe.sampling, vae_scale(job.configs)
+    sampled = job.recipe.sampling
     pattern = job.recipe.sparsity.pattern
     with stages("export and compare with torch"):
         components = delivery.deliver(
@@ -190,36 +193,49 @@ def deliver(
         )
         delivery.copy_rest(pruned.pipeline, folder)
     denoiser = next(item for item in components if item.model.name == job.family.denoiser)
-    with stages("time"):
-        latency, dense_bytes = delivery.time_denoisers(
-            pruned.pipeline,
-            job.family,
-            dense,
-            denoiser.model,
-            sampled,
-            text_tokens=job.text_tokens,
-            vae_scale=scale,
-            opset=settings.opset,
-            progress=progress,
-        )
-    what = served_by(job)
-    if order is not None:
-        with stages("build engines"):
-            built = engines.build_engines(
-                {item.model.name: item.model.path for item in components},
-                folder,
-                what,
-                order,
-                denoiser=job.family.denoiser,
+    what, built = served_by(job), None
+    with tempfile.TemporaryDirectory(prefix="obsdiff-") as scratch:
+        with stages("time"):
+            before = delivery.export_denoiser(
+                pruned.pipeline,
+                job.family,
+                dense,
+                Path(scratch),
+                sampled,
+                dtype=denoiser.model.dtype,
+                opset=settings.opset,
+            )
+            latency = delivery.time_denoisers(
+                job.family,
+                dense,
+                before,
+                denoiser.model,
+                sampled,
+                text_tokens=job.text_tokens,
+                vae_scale=vae_scale(job.configs),
                 progress=progress,
             )
-        components = tuple(dataclasses.replace(item, engines=(built[item.model.name],)) for item in components)
+        if order is not None:
+            with stages("build engines"):
+                built = engines.build_engines(
+                    {item.model.name: item.model.path for item in components},
+                    folder,
+                    what,
+                    order,
+                    denoiser=job.family.denoiser,
+                    dense=before.path,
+                    progress=progress,
+                )
+            components = tuple(
+                dataclasses.replace(item, engines=(built.built[item.model.name],)) for item in components
+            )
     return Delivery(
-        dense_bytes=dense_bytes,
+        dense_bytes=before.bytes,
         pruned_bytes=denoiser.model.bytes,
         components=components,
         latency=latency,
         sizes=what.sizes,
+        engines=built,
     )
 
 
@@ -242,7 +258,12 @@ def report_of(
         return facts.counts(denoiser, costs.macs(denoiser, job.positions(denoiser)), size)
 
     components = finished.components
-    built = tuple(engines.built(item.model.name, engine) for item in components for engine in item.engines)
+    made = finished.engines
+    built = tuple(
+        engines.built(item.model.name, engine, "" if made is None else made.choice(engine))
+        for item in components
+        for engine in item.engines
+    )
     return Report(
         obsdiff_version=__version__,
         model=job.model,
@@ -284,6 +305,7 @@ def finish(folder: Path, job: Job, found: Report, images: Sequence[ImagePair], f
             ),
             components={item.model.name: item.entry(folder) for item in finished.components},
             recipe={**job.recipe.to_json(), "sizes": dict(finished.sizes)},
+            measurements=engines.measurements(None if finished.engines is None else finished.engines.contest),
         ),
     )
 

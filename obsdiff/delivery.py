@@ -1,6 +1,5 @@
 """From a pipeline to a bundle's content: ONNX folders, engines, manifest entries."""
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,60 +137,65 @@ def copy_rest(pipeline: DiffusionPipeline, folder: Path) -> None:
             component.save_pretrained(folder / name)
 
 
-def time_denoisers(
+def export_denoiser(
     pipeline: DiffusionPipeline,
     family: Family,
-    dense: nn.Module,
+    denoiser: nn.Module,
+    folder: Path,
+    sampling: Sampling,
+    *,
+    dtype: str,
+    opset: int | None,
+) -> OnnxModel:
+    """Writes the graph of another denoiser than the pipeline's, the dense one say, to `folder`."""
+    component = _component(pipeline, family, denoiser, sampling)
+    return onnx.export(component, folder, dtype=getattr(torch, dtype), opset=opset)
+
+
+def time_denoisers(
+    family: Family,
+    denoiser: nn.Module,
+    dense: OnnxModel,
     pruned: OnnxModel,
     sampling: Sampling,
     *,
     text_tokens: int,
     vae_scale: int,
-    opset: int | None,
     progress: Progress = silent,
-) -> tuple[LatencyPair | NotMeasured, int]:
+) -> LatencyPair | NotMeasured:
     """One call of the dense and of the pruned graph through ONNX Runtime on the CPU, in turn.
 
     Args:
-        pipeline: that the denoisers belong to.
         family: of both.
-        dense: the denoiser before pruning; exported for this in the dtype of `pruned`.
-        pruned: the denoiser in the bundle.
+        denoiser: either; says what the inputs look like.
+        dense: the graph of the denoiser before pruning.
+        pruned: the graph in the bundle, in the same dtype.
         sampling: the served size.
         text_tokens: of one prompt.
         vae_scale: pixels per side of a latent pixel.
-        opset: as for the bundle.
         progress: told of the runs.
-
-    Returns:
-        the timings, and the size of the dense graph in bytes.
     """
+    if pruned.dtype == "bfloat16":
+        return NotMeasured(why="ONNX Runtime has no bfloat16 kernels on the CPU; build engines and time those")
     rows = 2 if sampling.guidance_scale > 1 else 1
     size = (sampling.height // vae_scale, sampling.width // vae_scale)
-    with tempfile.TemporaryDirectory(prefix="obsdiff-") as scratch:
-        component = _component(pipeline, family, dense, sampling)
-        model = onnx.export(component, Path(scratch), dtype=getattr(torch, pruned.dtype), opset=opset)
-        if pruned.dtype == "bfloat16":
-            why = "ONNX Runtime has no bfloat16 kernels on the CPU; build engines and time those"
-            return NotMeasured(why=why), model.bytes
-        sessions = {"dense": open_graph(model.path), "pruned": open_graph(pruned.path)}
-        example = family.example(
-            dense, batch=rows, size=size, text_tokens=text_tokens, pixels=(sampling.height, sampling.width)
-        )
-        inputs = {name: tensor.float().numpy() for name, tensor in example.items()}
-        timings = time_interleaved(
-            {name: lambda session=session: session.run(inputs) for name, session in sessions.items()},  # type: ignore[misc]
-            RUNS,
-            3,
-            lambda stage, done, total, note="": progress("time", done, total, note),
-        )
-    pair = LatencyPair.of(
+    sessions = {"dense": open_graph(dense.path), "pruned": open_graph(pruned.path)}
+    example = family.example(
+        denoiser, batch=rows, size=size, text_tokens=text_tokens, pixels=(sampling.height, sampling.width)
+    )
+    inputs = {name: tensor.float().numpy() for name, tensor in example.items()}
+    timings = time_interleaved(
+        {name: lambda session=session: session.run(inputs) for name, session in sessions.items()},  # type: ignore[misc]
+        RUNS,
+        3,
+        lambda stage, done, total, note="": progress("time", done, total, note),
+    )
+    return LatencyPair.of(
         timings,
         what="one denoiser call",
         backend=f"ONNX Runtime on the CPU, {in_words(pruned)}",
         shape=f"{rows} x {sampling.height}x{sampling.width} pixels, {text_tokens} text tokens",
     )
-    return pair, model.bytes
 
 
 def _component(pipeline: DiffusionPipeline, family: Family, denoiser: nn.Module, sampling: Sampling) -> Component:

@@ -15,11 +15,14 @@ from obsdiff_export.build import Engine, choose_builder
 from obsdiff_export.build import build as build_one
 from obsdiff_export.builders.request import REFITS, Builder, Flags, Refit
 from obsdiff_export.caches import Cache, open_cache
+from obsdiff_export.contest import build_faster
+from obsdiff_export.formats import targets_for
 from obsdiff_export.judging import IGNORES
 from obsdiff_export.ports import Port, read_ports
 from obsdiff_export.profiles import Size, Sizes, profiles_for
 from obsdiff_export.receipt import Receipt
 from obsdiff_export.requested import IMAGES, Served, ShapeBounds, SizeProfile, parse_profiles, parse_shapes, tables
+from obsdiff_export.versus import BUILDS, Versus
 from obsdiff_runtime.bundle import Bundle, EngineEntry, open_bundle, write_manifest
 from obsdiff_runtime.conditioning import KINDS
 from obsdiff_runtime.errors import CompatibilityError, ConfigError, SparsityProofError
@@ -28,6 +31,9 @@ from obsdiff_runtime.shapes import Profile, Symbols, words
 
 HARDWARE: Final = (2, 4)
 """The pattern that sparse tensor cores take, whatever the model was pruned to: 2 of every 4 are zero."""
+
+CONTEST_SECONDS: Final = 3600.0
+"""No further engine is built after this only to be timed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +48,7 @@ class Order:
         bounds: shapes by input instead.
         cache: None where none is to be used.
         require_sparse: whether sparsity must be proven.
+        builds: of the denoiser with and without sparse kernels, to be timed by turns; 0: the one with them alone.
     """
 
     builder: Builder
@@ -51,6 +58,23 @@ class Order:
     bounds: ShapeBounds
     cache: Cache | None
     require_sparse: bool
+    builds: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engines:
+    """Engines by component.
+
+    Attributes:
+        contest: why the denoiser's is the one it is; None where the denoiser has none, or was built once.
+    """
+
+    built: Mapping[str, Engine]
+    contest: Versus[Engine] | None
+
+    def choice(self, engine: Engine) -> str:
+        """Why this engine and no other, "" where there was nothing to choose from."""
+        return self.contest.decision.why if self.contest is not None and engine == self.contest.shipped else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +84,7 @@ class Built:
     Attributes:
         folder: the bundle.
         engines: by component.
+        contest: see Engines.
         entries: their lines in its manifest, in the same order.
         symbols: component -> input -> its axes as the graph names them.
         required: the receipts that are to prove sparsity, None where none is to be proven.
@@ -67,6 +92,7 @@ class Built:
 
     folder: Path
     engines: Mapping[str, Engine]
+    contest: Versus[Engine] | None
     entries: tuple[EngineEntry, ...]
     symbols: Mapping[str, Symbols]
     required: tuple[Receipt, ...] | None = None
@@ -90,6 +116,7 @@ class Built:
                 }
                 for (name, engine), entry in zip(self.engines.items(), self.entries, strict=True)
             ],
+            "contest": None if self.contest is None else self.contest.to_json(),
         }
 
 
@@ -126,6 +153,7 @@ def order_of(settings: Settings) -> Order:
         bounds=bounds,
         cache=None if settings.no_cache else open_cache(settings.cache_dir),
         require_sparse=bool(settings.require_sparse),
+        builds=_builds(settings.builds),
     )
 
 
@@ -175,9 +203,10 @@ def build_engines(
     order: Order,
     *,
     denoiser: str,
+    dense: Path | None = None,
     progress: Progress = silent,
-) -> dict[str, Engine]:
-    """One engine for each component.
+) -> Engines:
+    """One engine for each component; the denoiser's is the faster of those with and without sparse kernels.
 
     Args:
         graphs: component -> its ONNX file.
@@ -185,6 +214,7 @@ def build_engines(
         what: they are for.
         order: what is asked for.
         denoiser: the component that may use sparse tactics; its weights are looked at for the receipt.
+        dense: the graph of the denoiser before pruning, to be timed beside it.
         progress: told component by component.
 
     Raises:
@@ -192,22 +222,35 @@ def build_engines(
         ObsdiffError: see `obsdiff_export.build.build`.
     """
     profiles = _profiles(graphs, what, order, denoiser)
-    engines = {}
+    engines: dict[str, Engine] = {}
+    contest = None
     for index, (name, graph) in enumerate(graphs.items()):
         progress("build", index, len(graphs), name)
-        sparse = name == denoiser
-        engines[name] = build_one(
-            graph,
-            folder / "engines" / name,
-            builder=order.builder,
-            profiles=profiles[name],
-            flags=dataclasses.replace(order.flags, sparse=sparse),
-            targets=order.targets,
-            patterns=pattern.check(graph, *HARDWARE) if sparse else (),
-            cache=order.cache,
-        )
+        same: Any = {
+            "builder": order.builder,
+            "profiles": profiles[name],
+            "targets": order.targets,
+            "patterns": pattern.check(graph, *HARDWARE) if name == denoiser else (),
+            "cache": order.cache,
+        }
+        place = folder / "engines" / name
+        if name == denoiser and order.builds:
+            contest = build_faster(
+                graph,
+                place,
+                flags=order.flags,
+                dense=dense,
+                builds=order.builds,
+                budget_seconds=CONTEST_SECONDS,
+                progress=progress,
+                **same,
+            )
+            engines[name] = contest.shipped
+        else:
+            flags = dataclasses.replace(order.flags, sparse=name == denoiser)
+            engines[name] = build_one(graph, place, flags=flags, **same)
     progress("build", len(graphs), len(graphs))
-    return engines
+    return Engines(built=engines, contest=contest)
 
 
 def build(
@@ -233,13 +276,14 @@ def build(
     asked = given_as(settings, more)
     order = order_of(asked)
     opened = open_bundle(bundle)
+    order = _fitting(order, opened, asked)
     names = _components(opened, components)
     family = FAMILIES.get(opened.manifest.family)
     if family is None:
         raise CompatibilityError(
             f"{bundle}: family {opened.manifest.family} is unknown here; there are {', '.join(FAMILIES)}"
         )
-    engines = build_engines(
+    found = build_engines(
         {name: opened.onnx(name) for name in names},
         opened.root,
         _served_by(opened, family.denoiser),
@@ -249,10 +293,20 @@ def build(
     )
     return Built(
         folder=opened.root,
-        engines=engines,
-        entries=_listed(opened, engines),
+        engines=found.built,
+        contest=found.contest,
+        entries=_listed(opened, found),
         symbols={name: {port.name: port.shape for port in opened.component(name).inputs} for name in names},
-        required=receipts(engines.values()) if order.require_sparse else None,
+        required=receipts(found.built.values()) if order.require_sparse else None,
+    )
+
+
+def _fitting(order: Order, opened: Bundle, asked: Settings) -> Order:
+    """Without those of the usual targets that a number format of the bundle's graphs does not run on."""
+    entries = opened.manifest.components.values()
+    formats = {entry.precision for entry in entries} | {"bf16" for entry in entries if entry.dtype == "bfloat16"}
+    return dataclasses.replace(
+        order, targets=targets_for(order.targets if asked.targets else (), order.targets, formats)
     )
 
 
@@ -267,6 +321,8 @@ def lines(done: Built) -> Iterator[str]:
         for profile in engine.profiles:
             yield f"    takes {words(profile, symbols)}"
         yield f"    {entry.sparsity}"
+        if done.contest is not None and engine == done.contest.shipped:
+            yield f"    {done.contest.decision.why}"
         for note in engine.notes:
             yield f"    note: {note}"
 
@@ -293,7 +349,7 @@ def engine_entry(engine: Engine, root: Path) -> EngineEntry:
     )
 
 
-def built(name: str, engine: Engine) -> BuiltEngine:
+def built(name: str, engine: Engine, choice: str = "") -> BuiltEngine:
     proven = receipt.load(engine.receipt_path)
     return BuiltEngine(
         component=name,
@@ -303,7 +359,13 @@ def built(name: str, engine: Engine) -> BuiltEngine:
         bytes_on_disk=engine.bytes,
         seconds=engine.seconds,
         verdicts=proven.proof.counts(),
+        choice=choice,
     )
+
+
+def measurements(contest: Versus[Engine] | None) -> dict[str, object]:
+    """What a manifest keeps of it."""
+    return {} if contest is None else {"engines": contest.to_json()}
 
 
 def _flags(settings: Settings) -> Flags:
@@ -315,6 +377,12 @@ def _flags(settings: Settings) -> Flags:
     if level is not None and not 0 <= level <= 5:
         raise ConfigError(f"--optimization-level {level}: levels are 0 (quickest build) to 5 (quickest engine)")
     return Flags(refit=refit[asked], weight_streaming=bool(settings.weight_streaming), optimization_level=level)
+
+
+def _builds(asked: int | None) -> int:
+    if asked is not None and asked < 0:
+        raise ConfigError(f"--builds {asked}: must be 0 (build once, time nothing) or more")
+    return BUILDS if asked is None else asked
 
 
 def _profiles(graphs: Mapping[str, Path], what: Served, order: Order, denoiser: str) -> dict[str, tuple[Profile, ...]]:
@@ -354,14 +422,15 @@ def _served_by(opened: Bundle, denoiser: str) -> Served:
     return served(table, opened.manifest.pipeline_class, opened.config(denoiser))
 
 
-def _listed(opened: Bundle, engines: Mapping[str, Engine]) -> tuple[EngineEntry, ...]:
+def _listed(opened: Bundle, found: Engines) -> tuple[EngineEntry, ...]:
     """Writes the manifest anew, with these engines behind the others of their components."""
-    entries = {name: engine_entry(engine, opened.root) for name, engine in engines.items()}
+    entries = {name: engine_entry(engine, opened.root) for name, engine in found.built.items()}
     components = dict(opened.manifest.components)
     for name, entry in entries.items():
         earlier = [old for old in components[name].engines if old.key != entry.key]
         components[name] = dataclasses.replace(components[name], engines=(*earlier, entry))
-    write_manifest(opened.root, dataclasses.replace(opened.manifest, components=components))
+    measured = {**opened.manifest.measurements, **measurements(found.contest)}
+    write_manifest(opened.root, dataclasses.replace(opened.manifest, components=components, measurements=measured))
     return tuple(entries.values())
 
 

@@ -130,6 +130,7 @@ class BuiltEngine:
         sparsity: what is known of its use of sparse kernels, in words.
         verdicts: its linears by what is proven of them: {"active": 140, "not chosen": 56}; empty where none was looked
             at.
+        choice: why this engine was taken of those that were timed, or why none was; "" where one alone was wanted.
     """
 
     component: str
@@ -139,6 +140,7 @@ class BuiltEngine:
     bytes_on_disk: int
     seconds: float
     verdicts: Mapping[str, int] = field(default_factory=dict)
+    choice: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -115,6 +115,11 @@ class Settings:
     optimization_level: Annotated[int | None, "0 (quickest build) to 5 (quickest engine); default: the builder's"] = (
         None
     )
+    builds: Annotated[
+        int | None,
+        "builds of the denoiser's engine with and without sparse kernels, timed by turns; the faster is kept; 0 builds "
+        "the one with them alone; default: 3",
+    ] = None
     require_sparse: Annotated[bool | None, "exit with 6 unless sparse kernels are proven to run"] = None
     cache_dir: Annotated[str | None, "engines are kept here for other bundles; default: OBSDIFF_CACHE or ~/.cache"] = (
         None
@@ -141,7 +146,7 @@ class Settings:
 
 ENGINES: Final = (
     *("builder", "targets", "profile", "min_shapes", "opt_shapes", "max_shapes", "refit", "weight_streaming"),
-    *("optimization_level", "require_sparse", "cache_dir", "no_cache"),
+    *("optimization_level", "builds", "require_sparse", "cache_dir", "no_cache"),
 )
 """The fields that are about engines."""
 

@@ -138,8 +138,13 @@ def engine_sparsity(report: Report) -> tuple[str, ...]:
     """What is known of sparse kernels in the engines, each sentence once, behind the names it is true of."""
     said: dict[str, list[str]] = {}
     for engine in () if isinstance(report.engines, NotMeasured) else report.engines:
-        said.setdefault(engine.sparsity, []).append(engine.component)
+        for sentence in filter(None, (engine.sparsity, _sentence(engine.choice))):
+            said.setdefault(sentence, []).append(engine.component)
     return tuple(f"{', '.join(dict.fromkeys(names))}: {sentence}" for sentence, names in said.items())
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}." if text else ""
 
 
 def notes(report: Report) -> tuple[str, ...]:

@@ -186,7 +186,7 @@ def build(
     job = _job(model, builder, profiles, flags, targets, repeat)
     progress("build", 0, 1, job.note())
     with workshop(out_folder) as scratch:
-        engine = _existing(out_folder, job) or _from_cache(out_folder, scratch, job, cache, patterns)
+        engine = _existing(out_folder, job, patterns) or _from_cache(out_folder, scratch, job, cache, patterns)
         if engine is None:
             engine = _build(out_folder, scratch, job, cache, patterns)
     progress("build", 1, 1, job.note())
@@ -314,8 +314,11 @@ def _receipt(
     )
 
 
-def _existing(folder: Path, job: _Job) -> Engine | None:
-    """The engine of this key, where its files are those that its receipt describes."""
+def _existing(folder: Path, job: _Job, patterns: Sequence[PatternReport]) -> Engine | None:
+    """The engine of this key, where its files are those that its receipt describes.
+
+    The receipt is made anew: it may have been written without the verdicts on the weights.
+    """
     paths = {role: folder / f"{job.key}{end}" for role, end in _ROLES.items()}
     path = folder / f"{job.key}.json"
     if not paths["plan"].exists() or not path.exists():
@@ -332,6 +335,11 @@ def _existing(folder: Path, job: _Job) -> Engine | None:
         if found.key != job.key or not paths[role].exists() or sha256(paths[role]) != digest:
             _log.warning("%s is not what its receipt describes; it is built again", paths[role])
             return None
+    if patterns:
+        files = {role: file for role, file in paths.items() if file.exists()}
+        notes = found.flags.get("notes")
+        found = _receipt(job, files, patterns, found.seconds, tuple(notes) if isinstance(notes, list) else ())
+        found.save(path)
     return _engine(folder, job, found, reused=True)
 
 

@@ -8,6 +8,10 @@ import typer
 from obsdiff.command import Run, option, verb
 from obsdiff_runtime.errors import ConfigError
 
+BACKEND = option(
+    str, "--backend", text="What runs it: onnxruntime, tensorrt or tensorrt_rtx (their engines).", default="onnxruntime"
+)
+
 
 @verb(
     "bench",
@@ -15,6 +19,7 @@ from obsdiff_runtime.errors import ConfigError
     against=option(Path | None, "--against", text="Another bundle, measured in turn with the first."),
     iterations=option(int, "--iterations", text="Measured runs of each.", default=10),
     warmup=option(int, "--warmup", text="Runs before measuring.", default=2),
+    backend=BACKEND,
     threads=option(int | None, "--threads", text="Threads of ONNX Runtime; default: all cores."),
 )
 def bench(run: Run) -> None:
@@ -22,7 +27,7 @@ def bench(run: Run) -> None:
     from obsdiff_runtime import bench
     from obsdiff_runtime.benchmark import table
 
-    names = ("against", "iterations", "warmup", "threads")
+    names = ("against", "iterations", "warmup", "backend", "threads")
     report = bench(run.options["bundle"], **{name: run.options[name] for name in names}, progress=run.progress)
     run.print_result(report.to_json(), lambda: print(table(report)))
 
@@ -34,6 +39,7 @@ def bench(run: Run) -> None:
     prompt=(Annotated[str, typer.Argument(help="What to draw.")], ...),
     output=option(Path, "--output", "-o", text="Image file.", default=Path("image.png")),
     negative_prompt=option(str, "--negative-prompt", text="What not to draw.", default=""),
+    backend=BACKEND,
     threads=option(int | None, "--threads", text="Threads of ONNX Runtime; default: all cores."),
 )
 def generate(run: Run) -> None:
@@ -45,7 +51,7 @@ def generate(run: Run) -> None:
     settings, output = run.settings, run.options["output"]
     if output.suffix.lower() not in Image.registered_extensions():
         raise ConfigError(f"-o {output}: no image format of that name; use .png or .jpg")
-    images = Pipeline(run.options["bundle"], threads=run.options["threads"])(
+    images = Pipeline(run.options["bundle"], backend=run.options["backend"], threads=run.options["threads"])(
         run.options["prompt"],
         negative_prompt=run.options["negative_prompt"],
         num_inference_steps=settings.steps,

@@ -7,6 +7,7 @@ import typer
 
 from obsdiff.command import Run, option, verb
 from obsdiff.settings import ENGINES
+from obsdiff_runtime.bundle import read_manifest
 
 
 @verb(
@@ -17,6 +18,7 @@ from obsdiff.settings import ENGINES
 )
 def build(run: Run) -> None:
     """Engines for this machine, from the bundle's ONNX."""
+    read_manifest(run.options["bundle"])  # the imports below take seconds
     from obsdiff import engines
 
     built = engines.build(

@@ -230,7 +230,9 @@ def read_manifest(folder: Path) -> Manifest:
             "upgrade it: pip install --upgrade obsdiff-runtime"
         )
     if schema != SCHEMA:
-        raise BundleError(f"{path}: schema should be {SCHEMA}, not {schema!r}")
+        raise BundleError(
+            f"{path}: schema should be {SCHEMA}, not {schema!r}: it is damaged, or not a bundle that obsdiff wrote"
+        )
     manifest = decode(Manifest, data, source=str(path))
     for relative, entry in manifest.files.items():
         _check_path(relative, path)

@@ -1,5 +1,6 @@
 """Orders for engines, and engines in a bundle, with a builder that builds nothing real."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from obsdiff.cli import main
 from obsdiff.engines import Order, build_engines, order_of, served
 from obsdiff.settings import Settings, given_as
 from obsdiff_export import build as build_module
+from obsdiff_export import contest
 from obsdiff_export.builders.request import Answer
 from obsdiff_runtime.bundle import ComponentEntry, Defaults, Manifest, TensorEntry, open_bundle, write_manifest
 from obsdiff_runtime.errors import CompatibilityError, ConfigError, SparsityProofError
@@ -245,7 +247,7 @@ def test_orders_are_for_every_component(builds: SimpleNamespace, bundle: Path) -
     what = served(LATENTS, "StableDiffusion3Pipeline", CONFIG)
     assert (what.rows, what.scale, what.step, what.largest) == (2, 8, 16, 3072)
     found = build_engines(graphs, bundle, what, order, denoiser="transformer")
-    assert list(found) == ["transformer", "vae_decoder"]
+    assert list(found.built) == ["transformer", "vae_decoder"]
 
 
 def test_export_finds_a_profile_that_cannot_be_drawn_before_any_work(
@@ -255,3 +257,63 @@ def test_export_finds_a_profile_that_cannot_be_drawn_before_any_work(
     with pytest.raises(ConfigError, match="--profile 33: width 33 is no multiple of"):
         obsdiff.export(output=tmp_path / "out", sparsity="2:4", trt=True, profile="33")
     assert not (tmp_path / "out").exists()
+
+
+def clock(slower: str) -> Any:
+    """Times by turns in which engines of one variant take a fifth longer."""
+
+    def timing(backend: str, inputs: Any, **_: Any) -> Any:
+        def run_all(found: Mapping[str, Any]) -> dict[str, list[float]]:
+            return {
+                name: [(1.2 if name == slower else 1.0) + 0.001 * (index % 3) for index in range(20)] for name in found
+            }
+
+        return run_all
+
+    return timing
+
+
+@pytest.mark.parametrize(("slower", "sparse"), [("pruned", True), ("sparse", False)])
+def test_the_faster_of_the_engines_with_and_without_sparse_kernels_is_kept(
+    slower: str, sparse: bool, bundle: Path, builds: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contest, "timing_here", clock(slower))
+    built = obsdiff.build(bundle, components=["transformer"], require_sparse=True, builds=2)
+    assert [request.flags.sparse for request in builds.requests] == [True, False] * 2
+    entry = built.entries[0]
+    assert entry.sparse_requested is sparse
+    assert len(list((bundle / "engines" / "transformer").glob("*.plan"))) == 1
+    measured: Any = open_bundle(bundle).manifest.measurements["engines"]
+    assert measured["shipped"] == entry.key
+    assert f"the engine {'with' if sparse else 'without'} the flag is shipped" in measured["decision"]["why"]
+    assert measured["decision"]["why"] in "\n".join(engines.lines(built))
+    if sparse:
+        built.hold()
+    else:
+        with pytest.raises(SparsityProofError):
+            built.hold()
+
+
+def test_no_builds_to_compare_build_once_with_sparse_kernels(bundle: Path, builds: SimpleNamespace) -> None:
+    built = obsdiff.build(bundle, components=["transformer"], builds=0)
+    assert [request.flags.sparse for request in builds.requests] == [True]
+    assert built.contest is None
+    with pytest.raises(ConfigError, match="--builds -1"):
+        obsdiff.build(bundle, builds=-1)
+
+
+def test_what_cannot_be_timed_says_so(bundle: Path, builds: SimpleNamespace) -> None:
+    built = obsdiff.build(bundle, components=["transformer"])
+    assert len(builds.requests) == 1
+    assert "not measured: engines of fake are not timed here" in "\n".join(engines.lines(built))
+
+
+def test_usual_targets_without_a_format_of_the_bundle_are_left_out(bundle: Path, builds: SimpleNamespace) -> None:
+    manifest = open_bundle(bundle).manifest
+    components = {
+        name: dataclasses.replace(component, precision="fp8") for name, component in manifest.components.items()
+    }
+    write_manifest(bundle, dataclasses.replace(manifest, components=components))
+    with pytest.raises(CompatibilityError, match=r"8\.6 has no fp8"):
+        obsdiff.build(bundle, targets="8.6,8.9")
+    assert obsdiff.build(bundle).entries[0].targets == ("9.0",)
