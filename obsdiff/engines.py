@@ -1,7 +1,7 @@
 """Engines of a bundle: what is asked for, building them, and what the manifest and the report say of them."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -16,7 +16,7 @@ from obsdiff_export.build import build as build_one
 from obsdiff_export.builders.request import REFITS, Builder, Flags, Refit
 from obsdiff_export.caches import Cache, open_cache
 from obsdiff_export.contest import build_faster
-from obsdiff_export.formats import targets_for
+from obsdiff_export.formats import NEEDS, targets_for
 from obsdiff_export.judging import IGNORES
 from obsdiff_export.ports import Port, read_ports
 from obsdiff_export.profiles import Size, Sizes, profiles_for
@@ -276,7 +276,10 @@ def build(
     asked = given_as(settings, more)
     order = order_of(asked)
     opened = open_bundle(bundle)
-    order = _fitting(order, opened, asked)
+    entries = opened.manifest.components.values()
+    formats = {entry.precision for entry in entries if entry.precision in NEEDS}
+    formats |= {"bf16" for entry in entries if entry.dtype == "bfloat16"}
+    order = fitting(order, formats, asked)
     names = _components(opened, components)
     family = FAMILIES.get(opened.manifest.family)
     if family is None:
@@ -301,13 +304,14 @@ def build(
     )
 
 
-def _fitting(order: Order, opened: Bundle, asked: Settings) -> Order:
-    """Without those of the usual targets that a number format of the bundle's graphs does not run on."""
-    entries = opened.manifest.components.values()
-    formats = {entry.precision for entry in entries} | {"bf16" for entry in entries if entry.dtype == "bfloat16"}
-    return dataclasses.replace(
-        order, targets=targets_for(order.targets if asked.targets else (), order.targets, formats)
-    )
+def fitting(order: Order, formats: Collection[str], settings: Settings) -> Order:
+    """The order for those of its targets that compute in these formats, such as "fp8" and "bf16".
+
+    Raises:
+        CompatibilityError: a target that the user named does not, or none does.
+    """
+    asked = order.targets if settings.targets else ()
+    return dataclasses.replace(order, targets=targets_for(asked, order.targets, formats))
 
 
 def lines(done: Built) -> Iterator[str]:
@@ -364,8 +368,10 @@ def built(name: str, engine: Engine, choice: str = "") -> BuiltEngine:
 
 
 def measurements(contest: Versus[Engine] | None) -> dict[str, object]:
-    """What a manifest keeps of it."""
-    return {} if contest is None else {"engines": contest.to_json()}
+    """What a manifest keeps of it: nothing where nothing was measured."""
+    if contest is None or contest.decision.outcome == "not measured":
+        return {}
+    return {"engines": contest.to_json()}
 
 
 def _flags(settings: Settings) -> Flags:

@@ -19,7 +19,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from obsdiff import ranges, streaming
+from obsdiff import engines, ranges, streaming
 from obsdiff.core import scales
 from obsdiff.engines import Order
 from obsdiff.families import Family
@@ -28,7 +28,7 @@ from obsdiff.ranges import Rule, Stream, Streams
 from obsdiff.recipe import Recipe
 from obsdiff.results import QuantizedLinear
 from obsdiff.settings import Settings
-from obsdiff_export.formats import FORMATS, NEEDS, Format, stored_scale, targets_for
+from obsdiff_export.formats import FORMATS, NEEDS, Format, stored_scale
 from obsdiff_export.quantizing import LinearScales, Quantization
 from obsdiff_runtime.errors import CalibrationError, ConfigError
 from obsdiff_runtime.progress import Progress, silent
@@ -95,11 +95,8 @@ def fitting(order: Order | None, settings: Settings) -> Order | None:
     Raises:
         CompatibilityError: a target that the user named does not, or none does.
     """
-    if order is None:
-        return None
     formats = [name for name in (settings.precision, settings.dtype) if name in NEEDS]
-    asked = order.targets if settings.targets else ()
-    return dataclasses.replace(order, targets=targets_for(asked, order.targets, formats))
+    return None if order is None else engines.fitting(order, formats, settings)
 
 
 def _check_part(part: str, text: str) -> None:

@@ -85,6 +85,8 @@ def targets_for(asked: Sequence[str], usual: Sequence[str], formats: Collection[
     Raises:
         CompatibilityError: a target that was asked for lacks a format, or all usual ones do.
     """
+    if not formats:
+        return tuple(asked or usual)
     for target in asked or usual:
         lacking = [format for format in formats if not can_compute(target, format)]
         if lacking and (asked or len(usual) == 1):

@@ -137,7 +137,7 @@ def test_layers_of_equal_weights_lose_their_share(method: str, sparsity: str, pi
         block.ff.net[2].weight.fill_(0.5)
         block.attn.to_q.weight.fill_(-1)
         block.attn.to_k.weight.zero_()
-    pruned = prune(pipeline, sparsity, method=method)
+    pruned = prune(pipeline, sparsity, method=method, allocation="uniform")
     check(pruned, worst=100)
     zeros = {layer.name.removeprefix("transformer_blocks.1."): layer.zeros for layer in pruned.layers}
     assert (zeros["ff.net.2"], zeros["attn.to_q"]) == (0.5, 0.5)

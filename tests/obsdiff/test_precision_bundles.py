@@ -80,7 +80,7 @@ def order_for(targets: tuple[str, ...]) -> Order:
     bounds = ShapeBounds(min={}, opt={}, max={})
     return Order(
         builder=BUILDERS["tensorrt_rtx"], targets=targets, flags=Flags(), profiles=(), bounds=bounds, cache=None,
-        require_sparse=False,
+        require_sparse=False, builds=0,
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from obsdiff import engines, verbs
 from obsdiff.checkpoint import pruned_manifest
 from obsdiff.cli import main
 from obsdiff.settings import Settings
+from obsdiff_export import contest
 from obsdiff_export.build import BUILDERS, Engine
 from obsdiff_runtime.bundle import open_bundle
 from obsdiff_runtime.errors import BuildError, BundleError, CompatibilityError, ConfigError, ModelError, QualityError
@@ -202,6 +203,7 @@ def test_a_build_that_dies_half_way_leaves_the_bundle_valid(bundle: Path, monkey
         def check(self, flags: Any, targets: Any) -> None:
             pass
 
+    monkeypatch.setattr(contest, "build", build)
     monkeypatch.setattr(engines, "build_one", build)
     monkeypatch.setattr(engines, "choose_builder", lambda name: Any8())
     with pytest.raises(BuildError):
