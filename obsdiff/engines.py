@@ -10,17 +10,18 @@ from obsdiff.families.table import FAMILIES
 from obsdiff.measurements import BuiltEngine
 from obsdiff.recipe import Sampling
 from obsdiff.settings import Settings, given_as
-from obsdiff_export import pattern, receipt
+from obsdiff_export import pattern
 from obsdiff_export.build import Engine, choose_builder
 from obsdiff_export.build import build as build_one
 from obsdiff_export.builders.request import REFITS, Builder, Flags, Refit
 from obsdiff_export.caches import Cache, open_cache
 from obsdiff_export.contest import build_faster
 from obsdiff_export.formats import NEEDS, targets_for
-from obsdiff_export.judging import IGNORES
 from obsdiff_export.ports import Port, read_ports
 from obsdiff_export.profiles import Size, Sizes, profiles_for
-from obsdiff_export.receipt import Receipt
+from obsdiff_export.proof import receipt
+from obsdiff_export.proof.judging import IGNORES
+from obsdiff_export.proof.receipt import Receipt
 from obsdiff_export.requested import IMAGES, Served, ShapeBounds, SizeProfile, parse_profiles, parse_shapes, tables
 from obsdiff_export.versus import BUILDS, Versus
 from obsdiff_runtime.bundle import Bundle, EngineEntry, open_bundle, write_manifest

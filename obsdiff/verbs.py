@@ -42,10 +42,10 @@ from obsdiff.recipe import evaluation_prompts, prompts_digest
 from obsdiff.resolving import resolve
 from obsdiff.settings import ENGINES, Settings, given_as
 from obsdiff.sparsity import parse
-from obsdiff_export import receipt
 from obsdiff_export.onnx import checked_opset
 from obsdiff_export.parity import require_onnxruntime
-from obsdiff_export.receipt import Receipt
+from obsdiff_export.proof import receipt
+from obsdiff_export.proof.receipt import Receipt
 from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.progress import Progress, silent
 

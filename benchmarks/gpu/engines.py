@@ -8,13 +8,14 @@ from torch import Tensor, nn
 
 from gpu import models
 from gpu.rows import Options, Sheet
-from obsdiff_export import onnx, pattern, receipt
+from obsdiff_export import onnx, pattern
 from obsdiff_export.build import choose_builder
 from obsdiff_export.builders.request import Flags
 from obsdiff_export.component import Component
 from obsdiff_export.contest import build_faster
 from obsdiff_export.ports import read_ports
 from obsdiff_export.profiles import profile_for
+from obsdiff_export.proof import receipt
 
 LAYERS = 1
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from obsdiff_export import process, receipt
+from obsdiff_export import process
 from obsdiff_export.builders.onnxruntime import OnnxRuntime, OnnxRuntimeTensorRt
 from obsdiff_export.builders.request import Builder, Flags, Request
 from obsdiff_export.builders.rtx import Rtx
@@ -20,7 +20,8 @@ from obsdiff_export.caches import Cache, place
 from obsdiff_export.content import content_hash, sha256, sha256_of
 from obsdiff_export.pattern import PatternReport
 from obsdiff_export.ports import read_ports
-from obsdiff_export.receipt import Receipt
+from obsdiff_export.proof import receipt
+from obsdiff_export.proof.receipt import Receipt
 from obsdiff_export.workshop import workshop
 from obsdiff_runtime.errors import BundleError, ConfigError, MissingPackageError
 from obsdiff_runtime.progress import Progress, silent

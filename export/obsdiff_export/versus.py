@@ -17,7 +17,7 @@ from typing import Any, Final, Generic, Literal, Protocol, TypeVar
 import numpy as np
 
 from obsdiff_export.decision import FLOOR, Decision, between_builds, decide, not_measured, spread
-from obsdiff_export.judging import IGNORES
+from obsdiff_export.proof.judging import IGNORES
 from obsdiff_runtime.backends.trt import RTX, TENSORRT
 from obsdiff_runtime.decoding import encode
 from obsdiff_runtime.errors import ConfigError, ObsdiffError

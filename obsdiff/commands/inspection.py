@@ -29,7 +29,7 @@ def inspect(run: Run) -> None:
     def show() -> None:
         from rich.console import Console
 
-        from obsdiff.inspection_tables import render
+        from obsdiff.inspection.tables import render
 
         console = Console()
         if not console.is_terminal:

@@ -39,7 +39,8 @@ from obsdiff.command import Run, option, verb
 )
 def whatif(run: Run) -> None:
     """Is 2:4 worth it here, on which linears, and which widths? Minutes, before any calibration."""
-    from obsdiff import whatif_report, whatif_run
+    from obsdiff.whatif import report as whatif_report
+    from obsdiff.whatif import run as whatif_run
 
     names = ("minutes", "shapes_only", "gpu", "backend", "threads")
     options = {name: run.options[name] for name in names}

@@ -18,7 +18,7 @@ from obsdiff_export.gpu import compute_capability
 from obsdiff_export.pattern import check
 from obsdiff_export.ports import read_ports
 from obsdiff_export.profiles import profiles_for
-from obsdiff_export.receipt import load
+from obsdiff_export.proof.receipt import load
 from obsdiff_runtime.errors import (
     BuildError,
     CompatibilityError,

@@ -17,7 +17,7 @@ from obsdiff_export import process
 from obsdiff_export.build import BUILDERS, build
 from obsdiff_export.builders.request import Flags
 from obsdiff_export.caches import Cache, default_folder, open_cache
-from obsdiff_export.receipt import load
+from obsdiff_export.proof.receipt import load
 from obsdiff_runtime.errors import ConfigError, ResourceError
 from obsdiff_runtime.shapes import Range
 

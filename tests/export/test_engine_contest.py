@@ -14,7 +14,7 @@ from obsdiff_export.builders.request import Flags
 from obsdiff_export.contest import build_faster, example_inputs
 from obsdiff_export.pattern import PatternReport
 from obsdiff_export.ports import Port
-from obsdiff_export.receipt import load
+from obsdiff_export.proof.receipt import load
 from obsdiff_runtime.errors import BuildError
 from obsdiff_runtime.shapes import Range
 

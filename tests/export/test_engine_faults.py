@@ -205,7 +205,7 @@ def test_a_disk_that_fills_while_the_receipt_is_written_leaves_no_engine(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("obsdiff_export.receipt.Receipt.save", full)
+    monkeypatch.setattr("obsdiff_export.proof.receipt.Receipt.save", full)
     with pytest.raises(OSError, match="No space left"):
         building("return b'a plan'", cache=Cache(tmp_path / "cache"))
     assert not list((tmp_path / "engines").glob("*.plan"))

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from obsdiff_export.layers import (
+from obsdiff_export.proof.layers import (
     EngineLayer,
     EngineTensor,
     dtype_of,

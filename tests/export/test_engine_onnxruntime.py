@@ -9,7 +9,6 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from obsdiff_export import receipt
 from obsdiff_export.build import BUILDERS, build
 from obsdiff_export.builders import onnxruntime as builders
 from obsdiff_export.builders.onnxruntime import CPU, CUDA, TENSORRT, provider_options
@@ -17,6 +16,7 @@ from obsdiff_export.builders.request import Flags, RefusalError, Request
 from obsdiff_export.caches import Cache
 from obsdiff_export.casting import inputs_in
 from obsdiff_export.profiles import profiles_for
+from obsdiff_export.proof import receipt
 from obsdiff_runtime.errors import BuildError, CompatibilityError
 
 ORT = BUILDERS["onnxruntime"]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from obsdiff_export.pattern import PatternReport
 from obsdiff_export.proof import Proof, prove
-from obsdiff_export.witnesses import SparsityLog, kernel_of, parse_log, parts_of
+from obsdiff_export.proof.witnesses import SparsityLog, kernel_of, parse_log, parts_of
 
 SPARSE = "sm80_xmma_sparse_gemm_f16f16_f16f32_f32_tn_n_tilesize128x128"
 DENSE = "sm80_xmma_gemm_f16f16_f16f32_f32_tn_n_tilesize128x128"

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from obsdiff_export.build import BUILDERS, Engine, build
 from obsdiff_export.builders.request import Flags
 from obsdiff_export.component import Component
-from obsdiff_export.layers import EngineLayer, layers_of_log
 from obsdiff_export.onnx import export
 from obsdiff_export.pattern import PatternReport, check
 from obsdiff_export.ports import read_ports
 from obsdiff_export.profiles import profiles_for
 from obsdiff_export.proof import prove
-from obsdiff_export.receipt import load, require_sparse
+from obsdiff_export.proof.layers import EngineLayer, layers_of_log
+from obsdiff_export.proof.receipt import load, require_sparse
 from obsdiff_runtime.errors import SparsityProofError
 
 pytestmark = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX is not installed")

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from obsdiff_export.pattern import PatternReport
-from obsdiff_export.receipt import Receipt, load, of, require_sparse, sparsity_statement
+from obsdiff_export.proof.receipt import Receipt, load, of, require_sparse, sparsity_statement
 from obsdiff_runtime.errors import BundleError, SparsityProofError
 
 FOUND = "(Sparsity) Found 2 layer(s) eligible to use sparse tactics: a, b\n"

@@ -10,8 +10,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from obsdiff_export import receipt
 from obsdiff_export.pattern import check
+from obsdiff_export.proof import receipt
 from obsdiff_export.refitting import refit
 from obsdiff_runtime.errors import BuildError, CompatibilityError, ConfigError
 

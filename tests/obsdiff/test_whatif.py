@@ -16,14 +16,18 @@ import pytest
 import torch
 from torch import nn
 
-from obsdiff import whatif, whatif_backends, whatif_report, whatif_run, whatif_steps
+from obsdiff import whatif
 from obsdiff.cli import main
 from obsdiff.families import Family
 from obsdiff.job import open_job
 from obsdiff.measurements import NotMeasured
 from obsdiff.settings import Settings
 from obsdiff.shrinking import shrink
-from obsdiff.subject import CutPlan, Subject, subject_of
+from obsdiff.whatif import backends as whatif_backends
+from obsdiff.whatif import report as whatif_report
+from obsdiff.whatif import run as whatif_run
+from obsdiff.whatif import steps as whatif_steps
+from obsdiff.whatif.subject import CutPlan, Subject, subject_of
 from obsdiff_export import measuring, roofline
 from obsdiff_export.build import BUILDERS
 from obsdiff_export.forcing import write_linear
@@ -324,7 +328,7 @@ def test_the_verb_writes_a_table_that_allocation_reads(
 def test_a_bundle_s_widths_are_those_of_its_graph(
     sd3_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from obsdiff import subject as subject_module
+    from obsdiff.whatif import subject as subject_module
     from obsdiff_export.linears import Weight
 
     defaults = Defaults(height=48, width=32, num_inference_steps=4, guidance_scale=1.0, max_sequence_length=None)

@@ -10,11 +10,11 @@ from diffusers import DiffusionPipeline
 
 from obsdiff.families.table import FAMILIES
 from obsdiff_export.build import BUILDERS, build
-from obsdiff_export.layers import layers_of_log
 from obsdiff_export.onnx import export
 from obsdiff_export.pattern import check
 from obsdiff_export.profiles import profiles_for
-from obsdiff_export.receipt import load
+from obsdiff_export.proof.layers import layers_of_log
+from obsdiff_export.proof.receipt import load
 
 pytestmark = [
     pytest.mark.slow,

@@ -16,8 +16,8 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
 
 from obsdiff.cli import main
-from obsdiff_export import receipt
 from obsdiff_export.pattern import check
+from obsdiff_export.proof import receipt
 from obsdiff_runtime.bundle import ComponentEntry, Defaults, EngineEntry, Manifest, TensorEntry, write_manifest
 
 SPARSE_LOG = """\

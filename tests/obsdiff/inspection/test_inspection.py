@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from obsdiff import inspection
-from obsdiff.contents.bundles import BundleContent
-from obsdiff.contents.checkpoints import CheckpointContent
-from obsdiff.contents.engines import EngineContent, header_of
-from obsdiff.contents.graphs import GraphContent
-from obsdiff.contents.stored import tensors
 from obsdiff.inspection import demand_sparsity, inspect
+from obsdiff.inspection.bundles import BundleContent
+from obsdiff.inspection.checkpoints import CheckpointContent
+from obsdiff.inspection.engines import EngineContent, header_of
+from obsdiff.inspection.graphs import GraphContent
+from obsdiff.inspection.stored import tensors
 from obsdiff_runtime.errors import BundleError, CompatibilityError, ConfigError, ExportError, SparsityProofError
 
 
@@ -205,7 +205,7 @@ def test_graphs_engines_and_bundles_are_read_without_torch(fixture, request):
     path = request.getfixturevalue(fixture)
     code = (
         "import sys; from pathlib import Path; sys.modules['torch'] = None\n"
-        "from obsdiff.inspection import inspect; from obsdiff.inspection_tables import render\n"
+        "from obsdiff.inspection import inspect; from obsdiff.inspection.tables import render\n"
         f"render(inspect(Path({str(path)!r})), everything=True)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

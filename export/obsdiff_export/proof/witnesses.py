@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from obsdiff_export.layers import EngineLayer
+from obsdiff_export.proof.layers import EngineLayer
 
 Kernel = Literal["sparse", "dense", "silent"]
 

@@ -16,7 +16,7 @@ from time import perf_counter
 from typing import Any, Final, Literal
 
 from obsdiff.measurements import NotMeasured
-from obsdiff.subject import CutPlan, Subject
+from obsdiff.whatif.subject import CutPlan, Subject
 from obsdiff_export import roofline
 from obsdiff_export.latency_table import DENSE, SPARSE, Entry, LatencyTable, What
 from obsdiff_export.linears import Shape

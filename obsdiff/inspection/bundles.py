@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from obsdiff.contents import engines
-from obsdiff.contents.engines import EngineContent
+from obsdiff.inspection import engines
+from obsdiff.inspection.engines import EngineContent
 from obsdiff_runtime.bundle import Defaults, TensorEntry, open_bundle
 
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from obsdiff_export.judging import IGNORES
 from obsdiff_export.pattern import PatternReport
 from obsdiff_export.proof import Proof, prove
-from obsdiff_export.witnesses import joined
+from obsdiff_export.proof.judging import IGNORES
+from obsdiff_export.proof.witnesses import joined
 from obsdiff_runtime.decoding import decode, encode
 from obsdiff_runtime.errors import BundleError, SparsityProofError
 

@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
-from obsdiff.contents import bundles, checkpoints, engines, graphs
-from obsdiff.contents.bundles import BundleContent
-from obsdiff.contents.checkpoints import CheckpointContent
-from obsdiff.contents.engines import EngineContent
-from obsdiff.contents.graphs import GraphContent
-from obsdiff_export.receipt import Receipt, require_sparse
+from obsdiff.inspection import bundles, checkpoints, engines, graphs
+from obsdiff.inspection.bundles import BundleContent
+from obsdiff.inspection.checkpoints import CheckpointContent
+from obsdiff.inspection.engines import EngineContent
+from obsdiff.inspection.graphs import GraphContent
+from obsdiff_export.proof.receipt import Receipt, require_sparse
 from obsdiff_runtime.bundle import MANIFEST
 from obsdiff_runtime.decoding import encode
 from obsdiff_runtime.errors import ConfigError, SparsityProofError

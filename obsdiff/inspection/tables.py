@@ -9,15 +9,15 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from obsdiff.contents.bundles import BundleContent
-from obsdiff.contents.checkpoints import CheckpointContent, StoredLinear
-from obsdiff.contents.engines import EngineContent
-from obsdiff.contents.graphs import GraphContent
 from obsdiff.inspection import Content
+from obsdiff.inspection.bundles import BundleContent
+from obsdiff.inspection.checkpoints import CheckpointContent, StoredLinear
+from obsdiff.inspection.engines import EngineContent
+from obsdiff.inspection.graphs import GraphContent
 from obsdiff.quantities import count, percent, size
-from obsdiff_export.layers import EngineLayer, EngineTensor
 from obsdiff_export.ports import Port
 from obsdiff_export.proof import Proof
+from obsdiff_export.proof.layers import EngineLayer, EngineTensor
 from obsdiff_runtime.bundle import TensorEntry
 
 SHOWN_NOTES: Final = 8

@@ -21,8 +21,8 @@ from obsdiff.measurements import NotMeasured
 from obsdiff.resolving import resolve
 from obsdiff.settings import Settings
 from obsdiff.sparsity import parse
-from obsdiff.subject import Subject
 from obsdiff.whatif import Step
+from obsdiff.whatif.subject import Subject
 from obsdiff_export import forcing, onnx
 from obsdiff_export.measuring import FEWEST
 from obsdiff_export.profiles import Size

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from obsdiff_export.judging import IGNORES, Case, LayerProof, Verdict
-from obsdiff_export.layers import layers_of_inspector, layers_of_log
 from obsdiff_export.pattern import PatternReport
-from obsdiff_export.witnesses import kernel_of, parse_log
+from obsdiff_export.proof.judging import IGNORES, Case, LayerProof, Verdict
+from obsdiff_export.proof.layers import layers_of_inspector, layers_of_log
+from obsdiff_export.proof.witnesses import kernel_of, parse_log
 from obsdiff_runtime.errors import BuildError
 
 Finding = Literal[

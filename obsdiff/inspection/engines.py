@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from obsdiff_export.layers import EngineLayer, layers_of_inspector, layers_of_log
 from obsdiff_export.proof import Finding
-from obsdiff_export.receipt import Receipt, load, sparsity_statement
+from obsdiff_export.proof.layers import EngineLayer, layers_of_inspector, layers_of_log
+from obsdiff_export.proof.receipt import Receipt, load, sparsity_statement
 from obsdiff_runtime.errors import BuildError, BundleError
 
 MAGIC: Final = {b"ftrt": "TensorRT", b"vtrt": "TensorRT-RTX"}

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from obsdiff.settings import Settings
-from obsdiff.whatif_steps import OrtRunner, Runner
+from obsdiff.whatif.steps import OrtRunner, Runner
 from obsdiff_export.build import BUILDERS, build, choose_builder
 from obsdiff_export.builders.request import Builder, Flags
 from obsdiff_export.measuring import Measurer, OnnxRuntimeCpu, TensorRtLinear

@@ -6,12 +6,13 @@ from pathlib import Path
 from time import perf_counter
 from typing import Final
 
-from obsdiff import whatif, whatif_steps
+from obsdiff import whatif
 from obsdiff.measurements import NotMeasured
 from obsdiff.settings import Settings
-from obsdiff.subject import Subject, subject_of
 from obsdiff.whatif import Step, WhatIf
-from obsdiff.whatif_backends import Place, dtype_of, place_of
+from obsdiff.whatif import steps as whatif_steps
+from obsdiff.whatif.backends import Place, dtype_of, place_of
+from obsdiff.whatif.subject import Subject, subject_of
 from obsdiff_export import roofline
 from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.progress import Progress, silent

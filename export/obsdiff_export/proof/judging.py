@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from obsdiff_export.layers import UNKNOWN, EngineLayer, EngineTensor, dtype_of
 from obsdiff_export.pattern import PatternReport
-from obsdiff_export.witnesses import SparsityLog, by_node, computing, joined, kernel_of, parts_of
+from obsdiff_export.proof.layers import UNKNOWN, EngineLayer, EngineTensor, dtype_of
+from obsdiff_export.proof.witnesses import SparsityLog, by_node, computing, joined, kernel_of, parts_of
 
 Verdict = Literal["active", "not chosen", "not eligible", "unknown"]
 Weights = Literal["holds", "broken", "not checked"]

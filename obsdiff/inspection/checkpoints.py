@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
-from obsdiff.contents.stored import StoredTensor, tensors
 from obsdiff.folders import MANIFEST, component_files
+from obsdiff.inspection.stored import StoredTensor, tensors
 from obsdiff_export.survey import WIDTHS, holding
 from obsdiff_runtime.errors import BundleError
 from obsdiff_runtime.progress import Progress, silent

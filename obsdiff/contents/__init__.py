@@ -1,1 +1,0 @@
-"""What is inside the things that obsdiff writes and reads: a module for each kind, with a record and a `read`."""
