@@ -51,6 +51,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "one picture a prompt": {"draws": 1, "kept_steps": 6},
     "pictures drawn in all steps": {"trajectory_steps": 20, "kept_steps": 2},
     "all steps weigh alike": {"time_weights": "uniform"},
+    "the same share everywhere": {"allocation": "uniform"},
 }
 REFERENCE = "obsdiff"
 

@@ -246,17 +246,19 @@ def served_by(job: Job) -> Served:
     return engines.served(sizes, pipeline, job.configs[job.family.denoiser])
 
 
+def counts_of(job: Job, denoiser: nn.Module, bytes_on_disk: int | NotMeasured) -> Counts:
+    """Size of a denoiser of the job, as it is or pruned."""
+    return facts.counts(denoiser, costs.macs(denoiser, job.positions(denoiser)), bytes_on_disk)
+
+
 def report_of(
     job: Job,
     pruned: Pruned,
-    dense: nn.Module,
+    dense: Counts,
     finished: Delivery,
     evaluation: Evaluation | NotMeasured,
     stages: Sequence[Stage],
 ) -> Report:
-    def counts(denoiser: nn.Module, size: int) -> Counts:
-        return facts.counts(denoiser, costs.macs(denoiser, job.positions(denoiser)), size)
-
     components = finished.components
     made = finished.engines
     built = tuple(
@@ -272,8 +274,8 @@ def report_of(
         method=job.recipe.method,
         recipe=job.recipe.to_json(),
         environment=facts.environment(torch.get_num_threads()),
-        dense=counts(dense, finished.dense_bytes),
-        pruned=counts(pruned.denoiser, finished.pruned_bytes),
+        dense=dense,
+        pruned=counts_of(job, pruned.denoiser, finished.pruned_bytes),
         layers=pruned.layers,
         components=tuple(item.report() for item in components) or _NOTHING_EXPORTED,
         engines=built or NotMeasured(why="no engines were asked for; --trt builds them"),
@@ -287,7 +289,7 @@ def finish(folder: Path, job: Job, found: Report, images: Sequence[ImagePair], f
     """Writes reports, card and manifest: the bundle is whole after this."""
     report.write_json(found, folder / "report.json")
     report.write_html(found, images, folder / "report.html")
-    card.write_card(found, folder, "bundle", base_model=_hub_id(job.model))
+    card.write_card(found, folder, "bundle", base_model=hub_id(job.model))
     sampled = job.recipe.sampling
     write_manifest(
         folder,
@@ -310,5 +312,6 @@ def finish(folder: Path, job: Job, found: Report, images: Sequence[ImagePair], f
     )
 
 
-def _hub_id(model: str) -> str | None:
+def hub_id(model: str) -> str | None:
+    """The model as a card names its base; None for a folder."""
     return model if model.count("/") == 1 and not Path(model).expanduser().exists() else None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from obsdiff import facts, gates, report
-from obsdiff.bundling import Delivery, Stages, compare, gates_of, obedience_of, report_of, scales_of
+from obsdiff.bundling import Delivery, Stages, compare, counts_of, gates_of, obedience_of, report_of, scales_of
 from obsdiff.checkpoint import PrunedManifest
 from obsdiff.evaluation import Evaluation, ImagePair
 from obsdiff.gates import Gate
@@ -192,7 +192,9 @@ def _one(
         dense_bytes=facts.weight_bytes(dense.folder / dense.family.denoiser),
         pruned_bytes=facts.weight_bytes(folder / other.family.denoiser),
     )
-    found = report_of(job, result, dense.denoiser, finished, evaluation, stages.done)
+    found = report_of(
+        job, result, counts_of(job, dense.denoiser, finished.dense_bytes), finished, evaluation, stages.done
+    )
     return dataclasses.replace(found, recipe=recipe or found.recipe), images
 
 

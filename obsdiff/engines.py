@@ -67,7 +67,8 @@ class Engines:
     """Engines by component.
 
     Attributes:
-        contest: why the denoiser's is the one it is; None where the denoiser has none, or was built once.
+        contest: why the denoiser's is the one it is; None where the denoiser has none, or was built once, as it is
+            for a builder that ignores the sparse flag.
     """
 
     built: Mapping[str, Engine]
@@ -235,7 +236,7 @@ def build_engines(
             "cache": order.cache,
         }
         place = folder / "engines" / name
-        if name == denoiser and order.builds:
+        if name == denoiser and order.builds and order.builder.name not in IGNORES:
             contest = build_faster(
                 graph,
                 place,

@@ -10,8 +10,21 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from obsdiff import card, checkpoint, delivery, engines, launch, pruning, ranks
-from obsdiff.bundling import Stages, compare, deliver, finish, gates_of, obedience_of, report_of, scales_of, served_by
+from obsdiff import card, checkpoint, delivery, engines, facts, launch, pruning, ranks
+from obsdiff.bundling import (
+    Delivery,
+    Stages,
+    compare,
+    counts_of,
+    deliver,
+    finish,
+    gates_of,
+    hub_id,
+    obedience_of,
+    report_of,
+    scales_of,
+    served_by,
+)
 from obsdiff.comparison import evaluate as evaluate
 from obsdiff.comparison import hold, layers_of
 from obsdiff.engines import Order, order_of
@@ -34,7 +47,7 @@ from obsdiff.job import load as load_model
 from obsdiff.journal import FolderJournal
 from obsdiff.judges import judges_of
 from obsdiff.loading import LoadedPipeline
-from obsdiff.measurements import Report
+from obsdiff.measurements import NotMeasured, Report
 from obsdiff.planning import Plan
 from obsdiff.precision import fitting, format_of, quantizable, quantize, separate
 from obsdiff.pruning import Pruned
@@ -118,10 +131,7 @@ def prune(
 
 def save(pruned: Pruned, folder: Path | str, *, source: Path | None = None, force: bool = False) -> None:
     """Writes a pruned pipeline as a diffusers folder; see checkpoint.save."""
-    manifest = _pruned_manifest(pruned)
-    previous = checkpoint.pruned_manifest(source) if source is not None else None
-    if previous is not None:
-        manifest = manifest.after(previous)
+    manifest = _manifest_after(pruned, source)
     checkpoint.save(pruned.pipeline, pruned.denoiser, Path(folder), manifest, source=source, force=force)
 
 
@@ -146,9 +156,19 @@ def prune_to_folder(
     require_disk_for(loaded, output, 2 * weights)
     stored = computable(loaded)
     journal = FolderJournal(output, job.recipe.digest(), resume=resume)
-    pruned = _prune(loaded, job, stored, journal, progress)
+    size = facts.weight_bytes(loaded.folder / loaded.family.denoiser)
+    before, stages = counts_of(job, loaded.denoiser, size), Stages()
+    with stages("calibrate and prune"):
+        pruned = _prune(loaded, job, stored, journal, progress)
     pruned.denoiser.to(stored)
-    save(pruned, output, source=loaded.folder, force=force)
+    with new_folder(output, force=force) as folder:
+        manifest = _manifest_after(pruned, loaded.folder)
+        checkpoint.save_into(folder, pruned.pipeline, pruned.denoiser, manifest, source=loaded.folder)
+        finished = Delivery(dense_bytes=size, pruned_bytes=facts.weight_bytes(folder / loaded.family.denoiser))
+        nothing = NotMeasured(why="prune compares nothing; obsdiff eval does")
+        found = report_of(job, pruned, before, finished, nothing, stages.done)
+        found = dataclasses.replace(found, licence=card.licence_of(loaded.folder))
+        card.write_card(found, folder, "checkpoint", base_model=hub_id(job.model))
     journal.remove()
     return pruned
 
@@ -228,7 +248,7 @@ def export(
     with new_folder(output, force=force) as folder:
         finished = deliver(job, settings, pruned, dense, folder, order, stages, progress, quantization)
         found = dataclasses.replace(
-            report_of(job, pruned, dense, finished, evaluation, stages.done),
+            report_of(job, pruned, counts_of(job, dense, finished.dense_bytes), finished, evaluation, stages.done),
             command=command,
             licence=card.licence_of(loaded.folder),
             quantized=() if rounding is None else rounding.linears,
@@ -270,6 +290,13 @@ def _prune(loaded: LoadedPipeline, job: Job, stored: torch.dtype, journal: Folde
     if place.rank:
         raise launch.Finished
     return pruned
+
+
+def _manifest_after(pruned: Pruned, source: Path | None) -> checkpoint.PrunedManifest:
+    """Of what was pruned, on top of what had been pruned of the source before."""
+    manifest = _pruned_manifest(pruned)
+    previous = checkpoint.pruned_manifest(source) if source is not None else None
+    return manifest if previous is None else manifest.after(previous)
 
 
 def _pruned_manifest(pruned: Pruned) -> checkpoint.PrunedManifest:

@@ -421,10 +421,13 @@ def test_a_killed_run_leaves_no_result_and_resumes_to_the_same_bytes(
     assert "was begun with other settings" in line[2]
 
     assert call(*SLOW, "--resume", "-q")[0] == 0
-    resumed = {
-        path.relative_to(here / "out"): path.read_bytes() for path in (here / "out").rglob("*") if path.is_file()
-    }
+
+    def written() -> dict[str, bytes]:
+        """All but the card, which has a date."""
+        files = [path for path in (here / "out").rglob("*") if path.is_file() and path.name != "README.md"]
+        return {path.relative_to(here / "out").as_posix(): path.read_bytes() for path in files}
+
+    resumed = written()
     assert not (here / "out.journal").exists()
     assert call(*SLOW, "--force", "-q")[0] == 0
-    anew = {path.relative_to(here / "out"): path.read_bytes() for path in (here / "out").rglob("*") if path.is_file()}
-    assert resumed == anew
+    assert resumed == written()
