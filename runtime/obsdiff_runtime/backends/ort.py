@@ -82,7 +82,9 @@ def open_graph(path: Path, *, name: str | None = None, threads: int | None = Non
         raise CompatibilityError(f"onnxruntime {onnxruntime.__version__} here has no {provider}; it has {available}")
     label = name or str(path)
     try:
-        session = onnxruntime.InferenceSession(str(path), _options(onnxruntime, threads), providers=[provider])
+        session = onnxruntime.InferenceSession(
+            str(path), _options(onnxruntime, threads), providers=[provider], enable_fallback=0
+        )
     except _run_errors() as error:
         raise CompatibilityError(
             f"onnxruntime {onnxruntime.__version__} cannot load {label} ({path}): {_first_line(error)}"

@@ -1,4 +1,4 @@
-"""A small SD3, built by TensorRT-RTX: what the real engine makes of its linears."""
+"""A small network of each family, built by TensorRT-RTX: what the real engine makes of its linears."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -24,11 +24,17 @@ pytestmark = [
 SIZES = {"batch": (1, 2, 4), "height": 8, "width": 8, "text_tokens": (1, 7, 20)}
 
 
-def test_every_linear_is_in_the_real_engine_and_linears_of_one_input_are_merged_across_blocks(
-    build_pipeline: Callable[..., DiffusionPipeline], tmp_path: Path
+@pytest.mark.parametrize(
+    ("kind", "family", "one", "other"),
+    [
+        ("sd3", "sd3", "transformer_blocks.0.norm1.linear.weight", "transformer_blocks.1.norm1.linear.weight"),
+        ("sd15", "unet", "attn2.to_k.weight", "attn2.to_v.weight"),
+    ],
+)
+def test_every_linear_is_in_the_real_engine_and_linears_of_one_input_are_merged(
+    kind: str, family: str, one: str, other: str, build_pipeline: Callable[..., DiffusionPipeline], tmp_path: Path
 ) -> None:
-    family = "sd3"
-    pipeline = build_pipeline(family)
+    pipeline = build_pipeline(kind)
     components = FAMILIES[family].components(pipeline, height=64, width=64)
     component = next(found for found in components if found.name == FAMILIES[family].denoiser)
     model = export(component, tmp_path / component.name, dtype=torch.float16)
@@ -47,4 +53,4 @@ def test_every_linear_is_in_the_real_engine_and_linears_of_one_input_are_merged_
     products = [layer for layer in layers if layer.kind == "gemm"]
     assert {tensor.dtype for layer in products for tensor in layer.inputs} == {"float16"}
     merged = {layer.weight: layer.merged for layer in proof.layers}
-    assert "transformer_blocks.1.norm1.linear.weight" in merged["transformer_blocks.0.norm1.linear.weight"]
+    assert any(other in mate for name, mates in merged.items() if one in name for mate in mates)
