@@ -60,7 +60,7 @@ def whole(savings: Sequence[float]) -> list[int]:
     """
     values = [max(saving, 0.0) for saving in savings]
     largest = max(values, default=0.0)
-    if largest == 0:
+    if largest * FINEST == 0:  # nothing, or less than any unit could count
         return [0] * len(values)
     divisor = 0.0
     for index, value in enumerate(values):

@@ -31,15 +31,11 @@ COMMON = {"steps": 2, "height": 32, "width": 32, "batch_size": 2, "max_sequence_
 RUNS: dict[str, dict[str, Any]] = {
     "streamed 2:4": {"sparsity": "2:4"},
     "streamed 0.5": {"sparsity": "0.5", "allocation": "uniform"},
-    "streamed 0.5 measured": {"sparsity": "0.5"},
     "streamed units": {"sparsity": "structured:0.25", **WHOLE},
     "streamed spared": {"sparsity": "2:4", "dense_share": 0.3},
     "packages 2:4": {"sparsity": "2:4", "method": "obsdiff", "packages": 2},
     "packages units": {"sparsity": "structured:0.3+2:4", "method": "obsdiff", "packages": 2, **WHOLE},
 }
-CLOSE = {"streamed 0.5 measured": 1e-3}
-"""Refits that keep three quarters of a layer which saw a few tokens only blow up what rounding leaves."""
-
 PROMPTS = ["a red circle", "a blue square", "a dog", "a cat", "a house"]
 """In batches of two: the ranks' shares differ, and the last batch is smaller."""
 
@@ -116,7 +112,7 @@ def test_two_ranks_give_what_one_gives(name: str, together: tuple[Path, str], sd
     assert {key: value.shape for key, value in first.items()} == {key: value.shape for key, value in alone.items()}
     for key, value in alone.items():
         assert torch.equal(first[key], second[key]), key
-        assert _distance(first[key], value) < CLOSE.get(name, 1e-6), key
+        assert _distance(first[key], value) < 1e-6, key
 
 
 @pytest.mark.slow
