@@ -111,18 +111,18 @@ class Peak:
 
 def layer(rows: int, columns: int, device: torch.device, seed: int) -> tuple[Tensor, Factor]:
     """A weight, float32, and the factor of a gram, in which mixed channels meet a few loud ones."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     gram = torch.zeros(columns, columns, dtype=torch.float64, device=device)
-    mix = torch.randn(columns, columns, generator=generator).to(device) / columns**0.5
+    mix = torch.randn(columns, columns, generator=generator, device=device) / columns**0.5
     spectrum = torch.arange(1, columns + 1, device=device) ** -0.6 * columns**0.6
     loud = torch.ones(columns, device=device)
-    loud[torch.randperm(columns, generator=generator)[: columns // 50].to(device)] = 10
+    loud[torch.randperm(columns, generator=generator, device=device)[: columns // 50]] = 10
     tokens = 3 * columns
     for start in range(0, tokens, 4096):
-        x = torch.randn(min(4096, tokens - start), columns, generator=generator).to(device)
+        x = torch.randn(min(4096, tokens - start), columns, generator=generator, device=device)
         x = (x * spectrum) @ mix * loud
         gram += (x.mT @ x).double() / tokens
-    weight = torch.randn(rows, columns, generator=generator).to(device) / loud
+    weight = torch.randn(rows, columns, generator=generator, device=device) / loud
     return weight, linalg.factorise(gram)
 
 

@@ -9,7 +9,10 @@ from obsdiff.command import Run, option, verb
 from obsdiff_runtime.errors import ConfigError
 
 BACKEND = option(
-    str, "--backend", text="What runs it: onnxruntime, tensorrt or tensorrt_rtx (their engines).", default="onnxruntime"
+    str,
+    "--backend",
+    text="What runs it: onnxruntime, onnxruntime_cuda, tensorrt or tensorrt_rtx (their engines).",
+    default="onnxruntime",
 )
 
 

@@ -401,3 +401,19 @@ def _velocity_error(dense: nn.Module, pruned: nn.Module, prompts: calibration.Pr
         before, after = (model(*inputs, torch.full((2,), time), return_dict=False)[0] for model in (dense, pruned))
         lost, energy = lost + float((after - before).square().sum()), energy + float(before.square().sum())
     return lost / energy
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("method", ["streamed", "obsdiff"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gpu_prunes_as_well_as_the_cpu(kind: str, method: str, build_pipeline: Build) -> None:
+    """Sums in another order decide near-ties otherwise, layer after layer: the losses agree on the whole."""
+    options: dict[str, Any] = {"method": method} | ({"draws": None} if method == "obsdiff" else {})
+    here = pruned_from(build_pipeline(kind), "2:4", **options)
+    there = pruned_from(build_pipeline(kind).to("cuda"), "2:4", **options)
+    assert all(weight.is_cuda for weight in there.denoiser.parameters())
+    for layer in there.layers:
+        assert layer.pattern == "dense" or holds(there.denoiser.get_submodule(layer.name).weight), layer.name
+    losses = [sum(layer.loss or 0 for layer in pruned.layers) for pruned in (here, there)]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)

@@ -59,3 +59,11 @@ def test_no_guidance_and_several_images_of_a_prompt(pair: tuple[Any, Path]) -> N
     expected, images = both(pair, guidance_scale=1.0, num_images=2)
     assert len(images) == 4
     assert psnr(expected, images) > 50
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs onnxruntime-gpu and a GPU")
+def test_a_gpu_draws_what_the_cpu_draws(pair: tuple[Any, Path]) -> None:
+    """In float32 without TF32; sums run in another order."""
+    drawn = [Pipeline(pair[1], backend=name)(PROMPTS, seed=3) for name in ("onnxruntime", "onnxruntime_cuda")]
+    assert psnr(drawn[0].arrays / 255, drawn[1]) > 50

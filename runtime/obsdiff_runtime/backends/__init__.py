@@ -1,4 +1,4 @@
-"""What executes a component. A backend is a module here and a line in BACKENDS."""
+"""What executes a component. A backend is a line in BACKENDS, and a module here where it is a library of its own."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final, Protocol
@@ -57,7 +57,12 @@ class Backend(Protocol):
         ...
 
 
-BACKENDS: Final[dict[str, Backend]] = {"onnxruntime": ort, trt.TENSORRT.package: trt.TENSORRT, trt.RTX.package: trt.RTX}
+BACKENDS: Final[dict[str, Backend]] = {
+    "onnxruntime": ort.OnnxRuntime(ort.CPU),
+    "onnxruntime_cuda": ort.OnnxRuntime(ort.CUDA),
+    trt.TENSORRT.package: trt.TENSORRT,
+    trt.RTX.package: trt.RTX,
+}
 
 
 def backend(name: str) -> Backend:

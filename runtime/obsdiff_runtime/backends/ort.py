@@ -1,6 +1,9 @@
-"""ONNX Runtime: runs the bundle's graphs as they are."""
+"""ONNX Runtime: runs the bundle's graphs as they are, on the CPU or by its own kernels on an NVIDIA GPU."""
 
+import contextlib
+import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,6 +13,10 @@ from obsdiff_runtime.bundle import Bundle, TensorEntry
 from obsdiff_runtime.errors import CompatibilityError, ConfigError, MissingPackageError
 
 CPU: Final = "CPUExecutionProvider"
+CUDA: Final = "CUDAExecutionProvider"
+PROVIDER_OPTIONS: Final[dict[str, dict[str, str]]] = {CUDA: {"use_tf32": "0"}}
+"""A float32 graph is computed in float32."""
+
 DTYPES: Final[dict[str, str]] = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -59,8 +66,17 @@ class OrtSession:
             )
 
 
-def open_session(bundle: Bundle, component: str, *, threads: int | None = None) -> OrtSession:
-    return open_graph(bundle.onnx(component), name=component, threads=threads)
+@dataclass(frozen=True)
+class OnnxRuntime:
+    """ONNX Runtime with one execution provider; see `backends.Backend`."""
+
+    provider: str
+
+    def open_session(self, bundle: Bundle, component: str, *, threads: int | None = None) -> OrtSession:
+        return open_graph(bundle.onnx(component), name=component, threads=threads, provider=self.provider)
+
+    def versions(self) -> dict[str, str]:
+        return versions()
 
 
 def open_graph(path: Path, *, name: str | None = None, threads: int | None = None, provider: str = CPU) -> OrtSession:
@@ -79,11 +95,19 @@ def open_graph(path: Path, *, name: str | None = None, threads: int | None = Non
     onnxruntime = _import()
     if provider not in onnxruntime.get_available_providers():
         available = ", ".join(onnxruntime.get_available_providers())
-        raise CompatibilityError(f"onnxruntime {onnxruntime.__version__} here has no {provider}; it has {available}")
+        advice = "; pip install 'obsdiff-runtime[gpu]', in an environment without [cpu]" if provider == CUDA else ""
+        raise CompatibilityError(
+            f"onnxruntime {onnxruntime.__version__} here has no {provider}; it has {available}{advice}"
+        )
     label = name or str(path)
+    if provider == CUDA:
+        _find_cuda(onnxruntime)
     try:
         session = onnxruntime.InferenceSession(
-            str(path), _options(onnxruntime, threads), providers=[provider], enable_fallback=0
+            str(path),
+            _options(onnxruntime, threads),
+            providers=[(provider, PROVIDER_OPTIONS.get(provider, {}))],
+            enable_fallback=0,
         )
     except _run_errors() as error:
         raise CompatibilityError(
@@ -91,7 +115,9 @@ def open_graph(path: Path, *, name: str | None = None, threads: int | None = Non
         ) from error
     used = session.get_providers()
     if used[0] != provider:
-        raise CompatibilityError(f"{label}: {provider} was asked for, but onnxruntime chose {used[0]}")
+        raise CompatibilityError(
+            f"{label}: {provider} was asked for, but onnxruntime chose {used[0]}; obsdiff doctor says what is missing"
+        )
     for value in session.get_inputs():
         if DTYPES.get(value.type) in (None, "bfloat16"):
             raise CompatibilityError(f"{label}: input {value.name} is a {value.type}, which numpy has no type for")
@@ -110,6 +136,14 @@ def _import() -> Any:
             "onnxruntime is absent: pip install 'obsdiff[cpu]', or without torch pip install 'obsdiff-runtime[cpu]'"
         ) from error
     return onnxruntime
+
+
+def _find_cuda(onnxruntime: Any) -> None:
+    """Loads CUDA's libraries from where pip puts them, without torch; what it prints of those it misses says nothing
+    that the session's own error does not."""
+    if hasattr(onnxruntime, "preload_dlls"):
+        with contextlib.redirect_stdout(io.StringIO()):
+            onnxruntime.preload_dlls()
 
 
 def _options(onnxruntime: Any, threads: int | None) -> Any:

@@ -33,6 +33,12 @@ def affine(folder: Path, dtype: int) -> Path:
     return path
 
 
+def available_providers() -> list[str]:
+    import onnxruntime
+
+    return list(onnxruntime.get_available_providers())
+
+
 X = np.array([[0.25, 1.5, -3.0]], dtype=np.float64)
 K = np.array([[5]], dtype=np.int64)
 
@@ -81,7 +87,7 @@ def test_a_bfloat16_graph_is_refused_before_it_runs(tmp_path: Path) -> None:
 
 
 def test_a_provider_that_is_absent_has_no_substitute(tmp_path: Path) -> None:
-    with pytest.raises(CompatibilityError, match=r"has no CUDAExecutionProvider; it has .*CPUExecutionProvider"):
+    with pytest.raises(CompatibilityError, match=r"has no CUDAExecutionProvider; it has .*CPUExecutionProvider.*gpu"):
         ort.open_graph(affine(tmp_path, TensorProto.FLOAT), provider="CUDAExecutionProvider")
 
 
@@ -94,3 +100,12 @@ def test_without_onnxruntime_the_extra_is_named(tmp_path: Path, monkeypatch: pyt
 def test_an_unknown_backend_lists_the_known() -> None:
     with pytest.raises(ConfigError, match="no backend 'trt'; there are onnxruntime"):
         backend("trt")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(ort.CUDA not in available_providers(), reason="needs onnxruntime-gpu and a GPU")
+@pytest.mark.parametrize("dtype", [TensorProto.FLOAT, TensorProto.FLOAT16])
+def test_a_gpu_computes_what_the_cpu_does(tmp_path: Path, dtype: int) -> None:
+    session = ort.open_graph(affine(tmp_path, dtype), provider=ort.CUDA)
+    assert session.device == ort.CUDA
+    np.testing.assert_array_equal(session.run({"x": X, "k": K})["y"], 2 * X + 5)
