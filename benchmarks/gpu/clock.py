@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch
 
+from obsdiff_export import semi_structured
 from obsdiff_runtime.errors import CompatibilityError
 from obsdiff_runtime.timing import compare
 
@@ -63,16 +64,7 @@ def graphed(call: Call, device: str) -> Call:
     """
     if device != "cuda":
         raise CompatibilityError("a CUDA graph needs a GPU")
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.no_grad(), torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.no_grad(), torch.cuda.graph(graph):
-        call()
-    return graph.replay
+    return semi_structured.graphed(call)
 
 
 def wait(device: str) -> None:

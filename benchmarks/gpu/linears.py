@@ -1,7 +1,7 @@
 """2:4 linears in torch, by cuSPARSELt with and without its algorithm search, against dense ones.
 
 At the shapes of SD3-medium, FLUX.1 and SDXL. `sparse` is the algorithm that the search finds for these tokens,
-`default` the one that torch takes unasked.
+`default` the one that torch takes unasked; both as CUDA graphs. `launched` is `sparse` called from Python.
 """
 
 from collections.abc import Callable, Iterator
@@ -73,7 +73,11 @@ def measure(row: Row, case: Case, options: Options, compress: Compress) -> None:
             weights[name] = make()
         except Exception as error:  # whatever this torch lacks
             row.error = row.error or f"{name}: {first_line(error)}"
-    calls = {name: partial(functional.linear, x, used) for name, used in weights.items()}
+    calls: dict[str, clock.Call] = {name: partial(functional.linear, x, used) for name, used in weights.items()}
+    if options.device == "cuda":
+        launched = partial(functional.linear, x, weights.get("sparse", weight))
+        calls = {name: clock.graphed(call, options.device) for name, call in calls.items()}
+        calls["launched"] = launched
     row.figures |= clock.figures(clock.times(calls, options.device, 0 if options.tiny else CASE_SECONDS), "dense", "us")
     if "sparse" in weights:
         expected = functional.linear(x, weight)

@@ -18,6 +18,7 @@ from gpu.rows import Options
 from obsdiff.families import sd3
 from obsdiff.shrinking import shrink
 from obsdiff_export import semi_structured
+from obsdiff_export.measuring import FEWEST
 from obsdiff_runtime.errors import CompatibilityError
 
 CONFIG = Path(__file__).resolve().parents[2] / "tests/obsdiff/configs/sd3_medium.json"
@@ -63,6 +64,8 @@ def variants(options: Options, compress: Compress = semi_structured.compress) ->
     shares = SHARES[:1] if options.quick or options.tiny else SHARES
     align = 8 if options.tiny else ALIGN
     found = [Variant("2:4", lambda model: two_of_four(model, inputs(model, options), compress))]
+    if options.device == "cuda":
+        found.append(Variant("2:4 where faster", lambda model: where_faster(model, inputs(model, options), compress)))
     for name, width in (("aligned", align), ("unaligned", 1)):
         for share in shares:
             found.append(Variant(f"{share:.0%} smaller, {name}", _shrinker(share, width)))
@@ -102,25 +105,29 @@ def two_of_four(model: nn.Module, example: dict[str, Tensor], compress: Compress
             algorithms[key] = compress(weight, x)
             made = algorithms[key]
         else:
-            made = like(weight, algorithms[key])
+            made = _alike(weight, algorithms[key])
         linear.weight = nn.Parameter(made, requires_grad=False)
     return copied
+
+
+def where_faster(model: nn.Module, example: dict[str, Tensor], compress: Compress) -> nn.Module:
+    """A copy whose prunable linears hold 2:4 weights, as semi-structured tensors where those were timed faster."""
+    copied = copy.deepcopy(model)
+    for spec in sd3.linears(copied):
+        linear: Any = copied.get_submodule(spec.name)
+        linear.weight = nn.Parameter(forced(linear.weight), requires_grad=False)
+    semi_structured.use_where_faster(copied, _tokens(copied, example), compress=compress, rounds=FEWEST)
+    return copied
+
+
+def _alike(weight: Tensor, made: Tensor) -> Tensor:
+    return semi_structured.compress_alike(weight, made) if type(made) is not Tensor else weight
 
 
 def forced(weight: Tensor) -> Tensor:
     """The weight with the two smallest of every four along k set to zero."""
     groups = weight.detach().clone().view(weight.shape[0], -1, 4)
     return groups.scatter(-1, groups.abs().argsort(-1)[..., :2], 0.0).view(weight.shape)
-
-
-def like(weight: Tensor, made: Tensor) -> Tensor:
-    """A 2:4 weight, compressed as another of its shape was."""
-    algorithm = getattr(made, "alg_id_cusparselt", None)
-    if algorithm is None:
-        return semi_structured.compress(weight, weight[:8]) if type(made) is not Tensor else weight
-    from torch.sparse import to_sparse_semi_structured
-
-    return to_sparse_semi_structured(weight, alg_id=int(algorithm))
 
 
 def inputs(model: nn.Module, options: Options) -> dict[str, Tensor]:

@@ -20,6 +20,11 @@ from obsdiff_runtime.progress import Progress, silent
 LINEARS: Final = 0.6
 """Of the budget, for single linears; the rest is for whole calls."""
 
+GRAPHED: Final = (
+    "timed as CUDA graphs, as engines run; launched from Python one by one, 2:4 products in torch cost the host some "
+    "half a millisecond each"
+)
+
 
 def run(
     settings: Settings,
@@ -61,6 +66,8 @@ def run(
         seconds = 60 * minutes
         own = seconds if shapes_only else LINEARS * seconds
         found = whatif.explore(subject, place.measurer, seconds=own, progress=progress)
+        if place.measurer.backend == "torch":
+            found = dataclasses.replace(found, notes=(*found.notes, GRAPHED))
         if shapes_only:
             return found
         left = max(seconds - (perf_counter() - started), (1 - LINEARS) * seconds)

@@ -64,6 +64,6 @@ def test_no_guidance_and_several_images_of_a_prompt(pair: tuple[Any, Path]) -> N
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs onnxruntime-gpu and a GPU")
 def test_a_gpu_draws_what_the_cpu_draws(pair: tuple[Any, Path]) -> None:
-    """In float32 without TF32; sums run in another order."""
+    """In float32 without TF32, sums run in another order: a value may round to the next of 256."""
     drawn = [Pipeline(pair[1], backend=name)(PROMPTS, seed=3) for name in ("onnxruntime", "onnxruntime_cuda")]
-    assert psnr(drawn[0].arrays / 255, drawn[1]) > 50
+    assert np.abs(drawn[0].arrays.astype(int) - drawn[1].arrays.astype(int)).max() <= 1

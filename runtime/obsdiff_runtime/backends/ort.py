@@ -139,8 +139,12 @@ def _import() -> Any:
 
 
 def _find_cuda(onnxruntime: Any) -> None:
-    """Loads CUDA's libraries from where pip puts them, without torch; what it prints of those it misses says nothing
-    that the session's own error does not."""
+    """Loads CUDA's libraries from where pip puts them, without torch.
+
+    What that prints of those it misses says nothing that the session's own error does not. And where cuDNN has no fused
+    kernel for a convolution, ONNX Runtime logs an error, then takes an unfused one: only fatal errors are let through.
+    """
+    onnxruntime.set_default_logger_severity(4)
     if hasattr(onnxruntime, "preload_dlls"):
         with contextlib.redirect_stdout(io.StringIO()):
             onnxruntime.preload_dlls()
