@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from gpu import clock, models
-from gpu.models import Compress
 from gpu.rows import Options, Row, Sheet
 from obsdiff_export import semi_structured
+from obsdiff_export.semi_structured import Algorithms, Compress
 
 PASSES = (
     (("block", "denoiser"), ("eager", "graph")),
@@ -24,9 +24,10 @@ def run(sheet: Sheet, options: Options, compress: Compress = semi_structured.com
     """Every variant in every mode, the dense model interleaved with it. `compress` makes 2:4 weights sparse."""
     torch._dynamo.config.recompile_limit = 64  # every variant's widths are a graph of their own
     dense = Subject(models.dense(options), options)
+    algorithms = Algorithms("float16") if options.device == "cuda" else None
     failed: set[str] = set()
     for whats, modes in PASSES:
-        for variant in models.variants(options, compress):
+        for variant in models.variants(options, compress, algorithms):
             cases = [(what, mode) for what in whats for mode in modes]
             if variant.name in failed or sheet.left() < 0:
                 sheet.not_reached(len(cases) * (variant.name not in failed))

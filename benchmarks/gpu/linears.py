@@ -7,6 +7,7 @@ At the shapes of SD3-medium, FLUX.1 and SDXL. `sparse` is the algorithm that the
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from gpu import clock
 from gpu.rows import Options, Row, Sheet, first_line
 from obsdiff_export import semi_structured
 from obsdiff_export.linears import Shape
+from obsdiff_export.semi_structured import Algorithms, Compress
 
 WIDTHS = {
     "SD3-medium": ((1536, 1536), (1536, 6144), (6144, 1536)),
@@ -28,8 +30,6 @@ TOKENS = (4096, 1024, 16384, 2048, 8192)
 """In the order in which they are tried: a short time is spent on the first."""
 
 CASE_SECONDS = 0.25
-
-Compress = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -51,22 +51,31 @@ def cases(options: Options) -> Iterator[Case]:
 
 def run(sheet: Sheet, options: Options, compress: Compress = semi_structured.compress) -> None:
     """`compress` makes the sparse weight; a CPU has no kernels for it."""
-    waiting = list(cases(options))
-    while waiting and sheet.left() > 0:
-        case = waiting.pop(0)
-        shape = case.shape
-        with sheet.case(model=case.model, dtype=case.dtype, tokens=shape.m, k=shape.k, n=shape.n) as row:
-            measure(row, case, options, compress)
-    sheet.not_reached(len(waiting))
+    searches = {name: Algorithms(name) for name in semi_structured.DTYPES} if options.device == "cuda" else {}
+    left = 0
+    for (_, dtype), group in groupby(cases(options), key=lambda case: (case.shape.m, case.dtype)):
+        waiting = list(group)
+        if sheet.left() > 0 and searches:
+            searches[dtype].find(case.shape for case in waiting)
+        for case in waiting:
+            if sheet.left() <= 0:
+                left += 1
+                continue
+            shape = case.shape
+            algorithm = searches[dtype].best(shape) if searches else 0
+            with sheet.case(model=case.model, dtype=dtype, tokens=shape.m, k=shape.k, n=shape.n) as row:
+                row.figures["algorithm"] = algorithm
+                measure(row, case, options, compress, algorithm)
+    sheet.not_reached(left)
 
 
-def measure(row: Row, case: Case, options: Options, compress: Compress) -> None:
+def measure(row: Row, case: Case, options: Options, compress: Compress, algorithm: int) -> None:
     """Fills the row; a kernel that is absent leaves the dense time and its reason."""
     weight, x = semi_structured.example(case.shape, getattr(torch, case.dtype), torch.device(options.device))
     weights = {"dense": weight}
     makers: dict[str, Callable[[], Tensor]] = {
-        "sparse": lambda: compress(weight, x),
-        "default": lambda: _default(weight),
+        "sparse": lambda: compress(weight, algorithm),
+        "default": lambda: semi_structured.compress(weight),
     }
     for name, make in makers.items():
         try:
@@ -81,11 +90,5 @@ def measure(row: Row, case: Case, options: Options, compress: Compress) -> None:
     row.figures |= clock.figures(clock.times(calls, options.device, 0 if options.tiny else CASE_SECONDS), "dense", "us")
     if "sparse" in weights:
         expected = functional.linear(x, weight)
-        difference = (functional.linear(x, weights["sparse"]) - expected).abs().max() / expected.abs().max()
-        row.figures["max_relative_difference"] = float(difference)
-
-
-def _default(weight: Tensor) -> Tensor:
-    from torch.sparse import to_sparse_semi_structured
-
-    return to_sparse_semi_structured(weight)
+        found = functional.linear(x, weights["sparse"])
+        row.figures["max_relative_difference"] = semi_structured.difference(found, expected)

@@ -18,7 +18,9 @@ from gpu.rows import Options
 from obsdiff.families import sd3
 from obsdiff.shrinking import shrink
 from obsdiff_export import semi_structured
+from obsdiff_export.linears import Shape
 from obsdiff_export.measuring import FEWEST
+from obsdiff_export.semi_structured import Algorithms, Compress
 from obsdiff_runtime.errors import CompatibilityError
 
 CONFIG = Path(__file__).resolve().parents[2] / "tests/obsdiff/configs/sd3_medium.json"
@@ -36,8 +38,6 @@ ALIGN = 64
 SHARES = (0.25, 0.15, 0.20, 0.30)
 ROWS = 2
 TEXT_TOKENS = 333
-
-Compress = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,13 @@ def dense(options: Options, layers: int | None = None) -> nn.Module:
     return model.to(torch.float16 if options.device == "cuda" else torch.float32).eval().requires_grad_(False)
 
 
-def variants(options: Options, compress: Compress = semi_structured.compress) -> list[Variant]:
+def variants(options: Options, compress: Compress, algorithms: Algorithms | None) -> list[Variant]:
     """In the order in which they are tried."""
     shares = SHARES[:1] if options.quick or options.tiny else SHARES
     align = 8 if options.tiny else ALIGN
-    found = [Variant("2:4", lambda model: two_of_four(model, inputs(model, options), compress))]
+    found = [Variant("2:4", lambda model: two_of_four(model, inputs(model, options), compress, algorithms))]
     if options.device == "cuda":
-        found.append(Variant("2:4 where faster", lambda model: where_faster(model, inputs(model, options), compress)))
+        found.append(Variant("2:4 where faster", lambda model: where_faster(model, inputs(model, options), algorithms)))
     for name, width in (("aligned", align), ("unaligned", 1)):
         for share in shares:
             found.append(Variant(f"{share:.0%} smaller, {name}", _shrinker(share, width)))
@@ -88,40 +88,32 @@ def shrunk(model: nn.Module, share: float, align: int) -> nn.Module:
     return copied
 
 
-def two_of_four(model: nn.Module, example: dict[str, Tensor], compress: Compress) -> nn.Module:
-    """A copy whose prunable linears hold 2:4 weights, as semi-structured tensors.
-
-    The algorithm is searched once for each shape, and taken for every linear of that shape.
-    """
-    copied = copy.deepcopy(model)
-    tokens = _tokens(copied, example)
-    algorithms: dict[tuple[int, int, int], Tensor] = {}
-    for spec in sd3.linears(copied):
-        linear: Any = copied.get_submodule(spec.name)
-        weight = forced(linear.weight)
-        key = (tokens[spec.name], spec.in_features, spec.out_features)
-        if key not in algorithms:
-            x = torch.randn(key[0], spec.in_features, device=weight.device, dtype=weight.dtype)
-            algorithms[key] = compress(weight, x)
-            made = algorithms[key]
-        else:
-            made = _alike(weight, algorithms[key])
-        linear.weight = nn.Parameter(made, requires_grad=False)
+def two_of_four(
+    model: nn.Module, example: dict[str, Tensor], compress: Compress, algorithms: Algorithms | None
+) -> nn.Module:
+    """A copy whose prunable linears hold 2:4 weights, as semi-structured tensors of the best algorithm."""
+    copied = _forced(model)
+    for name, count in _tokens(copied, example).items():
+        linear: Any = copied.get_submodule(name)
+        shape = Shape(count, linear.in_features, linear.out_features)
+        algorithm = 0 if algorithms is None else algorithms.best(shape)
+        linear.weight = nn.Parameter(compress(linear.weight.detach(), algorithm), requires_grad=False)
     return copied
 
 
-def where_faster(model: nn.Module, example: dict[str, Tensor], compress: Compress) -> nn.Module:
-    """A copy whose prunable linears hold 2:4 weights, as semi-structured tensors where those were timed faster."""
+def where_faster(model: nn.Module, example: dict[str, Tensor], algorithms: Algorithms | None) -> nn.Module:
+    """The same, where that was timed faster."""
+    copied = _forced(model)
+    semi_structured.use_where_faster(copied, _tokens(copied, example), algorithms=algorithms, rounds=FEWEST)
+    return copied
+
+
+def _forced(model: nn.Module) -> nn.Module:
     copied = copy.deepcopy(model)
     for spec in sd3.linears(copied):
         linear: Any = copied.get_submodule(spec.name)
         linear.weight = nn.Parameter(forced(linear.weight), requires_grad=False)
-    semi_structured.use_where_faster(copied, _tokens(copied, example), compress=compress, rounds=FEWEST)
     return copied
-
-
-def _alike(weight: Tensor, made: Tensor) -> Tensor:
-    return semi_structured.compress_alike(weight, made) if type(made) is not Tensor else weight
 
 
 def forced(weight: Tensor) -> Tensor:

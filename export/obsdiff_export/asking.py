@@ -36,7 +36,12 @@ class Outcome:
 
 
 def ask(
-    place: str, questions: Sequence[str], *, timeout_s: float, environment: Mapping[str, str] | None = None
+    place: str,
+    questions: Sequence[str],
+    *,
+    timeout_s: float,
+    environment: Mapping[str, str] | None = None,
+    until_one_ends_it: bool = False,
 ) -> dict[str, Outcome]:
     """Calls a function with each question.
 
@@ -45,6 +50,7 @@ def ask(
         questions: asked in this order.
         timeout_s: of one process, so at most that of one question.
         environment: variables that the process gets besides this one's.
+        until_one_ends_it: ask no others after a question that ended its process; they fail as it does.
 
     Returns:
         An outcome for each question, in their order.
@@ -57,7 +63,7 @@ def ask(
         silent = 0 if answered else silent + 1
         outcomes.update(answered)
         left = [question for question in left if question not in outcomes]
-        lost = left if silent == _GIVE_UP_AFTER else left[:1]
+        lost = left if until_one_ends_it or silent == _GIVE_UP_AFTER else left[:1]
         outcomes.update({question: Outcome(value=None, failure=ended) for question in lost})
         left = left[len(lost) :]
     return {question: outcomes[question] for question in questions}

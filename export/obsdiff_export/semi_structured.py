@@ -12,7 +12,7 @@ takes an H200. So kernels are timed as CUDA graphs, in which the host has no par
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, cast
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from obsdiff_export.asking import Outcome, ask
 from obsdiff_export.latency_table import SPARSE
 from obsdiff_export.linears import Shape
 from obsdiff_export.measuring import FEWEST, Product, Variant, is_faster
@@ -42,8 +43,15 @@ MOST_CALLS: Final = 100
 
 ROUNDS: Final = 30
 
-Compress = Callable[[Tensor, Tensor], Tensor]
-"""(weight, tokens x) -> a weight that multiplies the same by sparse kernels, chosen for these tokens."""
+MOST_ALGORITHMS: Final = 64
+"""Tried of a product. cuSPARSELt 0.8.0 has 21 for bfloat16 on an H200, and says no to a higher number."""
+
+SEARCH_SECONDS: Final = 15.0
+SHAPE_SECONDS: Final = 3.0
+"""For a search: to begin, and for each product."""
+
+Compress = Callable[[Tensor, int], Tensor]
+"""(weight, number of an algorithm) -> a weight that multiplies the same by sparse kernels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,12 +79,52 @@ def is_2_of_4(weight: Tensor) -> bool:
     return k % 4 == 0 and bool(((weight == 0).view(n, k // 4, 4).sum(-1) >= 2).all())
 
 
-def compress(weight: Tensor, x: Tensor) -> Tensor:
-    """A 2:4 weight as a semi-structured tensor, by the algorithm that a search finds fastest for these tokens.
+class Algorithms:
+    """Which of cuSPARSELt's algorithms is fastest for a product; on Hopper the default one is slower than dense ones.
+
+    torch's own search broke the CUDA context of its process on an H200 (torch 2.11, cuSPARSELt 0.8.0; so did some of
+    the algorithms when called by number), and nothing can be computed in that process any more. So they are tried here
+    in a process of their own, one after the other, until one fails; that one and those behind it are left out.
+    """
+
+    def __init__(self, dtype: str, ask: Callable[..., Mapping[str, Outcome]] = ask) -> None:
+        self._dtype, self._ask = dtype, ask
+        self._end = MOST_ALGORITHMS
+        self._best: dict[Shape, int] = {}
+
+    def best(self, shape: Shape) -> int:
+        """Its number; 0, the default, where nothing could be found out."""
+        if shape not in self._best:
+            self.find([shape])
+        return self._best[shape]
+
+    def find(self, shapes: Iterable[Shape]) -> None:
+        """Finds the best one for each of these, all in one process."""
+        wanted = [shape for shape in dict.fromkeys(shapes) if shape not in self._best]
+        questions = {
+            (algorithm, shape): f"{self._dtype}/{shape.m}x{shape.k}x{shape.n}/{algorithm}"
+            for algorithm in range(self._end)
+            for shape in wanted
+        }
+        outcomes = self._ask(
+            "obsdiff_export.probes.cusparselt:seconds",
+            list(questions.values()),
+            timeout_s=SEARCH_SECONDS + SHAPE_SECONDS * len(wanted),
+            until_one_ends_it=True,
+        )
+        seconds = {key: outcomes[question].value for key, question in questions.items()}
+        self._end = next((number for (number, _), value in seconds.items() if value is None), self._end)
+        for shape in wanted:
+            times = {number: seconds[number, shape] for number in range(self._end)}
+            self._best[shape] = min(times, key=times.__getitem__) if times else 0
+
+
+def compress(weight: Tensor, algorithm: int = 0) -> Tensor:
+    """A 2:4 weight as a semi-structured tensor.
 
     Args:
         weight: (n, k), on the GPU, float16 or bfloat16.
-        x: (m, k), like the tokens it will meet.
+        algorithm: of cuSPARSELt's, see `Algorithms`.
 
     Raises:
         CompatibilityError: this torch or GPU has no kernels for it.
@@ -89,13 +137,6 @@ def compress(weight: Tensor, x: Tensor) -> Tensor:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*prototype stage.*", category=UserWarning)
             made: Any = to_sparse_semi_structured(weight)
-            if available:
-                padded = functional.pad(x, (0, 0, 0, -len(x) % 8))  # as the product itself pads its tokens
-                # transpose_result: as nn.functional.linear calls it, which asks for (m, n).
-                made.alg_id_cusparselt = int(
-                    torch._cslt_sparse_mm_search(made.packed, padded.t(), transpose_result=True)
-                )
-            return cast(Tensor, made)
     except (RuntimeError, NotImplementedError, AttributeError) as error:
         raise CompatibilityError(
             f"torch {torch.__version__} has no 2:4 kernel here for a weight of {tuple(weight.shape)} in "
@@ -103,16 +144,9 @@ def compress(weight: Tensor, x: Tensor) -> Tensor:
         ) from error
     finally:
         SparseSemiStructuredTensor._FORCE_CUTLASS = forced
-
-
-def compress_alike(weight: Tensor, made: Tensor) -> Tensor:
-    """A 2:4 weight (n, k) as a semi-structured tensor, by the algorithm that `compress` found for one of its shape."""
-    from torch.sparse import to_sparse_semi_structured
-
-    alike: Any = to_sparse_semi_structured(weight)
-    if hasattr(made, "alg_id_cusparselt"):
-        alike.alg_id_cusparselt = made.alg_id_cusparselt
-    return cast(Tensor, alike)
+    if available:
+        made.alg_id_cusparselt = algorithm  # older torch takes it nowhere else
+    return cast(Tensor, made)
 
 
 def graphed(call: Callable[[], object]) -> Callable[[], object]:
@@ -134,10 +168,13 @@ class TorchCuda:
 
     backend = "torch"
 
-    def __init__(self, dtype: str, device: str = "cuda", compress: Compress = compress) -> None:
+    def __init__(
+        self, dtype: str, device: str = "cuda", compress: Compress = compress, algorithms: Algorithms | None = None
+    ) -> None:
         if dtype not in DTYPES:
             raise ConfigError(f"2:4 in torch is timed in {' or '.join(DTYPES)}, not in {dtype}; choose with --dtype")
         self.dtype, self._device, self._compress = dtype, torch.device(device), compress
+        self._algorithms = algorithms or Algorithms(dtype)
 
     def device(self) -> str:
         return torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "CPU"
@@ -155,7 +192,7 @@ class TorchCuda:
     @contextmanager
     def prepare(self, shape: Shape, variant: Variant) -> Iterator[Product]:
         weight, x = example(shape, DTYPES[self.dtype], self._device)
-        used = self._compress(weight, x) if variant == SPARSE else weight
+        used = self._compress(weight, self._algorithms.best(shape)) if variant == SPARSE else weight
         yield _product(lambda: functional.linear(x, used), self._device)
 
 
@@ -176,6 +213,7 @@ def use_where_faster(
     tokens: Mapping[str, int],
     *,
     compress: Compress = compress,
+    algorithms: Algorithms | None = None,
     rounds: int = ROUNDS,
     progress: Progress = silent,
 ) -> tuple[Replaced, ...]:
@@ -185,6 +223,7 @@ def use_where_faster(
         module: in float16 or bfloat16, on the GPU, in eval mode.
         tokens: linear -> how many it runs over in a call.
         compress: makes the sparse weight.
+        algorithms: of the module's format; None: the default one for all.
         rounds: timed rounds of each shape, as CUDA graphs; linears of one shape are timed once.
         progress: told of stage "2:4 in torch".
 
@@ -204,16 +243,22 @@ def use_where_faster(
         linear = module.get_submodule(name)
         if not isinstance(linear, nn.Linear):
             raise ConfigError(f"{name} is a {type(linear).__name__}, not a linear")
-        found.append(_use(name, linear, count, compress, rounds, verdicts))
+        shape = Shape(count, linear.in_features, linear.out_features)
+        found.append(_use(name, linear, shape, compress, algorithms, rounds, verdicts))
     progress("2:4 in torch", len(tokens), len(tokens))
     return tuple(found)
 
 
 def _use(
-    name: str, linear: nn.Linear, m: int, compress: Compress, rounds: int, verdicts: dict[Shape, Comparison]
+    name: str,
+    linear: nn.Linear,
+    shape: Shape,
+    compress: Compress,
+    algorithms: Algorithms | None,
+    rounds: int,
+    verdicts: dict[Shape, Comparison],
 ) -> Replaced:
     weight = linear.weight.detach()
-    shape = Shape(m, linear.in_features, linear.out_features)
 
     def dense(reason: str, comparison: Comparison | None = None, error: float | None = None) -> Replaced:
         return Replaced(name=name, shape=shape, sparse=False, comparison=comparison, error=error, reason=reason)
@@ -222,10 +267,10 @@ def _use(
         return dense(f"its weight is {weight.dtype}; sparse kernels take float16 and bfloat16")
     if not is_2_of_4(weight):
         return dense("its weight is not 2:4")
-    x = torch.randn(m, shape.k, device=weight.device).to(weight.dtype)
+    x = torch.randn(shape.m, shape.k, device=weight.device).to(weight.dtype)
     try:
-        sparse = compress(weight, x)
-        error = _difference(functional.linear(x, sparse), functional.linear(x, weight))
+        sparse = compress(weight, 0 if algorithms is None else algorithms.best(shape))
+        error = difference(functional.linear(x, sparse), functional.linear(x, weight))
     except CompatibilityError as refusal:
         return dense(str(refusal))
     if not error <= TOLERANCE[weight.dtype]:
@@ -252,7 +297,8 @@ def _race(x: Tensor, weight: Tensor, sparse: Tensor, rounds: int) -> Comparison:
     return compare(SPARSE, per_call[SPARSE], "dense", per_call["dense"])
 
 
-def _difference(found: Tensor, expected: Tensor) -> float:
+def difference(found: Tensor, expected: Tensor) -> float:
+    """The largest, relative to the largest expected value."""
     largest = float(expected.abs().max())
     return float((found.float() - expected.float()).abs().max()) / (largest or 1.0)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-from gpu import checks, clock, denoisers, engines, linears, models, part, solving  # noqa: E402
+from gpu import checks, clock, denoisers, engines, linears, models, part, pruning, solving  # noqa: E402
 from gpu.rows import Options, Row, Sheet, read  # noqa: E402
 from gpu.table import number, table  # noqa: E402
 
@@ -32,7 +32,7 @@ def rows_of(sheet: Sheet) -> list[Row]:
     return read(sheet._path)
 
 
-def kept(weight: Tensor, x: Tensor) -> Tensor:
+def kept(weight: Tensor, algorithm: int) -> Tensor:
     """In place of a compressed weight, for which a CPU has no kernels."""
     return weight
 
@@ -51,7 +51,9 @@ def test_linears_are_timed_beside_dense_ones(sheet: Sheet) -> None:
     for row in rows:
         assert {"dense_us", "sparse_us", "sparse_speedup", "sparse_low", "sparse_high"} <= row.figures.keys()
         assert row.figures["max_relative_difference"] == 0
-        assert row.error.startswith("default: RuntimeError"), "torch has no such kernel on a CPU, and that is told"
+        assert row.error.startswith("default: CompatibilityError"), (
+            "torch has no such kernel on a CPU, and that is told"
+        )
         assert "default_us" not in row.figures
 
 
@@ -75,6 +77,15 @@ def test_the_solve_is_measured_and_compared_with_the_cpu_s(sheet: Sheet) -> None
     assert losses["full"] < losses["sweep"] == pytest.approx(losses["plain"], rel=1e-3)
 
 
+def test_the_shipped_and_a_large_pipeline_are_pruned(sheet: Sheet) -> None:
+    pruning.run(sheet, TINY)
+    large, shipped = rows_of(sheet)
+    assert (large.error, shipped.error) == ("", "")
+    assert large.figures["linears"] == 12 + 9 + 1  # the last block gives no text; proj_out is refitted
+    assert {"calibrate_seconds", "prune_blocks_seconds", "planned_bytes", "mean_loss"} <= large.figures.keys()
+    assert 0 < shipped.figures["velocity_error"] < 0.5
+
+
 def test_denoisers_are_raced_in_every_mode(sheet: Sheet) -> None:
     denoisers.run(sheet, TINY, kept)
     rows = rows_of(sheet)
@@ -92,7 +103,7 @@ def test_denoisers_are_raced_in_every_mode(sheet: Sheet) -> None:
 def test_a_variant_that_cannot_be_made_is_told_once(sheet: Sheet, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(denoisers, "PASSES", ((("block",), ("eager",)), (("denoiser",), ("eager",))))
 
-    def refuse(weight: Tensor, x: Tensor) -> Tensor:
+    def refuse(weight: Tensor, algorithm: int) -> Tensor:
         raise RuntimeError("no kernel\nand more")
 
     denoisers.run(sheet, TINY, refuse)
@@ -108,7 +119,7 @@ def test_variants_are_as_wide_as_they_say() -> None:
         block: Any = shrunk.get_submodule("transformer_blocks.0")
         assert block.ff.net[0].proj.out_features == width
         assert block.attn.heads == 3
-    made = models.two_of_four(dense, models.inputs(dense, TINY), kept)
+    made = models.two_of_four(dense, models.inputs(dense, TINY), kept, None)
     weight = made.get_submodule("transformer_blocks.0.attn.to_q").weight
     assert isinstance(weight, Tensor)
     assert int((weight.view(-1, 4) == 0).sum(-1).min()) == 2

@@ -43,6 +43,14 @@ def test_one_that_crashes_costs_its_own_answer_only(vendor: dict[str, str]) -> N
     assert failures["leave"] == "it ended with exit code 3: a last word"
 
 
+def test_it_can_be_left_at_the_first_one_that_ends_the_process(vendor: dict[str, str]) -> None:
+    outcomes = ask(
+        "vendor:answer", ["a", "raise", "crash", "b"], timeout_s=30, environment=vendor, until_one_ends_it=True
+    )
+    assert outcomes["a"].value is not None
+    assert [outcomes[name].failure for name in ("crash", "b")] == ["it crashed (SIGSEGV)"] * 2
+
+
 def test_one_that_hangs_is_ended(vendor: dict[str, str]) -> None:
     outcomes = ask("vendor:answer", ["hang", "after"], timeout_s=1.5, environment=vendor)
     assert outcomes["hang"].failure == "no answer within 2 s"

@@ -1,6 +1,6 @@
 """Timing of single linears, on a clock that products move, and 2:4 in torch with kernels that are none."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from obsdiff_export import measuring, semi_structured
+from obsdiff_export.asking import Outcome
 from obsdiff_export.linears import Shape
 from obsdiff_export.measuring import OnnxRuntimeCpu, Product, TensorRtLinear, Variant, measure
 from obsdiff_export.pattern import check
@@ -222,19 +223,58 @@ def test_an_example_weight_is_2_of_4_wherever_it_can_be() -> None:
     assert not semi_structured.is_2_of_4(semi_structured.example(Shape(3, 6, 8), torch.float16, torch.device("cpu"))[0])
 
 
-def test_torch_products_are_prepared_for_either_variant() -> None:
-    used: list[Tensor] = []
+def answering(seconds: Mapping[int, float], asked: list[str] | None = None) -> Callable[..., dict[str, Outcome]]:
+    """Stands for the process that times algorithms: one of these seconds, 9 for others, and an end after the last."""
 
-    def compress(weight: Tensor, x: Tensor) -> Tensor:
-        used.append(weight)
+    def ask(place: str, questions: Sequence[str], **_: Any) -> dict[str, Outcome]:
+        assert place == "obsdiff_export.probes.cusparselt:seconds"
+        found = {}
+        for question in questions:
+            if asked is not None:
+                asked.append(question)
+            number = int(question.rpartition("/")[2])
+            value = None if number > max(seconds) else seconds.get(number, 9.0)
+            found[question] = Outcome(value=value, failure="" if value else "it crashed")
+        return found
+
+    return ask
+
+
+def test_the_fastest_algorithm_is_taken_and_one_that_crashed_is_not_tried_again() -> None:
+    asked: list[str] = []
+    algorithms = semi_structured.Algorithms("float16", answering({0: 3.0, 1: 1.0, 2: 2.0, 5: 4.0}, asked))
+    assert algorithms.best(FULL) == 1
+    assert asked[0] == f"float16/{FULL.m}x{FULL.k}x{FULL.n}/0"
+    assert len(asked) == semi_structured.MOST_ALGORITHMS
+    assert algorithms.best(FULL) == 1
+    assert len(asked) == semi_structured.MOST_ALGORITHMS, "what is known is not asked again"
+    algorithms.find([HALF, Shape(8, 16, 96)])
+    assert len(asked) - semi_structured.MOST_ALGORITHMS == 2 * 6, "six algorithms are known to be safe"
+
+
+def test_without_any_answer_the_default_algorithm_is_taken() -> None:
+    algorithms = semi_structured.Algorithms("float16", answering({-1: 1.0}))
+    assert algorithms.best(FULL) == 0
+
+
+def test_a_real_search_without_a_gpu_finds_nothing_and_does_not_fail() -> None:
+    assert torch.cuda.is_available() or semi_structured.Algorithms("float16").best(Shape(8, 64, 64)) == 0
+
+
+def test_torch_products_are_prepared_for_either_variant() -> None:
+    used: list[tuple[Tensor, int]] = []
+
+    def compress(weight: Tensor, algorithm: int) -> Tensor:
+        used.append((weight, algorithm))
         return weight
 
-    measurer = semi_structured.TorchCuda("bfloat16", "cpu", compress)
+    algorithms = semi_structured.Algorithms("bfloat16", answering({3: 1.0}))
+    measurer = semi_structured.TorchCuda("bfloat16", "cpu", compress, algorithms)
     for variant in ("dense", "2:4"):
         with measurer.prepare(FULL, variant) as product:  # type: ignore[arg-type]
             product.run()
             assert product.calls >= 1
-    assert len(used) == 1
+    assert [algorithm for _, algorithm in used] == [3]
     with pytest.raises(ConfigError, match="not in int8"):
         semi_structured.TorchCuda("int8")
 
@@ -245,7 +285,7 @@ def test_torch_products_are_prepared_for_either_variant() -> None:
 @pytest.mark.parametrize("tokens", [4096, 154])
 def test_semi_structured_products_are_the_dense_ones(dtype: torch.dtype, tokens: int) -> None:
     weight, x = semi_structured.example(Shape(tokens, 1536, 6144), dtype, torch.device("cuda"))
-    found = functional.linear(x, semi_structured.compress(weight, x))
+    found = functional.linear(x, semi_structured.compress(weight))
     expected = functional.linear(x, weight)
     difference = (found.float() - expected.float()).abs().max() / expected.float().abs().max()
     assert float(difference) <= semi_structured.TOLERANCE[dtype]
