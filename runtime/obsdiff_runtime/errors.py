@@ -8,6 +8,7 @@
     ├── BuildError            1   an engine builder refused or crashed
     ├── BundleError           1   a bundle or checkpoint that is incomplete or altered
     ├── RunError              1   a component that ran and gave nothing usable
+    ├── CancelledError        130 whoever asked for it wants it no more
     ├── QualityError          3   a quality gate was not met
     ├── ResourceError         4   not enough memory or disk
     ├── CompatibilityError    5   engine, schema or environment do not fit together
@@ -50,6 +51,10 @@ class BundleError(ObsdiffError):
 
 class RunError(ObsdiffError):
     pass
+
+
+class CancelledError(ObsdiffError):
+    exit_code = 130
 
 
 class QualityError(ObsdiffError):

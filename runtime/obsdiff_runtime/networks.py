@@ -51,9 +51,15 @@ class Networks:
         return self._tokenizers[name]
 
     def run(
-        self, component: str, inputs: Mapping[str, NDArray[np.generic]], outputs: Sequence[str]
+        self, component: str, inputs: Mapping[str, NDArray[np.generic]], outputs: Sequence[str], *, finite: bool = True
     ) -> dict[str, Array]:
         """The named outputs of a component, float32.
+
+        Args:
+            component: loaded where it is not yet.
+            inputs: by name.
+            outputs: that are wanted.
+            finite: whether NaN and infinity are an error; if not, the caller looks for them.
 
         Raises:
             ConfigError: the component does not take these inputs.
@@ -65,14 +71,18 @@ class Networks:
         seconds = time.perf_counter() - start
         if self.observer is not None:
             self.observer(component, seconds)
-        for name, array in results.items():
+        for name, array in results.items() if finite else ():
             if not np.isfinite(array).all():
-                dtype = self.bundle.component(component).dtype
-                raise RunError(
-                    f"{component}: {int((~np.isfinite(array)).sum())} of {array.size} values of its output {name} are "
-                    f"not finite; it computes in {dtype}: export it in float32 if that is too narrow"
-                )
+                raise self.not_finite(component, name, array)
         return results
+
+    def not_finite(self, component: str, output: str, array: Array) -> RunError:
+        """The error for such an output."""
+        dtype = self.bundle.component(component).dtype
+        return RunError(
+            f"{component}: {int((~np.isfinite(array)).sum())} of {array.size} values of its output {output} are not "
+            f"finite; it computes in {dtype}: export it in float32 if that is too narrow"
+        )
 
     def hidden_layers(self, component: str) -> int:
         """L, where the outputs of a text encoder are hidden_states.0 .. hidden_states.L."""

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from obsdiff_runtime.bundle import Bundle, open_bundle
 from obsdiff_runtime.conditioning import Conditions, Kind, Settings, kind_of
-from obsdiff_runtime.errors import ConfigError
+from obsdiff_runtime.drawing import Drawing, Stepper
+from obsdiff_runtime.errors import CancelledError, ConfigError
 from obsdiff_runtime.networks import Array, Networks
 from obsdiff_runtime.progress import Progress, silent
 from obsdiff_runtime.schedulers import Scheduler, make_scheduler
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_SEQUENCE_LENGTH: Final = 256  # diffusers' default for T5
+
+OnStep = Callable[[int, int, Array], bool | None]
+"""(steps done, steps in all, latents (n, c, h, w)); where it gives False the call is cancelled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +80,7 @@ class Pipeline:
         self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
         self.networks = Networks(self.bundle, backend, threads)
         self._kind = kind_of(self.bundle.manifest.pipeline_class)
+        self._stepper = Stepper(self.networks, self._kind)
         self._denoiser: dict[str, Any] = self.bundle.config(self._kind.denoiser)
         self._vae: dict[str, Any] = self.bundle.config("vae_decoder")
         self._vae_scale: int = 2 ** (len(self._vae["block_out_channels"]) - 1)
@@ -94,6 +99,7 @@ class Pipeline:
         max_sequence_length: int | None = None,
         latents: Array | None = None,
         progress: Progress = silent,
+        on_step: OnStep | None = None,
     ) -> Images:
         """Draws images.
 
@@ -109,35 +115,99 @@ class Pipeline:
             num_images: per prompt.
             latents: (n, c, h, w), the noise to start from instead, of unit variance.
             progress: told of each stage: "text", "denoise" step by step, "decode" image by image.
+            on_step: called after each step.
 
         Raises:
             ConfigError: an argument the pipeline cannot take; says what it can.
             CompatibilityError: the scheduler or a component cannot run here.
             RunError: a component's output was not finite.
+            CancelledError: `on_step` gave False.
         """
-        settings = self._settings(num_inference_steps, guidance_scale, height, width, max_sequence_length)
-        prompts, negatives = _prompts(prompt, negative_prompt, num_images)
-        noise = self._noise(len(prompts), settings, seed, latents)
         loaded, clock = set(self.networks.load_seconds), _Clock(self.networks)
         progress("text", 0, 1)
-        conditions = self._conditions(prompts, negatives, settings)
+        drawings = self.begin(
+            prompt,
+            negative_prompt=negative_prompt,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            height=height,
+            width=width,
+            seed=seed,
+            num_images=num_images,
+            max_sequence_length=max_sequence_length,
+            latents=latents,
+        )
         progress("text", 1, 1)
         clock.lap("text")
-        sample = self._denoise(noise, conditions, settings, progress)
+        self._denoise(drawings, progress, on_step)
         clock.lap("denoise")
-        arrays = self._decode(sample, progress)
+        arrays = []
+        for index, drawing in enumerate(drawings):  # one at a time, since decoding needs the most memory of all
+            arrays.append(self.decode(drawing.sample))
+            progress("decode", index + 1, len(drawings))
         clock.lap("decode")
         load_seconds = {name: took for name, took in self.networks.load_seconds.items() if name not in loaded}
-        return Images(arrays=arrays, latents=sample, seconds=clock.seconds, load_seconds=load_seconds)
+        latents = np.stack([drawing.sample for drawing in drawings])
+        return Images(arrays=np.stack(arrays), latents=latents, seconds=clock.seconds, load_seconds=load_seconds)
 
-    def _settings(
+    def begin(
         self,
-        steps: int | None,
-        guidance_scale: float | None,
-        height: int | None,
-        width: int | None,
-        max_sequence_length: int | None,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] = "",
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        seed: int = 0,
+        num_images: int = 1,
+        max_sequence_length: int | None = None,
+        latents: Array | None = None,
+    ) -> list[Drawing]:
+        """The images of a call before their first step, for whoever takes the steps; see `__call__`, `step`, `decode`.
+
+        Raises:
+            ConfigError, CompatibilityError, RunError: as `__call__`.
+        """
+        settings = self.resolve(num_inference_steps, guidance_scale, height, width, max_sequence_length)
+        prompts, negatives = _prompts(prompt, negative_prompt, num_images)
+        noise = self._noise(len(prompts), settings, seed, latents)
+        conditions = self._conditions(prompts, negatives, settings)
+        rows = [{name: value[index] for name, value in conditions.items()} for index in range(len(prompts))]
+        return [
+            Drawing(self._kind, settings, told, self._scheduler(settings), start)
+            for told, start in zip(rows, noise, strict=True)
+        ]
+
+    def step(self, drawings: Sequence[Drawing]) -> None:
+        """One step of each of these, in one run of the denoiser; see `Stepper.step`."""
+        self._stepper.step(drawings)
+
+    def decode(self, sample: Array) -> NDArray[np.uint8]:
+        """The picture of some latents: (c, h, w) -> (height, width, 3).
+
+        Raises:
+            RunError: it was not finite.
+        """
+        latent = _unscaled(sample, self._vae)
+        pixels = self.networks.run("vae_decoder", {"latent_sample": latent[None]}, ["sample"])["sample"][0]
+        unit = np.clip(pixels / 2 + 0.5, 0, 1).transpose(1, 2, 0)  # (height, width, 3)
+        picture: NDArray[np.uint8] = (unit * 255).round().astype(np.uint8)
+        return picture
+
+    def resolve(
+        self,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        max_sequence_length: int | None = None,
     ) -> Settings:
+        """What a call will use; the bundle's defaults where it is told nothing.
+
+        Raises:
+            ConfigError: a value that the pipeline cannot take; says what it can.
+        """
         defaults = self.bundle.manifest.defaults
         length = defaults.max_sequence_length if max_sequence_length is None else max_sequence_length
         settings = Settings(
@@ -183,44 +253,30 @@ class Pipeline:
         return latents.astype(np.float32)
 
     def _conditions(self, prompts: list[str], negatives: list[str], settings: Settings) -> Conditions:
-        """(n, ...) each; (2n, ...) under guidance, the negative ones first."""
+        """(n, r, ...) each: what the denoiser is told of each image; under guidance r = 2, the negative one first."""
         encode = self._kind.encode
         wanted = _encoded_once(prompts, lambda unique: encode(self.networks, unique, False, settings))
         if not settings.guided:
-            return wanted
+            return {name: value[:, None] for name, value in wanted.items()}
         unwanted = _encoded_once(negatives, lambda unique: encode(self.networks, unique, True, settings))
-        return {name: np.concatenate([unwanted[name], wanted[name]]) for name in wanted}
+        return {name: np.stack([unwanted[name], wanted[name]], axis=1) for name in wanted}
 
-    def _denoise(self, noise: Array, conditions: Conditions, settings: Settings, progress: Progress) -> Array:
-        scheduler = self._scheduler(settings)
-        calls = len(scheduler.timesteps)
-        sample: Array = noise * np.float32(scheduler.initial_sigma)
-        for index, timestep in enumerate(scheduler.timesteps):
-            scaled = scheduler.scale(sample, index)
-            batch = np.concatenate([scaled, scaled]) if settings.guided else scaled
-            inputs = {self._kind.noisy: batch, "timestep": np.full(len(batch), timestep, np.float32), **conditions}
-            output = self.networks.run(self._kind.denoiser, inputs, [self._kind.predicted])[self._kind.predicted]
-            if settings.guided:
-                unwanted, wanted = np.split(output, 2)
-                output = unwanted + np.float32(settings.guidance_scale) * (wanted - unwanted)
-            sample = scheduler.step(output, index, sample).astype(np.float32, copy=False)
-            progress("denoise", index + 1, calls)
-        return sample
+    def _denoise(self, drawings: Sequence[Drawing], progress: Progress, on_step: OnStep | None) -> None:
+        """All steps of images that began together."""
+        calls = drawings[0].calls
+        for index in range(1, calls + 1):
+            self.step(drawings)
+            for drawing in drawings:
+                if drawing.error is not None:
+                    raise drawing.error
+            progress("denoise", index, calls)
+            if on_step is not None and on_step(index, calls, np.stack([each.sample for each in drawings])) is False:
+                raise CancelledError(f"cancelled after step {index} of {calls}")
 
     def _scheduler(self, settings: Settings) -> Scheduler:
         patch = self._vae_scale * int(self._denoiser.get("patch_size") or 1)
         tokens = (settings.height // patch) * (settings.width // patch)
         return make_scheduler(self.bundle.scheduler(), settings.num_inference_steps, tokens)
-
-    def _decode(self, sample: Array, progress: Progress) -> NDArray[np.uint8]:
-        """(n, height, width, 3); one image at a time, since decoding needs the most memory of all."""
-        images = []
-        for index, latent in enumerate(_unscaled(sample, self._vae)):
-            pixels = self.networks.run("vae_decoder", {"latent_sample": latent[None]}, ["sample"])["sample"][0]
-            unit = np.clip(pixels / 2 + 0.5, 0, 1).transpose(1, 2, 0)  # (height, width, 3)
-            images.append((unit * 255).round().astype(np.uint8))
-            progress("decode", index + 1, len(sample))
-        return np.stack(images)
 
 
 class _Clock:
@@ -279,6 +335,6 @@ def _unscaled(sample: Array, vae: Mapping[str, Any]) -> Array:
     scaled = sample / np.float32(vae["scaling_factor"])
     mean, deviation = vae.get("latents_mean"), vae.get("latents_std")
     if mean is not None and deviation is not None:
-        shape = (1, -1, 1, 1)
+        shape = (-1, 1, 1)
         return scaled * np.array(deviation, np.float32).reshape(shape) + np.array(mean, np.float32).reshape(shape)
     return scaled + np.float32(vae.get("shift_factor") or 0)

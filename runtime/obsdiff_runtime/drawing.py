@@ -1,0 +1,117 @@
+"""One image on its way from noise to latents: what the denoiser is asked next, and what its answer does.
+
+A drawing has a scheduler and a step of its own, so that drawings that began at different times, with other steps or
+guidance, can share a run of the denoiser wherever their shapes agree.
+
+Shapes: c latent channels, h w latent height and width; r rows of a drawing: 2 under guidance, the negative one first.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from obsdiff_runtime.conditioning import Conditions, Kind, Settings
+from obsdiff_runtime.networks import Array, Networks
+from obsdiff_runtime.schedulers import Scheduler
+
+
+class Drawing:
+    """An image that is being drawn.
+
+    Attributes:
+        settings: of the call that it belongs to.
+        sample: (c, h, w), float32: the latents so far.
+        index: calls of the denoiser that are done.
+        calls: that it takes in all.
+        error: why it cannot go on; None where it can.
+    """
+
+    def __init__(
+        self, kind: Kind, settings: Settings, conditions: Conditions, scheduler: Scheduler, noise: Array
+    ) -> None:
+        """Begins.
+
+        Args:
+            kind: of the pipeline.
+            settings: of the call.
+            conditions: what the denoiser is told of the prompt, (r, ...) each.
+            scheduler: its own.
+            noise: (c, h, w), of unit variance.
+        """
+        self.settings, self.conditions = settings, conditions
+        self._kind, self._scheduler = kind, scheduler
+        self.sample: Array = noise * np.float32(scheduler.initial_sigma)
+        self.index, self.calls = 0, len(scheduler.timesteps)
+        self.error: Exception | None = None
+
+    @property
+    def rows(self) -> int:
+        return 2 if self.settings.guided else 1
+
+    @property
+    def is_over(self) -> bool:
+        return self.index == self.calls or self.error is not None
+
+    @property
+    def shapes(self) -> tuple[Any, ...]:
+        """Drawings for which this is equal can share a run of the denoiser."""
+        told = sorted((name, value.shape[1:]) for name, value in self.conditions.items())
+        return (self.sample.shape, *told)
+
+    def asked(self) -> tuple[Array, float]:
+        """The sample as the denoiser wants it, (c, h, w), and the timestep."""
+        return self._scheduler.scale(self.sample, self.index), float(self._scheduler.timesteps[self.index])
+
+    def advance(self, output: Array) -> None:
+        """Takes the denoiser's answer, (r, c, h, w), and goes on to the next step."""
+        guided = output[0]
+        if self.settings.guided:
+            guided = output[0] + np.float32(self.settings.guidance_scale) * (output[1] - output[0])
+        self.sample = self._scheduler.step(guided, self.index, self.sample).astype(np.float32, copy=False)
+        self.index += 1
+
+
+class Stepper:
+    """Runs the denoiser for drawings; what it is told of their prompts is put together once for each company."""
+
+    def __init__(self, networks: Networks, kind: Kind) -> None:
+        self._networks, self._kind = networks, kind
+        self._company: tuple[Drawing, ...] = ()
+        self._told: dict[str, Array] = {}
+
+    def step(self, drawings: Sequence[Drawing]) -> None:
+        """One step of each, in one run.
+
+        A drawing whose part of the output is not finite gets an `error`, and the others go on.
+
+        Args:
+            drawings: none of them over; `Drawing.shapes` are equal.
+
+        Raises:
+            ConfigError: the denoiser does not take these shapes.
+        """
+        output = self._networks.run(self._kind.denoiser, self._inputs(drawings), [self._kind.predicted], finite=False)
+        start = 0
+        for drawing in drawings:
+            own = output[self._kind.predicted][start : start + drawing.rows]
+            start += drawing.rows
+            if np.isfinite(own).all():
+                drawing.advance(own)
+            else:
+                drawing.error = self._networks.not_finite(self._kind.denoiser, self._kind.predicted, own)
+
+    def _inputs(self, drawings: Sequence[Drawing]) -> Mapping[str, Array]:
+        if self._company != tuple(drawings):
+            self._company = tuple(drawings)
+            self._told = {
+                name: np.concatenate([drawing.conditions[name] for drawing in drawings])
+                for name in drawings[0].conditions
+            }
+        samples, timesteps = [], []
+        for drawing in drawings:
+            sample, timestep = drawing.asked()
+            samples += [sample] * drawing.rows
+            timesteps += [timestep] * drawing.rows
+        noisy: Array = np.stack(samples).astype(np.float32, copy=False)
+        return {self._kind.noisy: noisy, "timestep": np.array(timesteps, np.float32), **self._told}
