@@ -1,6 +1,6 @@
 """The command line: every verb is a line in VERBS.
 
-Nothing heavy is imported until a verb runs, and `bench` and `generate` never import torch.
+Nothing heavy is imported until a verb runs, and `bench`, `generate` and `serve` never import torch.
 """
 
 import sys
@@ -9,7 +9,7 @@ from typing import Annotated, Final
 import typer
 
 from obsdiff.command import Verb
-from obsdiff.commands import bundles, doctor, engines, inspection, models, whatif
+from obsdiff.commands import bundles, doctor, engines, inspection, models, serving, whatif
 from obsdiff_runtime.version import __version__
 
 VERBS: Final[tuple[Verb, ...]] = (
@@ -21,6 +21,7 @@ VERBS: Final[tuple[Verb, ...]] = (
     models.evaluate,
     bundles.bench,
     bundles.generate,
+    serving.serve,
     doctor.doctor,
     inspection.inspect,
 )

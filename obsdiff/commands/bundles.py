@@ -14,6 +14,7 @@ BACKEND = option(
     text="What runs it: onnxruntime, onnxruntime_cuda, tensorrt or tensorrt_rtx (their engines).",
     default="onnxruntime",
 )
+THREADS = option(int | None, "--threads", text="Threads of ONNX Runtime; default: all cores.")
 
 
 @verb(
@@ -23,7 +24,7 @@ BACKEND = option(
     iterations=option(int, "--iterations", text="Measured runs of each.", default=10),
     warmup=option(int, "--warmup", text="Runs before measuring.", default=2),
     backend=BACKEND,
-    threads=option(int | None, "--threads", text="Threads of ONNX Runtime; default: all cores."),
+    threads=THREADS,
 )
 def bench(run: Run) -> None:
     """Latency per component and end to end, through the runtime, without torch."""
@@ -43,7 +44,7 @@ def bench(run: Run) -> None:
     output=option(Path, "--output", "-o", text="Image file.", default=Path("image.png")),
     negative_prompt=option(str, "--negative-prompt", text="What not to draw.", default=""),
     backend=BACKEND,
-    threads=option(int | None, "--threads", text="Threads of ONNX Runtime; default: all cores."),
+    threads=THREADS,
 )
 def generate(run: Run) -> None:
     """An image, through the runtime, without torch."""

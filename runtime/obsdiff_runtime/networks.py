@@ -30,6 +30,7 @@ class Networks:
         self.bundle = bundle
         self.load_seconds: dict[str, float] = {}
         self.observer: Observer | None = None
+        self.backend_name = backend_name
         self._backend = backend(backend_name)
         self._threads = threads
         self._sessions: dict[str, Session] = {}

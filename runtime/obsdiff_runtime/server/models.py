@@ -1,0 +1,151 @@
+"""The bundles that are served: each a model with a name, a pipeline and a batcher."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from obsdiff_runtime.bundle import Bundle, open_bundle
+from obsdiff_runtime.errors import ConfigError
+from obsdiff_runtime.pipeline import Pipeline
+from obsdiff_runtime.server.batcher import Batcher, Limits, Watch
+from obsdiff_runtime.server.orders import Order
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """The most that a request may ask for.
+
+    Attributes:
+        prompt_characters: of prompt and negative prompt, each.
+        pixels: of an image; None: four times the model's own size.
+        steps: denoising steps.
+        deadline_s: from request to answer.
+    """
+
+    prompt_characters: int = 4000
+    pixels: int | None = None
+    steps: int = 150
+    deadline_s: float = 300.0
+
+
+DEFAULT_LIMITS: Final = Limits()
+DEFAULT_BOUNDS: Final = Bounds()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ServedModel:
+    """A model of the server.
+
+    Attributes:
+        id: what requests call it.
+        created: Unix time at which it was loaded.
+    """
+
+    id: str
+    pipeline: Pipeline
+    batcher: Batcher
+    bounds: Bounds
+    created: int
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """What /v1/models tells of it."""
+        manifest = self.pipeline.bundle.manifest
+        sessions = {name: self.pipeline.networks.session(name).device for name in self.pipeline.networks.load_seconds}
+        return {
+            "family": manifest.family,
+            "sparsity": manifest.sparsity,
+            "defaults": dataclasses.asdict(manifest.defaults),
+            "backend": self.pipeline.networks.backend_name,
+            "devices": sessions,
+        }
+
+    def order(self, call: dict[str, Any], images: int, previews: int) -> Order:
+        """An order that the pipeline can take.
+
+        Args:
+            call: arguments of `Pipeline.begin`, None for its own.
+            images: how many.
+            previews: of each.
+
+        Raises:
+            ConfigError: it asks for too much, or for what the pipeline cannot do.
+        """
+        settings = self.pipeline.resolve(
+            call["num_inference_steps"], call["guidance_scale"], call["height"], call["width"]
+        )
+        self._check(call, settings.num_inference_steps, settings.height * settings.width)
+        rows = images * (2 if settings.guided else 1)
+        return Order(call=call, images=images, rows=rows, previews=previews, deadline_s=self.bounds.deadline_s)
+
+    def _check(self, call: dict[str, Any], steps: int, pixels: int) -> None:
+        for name in ("prompt", "negative_prompt"):
+            text = call[name]
+            if len(text) > self.bounds.prompt_characters:
+                raise ConfigError(
+                    f"{name} has {len(text)} characters; at most {self.bounds.prompt_characters} are taken"
+                )
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise ConfigError(f"{name} is no valid Unicode text") from None
+        if steps > self.bounds.steps:
+            raise ConfigError(f"num_inference_steps is {steps}; at most {self.bounds.steps} are taken")
+        defaults = self.pipeline.bundle.manifest.defaults
+        most = self.bounds.pixels or 4 * defaults.height * defaults.width
+        if pixels > most:
+            raise ConfigError(f"size has {pixels} pixels; at most {most} are drawn here")
+
+
+def serve_bundle(
+    bundle: Bundle | Path | str,
+    *,
+    name: str | None = None,
+    backend: str = "onnxruntime",
+    threads: int | None = None,
+    limits: Limits = DEFAULT_LIMITS,
+    bounds: Bounds = DEFAULT_BOUNDS,
+    watch: Callable[[str], Watch] | None = None,
+    warm_up: bool = True,
+) -> ServedModel:
+    """Loads a bundle and starts its batcher.
+
+    Args:
+        bundle: opened, or a folder, whose every file is compared with its sha256.
+        name: what requests call it; the folder's name if None.
+        backend: one of `backends.BACKENDS`.
+        threads: of the host, all if None.
+        limits: of the batcher.
+        bounds: of a request.
+        watch: makes what is told of its runs, from its name.
+        warm_up: draw one image of one step first, so that everything is loaded.
+
+    Raises:
+        ObsdiffError: it cannot be loaded, or cannot draw.
+    """
+    pipeline = Pipeline(bundle if isinstance(bundle, Bundle) else open_bundle(bundle), backend=backend, threads=threads)
+    name = name or pipeline.bundle.root.resolve().name
+    if warm_up:
+        pipeline("", num_inference_steps=_fewest_steps(pipeline))
+    batcher = Batcher(pipeline, limits, None if watch is None else watch(name), name)
+    return ServedModel(id=name, pipeline=pipeline, batcher=batcher, bounds=bounds, created=int(time.time()))
+
+
+def _fewest_steps(pipeline: Pipeline) -> int:
+    """One, or as many as the scheduler needs."""
+    return min(4, pipeline.bundle.manifest.defaults.num_inference_steps)
+
+
+def distinct(models: Sequence[ServedModel]) -> dict[str, ServedModel]:
+    """By name.
+
+    Raises:
+        ConfigError: two have one name.
+    """
+    named = {model.id: model for model in models}
+    if len(named) < len(models):
+        raise ConfigError("two models have the same name; give them as NAME=BUNDLE")
+    return named

@@ -1,0 +1,161 @@
+"""A process that serves bundles until it is told to stop.
+
+The first SIGTERM or SIGINT drains: new requests are refused with 503 and /ready says so, those that were accepted are
+answered, and then the process ends. A second one ends it at once.
+"""
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+from obsdiff_runtime.errors import ConfigError, MissingPackageError
+from obsdiff_runtime.server.batcher import Limits
+from obsdiff_runtime.server.models import Bounds, distinct, serve_bundle
+
+LOOK_EVERY_S: Final = 0.1
+SLOW_CLIENT_S: Final = 20
+"""For answers that are on their way when the drawing is done."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to serve.
+
+    Attributes:
+        host, port: to listen at; port 0 takes a free one.
+        backend: of every bundle; see `backends.BACKENDS`.
+        threads: of the host for each bundle, all if None.
+        api_keys: one must come with each request, where there are any.
+        drain_s: how long accepted requests may take after a signal.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    backend: str = "onnxruntime"
+    threads: int | None = None
+    api_keys: tuple[str, ...] = ()
+    limits: Limits = field(default_factory=Limits)
+    bounds: Bounds = field(default_factory=Bounds)
+    drain_s: float = 120.0
+
+
+def read_keys(path: Path) -> tuple[str, ...]:
+    """API keys, one a line.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds none.
+    """
+    try:
+        keys = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: the API keys cannot be read: {error}") from None
+    if not keys:
+        raise ConfigError(f"{path}: holds no API key; one a line is expected")
+    return keys
+
+
+def named(bundles: Sequence[str]) -> dict[str | None, Path]:
+    """`NAME=FOLDER` or `FOLDER` each."""
+    found: dict[str | None, Path] = {}
+    for text in bundles:
+        name, equals, folder = text.partition("=")
+        path = Path(folder if equals else text)
+        key = name if equals else path.resolve().name
+        if key in found:
+            raise ConfigError(f"two models are called {key}; give them as NAME={path}")
+        found[key] = path
+    return found
+
+
+def serve(bundles: Sequence[str], options: Options, ready: Callable[[str], None] = lambda url: None) -> None:
+    """Loads the bundles and answers requests until a signal comes.
+
+    Args:
+        bundles: folders, or NAME=FOLDER; the first one is what requests get that name no model.
+        options: how.
+        ready: told the address once requests are taken.
+
+    Raises:
+        ObsdiffError: a bundle cannot be loaded.
+        ConfigError: the address is taken.
+        MissingPackageError: the `serve` extra is not installed.
+    """
+    try:
+        import uvicorn
+
+        from obsdiff_runtime.server.app import Server, create_app
+        from obsdiff_runtime.server.metrics import Metrics
+    except ModuleNotFoundError as error:
+        raise MissingPackageError(
+            f"{error.name} is absent: pip install 'obsdiff[serve]', or without torch 'obsdiff-runtime[serve]'"
+        ) from error
+    listener = _bound(options.host, options.port)
+    metrics = Metrics()
+    models = distinct(
+        [
+            serve_bundle(
+                folder,
+                name=name,
+                backend=options.backend,
+                threads=options.threads,
+                limits=options.limits,
+                bounds=options.bounds,
+                watch=metrics.of,
+            )
+            for name, folder in named(bundles).items()
+        ]
+    )
+    for name, model in models.items():
+        metrics.of(name).watch(lambda m=model: m.batcher.running, lambda m=model: m.batcher.waiting)  # type: ignore[misc]
+    server = Server(models=models, metrics=metrics, api_keys=options.api_keys)
+    config = uvicorn.Config(
+        create_app(server),
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=SLOW_CLIENT_S,
+        server_header=False,
+        lifespan="off",
+    )
+
+    class Draining(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            if server.draining:
+                self.should_exit = self.force_exit = True
+                return
+            server.drain()
+            threading.Thread(target=self._end_when_idle, daemon=True).start()
+
+        def _end_when_idle(self) -> None:
+            end = time.monotonic() + options.drain_s
+            while not server.is_idle and time.monotonic() < end:
+                time.sleep(LOOK_EVERY_S)
+            self.should_exit = True
+
+    try:
+        host, port = listener.getsockname()[:2]
+        ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+        Draining(config).run([listener])
+    finally:
+        for model in models.values():
+            model.batcher.stop()
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket at that address, which takes no connections yet."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except OSError as error:
+        raise ConfigError(f"cannot listen at {host}:{port}: {error.strerror}") from error
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"cannot listen at {host}:{port}: {error.strerror}") from error
+    return listener

@@ -1,0 +1,98 @@
+"""Chromium without a screen, over its debugging pipe: opens a page, runs scripts in it, takes pictures of it."""
+
+import base64
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update", "--hide-scrollbars", "--remote-debugging-pipe"),
+)
+
+
+class Browser:
+    """One tab."""
+
+    def __init__(self, url: str, *, width: int = 1100, height: int = 900, dark: bool = False) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="obsdiff-browser-", ignore_cleanup_errors=True)
+        commands, self._commands = os.pipe()
+        self._answers, answers = os.pipe()
+
+        def connect() -> None:  # Chromium reads commands from 3 and writes answers to 4
+            os.dup2(os.dup(commands), 3)
+            os.dup2(os.dup(answers), 4)
+
+        self._process = subprocess.Popen(
+            [str(CHROMIUM), *FLAGS, f"--user-data-dir={self._folder.name}", f"--window-size={width},{height}"],
+            preexec_fn=connect,
+            close_fds=False,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(commands)
+        os.close(answers)
+        self._rest, self._number, self._session = b"", 0, ""
+        target = self._call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self._call("Emulation.setEmulatedMedia", features=[scheme])
+        self._call("Page.navigate", url=url)
+        self.wait_for("document.readyState === 'complete' && location.href !== 'about:blank'")
+
+    def __enter__(self) -> "Browser":
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        with contextlib.suppress(OSError):
+            os.close(self._commands)
+        self._process.kill()
+        self._process.wait()
+        os.close(self._answers)
+        self._folder.cleanup()
+
+    def run(self, script: str) -> Any:
+        """The value of an expression in the page; promises are waited for."""
+        found = self._call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        if "exceptionDetails" in found:
+            raise AssertionError(found["exceptionDetails"])
+        return found["result"].get("value")
+
+    def wait_for(self, condition: str, seconds: float = 30) -> None:
+        """Until an expression of the page is true."""
+        script = f"""new Promise((done, fail) => {{ const end = Date.now() + {seconds * 1000};
+            (function look() {{ if ({condition}) done(true); else if (Date.now() > end) fail("never: " + {condition!r});
+            else setTimeout(look, 50); }})(); }})"""
+        self.run(script)
+
+    def screenshot(self, path: Path) -> None:
+        path.write_bytes(base64.b64decode(self._call("Page.captureScreenshot", captureBeyondViewport=True)["data"]))
+
+    def _call(self, method: str, **params: Any) -> Any:
+        self._number += 1
+        message: dict[str, Any] = {"id": self._number, "method": method, "params": params}
+        if self._session:
+            message["sessionId"] = self._session
+        os.write(self._commands, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = json.loads(self._next())
+            if answer.get("id") == self._number:
+                if "error" in answer:
+                    raise AssertionError(f"{method}: {answer['error']}")
+                return answer["result"]
+
+    def _next(self) -> bytes:
+        while b"\0" not in self._rest:
+            more = os.read(self._answers, 1 << 16)
+            if not more:
+                raise AssertionError("Chromium ended")
+            self._rest += more
+        message, _, self._rest = self._rest.partition(b"\0")
+        return message
