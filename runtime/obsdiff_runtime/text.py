@@ -43,7 +43,7 @@ class PromptTokenizer:
         for row, prompt in zip(rows, prompts, strict=True):
             tokens = len(self._tokenizer.encode(prompt).ids)
             if tokens > length:
-                logger.warning("%s: %d of %d tokens are used of the prompt %r", self._name, length, tokens, prompt)
+                logger.warning("%s: %d of %d tokens are used of a prompt", self._name, length, tokens)
             self._tokenizer.enable_truncation(length)  # keeps the special tokens at the ends
             ids = self._tokenizer.encode(prompt).ids
             self._tokenizer.no_truncation()

@@ -31,6 +31,11 @@ log = logging.getLogger(__name__)
 ERRORS: Final[dict[int | str, dict[str, Any]]] = {
     code: {"model": ErrorResponse} for code in (400, 401, 404, 408, 413, 429, 500, 503, 504)
 }
+EVENT: Final = {"type": "object", "properties": {name: {"type": "string"} for name in ("event", "data")}}
+ANSWERS: Final[dict[int | str, dict[str, Any]]] = {
+    **ERRORS,
+    200: {"content": {"text/event-stream": {"schema": EVENT}}, "description": "Pictures, or the events of them"},
+}
 SEEDS: Final = 2**32
 
 
@@ -112,7 +117,7 @@ def create_app(server: Server) -> FastAPI:
     async def model(name: str) -> Model:
         return _described(server.find(name))
 
-    @app.post("/v1/images/generations", dependencies=protected, responses=ERRORS, response_model=ImagesResponse)
+    @app.post("/v1/images/generations", dependencies=protected, responses=ANSWERS, response_model=ImagesResponse)
     async def generations(request: Request, asked: ImageRequest) -> Any:
         try:
             return await _generate(server, request, asked)

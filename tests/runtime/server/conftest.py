@@ -102,3 +102,9 @@ def start(sd3_bundle: Path) -> Iterator[Start]:
     yield begin
     for context in opened:
         context.__exit__(None, None, None)
+
+
+@pytest.fixture(scope="session")
+def serving() -> Callable[..., Any]:
+    """serving(bundle, ..., limits=..., bounds=...): a context with a server."""
+    return served
