@@ -10,9 +10,12 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
+import threading
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -143,8 +146,8 @@ def _perform(verb: Verb, values: dict[str, Any]) -> int:
         settings = gather(flags, config=values["config"], assignments=values["set"] or ())
         if values["save_config"] is not None:
             save(settings, values["save_config"])
-        with progress_on_stderr(quiet=values["quiet"] or values["json"]) as progress:
-            verb.work(Run(settings=settings, options=values, progress=progress))
+        with progress_on_stderr(quiet=values["quiet"] or values["json"]) as progress, _heeded(progress) as heeding:
+            verb.work(Run(settings=settings, options=values, progress=heeding))
     except launch.Finished:
         return 0
     except ObsdiffError as error:
@@ -165,6 +168,35 @@ def _perform(verb: Verb, values: dict[str, Any]) -> int:
         print(f"{who}: {error.filename or 'disk'}: {error.strerror}", file=sys.stderr)
         return 1
     return 0
+
+
+@contextmanager
+def _heeded(progress: Progress) -> Iterator[Progress]:
+    """The progress, through which an interruption is heard that was lost where it came.
+
+    Python raises KeyboardInterrupt wherever it happens to be; in a finalizer, or where an extension asks for an
+    attribute, it is swallowed, and the work would go on to its end.
+    """
+    came = threading.Event()
+
+    def note(number: int, frame: object) -> None:
+        came.set()
+        raise KeyboardInterrupt
+
+    def tell(stage: str, done: int, total: int, note: str = "") -> None:
+        if came.is_set():
+            raise KeyboardInterrupt
+        progress(stage, done, total, note)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, or another's
+        yield progress
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield tell
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _full(error: BaseException | None) -> bool:

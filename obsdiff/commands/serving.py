@@ -9,10 +9,7 @@ import typer
 from obsdiff.command import Run, option, verb
 from obsdiff.commands.bundles import BACKEND, THREADS
 from obsdiff_runtime.errors import ConfigError
-from obsdiff_runtime.server.batcher import Limits
-from obsdiff_runtime.server.models import Bounds
-
-LIMITS, BOUNDS = Limits(), Bounds()
+from obsdiff_runtime.server.options import DEFAULT_BOUNDS, DEFAULT_LIMITS, Bounds, Limits, Options
 
 
 @verb(
@@ -22,18 +19,20 @@ LIMITS, BOUNDS = Limits(), Bounds()
     port=option(int, "--port", text="0 takes a free one.", default=8000),
     backend=BACKEND,
     threads=THREADS,
-    max_rows=option(int, "--max-rows", text="Rows of one denoiser run; two an image.", default=LIMITS.max_rows),
-    max_queue=option(int, "--max-queue", text="Requests that may wait.", default=LIMITS.max_waiting),
-    max_steps=option(int, "--max-steps", text="Most steps of a request.", default=BOUNDS.steps),
+    max_rows=option(int, "--max-rows", text="Rows of one denoiser run; two an image.", default=DEFAULT_LIMITS.max_rows),
+    max_queue=option(int, "--max-queue", text="Requests that may wait.", default=DEFAULT_LIMITS.max_waiting),
+    max_steps=option(int, "--max-steps", text="Most steps of a request.", default=DEFAULT_BOUNDS.steps),
     max_pixels=option(int | None, "--max-pixels", text="Most pixels of an image; default: 4 times the model's own."),
-    max_prompt=option(int, "--max-prompt", text="Most characters of a prompt.", default=BOUNDS.prompt_characters),
-    deadline=option(float, "--deadline", text="Seconds that a request may take.", default=BOUNDS.deadline_s),
+    max_prompt=option(
+        int, "--max-prompt", text="Most characters of a prompt.", default=DEFAULT_BOUNDS.prompt_characters
+    ),
+    deadline=option(float, "--deadline", text="Seconds that a request may take.", default=DEFAULT_BOUNDS.deadline_s),
     drain=option(float, "--drain", text="Seconds for accepted requests after SIGTERM.", default=120.0),
     api_keys=option(Path | None, "--api-keys", text="File of API keys, one a line; one must come with each request."),
 )
 def serve(run: Run) -> None:
     """OpenAI's images API, health, metrics and a page, without torch."""
-    from obsdiff_runtime.server.run import Options, read_keys, serve
+    from obsdiff_runtime.server.run import read_keys, serve
 
     given = run.options
     for name in ("max_rows", "max_queue", "max_steps", "max_prompt", "deadline"):

@@ -1,6 +1,8 @@
 """The command line as its users meet it: in a process of its own."""
 
+import contextlib
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -10,15 +12,16 @@ from pathlib import Path
 
 import pytest
 
+from obsdiff import command
 from obsdiff.cli import main
 from obsdiff_runtime.version import __version__
 
-VERBS = ("export", "prune", "plan", "build", "whatif", "eval", "bench", "generate", "doctor", "inspect")
+VERBS = ("export", "prune", "plan", "build", "whatif", "eval", "bench", "generate", "serve", "doctor", "inspect")
 
 
 def obsdiff(*arguments: str, cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-c", "from obsdiff.cli import main; main()", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=250, check=False)
+    line = [sys.executable, "-c", "from obsdiff.cli import main; main()", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, cwd=cwd, timeout=250, check=False)
 
 
 def test_help_is_quick_and_lists_every_verb() -> None:
@@ -117,3 +120,15 @@ def test_settings_saved_from_flags_replay_the_run(tmp_path: Path) -> None:
     for plan in plans:
         del plan["estimates"]  # from this machine's speed, measured anew each time
     assert plans[0] == plans[1]
+
+
+def test_an_interruption_that_was_swallowed_is_heard_at_the_next_step() -> None:
+    told: list[int] = []
+    with command._heeded(lambda stage, done, total, note="": told.append(done)) as progress:
+        progress("prune", 1, 3)
+        with contextlib.suppress(KeyboardInterrupt):  # as a finalizer does
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            progress("prune", 2, 3)
+    assert told == [1]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

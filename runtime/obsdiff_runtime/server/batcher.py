@@ -11,12 +11,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Protocol
 
 from obsdiff_runtime.drawing import Drawing
 from obsdiff_runtime.errors import CancelledError, ObsdiffError
 from obsdiff_runtime.pipeline import Pipeline
+from obsdiff_runtime.server.options import Limits
 from obsdiff_runtime.server.orders import (
     BusyError,
     Drawn,
@@ -48,17 +48,6 @@ class Watch(Protocol):
 class Unwatched:
     def ran(self, stage: str, seconds: float, rows: int) -> None:
         pass
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """Attributes:
-    max_rows: of one run of the denoiser, and of all images that are under way; an order that is larger runs alone.
-    max_waiting: orders that may wait to be begun.
-    """
-
-    max_rows: int = 16
-    max_waiting: int = 64
 
 
 class Batcher:

@@ -5,34 +5,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from obsdiff_runtime.bundle import Bundle, open_bundle
 from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.pipeline import Pipeline
-from obsdiff_runtime.server.batcher import Batcher, Limits, Watch
+from obsdiff_runtime.server.batcher import Batcher, Watch
+from obsdiff_runtime.server.options import DEFAULT_BOUNDS, DEFAULT_LIMITS, Bounds, Limits
 from obsdiff_runtime.server.orders import Order
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bounds:
-    """The most that a request may ask for.
-
-    Attributes:
-        prompt_characters: of prompt and negative prompt, each.
-        pixels: of an image; None: four times the model's own size.
-        steps: denoising steps.
-        deadline_s: from request to answer.
-    """
-
-    prompt_characters: int = 4000
-    pixels: int | None = None
-    steps: int = 150
-    deadline_s: float = 300.0
-
-
-DEFAULT_LIMITS: Final = Limits()
-DEFAULT_BOUNDS: Final = Bounds()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -8,40 +8,17 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Final
 
 from obsdiff_runtime.errors import ConfigError, MissingPackageError
-from obsdiff_runtime.server.batcher import Limits
-from obsdiff_runtime.server.models import Bounds, distinct, serve_bundle
+from obsdiff_runtime.server.models import distinct, serve_bundle
+from obsdiff_runtime.server.options import Options
 
 LOOK_EVERY_S: Final = 0.1
 SLOW_CLIENT_S: Final = 20
 """For answers that are on their way when the drawing is done."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """How to serve.
-
-    Attributes:
-        host, port: to listen at; port 0 takes a free one.
-        backend: of every bundle; see `backends.BACKENDS`.
-        threads: of the host for each bundle, all if None.
-        api_keys: one must come with each request, where there are any.
-        drain_s: how long accepted requests may take after a signal.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    backend: str = "onnxruntime"
-    threads: int | None = None
-    api_keys: tuple[str, ...] = ()
-    limits: Limits = field(default_factory=Limits)
-    bounds: Bounds = field(default_factory=Bounds)
-    drain_s: float = 120.0
 
 
 def read_keys(path: Path) -> tuple[str, ...]:

@@ -59,7 +59,8 @@ class Running:
 def served(*bundles: Path, api_keys: tuple[str, ...] = (), limits: Any = None, bounds: Any = None) -> Iterator[Running]:
     from obsdiff_runtime.server.app import Server
     from obsdiff_runtime.server.metrics import Metrics
-    from obsdiff_runtime.server.models import DEFAULT_BOUNDS, DEFAULT_LIMITS, serve_bundle
+    from obsdiff_runtime.server.models import serve_bundle
+    from obsdiff_runtime.server.options import DEFAULT_BOUNDS, DEFAULT_LIMITS
 
     metrics = Metrics()
     models = {

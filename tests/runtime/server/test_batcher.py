@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from obsdiff_runtime.errors import CancelledError, ConfigError, RunError
-from obsdiff_runtime.server.batcher import Batcher, Limits
+from obsdiff_runtime.server.batcher import Batcher
+from obsdiff_runtime.server.options import Limits
 from obsdiff_runtime.server.orders import (
     BusyError,
     Drawn,

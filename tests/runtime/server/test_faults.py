@@ -19,8 +19,7 @@ import pytest
 
 from obsdiff_runtime.errors import ConfigError, MissingPackageError
 from obsdiff_runtime.server import limits, run
-from obsdiff_runtime.server.batcher import Limits
-from obsdiff_runtime.server.models import Bounds
+from obsdiff_runtime.server.options import Bounds, Limits, Options
 
 LONG = {"prompt": "a", "num_inference_steps": 100, "seed": 1}
 ENDLESS = {"prompt": "a", "num_inference_steps": 10**5}
@@ -104,7 +103,9 @@ def test_a_full_queue_is_429_with_a_time_to_come_again(start: Any, monkeypatch: 
     running = start(limits=Limits(max_rows=2, max_waiting=1))
     break_denoiser(running, monkeypatch, slowly)
     with ThreadPoolExecutor(2) as others:
-        slow = [others.submit(running.draw, **LONG) for _ in range(2)]
+        slow = [others.submit(running.draw, **LONG)]
+        wait_until(lambda: running.batcher.running == 1)
+        slow.append(others.submit(running.draw, **LONG))
         wait_until(lambda: running.batcher.waiting == 1)
         answer = running.draw()
         assert answer.status_code == 429
@@ -150,7 +151,7 @@ class Process:
 
     def __init__(self, bundle: Path) -> None:
         code = (
-            "import sys; from obsdiff_runtime.server.run import *; "
+            "import sys; from obsdiff_runtime.server.run import serve; from obsdiff_runtime.server.options import *; "
             "options = Options(port=0, threads=1, bounds=Bounds(steps=10**6)); "
             "serve([sys.argv[1]], options, lambda url: print(url, flush=True))"
         )
@@ -212,7 +213,7 @@ def test_killed_it_leaves_its_port_free(process: Process, sd3_bundle: Path) -> N
 
 def test_a_port_that_is_taken_is_said_before_anything_is_loaded(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="cannot listen at 127"):
-        run.serve([str(tmp_path / "nothing")], run.Options(port=taken.getsockname()[1]))
+        run.serve([str(tmp_path / "nothing")], Options(port=taken.getsockname()[1]))
 
 
 def test_two_bundles_of_one_name_are_refused(tmp_path: Path) -> None:
@@ -235,7 +236,7 @@ def test_keys_come_from_a_file_that_holds_some(tmp_path: Path) -> None:
 def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(MissingPackageError, match=r"pip install 'obsdiff\[serve\]'"):
-        run.serve([str(tmp_path)], run.Options())
+        run.serve([str(tmp_path)], Options())
 
 
 def test_threads_end_with_the_server(start: Any) -> None:

@@ -16,7 +16,7 @@ REQUESTS = int(os.environ.get("OBSDIFF_FUZZ", "60"))
 
 @pytest.fixture(scope="module")
 def api(sd3_bundle: Any, serving: Any) -> Any:
-    from obsdiff_runtime.server.models import Bounds
+    from obsdiff_runtime.server.options import Bounds
 
     with serving(sd3_bundle, bounds=Bounds(steps=5, pixels=48 * 48)) as running:
         yield schemathesis.openapi.from_url(f"{running.url}/openapi.json")
