@@ -17,6 +17,7 @@ from obsdiff_runtime.conditioning import Conditions, Kind, Settings, kind_of
 from obsdiff_runtime.drawing import Drawing, Stepper
 from obsdiff_runtime.errors import CancelledError, ConfigError
 from obsdiff_runtime.networks import Array, Networks
+from obsdiff_runtime.noise import Noise, noise_sources
 from obsdiff_runtime.progress import Progress, silent
 from obsdiff_runtime.schedulers import Scheduler, make_scheduler
 
@@ -94,7 +95,8 @@ class Pipeline:
         guidance_scale: float | None = None,
         height: int | None = None,
         width: int | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
+        noise_source: str = "numpy",
         num_images: int = 1,
         max_sequence_length: int | None = None,
         latents: Array | None = None,
@@ -111,7 +113,9 @@ class Pipeline:
             height: in pixels.
             width: in pixels.
             max_sequence_length: text tokens of T5, or of the zeros in its place.
-            seed: image i of a call has noise of its own, drawn for (seed, i) whatever the batch.
+            seed: image i of a call has noise of its own, drawn for (seed, i) whatever the batch; or one seed for each
+                image.
+            noise_source: one of `noise.SOURCES`; "torch" draws what diffusers draws for the seed.
             num_images: per prompt.
             latents: (n, c, h, w), the noise to start from instead, of unit variance.
             progress: told of each stage: "text", "denoise" step by step, "decode" image by image.
@@ -133,6 +137,7 @@ class Pipeline:
             height=height,
             width=width,
             seed=seed,
+            noise_source=noise_source,
             num_images=num_images,
             max_sequence_length=max_sequence_length,
             latents=latents,
@@ -159,7 +164,8 @@ class Pipeline:
         guidance_scale: float | None = None,
         height: int | None = None,
         width: int | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
+        noise_source: str = "numpy",
         num_images: int = 1,
         max_sequence_length: int | None = None,
         latents: Array | None = None,
@@ -171,12 +177,13 @@ class Pipeline:
         """
         settings = self.resolve(num_inference_steps, guidance_scale, height, width, max_sequence_length)
         prompts, negatives = _prompts(prompt, negative_prompt, num_images)
-        noise = self._noise(len(prompts), settings, seed, latents)
+        sources = noise_sources(noise_source, seed, len(prompts))
+        starts = self._starts(sources, settings, latents)
         conditions = self._conditions(prompts, negatives, settings)
         rows = [{name: value[index] for name, value in conditions.items()} for index in range(len(prompts))]
         return [
-            Drawing(self._kind, settings, told, self._scheduler(settings), start)
-            for told, start in zip(rows, noise, strict=True)
+            Drawing(self._kind, settings, told, self._scheduler(settings, source), start)
+            for told, source, start in zip(rows, sources, starts, strict=True)
         ]
 
     def step(self, drawings: Sequence[Drawing]) -> None:
@@ -240,16 +247,14 @@ class Pipeline:
         if fixed is not None and pixels != fixed * self._vae_scale:
             raise ConfigError(f"{name} is fixed to {fixed * self._vae_scale} in this bundle's graph, not {pixels}")
 
-    def _noise(self, count: int, settings: Settings, seed: int, latents: Array | None) -> Array:
-        if seed < 0:
-            raise ConfigError(f"seed should not be negative: {seed}")
+    def _starts(self, sources: Sequence[Noise], settings: Settings, latents: Array | None) -> Array:
+        """(n, c, h, w), what each image begins with, of unit variance."""
         size = (settings.height // self._vae_scale, settings.width // self._vae_scale)
         shape = (int(self._denoiser["in_channels"]), *size)
         if latents is None:
-            draws = [np.random.Generator(np.random.PCG64([seed, index])) for index in range(count)]
-            return np.stack([draw.standard_normal(shape, dtype=np.float32) for draw in draws])
-        if latents.shape != (count, *shape):
-            raise ConfigError(f"latents should be {(count, *shape)} for this call, not {latents.shape}")
+            return np.stack([source(shape) for source in sources])
+        if latents.shape != (len(sources), *shape):
+            raise ConfigError(f"latents should be {(len(sources), *shape)} for this call, not {latents.shape}")
         return latents.astype(np.float32)
 
     def _conditions(self, prompts: list[str], negatives: list[str], settings: Settings) -> Conditions:
@@ -273,10 +278,10 @@ class Pipeline:
             if on_step is not None and on_step(index, calls, np.stack([each.sample for each in drawings])) is False:
                 raise CancelledError(f"cancelled after step {index} of {calls}")
 
-    def _scheduler(self, settings: Settings) -> Scheduler:
+    def _scheduler(self, settings: Settings, noise: Noise) -> Scheduler:
         patch = self._vae_scale * int(self._denoiser.get("patch_size") or 1)
         tokens = (settings.height // patch) * (settings.width // patch)
-        return make_scheduler(self.bundle.scheduler(), settings.num_inference_steps, tokens)
+        return make_scheduler(self.bundle.scheduler(), settings.num_inference_steps, tokens, noise)
 
 
 class _Clock:

@@ -61,6 +61,20 @@ def test_no_guidance_and_several_images_of_a_prompt(pair: tuple[Any, Path]) -> N
     assert psnr(expected, images) > 50
 
 
+@pytest.mark.parametrize("seed", [7, [7, 2**32 + 1]], ids=["one generator", "a list of generators"])
+def test_a_seed_of_diffusers_draws_the_same_image(pair: tuple[Any, Path], seed: int | list[int]) -> None:
+    theirs, folder = pair
+    seeded = [torch.Generator().manual_seed(number) for number in np.ravel(seed).tolist()]
+    given = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": 32, "width": 32}
+    if "StableDiffusion3" in type(theirs).__name__:
+        given["max_sequence_length"] = 5
+    with torch.no_grad():
+        expected = theirs(
+            PROMPTS, generator=seeded if isinstance(seed, list) else seeded[0], output_type="np", **given
+        ).images
+    assert psnr(expected, Pipeline(folder, threads=1)(PROMPTS, seed=seed, noise_source="torch", **given)) > 50
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs onnxruntime-gpu and a GPU")
 def test_a_gpu_draws_what_the_cpu_draws(pair: tuple[Any, Path]) -> None:

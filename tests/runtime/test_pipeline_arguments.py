@@ -62,6 +62,8 @@ def test_sessions_are_loaded_when_first_used(sd3_bundle: Path) -> None:
         ({"max_sequence_length": 0}, "max_sequence_length should be at least 1"),
         ({"num_images": 0}, "num_images should be at least 1"),
         ({"seed": -1}, "seed should not be negative"),
+        ({"seed": [1, 2]}, "2 seeds for 1 images"),
+        ({"noise_source": "jax"}, "no noise 'jax'; there is numpy, torch"),
         ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
         ({"latents": np.zeros((1, 4, 8, 8), np.float32)}, r"latents should be \(1, 4, 16, 16\)"),
     ],

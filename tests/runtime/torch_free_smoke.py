@@ -21,10 +21,12 @@ def imports_quickly() -> None:
 def samples() -> None:
     import numpy as np
 
+    from obsdiff_runtime.noise import SOURCES
     from obsdiff_runtime.schedulers import make_scheduler
 
-    scheduler = make_scheduler({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, 20, 64)
-    sample = np.ones((1, 4, 8, 8), np.float32)
+    noise = SOURCES["torch"](1, 0, 1)
+    scheduler = make_scheduler({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, 20, 64, noise)
+    sample = noise((1, 4, 8, 8))
     for index in range(len(scheduler.timesteps)):
         sample = scheduler.step(sample, index, sample)
     if not np.isfinite(sample).all():

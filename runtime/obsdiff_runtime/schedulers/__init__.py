@@ -1,7 +1,8 @@
 """Samplers in numpy, equal to diffusers' step by step. One is a module here and a line in SCHEDULERS.
 
-An object serves one call: it is made from scheduler_config.json and a number of steps, and forgotten afterwards.
-Steps are counted, not looked up by timestep: `index` runs over `timesteps`.
+An object serves one image, or a batch whose images take every step together: it is made from scheduler_config.json, a
+number of steps and a source of noise, and forgotten afterwards. Calls are counted, not looked up by timestep: `index`
+runs over `timesteps` one by one, from 0 or, where an image is changed rather than drawn, from any multiple of `order`.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ from typing import Any, Final, Protocol
 from numpy.typing import NDArray
 
 from obsdiff_runtime.errors import CompatibilityError
+from obsdiff_runtime.noise import Noise
 from obsdiff_runtime.schedulers.ddim import Ddim
 from obsdiff_runtime.schedulers.euler import Euler
 from obsdiff_runtime.schedulers.flow_match_euler import FlowMatchEuler
@@ -24,6 +26,11 @@ class Scheduler(Protocol):
         ...
 
     @property
+    def order(self) -> int:
+        """Calls of the denoiser per step: step k begins at call k * order."""
+        ...
+
+    @property
     def initial_sigma(self) -> float:
         """Standard deviation of the noise to start from."""
         ...
@@ -32,12 +39,16 @@ class Scheduler(Protocol):
         """The sample as the denoiser wants it, same shape."""
         ...
 
+    def noised(self, clean: Floats, noise: Floats, index: int) -> Floats:
+        """A clean sample with as much of the noise as call `index` expects, same shape."""
+        ...
+
     def step(self, output: Floats, index: int, sample: Floats) -> Floats:
-        """The sample after the denoiser's output of call `index`, same shape."""
+        """The sample after the denoiser's output of call `index`, same shape; a stochastic sampler draws that shape."""
         ...
 
 
-SCHEDULERS: Final[dict[str, Callable[[Mapping[str, Any], int, int], Scheduler]]] = {
+SCHEDULERS: Final[dict[str, Callable[[Mapping[str, Any], int, int, Noise], Scheduler]]] = {
     "FlowMatchEulerDiscreteScheduler": FlowMatchEuler,
     "EulerDiscreteScheduler": Euler,
     "DDIMScheduler": Ddim,
@@ -45,13 +56,14 @@ SCHEDULERS: Final[dict[str, Callable[[Mapping[str, Any], int, int], Scheduler]]]
 }
 
 
-def make_scheduler(config: Mapping[str, Any], steps: int, image_tokens: int) -> Scheduler:
+def make_scheduler(config: Mapping[str, Any], steps: int, image_tokens: int, noise: Noise) -> Scheduler:
     """A scheduler ready for one call.
 
     Args:
         config: scheduler_config.json; `_class_name` decides which.
         steps: inference steps, at least 1.
         image_tokens: tokens of the denoiser's image sequence, for schedules that depend on it.
+        noise: asked once per call by stochastic samplers, never by others.
 
     Raises:
         CompatibilityError: a class or an option that is not supported; names it.
@@ -63,4 +75,4 @@ def make_scheduler(config: Mapping[str, Any], steps: int, image_tokens: int) -> 
             f"scheduler {name or 'without _class_name'} is not supported; supported are {', '.join(SCHEDULERS)}: "
             "give the pipeline one of these and export again"
         )
-    return SCHEDULERS[name](config, steps, image_tokens)
+    return SCHEDULERS[name](config, steps, image_tokens, noise)

@@ -7,10 +7,12 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from obsdiff_runtime.noise import Noise
 from obsdiff_runtime.schedulers.schedule import (
     Floats,
     alphas_cumprod,
     choose,
+    noised,
     options,
     refuse,
     spaced_timesteps,
@@ -30,9 +32,10 @@ DEFAULTS: Final[dict[str, Any]] = {
 class Ddim:
     """Song et al. 2021 (arXiv 2010.02502), eq. 12 with sigma 0."""
 
+    order = 1
     initial_sigma = 1.0
 
-    def __init__(self, config: Mapping[str, Any], steps: int, image_tokens: int) -> None:
+    def __init__(self, config: Mapping[str, Any], steps: int, image_tokens: int, noise: Noise) -> None:
         refuse(config, "thresholding")
         given = options(config, DEFAULTS)
         choose(config, "prediction_type", given["prediction_type"], "epsilon", "v_prediction", "sample")
@@ -47,6 +50,9 @@ class Ddim:
 
     def scale(self, sample: Floats, index: int) -> Floats:
         return sample
+
+    def noised(self, clean: Floats, noise: Floats, index: int) -> Floats:
+        return noised(clean, noise, float(self._alphas[self.timesteps[index]]))
 
     def step(self, output: Floats, index: int, sample: Floats) -> Floats:
         timestep = int(self.timesteps[index])

@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from obsdiff_runtime.errors import CompatibilityError
+from obsdiff_runtime.noise import Noise
 from obsdiff_runtime.schedulers.schedule import Floats, choose, exponential, karras, options, refuse
 
 DEFAULTS: Final[dict[str, Any]] = {
@@ -22,48 +24,65 @@ DEFAULTS: Final[dict[str, Any]] = {
     "use_karras_sigmas": False,
     "use_exponential_sigmas": False,
     "time_shift_type": "exponential",
+    "stochastic_sampling": False,
 }
 
 
 class FlowMatchEuler:
-    """x <- x + (sigma_next - sigma) v. The model is told sigma times the number of training timesteps."""
+    """x <- x + (sigma_next - sigma) v. The model is told sigma times the number of training timesteps.
 
+    With stochastic_sampling the clean sample x - sigma v gets new noise at each step.
+    """
+
+    order = 1
     initial_sigma = 1.0
 
-    def __init__(self, config: Mapping[str, Any], steps: int, image_tokens: int) -> None:
-        refuse(config, "stochastic_sampling", "use_beta_sigmas")
+    def __init__(self, config: Mapping[str, Any], steps: int, image_tokens: int, noise: Noise) -> None:
+        refuse(config, "use_beta_sigmas")
         given = options(config, DEFAULTS)
         choose(config, "time_shift_type", given["time_shift_type"], "exponential", "linear")
-        sigmas = _sigmas(given, steps, image_tokens).astype(np.float32)
+        sigmas = flow_sigmas(given, steps, image_tokens)
         if given["invert_sigmas"]:
             sigmas = np.float32(1) - sigmas
+        self._noise = noise if given["stochastic_sampling"] else None
         self.timesteps: Floats = sigmas * np.float32(given["num_train_timesteps"])
-        self._sigmas: Floats = np.append(sigmas, np.float32(1 if given["invert_sigmas"] else 0))
+        self._sigmas: list[float] = [*sigmas.tolist(), 1.0 if given["invert_sigmas"] else 0.0]
 
     def scale(self, sample: Floats, index: int) -> Floats:
         return sample
 
+    def noised(self, clean: Floats, noise: Floats, index: int) -> Floats:
+        return flow_noised(clean, noise, self._sigmas[index])
+
     def step(self, output: Floats, index: int, sample: Floats) -> Floats:
-        return sample + float(self._sigmas[index + 1] - self._sigmas[index]) * output
+        sigma, after = self._sigmas[index], self._sigmas[index + 1]
+        if self._noise is None:
+            return sample + (after - sigma) * output
+        return flow_noised(sample - sigma * output, self._noise(sample.shape), after)
 
 
-def _sigmas(given: dict[str, Any], steps: int, image_tokens: int) -> Floats:
+def flow_noised(clean: Floats, noise: Floats, sigma: float) -> Floats:
+    """The straight line between both of Liu et al. 2022 (arXiv 2209.03003)."""
+    return (1 - sigma) * clean + sigma * noise
+
+
+def flow_sigmas(given: Mapping[str, Any], steps: int, image_tokens: int) -> NDArray[np.float32]:
+    """(steps,), from high to low; `given` has every option of DEFAULTS."""
+    return _spaced(given, steps, image_tokens).astype(np.float32)
+
+
+def _spaced(given: Mapping[str, Any], steps: int, image_tokens: int) -> Floats:
     train, shift = given["num_train_timesteps"], given["shift"]
     ends = np.array([1, 1 / train])
     if not given["use_dynamic_shifting"]:
-        ends = _shifted(ends, shift).astype(np.float32)  # diffusers shifts the ends, then everything again
+        ends = shifted(ends, shift).astype(np.float32)  # diffusers shifts the ends, then everything again
     sigmas = np.linspace(float(ends[0]) * train, float(ends[1]) * train, steps) / train
     if given["use_dynamic_shifting"]:
-        mu = _mu(given, image_tokens)
-        exponent = math.exp(mu) if given["time_shift_type"] == "exponential" else mu
-        sigmas = exponent / (exponent + (1 / sigmas - 1))
+        sigmas = shifted(sigmas, dynamic_shift(given, image_tokens))
     else:
-        sigmas = _shifted(sigmas, shift)
+        sigmas = shifted(sigmas, shift)
     if given["shift_terminal"]:
-        rest = 1 - sigmas
-        if rest[-1] == 0:
-            raise CompatibilityError("FlowMatchEulerDiscreteScheduler: shift_terminal needs more than one step")
-        sigmas = 1 - rest / (rest[-1] / (1 - given["shift_terminal"]))
+        sigmas = stretched(sigmas, given["shift_terminal"])
     if given["use_karras_sigmas"]:
         return karras(sigmas, steps)
     if given["use_exponential_sigmas"]:
@@ -71,12 +90,21 @@ def _sigmas(given: dict[str, Any], steps: int, image_tokens: int) -> Floats:
     return np.asarray(sigmas)
 
 
-def _shifted(sigmas: Floats, shift: float) -> Floats:
+def shifted(sigmas: Floats, shift: float) -> Floats:
     """Esser et al. 2024 (arXiv 2403.03206), eq. 23."""
     return np.asarray(shift * sigmas / (1 + (shift - 1) * sigmas))
 
 
-def _mu(given: dict[str, Any], image_tokens: int) -> float:
-    """The shift grows linearly with the image's tokens."""
+def dynamic_shift(given: Mapping[str, Any], image_tokens: int) -> float:
+    """Grows with the image's tokens: e^mu, mu linear in them; or mu itself."""
     slope = (given["max_shift"] - given["base_shift"]) / (given["max_image_seq_len"] - given["base_image_seq_len"])
-    return float(image_tokens * slope + given["base_shift"] - slope * given["base_image_seq_len"])
+    mu = image_tokens * slope + given["base_shift"] - slope * given["base_image_seq_len"]
+    return math.exp(mu) if given["time_shift_type"] == "exponential" else float(mu)
+
+
+def stretched(sigmas: Floats, last: float) -> Floats:
+    """So that they end at `last`; the clean share of each grows in proportion."""
+    rest = 1 - sigmas
+    if rest[-1] == 0:
+        raise CompatibilityError("shift_terminal needs more than one step; give num_inference_steps of 2 or more")
+    return np.asarray(1 - rest / (rest[-1] / (1 - last)))

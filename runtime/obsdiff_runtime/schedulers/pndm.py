@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from obsdiff_runtime.errors import ConfigError
-from obsdiff_runtime.schedulers.schedule import Floats, alphas_cumprod, choose, options, spaced_timesteps
+from obsdiff_runtime.noise import Noise
+from obsdiff_runtime.schedulers.schedule import Floats, alphas_cumprod, choose, noised, options, spaced_timesteps
 
 DEFAULTS: Final[dict[str, Any]] = {
     "num_train_timesteps": 1000,
@@ -17,15 +18,16 @@ DEFAULTS: Final[dict[str, Any]] = {
     "prediction_type": "epsilon",
     "timestep_spacing": "leading",
 }
-ORDER: Final = 4
+STAGES: Final = 4
 
 
 class Pndm:
     """Liu et al. 2022 (arXiv 2202.09778), eqs. 9, 12 and 13, algorithm 2; keeps the outputs of the last steps."""
 
+    order = 1
     initial_sigma = 1.0
 
-    def __init__(self, config: Mapping[str, Any], steps: int, image_tokens: int) -> None:
+    def __init__(self, config: Mapping[str, Any], steps: int, image_tokens: int, noise: Noise) -> None:
         given = options(config, DEFAULTS)
         choose(config, "prediction_type", given["prediction_type"], "epsilon", "v_prediction")
         self._prediction_type = given["prediction_type"]
@@ -38,11 +40,12 @@ class Pndm:
             # the second timestep comes twice: a first guess, then its correction
             self.timesteps: NDArray[np.int64] = np.concatenate([spaced[:2], spaced[1:]])
         else:
-            if steps < ORDER:
-                raise ConfigError(f"PNDMScheduler with Runge-Kutta steps needs at least {ORDER} steps, not {steps}")
+            if steps < STAGES:
+                raise ConfigError(f"PNDMScheduler with Runge-Kutta steps needs at least {STAGES} steps, not {steps}")
             start = _runge_kutta_timesteps(spaced, self._stride // 2)
             self._warm_up = len(start)
-            self.timesteps = np.concatenate([start, spaced[ORDER - 1 :]])
+            self.timesteps = np.concatenate([start, spaced[STAGES - 1 :]])
+        self._calls = 0
         self._outputs: list[Floats] = []
         self._sum: Floats = np.zeros((), np.float32)
         self._held: Floats = np.zeros((), np.float32)
@@ -50,10 +53,16 @@ class Pndm:
     def scale(self, sample: Floats, index: int) -> Floats:
         return sample
 
+    def noised(self, clean: Floats, noise: Floats, index: int) -> Floats:
+        return noised(clean, noise, float(self._alphas[self.timesteps[index]]))
+
     def step(self, output: Floats, index: int, sample: Floats) -> Floats:
-        if index < self._warm_up:
+        call, self._calls = self._calls, self._calls + 1
+        if self._warm_up and call != index:
+            raise ConfigError("PNDMScheduler with Runge-Kutta steps cannot begin in the middle; set skip_prk_steps")
+        if call < self._warm_up:
             return self._runge_kutta(output, index, sample)
-        return self._multistep(output, index, sample)
+        return self._multistep(output, index, sample, call)
 
     def _runge_kutta(self, output: Floats, index: int, sample: Floats) -> Floats:
         half = 0 if index % 2 else self._stride // 2
@@ -70,15 +79,15 @@ class Pndm:
             output = self._sum + output / 6
         return self._move(self._held, timestep, before, output)
 
-    def _multistep(self, output: Floats, index: int, sample: Floats) -> Floats:
+    def _multistep(self, output: Floats, index: int, sample: Floats, call: int) -> Floats:
         timestep = int(self.timesteps[index])
         before = timestep - self._stride
-        correcting = index == 1
+        correcting = call == 1
         if correcting:
             timestep, before = timestep + self._stride, timestep
         else:
             self._outputs = [*self._outputs[-3:], output]
-        if index == 0:
+        if call == 0:
             self._held = sample
         past = self._outputs
         if correcting:
@@ -104,5 +113,5 @@ class Pndm:
 
 def _runge_kutta_timesteps(spaced: NDArray[np.int64], half: int) -> NDArray[np.int64]:
     """(12,), for the first three steps: t, two halfway, the next t."""
-    doubled = spaced[:ORDER][::-1].repeat(2) + np.tile(np.array([0, half]), ORDER)
+    doubled = spaced[:STAGES][::-1].repeat(2) + np.tile(np.array([0, half]), STAGES)
     return np.asarray(doubled[:-1].repeat(2)[1:-1][::-1])

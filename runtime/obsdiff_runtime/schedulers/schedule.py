@@ -25,11 +25,12 @@ def refuse(config: Mapping[str, Any], *names: str) -> None:
             raise CompatibilityError(f"{config.get('_class_name')}: {name}={config[name]!r} is not supported")
 
 
-def choose(config: Mapping[str, Any], name: str, value: object, *known: str) -> None:
+def choose(config: Mapping[str, Any], name: str, value: object, *known: object) -> None:
     """CompatibilityError if an option has a value that is not known."""
     if value not in known:
+        supported = ", ".join(map(str, known))
         raise CompatibilityError(
-            f"{config.get('_class_name')}: {name}={value!r} is not supported; supported are {', '.join(known)}"
+            f"{config.get('_class_name')}: {name}={value!r} is not supported; supported are {supported}"
         )
 
 
@@ -39,6 +40,11 @@ def alphas_cumprod(config: Mapping[str, Any], *, rescale: bool = False) -> Float
     if rescale:
         betas = _rescale_zero_terminal_snr(betas)
     return np.asarray(np.cumprod(1 - betas, dtype=np.float64), dtype=np.float32)
+
+
+def noised(clean: Floats, noise: Floats, alpha: float) -> Floats:
+    """Ho et al. 2020 (arXiv 2006.11239), eq. 4, at a cumulative product of alphas."""
+    return math.sqrt(alpha) * clean + math.sqrt(1 - alpha) * noise
 
 
 def _betas(config: Mapping[str, Any]) -> Floats:
@@ -58,12 +64,21 @@ def _betas(config: Mapping[str, Any]) -> Floats:
     kind = given["beta_schedule"]
     choose(config, "beta_schedule", kind, "linear", "scaled_linear", "squaredcos_cap_v2")
     if kind == "linear":
-        return np.linspace(start, end, count, dtype=np.float32)
+        return _linspace(start, end, count)
     if kind == "scaled_linear":
-        return np.asarray(np.linspace(start**0.5, end**0.5, count, dtype=np.float32) ** 2)
+        return _linspace(start**0.5, end**0.5, count) ** 2
     # Nichol & Dhariwal 2021, eq. 17
     bars = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * math.pi / 2) ** 2
     return np.asarray(np.minimum(1 - bars[1:] / bars[:-1], 0.999), dtype=np.float32)
+
+
+def _linspace(start: float, end: float, count: int) -> NDArray[np.float32]:
+    """As torch has it, to the bit: a float32 step, taken from the nearer end and rounded once."""
+    low, high = np.float32(start), np.float32(end)
+    step = float((high - low) / np.float32(count - 1))
+    index = np.arange(count)
+    values = np.where(index < count // 2, float(low) + step * index, float(high) - step * index[::-1])
+    return values.astype(np.float32)
 
 
 def _rescale_zero_terminal_snr(betas: Floats) -> Floats:

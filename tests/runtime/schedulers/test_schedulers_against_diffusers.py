@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from obsdiff_runtime.errors import CompatibilityError, ConfigError
-from obsdiff_runtime.schedulers import make_scheduler
+from obsdiff_runtime.noise import Noise, noise_sources, stacked
+from obsdiff_runtime.schedulers import SCHEDULERS, Scheduler, make_scheduler
 
 # diffusers' Euler hands torch tensors to numpy functions
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
@@ -16,8 +17,20 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't
 SD15: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 FLOW = "FlowMatchEulerDiscreteScheduler"
 EULER = "EulerDiscreteScheduler"
+TOKENS = 1000  # of the image
 
-CASES: list[tuple[str, dict[str, Any]]] = [
+SPACINGS = ("linspace", "leading", "trailing")
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+ZERO_SNR: dict[str, Any] = SD15 | {
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+    "prediction_type": "v_prediction",
+}
+COSINE: dict[str, Any] = {"beta_schedule": "squaredcos_cap_v2"}
+
+Case = tuple[str, dict[str, Any]]
+
+CASES: list[Case] = [
     (FLOW, {}),
     (FLOW, {"shift": 3.0}),
     (FLOW, {"shift": 3.0, "num_train_timesteps": 500}),
@@ -27,10 +40,12 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     (FLOW, {"shift": 3.0, "use_karras_sigmas": True}),
     (FLOW, {"shift": 3.0, "use_exponential_sigmas": True}),
     (FLOW, {"shift": 3.0, "invert_sigmas": True}),
+    (FLOW, {"shift": 3.0, "stochastic_sampling": True}),
+    (FLOW, {"invert_sigmas": True, "stochastic_sampling": True}),
     *[
         (EULER, SD15 | {"timestep_spacing": spacing, "prediction_type": prediction, "steps_offset": offset})
-        for spacing in ("linspace", "leading", "trailing")
-        for prediction in ("epsilon", "v_prediction", "sample")
+        for spacing in SPACINGS
+        for prediction in PREDICTIONS
         for offset in (0, 1)
     ],
     (EULER, SD15 | {"use_karras_sigmas": True}),
@@ -39,22 +54,19 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     (EULER, SD15 | {"interpolation_type": "log_linear"}),
     (EULER, SD15 | {"final_sigmas_type": "sigma_min"}),
     (EULER, SD15 | {"timestep_type": "continuous", "prediction_type": "v_prediction"}),
-    (EULER, SD15 | {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}),
-    (EULER, {"beta_schedule": "squaredcos_cap_v2"}),
+    (EULER, ZERO_SNR),
+    (EULER, COSINE),
     (EULER, {"beta_schedule": "linear"}),
     (EULER, {"trained_betas": [0.001 + 0.00002 * step for step in range(1000)]}),
     *[
         ("DDIMScheduler", SD15 | {"timestep_spacing": spacing, "prediction_type": prediction, "set_alpha_to_one": one})
-        for spacing in ("linspace", "leading", "trailing")
-        for prediction in ("epsilon", "v_prediction", "sample")
+        for spacing in SPACINGS
+        for prediction in PREDICTIONS
         for one in (False, True)
     ],
     ("DDIMScheduler", SD15 | {"clip_sample": False, "steps_offset": 1}),
     ("DDIMScheduler", SD15 | {"clip_sample_range": 0.5}),
-    (
-        "DDIMScheduler",
-        SD15 | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"},
-    ),
+    ("DDIMScheduler", ZERO_SNR),
     *[
         ("PNDMScheduler", SD15 | {"skip_prk_steps": skip, "prediction_type": prediction, "set_alpha_to_one": one})
         for skip in (True, False)
@@ -63,12 +75,12 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ],
     *[
         ("PNDMScheduler", SD15 | {"skip_prk_steps": True, "timestep_spacing": spacing, "steps_offset": 1})
-        for spacing in ("linspace", "leading", "trailing")
+        for spacing in SPACINGS
     ],
 ]
 
 
-def name_of(case: tuple[str, dict[str, Any]]) -> str:
+def name_of(case: Case) -> str:
     options = {name: value for name, value in case[1].items() if name not in SD15 and name != "trained_betas"}
     return "-".join([case[0].removesuffix("Scheduler"), *[f"{name}={value}" for name, value in options.items()]])
 
@@ -78,52 +90,131 @@ def network(sample: np.ndarray, timestep: float) -> np.ndarray:
     return np.sin(sample + np.float32(timestep) / 300).astype(np.float32)
 
 
-def mu_of(config: dict[str, Any], tokens: int) -> float:
-    given = {"base_shift": 0.5, "max_shift": 1.15} | config
-    return float(np.interp(tokens, [256, 4096], [given["base_shift"], given["max_shift"]]))
+def normal(shape: tuple[int, ...]) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+
+
+def no_noise(shape: tuple[int, ...]) -> np.ndarray:
+    raise AssertionError("a deterministic sampler asked for noise")
+
+
+def is_stochastic(case: Case) -> bool:
+    return bool(case[1].get("stochastic_sampling"))
+
+
+def both(case: Case, steps: int, noise: Noise) -> tuple[Any, Scheduler]:
+    """diffusers' scheduler and ours."""
+    class_name, config = case
+    theirs = getattr(diffusers, class_name)(**config)
+    if config.get("use_dynamic_shifting"):
+        ends = {"base_shift": 0.5, "max_shift": 1.15} | config
+        mu = float(np.interp(TOKENS, [256, 4096], [ends["base_shift"], ends["max_shift"]]))
+        theirs.set_timesteps(steps, mu=mu)
+    else:
+        theirs.set_timesteps(steps)
+    config = dict(theirs.config) | {"_class_name": class_name}
+    return theirs, make_scheduler(config, steps, TOKENS, noise)
+
+
+def needs_more_steps(case: Case, steps: int) -> bool:
+    """Of diffusers itself."""
+    prk = case[0] == "PNDMScheduler" and not case[1].get("skip_prk_steps")
+    return (prk and steps < 4) or (steps == 1 and ("shift_terminal" in case[1] or case[0] == "PNDMScheduler"))
+
+
+def assert_close(ours: np.ndarray, theirs: torch.Tensor) -> None:
+    """Relative to the sample's own size: sigmas of SD go up to 14.6."""
+    assert ours.dtype == np.float32
+    np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-5, atol=1e-5 * max(1, np.abs(ours).max()))
+
+
+def assert_steps_agree(case: Case, theirs: Any, ours: Scheduler, sample: np.ndarray, start: int) -> None:
+    """From call `start` on; both are given the same sample at each."""
+    generator = {"generator": torch.Generator().manual_seed(5)} if is_stochastic(case) else {}
+    for index, timestep in list(enumerate(theirs.timesteps))[start:]:
+        scaled = ours.scale(sample, index)
+        if hasattr(theirs, "scale_model_input"):
+            assert_close(scaled, theirs.scale_model_input(torch.from_numpy(sample), timestep))
+        output = network(scaled, float(timestep))
+        given = torch.from_numpy(output), timestep, torch.from_numpy(sample)
+        sample = ours.step(output, index, sample)
+        assert_close(sample, theirs.step(*given, return_dict=False, **generator)[0])
 
 
 @pytest.mark.parametrize("steps", [1, 7, 20])
 @pytest.mark.parametrize("case", CASES, ids=name_of)
-def test_each_step_equals_diffusers(case: tuple[str, dict[str, Any]], steps: int) -> None:
-    class_name, config = case
-    prk = class_name == "PNDMScheduler" and not config.get("skip_prk_steps")
-    if (prk and steps < 4) or (steps == 1 and ("shift_terminal" in config or class_name == "PNDMScheduler")):
+def test_each_step_equals_diffusers(case: Case, steps: int) -> None:
+    if needs_more_steps(case, steps):
         pytest.skip("diffusers itself needs more steps here")
-    theirs = getattr(diffusers, class_name)(**config)
-    if config.get("use_dynamic_shifting"):
-        theirs.set_timesteps(steps, mu=mu_of(config, 1000))
-    else:
-        theirs.set_timesteps(steps)
-    ours = make_scheduler(dict(theirs.config) | {"_class_name": class_name}, steps, 1000)
-
+    theirs, ours = both(case, steps, stacked(noise_sources("torch", 5, 2)) if is_stochastic(case) else no_noise)
     np.testing.assert_allclose(ours.timesteps, theirs.timesteps.numpy(), rtol=1e-5, atol=1e-4)
-    if class_name != FLOW:
+    assert ours.order == theirs.order
+    if hasattr(theirs, "init_noise_sigma"):
         assert ours.initial_sigma == pytest.approx(float(theirs.init_noise_sigma), rel=1e-5)
+    if hasattr(theirs, "set_begin_index"):
+        theirs.set_begin_index(0)
+    assert_steps_agree(case, theirs, ours, normal((2, 4, 8, 6)) * np.float32(ours.initial_sigma), 0)
 
-    sample = np.random.default_rng(0).standard_normal((2, 4, 8, 6), dtype=np.float32) * np.float32(ours.initial_sigma)
-    for index, timestep in enumerate(theirs.timesteps):
-        scaled = ours.scale(sample, index)
-        if class_name != FLOW:
-            expected = theirs.scale_model_input(torch.from_numpy(sample), timestep).numpy()
-            np.testing.assert_allclose(scaled, expected, rtol=1e-5, atol=1e-5)
-        output = network(scaled, float(timestep))
-        expected = theirs.step(torch.from_numpy(output), timestep, torch.from_numpy(sample), return_dict=False)[0]
-        sample = ours.step(output, index, sample)
-        assert sample.dtype == np.float32
-        # relative to the sample's own size: sigmas of SD go up to 14.6
-        np.testing.assert_allclose(sample, expected.numpy(), rtol=1e-5, atol=1e-5 * max(1, np.abs(sample).max()))
+
+STARTS: list[Case] = [
+    (FLOW, {"shift": 3.0}),
+    (FLOW, {"stochastic_sampling": True}),
+    (EULER, SD15 | {"timestep_spacing": "leading"}),
+    ("DDIMScheduler", SD15 | {"steps_offset": 1}),
+    ("PNDMScheduler", SD15 | {"skip_prk_steps": True}),
+]
+
+
+@pytest.mark.parametrize("first", [0, 1, 7, 11])
+@pytest.mark.parametrize("case", STARTS, ids=name_of)
+def test_an_image_is_noised_and_drawn_from_there_as_by_diffusers(case: Case, first: int) -> None:
+    """As diffusers' image-to-image pipelines do it."""
+    theirs, ours = both(case, 12, stacked(noise_sources("torch", 5, 2)) if is_stochastic(case) else no_noise)
+    start = first * ours.order
+    if hasattr(theirs, "set_begin_index"):
+        theirs.set_begin_index(start)
+    clean, noise = normal((2, 2, 4, 8, 6))
+    timestep = theirs.timesteps[start]
+    if case[0] == FLOW:
+        expected = theirs.scale_noise(torch.from_numpy(clean), timestep[None], torch.from_numpy(noise))
+    else:
+        expected = theirs.add_noise(torch.from_numpy(clean), torch.from_numpy(noise), timestep[None])
+    sample = ours.noised(clean, noise, start)
+    assert_close(sample, expected)
+    assert_steps_agree(case, theirs, ours, sample, start)
+
+
+def test_every_sampler_begins_in_the_middle() -> None:
+    assert {case[0] for case in STARTS} == set(SCHEDULERS)
+
+
+@pytest.mark.parametrize("case", STARTS, ids=name_of)
+def test_an_image_s_noise_and_steps_do_not_depend_on_its_batch(case: Case) -> None:
+    """One scheduler for a batch (n, c, h, w), or one for each image (c, h, w): the same images."""
+    sources = noise_sources("numpy", 5, 2)
+    together = both(case, 6, stacked(sources))[1]
+    alone = [both(case, 6, source)[1] for source in noise_sources("numpy", 5, 2)]
+    batch = normal((2, 4, 8, 6)) * np.float32(together.initial_sigma)
+    images = list(batch)
+    for index, timestep in enumerate(together.timesteps):
+        batch = together.step(network(together.scale(batch, index), timestep), index, batch)
+        images = [
+            scheduler.step(network(scheduler.scale(image, index), timestep), index, image)
+            for scheduler, image in zip(alone, images, strict=True)
+        ]
+    # BLAS is not involved: sums of two or three terms, in one order
+    np.testing.assert_array_equal(batch, np.stack(images))
 
 
 def test_an_unknown_scheduler_lists_the_known() -> None:
-    with pytest.raises(CompatibilityError, match=r"UniPCMultistepScheduler is not supported.*EulerDiscreteScheduler"):
-        make_scheduler({"_class_name": "UniPCMultistepScheduler"}, 10, 1)
+    with pytest.raises(CompatibilityError, match=r"LCMScheduler is not supported.*EulerDiscreteScheduler"):
+        make_scheduler({"_class_name": "LCMScheduler"}, 10, 1, no_noise)
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"_class_name": FLOW, "stochastic_sampling": True}, "stochastic_sampling=True"),
+        ({"_class_name": FLOW, "use_beta_sigmas": True}, "use_beta_sigmas=True"),
         ({"_class_name": EULER, "use_beta_sigmas": True}, "use_beta_sigmas=True"),
         ({"_class_name": EULER, "prediction_type": "flow"}, "prediction_type='flow'"),
         ({"_class_name": "DDIMScheduler", "thresholding": True}, "thresholding=True"),
@@ -133,9 +224,22 @@ def test_an_unknown_scheduler_lists_the_known() -> None:
 )
 def test_an_option_that_is_not_supported_is_named(config: dict[str, Any], message: str) -> None:
     with pytest.raises(CompatibilityError, match=message):
-        make_scheduler(config, 10, 1)
+        make_scheduler(config, 10, 1, no_noise)
 
 
-def test_more_steps_than_training_timesteps_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="1001 steps are more than the 1000"):
-        make_scheduler({"_class_name": "DDIMScheduler"}, 1001, 1)
+@pytest.mark.parametrize(
+    ("config", "steps", "message"),
+    [
+        ({"_class_name": "DDIMScheduler"}, 1001, "1001 steps are more than the 1000"),
+    ],
+)
+def test_more_steps_than_the_schedule_has_are_an_error(config: dict[str, Any], steps: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_scheduler(config, steps, 1, no_noise)
+
+
+def test_a_runge_kutta_start_cannot_be_left_out() -> None:
+    scheduler = make_scheduler({"_class_name": "PNDMScheduler"}, 10, 1, no_noise)
+    sample = normal((4, 8, 6))
+    with pytest.raises(ConfigError, match="cannot begin in the middle; set skip_prk_steps"):
+        scheduler.step(sample, 5, sample)
