@@ -268,6 +268,11 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="session")
+def sd_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    return _pair("sd", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
 def sd3_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _pair("sd3", tmp_path_factory)[1]
 

@@ -3,10 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 
+from obsdiff_runtime.bundle import Bundle
 from obsdiff_runtime.pipeline import Images, Pipeline
 
 # diffusers' Euler hands torch tensors to numpy functions
@@ -73,6 +75,27 @@ def test_a_seed_of_diffusers_draws_the_same_image(pair: tuple[Any, Path], seed: 
             PROMPTS, generator=seeded if isinstance(seed, list) else seeded[0], output_type="np", **given
         ).images
     assert psnr(expected, Pipeline(folder, threads=1)(PROMPTS, seed=seed, noise_source="torch", **given)) > 50
+
+
+@pytest.mark.parametrize(
+    ("class_name", "options"),
+    [
+        ("EulerAncestralDiscreteScheduler", {}),
+        ("HeunDiscreteScheduler", {}),
+    ],
+)
+def test_another_sampler_draws_what_diffusers_draws_by_it(
+    sd_pair: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch, class_name: str, options: dict[str, Any]
+) -> None:
+    """The noise of each step comes from the generator of the latents, after them."""
+    theirs, folder = sd_pair
+    scheduler = getattr(diffusers, class_name).from_config(theirs.scheduler.config, **options)
+    monkeypatch.setattr(theirs, "scheduler", scheduler)
+    monkeypatch.setattr(Bundle, "scheduler", lambda self: dict(scheduler.config) | {"_class_name": class_name})
+    given = {"num_inference_steps": 5, "guidance_scale": 3.0, "height": 32, "width": 32}
+    with torch.no_grad():
+        expected = theirs(PROMPTS, generator=torch.Generator().manual_seed(7), output_type="np", **given).images
+    assert psnr(expected, Pipeline(folder, threads=1)(PROMPTS, seed=7, noise_source="torch", **given)) > 50
 
 
 @pytest.mark.gpu

@@ -14,7 +14,10 @@ from obsdiff_runtime.errors import CompatibilityError
 from obsdiff_runtime.noise import Noise
 from obsdiff_runtime.schedulers.ddim import Ddim
 from obsdiff_runtime.schedulers.euler import Euler
+from obsdiff_runtime.schedulers.euler_ancestral import EulerAncestral
 from obsdiff_runtime.schedulers.flow_match_euler import FlowMatchEuler
+from obsdiff_runtime.schedulers.flow_match_heun import FlowMatchHeun
+from obsdiff_runtime.schedulers.heun import Heun
 from obsdiff_runtime.schedulers.pndm import Pndm
 from obsdiff_runtime.schedulers.schedule import Floats
 
@@ -50,7 +53,10 @@ class Scheduler(Protocol):
 
 SCHEDULERS: Final[dict[str, Callable[[Mapping[str, Any], int, int, Noise], Scheduler]]] = {
     "FlowMatchEulerDiscreteScheduler": FlowMatchEuler,
+    "FlowMatchHeunDiscreteScheduler": FlowMatchHeun,
     "EulerDiscreteScheduler": Euler,
+    "EulerAncestralDiscreteScheduler": EulerAncestral,
+    "HeunDiscreteScheduler": Heun,
     "DDIMScheduler": Ddim,
     "PNDMScheduler": Pndm,
 }

@@ -1,5 +1,6 @@
 """Every sampler against diffusers' own, one step after the other, over the options that change its arithmetic."""
 
+from itertools import product
 from typing import Any
 
 import diffusers
@@ -16,7 +17,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't
 
 SD15: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 FLOW = "FlowMatchEulerDiscreteScheduler"
+FLOW_HEUN = "FlowMatchHeunDiscreteScheduler"
 EULER = "EulerDiscreteScheduler"
+ANCESTRAL = "EulerAncestralDiscreteScheduler"
+HEUN = "HeunDiscreteScheduler"
 TOKENS = 1000  # of the image
 
 SPACINGS = ("linspace", "leading", "trailing")
@@ -42,6 +46,8 @@ CASES: list[Case] = [
     (FLOW, {"shift": 3.0, "invert_sigmas": True}),
     (FLOW, {"shift": 3.0, "stochastic_sampling": True}),
     (FLOW, {"invert_sigmas": True, "stochastic_sampling": True}),
+    (FLOW_HEUN, {}),
+    (FLOW_HEUN, {"shift": 3.0, "num_train_timesteps": 500}),
     *[
         (EULER, SD15 | {"timestep_spacing": spacing, "prediction_type": prediction, "steps_offset": offset})
         for spacing in SPACINGS
@@ -77,6 +83,19 @@ CASES: list[Case] = [
         ("PNDMScheduler", SD15 | {"skip_prk_steps": True, "timestep_spacing": spacing, "steps_offset": 1})
         for spacing in SPACINGS
     ],
+    *[
+        (ANCESTRAL, SD15 | {"timestep_spacing": spacing, "prediction_type": prediction, "steps_offset": 1})
+        for spacing, prediction in product(SPACINGS, PREDICTIONS[:2])
+    ],
+    (ANCESTRAL, ZERO_SNR),
+    *[
+        (HEUN, SD15 | {"timestep_spacing": spacing, "prediction_type": prediction, "steps_offset": 1})
+        for spacing, prediction in product(SPACINGS, PREDICTIONS)
+    ],
+    (HEUN, {}),
+    (HEUN, SD15 | {"use_karras_sigmas": True}),
+    (HEUN, SD15 | {"use_exponential_sigmas": True}),
+    (HEUN, SD15 | {"clip_sample": True, "clip_sample_range": 0.5}),
 ]
 
 
@@ -99,7 +118,7 @@ def no_noise(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def is_stochastic(case: Case) -> bool:
-    return bool(case[1].get("stochastic_sampling"))
+    return case[0] == ANCESTRAL or bool(case[1].get("stochastic_sampling"))
 
 
 def both(case: Case, steps: int, noise: Noise) -> tuple[Any, Scheduler]:
@@ -159,7 +178,10 @@ def test_each_step_equals_diffusers(case: Case, steps: int) -> None:
 STARTS: list[Case] = [
     (FLOW, {"shift": 3.0}),
     (FLOW, {"stochastic_sampling": True}),
+    (FLOW_HEUN, {"shift": 3.0}),
     (EULER, SD15 | {"timestep_spacing": "leading"}),
+    (ANCESTRAL, SD15),
+    (HEUN, SD15),
     ("DDIMScheduler", SD15 | {"steps_offset": 1}),
     ("PNDMScheduler", SD15 | {"skip_prk_steps": True}),
 ]
@@ -175,7 +197,7 @@ def test_an_image_is_noised_and_drawn_from_there_as_by_diffusers(case: Case, fir
         theirs.set_begin_index(start)
     clean, noise = normal((2, 2, 4, 8, 6))
     timestep = theirs.timesteps[start]
-    if case[0] == FLOW:
+    if case[0] in (FLOW, FLOW_HEUN):
         expected = theirs.scale_noise(torch.from_numpy(clean), timestep[None], torch.from_numpy(noise))
     else:
         expected = theirs.add_noise(torch.from_numpy(clean), torch.from_numpy(noise), timestep[None])
@@ -220,6 +242,8 @@ def test_an_unknown_scheduler_lists_the_known() -> None:
         ({"_class_name": "DDIMScheduler", "thresholding": True}, "thresholding=True"),
         ({"_class_name": "PNDMScheduler", "beta_schedule": "sigmoid"}, "beta_schedule='sigmoid'"),
         ({"_class_name": "DDIMScheduler", "timestep_spacing": "odd"}, "timestep_spacing='odd'"),
+        ({"_class_name": ANCESTRAL, "prediction_type": "sample"}, "prediction_type='sample'"),
+        ({"_class_name": HEUN, "beta_schedule": "exp"}, "beta_schedule='exp'"),
     ],
 )
 def test_an_option_that_is_not_supported_is_named(config: dict[str, Any], message: str) -> None:
