@@ -81,6 +81,8 @@ def test_a_seed_of_diffusers_draws_the_same_image(pair: tuple[Any, Path], seed: 
     ("class_name", "options"),
     [
         ("EulerAncestralDiscreteScheduler", {}),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+        ("UniPCMultistepScheduler", {}),
         ("HeunDiscreteScheduler", {}),
     ],
 )

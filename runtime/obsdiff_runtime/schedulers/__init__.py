@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from obsdiff_runtime.errors import CompatibilityError
 from obsdiff_runtime.noise import Noise
 from obsdiff_runtime.schedulers.ddim import Ddim
+from obsdiff_runtime.schedulers.dpm_multistep import DpmMultistep
 from obsdiff_runtime.schedulers.euler import Euler
 from obsdiff_runtime.schedulers.euler_ancestral import EulerAncestral
 from obsdiff_runtime.schedulers.flow_match_euler import FlowMatchEuler
@@ -20,6 +21,7 @@ from obsdiff_runtime.schedulers.flow_match_heun import FlowMatchHeun
 from obsdiff_runtime.schedulers.heun import Heun
 from obsdiff_runtime.schedulers.pndm import Pndm
 from obsdiff_runtime.schedulers.schedule import Floats
+from obsdiff_runtime.schedulers.unipc import UniPc
 
 
 class Scheduler(Protocol):
@@ -57,6 +59,8 @@ SCHEDULERS: Final[dict[str, Callable[[Mapping[str, Any], int, int, Noise], Sched
     "EulerDiscreteScheduler": Euler,
     "EulerAncestralDiscreteScheduler": EulerAncestral,
     "HeunDiscreteScheduler": Heun,
+    "DPMSolverMultistepScheduler": DpmMultistep,
+    "UniPCMultistepScheduler": UniPc,
     "DDIMScheduler": Ddim,
     "PNDMScheduler": Pndm,
 }

@@ -21,6 +21,8 @@ FLOW_HEUN = "FlowMatchHeunDiscreteScheduler"
 EULER = "EulerDiscreteScheduler"
 ANCESTRAL = "EulerAncestralDiscreteScheduler"
 HEUN = "HeunDiscreteScheduler"
+DPM = "DPMSolverMultistepScheduler"
+UNIPC = "UniPCMultistepScheduler"
 TOKENS = 1000  # of the image
 
 SPACINGS = ("linspace", "leading", "trailing")
@@ -30,6 +32,8 @@ ZERO_SNR: dict[str, Any] = SD15 | {
     "timestep_spacing": "trailing",
     "prediction_type": "v_prediction",
 }
+OF_FLOWS: dict[str, Any] = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+SDE: dict[str, Any] = {"algorithm_type": "sde-dpmsolver++"}
 COSINE: dict[str, Any] = {"beta_schedule": "squaredcos_cap_v2"}
 
 Case = tuple[str, dict[str, Any]]
@@ -96,6 +100,53 @@ CASES: list[Case] = [
     (HEUN, SD15 | {"use_karras_sigmas": True}),
     (HEUN, SD15 | {"use_exponential_sigmas": True}),
     (HEUN, SD15 | {"clip_sample": True, "clip_sample_range": 0.5}),
+    *[
+        (name, SD15 | {"timestep_spacing": spacing, "prediction_type": prediction, "steps_offset": 1})
+        for name, spacing, prediction in product((DPM, UNIPC), SPACINGS, PREDICTIONS)
+    ],
+    *[(name, ZERO_SNR) for name in (DPM, UNIPC)],
+    *[
+        (DPM, SD15 | {"solver_order": order, "solver_type": kind, "final_sigmas_type": final} | algorithm)
+        for order, kind, final, algorithm in product((1, 2, 3), ("midpoint", "heun"), ("zero", "sigma_min"), ({}, SDE))
+    ],
+    *[
+        (DPM, SD15 | {"solver_order": 3, "lower_order_final": lower, "euler_at_final": euler} | algorithm)
+        for lower, euler, algorithm in product((True, False), (True, False), ({}, SDE))
+    ],
+    *[
+        (DPM, betas | {option: True})
+        for option in ("use_karras_sigmas", "use_exponential_sigmas", "use_lu_lambdas")
+        for betas in (SD15, COSINE)
+    ],
+    *[(DPM, COSINE | {"lambda_min_clipped": -5.1, "timestep_spacing": spacing}) for spacing in SPACINGS],
+    *[
+        (DPM, OF_FLOWS | {"flow_shift": 3.0, "solver_order": order} | algorithm)
+        for order, algorithm in product((1, 2, 3), ({}, SDE))
+    ],
+    (DPM, OF_FLOWS | {"use_dynamic_shifting": True}),
+    (DPM, OF_FLOWS | {"prediction_type": "epsilon"}),
+    *[
+        (
+            UNIPC,
+            SD15 | {"solver_order": order, "solver_type": kind, "predict_x0": clean, "final_sigmas_type": "sigma_min"},
+        )
+        for order, kind, clean in product((1, 2, 3), ("bh1", "bh2"), (True, False))
+    ],
+    *[
+        (UNIPC, SD15 | {"predict_x0": False, "final_sigmas_type": "sigma_min", "prediction_type": prediction})
+        for prediction in PREDICTIONS[1:]
+    ],
+    (UNIPC, SD15 | {"solver_order": 3, "lower_order_final": False, "final_sigmas_type": "sigma_min"}),
+    (UNIPC, SD15 | {"solver_order": 1, "lower_order_final": False}),
+    (UNIPC, SD15 | {"disable_corrector": [0, 1, 4]}),
+    (UNIPC, SD15 | {"use_karras_sigmas": True}),
+    (UNIPC, SD15 | {"use_karras_sigmas": True, "sigma_min": 0.05, "sigma_max": 12.0, "final_sigmas_type": "sigma_min"}),
+    (UNIPC, SD15 | {"use_exponential_sigmas": True}),
+    *[(UNIPC, OF_FLOWS | {"flow_shift": 3.0, "solver_order": order}) for order in (1, 2, 3)],
+    (UNIPC, OF_FLOWS | {"flow_shift": 5.0, "shift_terminal": 0.1}),
+    (UNIPC, OF_FLOWS | {"use_dynamic_shifting": True}),
+    (UNIPC, OF_FLOWS | {"use_karras_sigmas": True}),
+    (UNIPC, OF_FLOWS | {"final_sigmas_type": "sigma_min"}),
 ]
 
 
@@ -118,7 +169,7 @@ def no_noise(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def is_stochastic(case: Case) -> bool:
-    return case[0] == ANCESTRAL or bool(case[1].get("stochastic_sampling"))
+    return case[0] == ANCESTRAL or bool(case[1].get("stochastic_sampling")) or SDE.items() <= case[1].items()
 
 
 def both(case: Case, steps: int, noise: Noise) -> tuple[Any, Scheduler]:
@@ -182,6 +233,11 @@ STARTS: list[Case] = [
     (EULER, SD15 | {"timestep_spacing": "leading"}),
     (ANCESTRAL, SD15),
     (HEUN, SD15),
+    (DPM, SD15 | {"solver_order": 3}),
+    (DPM, SD15 | SDE),
+    (DPM, OF_FLOWS | {"flow_shift": 3.0}),
+    (UNIPC, SD15 | {"solver_order": 3}),
+    (UNIPC, OF_FLOWS | {"flow_shift": 3.0}),
     ("DDIMScheduler", SD15 | {"steps_offset": 1}),
     ("PNDMScheduler", SD15 | {"skip_prk_steps": True}),
 ]
@@ -228,6 +284,17 @@ def test_an_image_s_noise_and_steps_do_not_depend_on_its_batch(case: Case) -> No
     np.testing.assert_array_equal(batch, np.stack(images))
 
 
+def test_the_last_step_of_bh1_is_finite_where_diffusers_is_not() -> None:
+    theirs, ours = both((UNIPC, SD15 | {"solver_type": "bh1"}), 5, no_noise)
+    sample = normal((1, 4, 8, 6))
+    for index, timestep in enumerate(theirs.timesteps):
+        output = network(sample, float(timestep))
+        expected = theirs.step(torch.from_numpy(output), timestep, torch.from_numpy(sample), return_dict=False)[0]
+        sample = ours.step(output, index, sample)
+    assert torch.isnan(expected).all()
+    assert np.isfinite(sample).all()
+
+
 def test_an_unknown_scheduler_lists_the_known() -> None:
     with pytest.raises(CompatibilityError, match=r"LCMScheduler is not supported.*EulerDiscreteScheduler"):
         make_scheduler({"_class_name": "LCMScheduler"}, 10, 1, no_noise)
@@ -244,6 +311,15 @@ def test_an_unknown_scheduler_lists_the_known() -> None:
         ({"_class_name": "DDIMScheduler", "timestep_spacing": "odd"}, "timestep_spacing='odd'"),
         ({"_class_name": ANCESTRAL, "prediction_type": "sample"}, "prediction_type='sample'"),
         ({"_class_name": HEUN, "beta_schedule": "exp"}, "beta_schedule='exp'"),
+        ({"_class_name": DPM, "algorithm_type": "dpmsolver"}, "algorithm_type='dpmsolver'"),
+        ({"_class_name": DPM, "solver_order": 4}, "solver_order=4 is not supported; supported are 1, 2, 3"),
+        ({"_class_name": DPM, "variance_type": "learned_range"}, "variance_type='learned_range'"),
+        ({"_class_name": DPM, "use_flow_sigmas": True, "use_karras_sigmas": True}, "use_karras_sigmas=True"),
+        ({"_class_name": DPM, "prediction_type": "flow_prediction"}, "flow_prediction needs use_flow_sigmas"),
+        ({"_class_name": UNIPC, "thresholding": True}, "thresholding=True"),
+        ({"_class_name": UNIPC, "lower_order_final": False}, "set final_sigmas_type=sigma_min"),
+        ({"_class_name": UNIPC, "predict_x0": False}, "set final_sigmas_type=sigma_min"),
+        ({"_class_name": UNIPC, "predict_x0": False} | OF_FLOWS, "flow_prediction needs predict_x0"),
     ],
 )
 def test_an_option_that_is_not_supported_is_named(config: dict[str, Any], message: str) -> None:
@@ -255,6 +331,8 @@ def test_an_option_that_is_not_supported_is_named(config: dict[str, Any], messag
     ("config", "steps", "message"),
     [
         ({"_class_name": "DDIMScheduler"}, 1001, "1001 steps are more than the 1000"),
+        ({"_class_name": UNIPC}, 1001, "1001 steps are more than the 1000"),
+        ({"_class_name": DPM}, 1000, "1000 steps put two of them at the same level of noise; take fewer"),
     ],
 )
 def test_more_steps_than_the_schedule_has_are_an_error(config: dict[str, Any], steps: int, message: str) -> None:
