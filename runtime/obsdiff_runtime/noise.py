@@ -54,13 +54,3 @@ def noise_sources(name: str, seed: int | Sequence[int], images: int) -> list[Noi
     if isinstance(seed, Sequence):
         return [SOURCES[name](number, 0, 1) for number in seeds]
     return [SOURCES[name](seed, image, images) for image in range(images)]
-
-
-def stacked(sources: Sequence[Noise]) -> Noise:
-    """One source for all images of a batch: (n, ...) from n sources, each asked for (...)."""
-
-    def draw(shape: tuple[int, ...]) -> NDArray[np.float32]:
-        assert shape[0] == len(sources), f"a batch of {shape[0]} has {len(sources)} sources of noise"
-        return np.stack([source(shape[1:]) for source in sources])
-
-    return draw

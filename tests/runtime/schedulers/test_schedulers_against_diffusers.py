@@ -1,5 +1,6 @@
 """Every sampler against diffusers' own, one step after the other, over the options that change its arithmetic."""
 
+from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from obsdiff_runtime.errors import CompatibilityError, ConfigError
-from obsdiff_runtime.noise import Noise, noise_sources, stacked
+from obsdiff_runtime.noise import Noise, noise_sources
 from obsdiff_runtime.schedulers import SCHEDULERS, Scheduler, make_scheduler
 
 # diffusers' Euler hands torch tensors to numpy functions
@@ -37,6 +38,12 @@ SDE: dict[str, Any] = {"algorithm_type": "sde-dpmsolver++"}
 COSINE: dict[str, Any] = {"beta_schedule": "squaredcos_cap_v2"}
 
 Case = tuple[str, dict[str, Any]]
+
+
+def stacked(sources: Sequence[Noise]) -> Noise:
+    """One source for a batch whose images take every step together."""
+    return lambda shape: np.stack([source(shape[1:]) for source in sources])
+
 
 CASES: list[Case] = [
     (FLOW, {}),
