@@ -24,6 +24,7 @@ class Settings:
     num_inference_steps: int
     guidance_scale: float
     max_sequence_length: int
+    skipped_steps: int = 0
 
     @property
     def guided(self) -> bool:
@@ -42,6 +43,7 @@ class Kind:
             are the negative ones.
         patch: pixels of the latent that the denoiser cannot split, from its config.
         largest: largest latent side the denoiser takes, from its config; None where there is no limit.
+        skipped: steps of so many that are left out where an image is changed by a strength.
     """
 
     denoiser: str
@@ -50,6 +52,7 @@ class Kind:
     encode: Callable[[Networks, Sequence[str], bool, Settings], Conditions]
     patch: Callable[[Mapping[str, Any]], int]
     largest: Callable[[Mapping[str, Any]], int | None]
+    skipped: Callable[[int, float], int]
 
 
 def encode_sd3(networks: Networks, prompts: Sequence[str], negative: bool, settings: Settings) -> Conditions:
@@ -134,6 +137,10 @@ def _unet_patch(config: Mapping[str, Any]) -> int:
     return int(2 ** (len(config["block_out_channels"]) - 1))
 
 
+def _skipped_whole(steps: int, strength: float) -> int:
+    return steps - int(steps * strength)
+
+
 SD3: Final = Kind(
     denoiser="transformer",
     noisy="hidden_states",
@@ -141,6 +148,7 @@ SD3: Final = Kind(
     encode=encode_sd3,
     patch=lambda config: int(config["patch_size"]),
     largest=lambda config: int(config["pos_embed_max_size"]) * int(config["patch_size"]),
+    skipped=lambda steps, strength: int(steps - steps * strength),
 )
 SD: Final = Kind(
     denoiser="unet",
@@ -149,6 +157,7 @@ SD: Final = Kind(
     encode=encode_sd,
     patch=_unet_patch,
     largest=lambda config: None,
+    skipped=_skipped_whole,
 )
 SDXL: Final = Kind(
     denoiser="unet",
@@ -157,6 +166,7 @@ SDXL: Final = Kind(
     encode=encode_sdxl,
     patch=_unet_patch,
     largest=lambda config: None,
+    skipped=_skipped_whole,
 )
 KINDS: Final[dict[str, Kind]] = {
     "StableDiffusion3Pipeline": SD3,

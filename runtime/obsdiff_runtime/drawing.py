@@ -1,4 +1,4 @@
-"""One image on its way from noise to latents: what the denoiser is asked next, and what its answer does.
+"""One image on its way from noise or another image: what the denoiser is asked next, and what its answer does.
 
 A drawing has a scheduler and a step of its own, so that drawings that began at different times, with other steps or
 guidance, can share a run of the denoiser wherever their shapes agree.
@@ -28,21 +28,32 @@ class Drawing:
     """
 
     def __init__(
-        self, kind: Kind, settings: Settings, conditions: Conditions, scheduler: Scheduler, noise: Array
+        self,
+        kind: Kind,
+        settings: Settings,
+        conditions: Conditions,
+        scheduler: Scheduler,
+        noise: Array,
+        clean: Array | None = None,
     ) -> None:
         """Begins.
 
         Args:
             kind: of the pipeline.
-            settings: of the call.
+            settings: of the call; `skipped_steps` of them are left out.
             conditions: what the denoiser is told of the prompt, (r, ...) each.
             scheduler: its own.
             noise: (c, h, w), of unit variance.
+            clean: (c, h, w), latents of the image that is changed; None where one is drawn from nothing.
         """
         self.settings, self.conditions = settings, conditions
         self._kind, self._scheduler = kind, scheduler
-        self.sample: Array = noise * np.float32(scheduler.initial_sigma)
-        self.index, self.calls = 0, len(scheduler.timesteps)
+        self._skipped = settings.skipped_steps * scheduler.order
+        if clean is None:
+            self.sample: Array = noise * np.float32(scheduler.initial_sigma)
+        else:
+            self.sample = scheduler.noised(clean, noise, self._skipped).astype(np.float32, copy=False)
+        self.index, self.calls = 0, len(scheduler.timesteps) - self._skipped
         self.error: Exception | None = None
 
     @property
@@ -61,14 +72,17 @@ class Drawing:
 
     def asked(self) -> tuple[Array, float]:
         """The sample as the denoiser wants it, (c, h, w), and the timestep."""
-        return self._scheduler.scale(self.sample, self.index), float(self._scheduler.timesteps[self.index])
+        call = self._skipped + self.index
+        return self._scheduler.scale(self.sample, call), float(self._scheduler.timesteps[call])
 
     def advance(self, output: Array) -> None:
         """Takes the denoiser's answer, (r, c, h, w), and goes on to the next step."""
         guided = output[0]
         if self.settings.guided:
             guided = output[0] + np.float32(self.settings.guidance_scale) * (output[1] - output[0])
-        self.sample = self._scheduler.step(guided, self.index, self.sample).astype(np.float32, copy=False)
+        self.sample = self._scheduler.step(guided, self._skipped + self.index, self.sample).astype(
+            np.float32, copy=False
+        )
         self.index += 1
 
 

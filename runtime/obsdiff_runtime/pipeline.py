@@ -1,17 +1,18 @@
-"""Text to image over sessions: what diffusers computes, without torch.
+"""Text, or text and an image, to image over sessions: what diffusers computes, without torch.
 
 Shapes: n images, c latent channels, h w latent height and width.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from obsdiff_runtime.autoencoder import Autoencoder, Pixels
 from obsdiff_runtime.bundle import Bundle, open_bundle
 from obsdiff_runtime.conditioning import Conditions, Kind, Settings, kind_of
 from obsdiff_runtime.drawing import Drawing, Stepper
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_SEQUENCE_LENGTH: Final = 256  # diffusers' default for T5
+STRENGTH: Final = 0.8  # diffusers' default for Stable Diffusion
 
 OnStep = Callable[[int, int, Array], bool | None]
 """(steps done, steps in all, latents (n, c, h, w)); where it gives False the call is cancelled."""
@@ -83,8 +85,7 @@ class Pipeline:
         self._kind = kind_of(self.bundle.manifest.pipeline_class)
         self._stepper = Stepper(self.networks, self._kind)
         self._denoiser: dict[str, Any] = self.bundle.config(self._kind.denoiser)
-        self._vae: dict[str, Any] = self.bundle.config("vae_decoder")
-        self._vae_scale: int = 2 ** (len(self._vae["block_out_channels"]) - 1)
+        self._vae = Autoencoder(self.networks, self.bundle.config("vae_decoder"))
 
     def __call__(
         self,
@@ -100,6 +101,8 @@ class Pipeline:
         num_images: int = 1,
         max_sequence_length: int | None = None,
         latents: Array | None = None,
+        image: Pixels | None = None,
+        strength: float | None = None,
         progress: Progress = silent,
         on_step: OnStep | None = None,
     ) -> Images:
@@ -118,12 +121,14 @@ class Pipeline:
             noise_source: one of `noise.SOURCES`; "torch" draws what diffusers draws for the seed.
             num_images: per prompt.
             latents: (n, c, h, w), the noise to start from instead, of unit variance.
+            image: (height, width, 3), one to change rather than to draw from nothing; its size is the default one.
+            strength: of that change, above 0 and up to 1, STRENGTH if None; the share of the steps that is taken.
             progress: told of each stage: "text", "denoise" step by step, "decode" image by image.
             on_step: called after each step.
 
         Raises:
             ConfigError: an argument the pipeline cannot take; says what it can.
-            CompatibilityError: the scheduler or a component cannot run here.
+            CompatibilityError: the scheduler or a component cannot run here; there is an image and no VAE encoder.
             RunError: a component's output was not finite.
             CancelledError: `on_step` gave False.
         """
@@ -141,6 +146,8 @@ class Pipeline:
             num_images=num_images,
             max_sequence_length=max_sequence_length,
             latents=latents,
+            image=image,
+            strength=strength,
         )
         progress("text", 1, 1)
         clock.lap("text")
@@ -169,38 +176,44 @@ class Pipeline:
         num_images: int = 1,
         max_sequence_length: int | None = None,
         latents: Array | None = None,
+        image: Pixels | None = None,
+        strength: float | None = None,
     ) -> list[Drawing]:
         """The images of a call before their first step, for whoever takes the steps; see `__call__`, `step`, `decode`.
 
         Raises:
             ConfigError, CompatibilityError, RunError: as `__call__`.
         """
-        settings = self.resolve(num_inference_steps, guidance_scale, height, width, max_sequence_length)
+        settings = self.resolve(
+            num_inference_steps, guidance_scale, height, width, max_sequence_length, image=image, strength=strength
+        )
         prompts, negatives = _prompts(prompt, negative_prompt, num_images)
         sources = noise_sources(noise_source, seed, len(prompts))
+        cleans = self._cleans(image, sources)
         starts = self._starts(sources, settings, latents)
         conditions = self._conditions(prompts, negatives, settings)
         rows = [{name: value[index] for name, value in conditions.items()} for index in range(len(prompts))]
         return [
-            Drawing(self._kind, settings, told, self._scheduler(settings, source), start)
-            for told, source, start in zip(rows, sources, starts, strict=True)
+            Drawing(self._kind, settings, told, self._scheduler(settings, source), start, clean)
+            for told, source, start, clean in zip(rows, sources, starts, cleans, strict=True)
         ]
 
     def step(self, drawings: Sequence[Drawing]) -> None:
         """One step of each of these, in one run of the denoiser; see `Stepper.step`."""
         self._stepper.step(drawings)
 
-    def decode(self, sample: Array) -> NDArray[np.uint8]:
+    def decode(self, sample: Array) -> Pixels:
         """The picture of some latents: (c, h, w) -> (height, width, 3).
 
         Raises:
             RunError: it was not finite.
         """
-        latent = _unscaled(sample, self._vae)
-        pixels = self.networks.run("vae_decoder", {"latent_sample": latent[None]}, ["sample"])["sample"][0]
-        unit = np.clip(pixels / 2 + 0.5, 0, 1).transpose(1, 2, 0)  # (height, width, 3)
-        picture: NDArray[np.uint8] = (unit * 255).round().astype(np.uint8)
-        return picture
+        return self._vae.decode(sample)
+
+    @property
+    def size_step(self) -> int:
+        """Height and width are multiples of this."""
+        return self._vae.scale * self._kind.patch(self._denoiser)
 
     def resolve(
         self,
@@ -209,6 +222,9 @@ class Pipeline:
         height: int | None = None,
         width: int | None = None,
         max_sequence_length: int | None = None,
+        *,
+        image: Pixels | None = None,
+        strength: float | None = None,
     ) -> Settings:
         """What a call will use; the bundle's defaults where it is told nothing.
 
@@ -216,6 +232,8 @@ class Pipeline:
             ConfigError: a value that the pipeline cannot take; says what it can.
         """
         defaults = self.bundle.manifest.defaults
+        if image is not None:
+            height, width = _size_of(image, height, width)
         length = defaults.max_sequence_length if max_sequence_length is None else max_sequence_length
         settings = Settings(
             height=defaults.height if height is None else height,
@@ -232,30 +250,53 @@ class Pipeline:
             raise ConfigError(f"guidance_scale should be a finite number, not {settings.guidance_scale}")
         for name, axis, pixels in (("height", 2, settings.height), ("width", 3, settings.width)):
             self._check_size(name, axis, pixels)
-        return settings
+        if image is None:
+            if strength is not None:
+                raise ConfigError("strength says how much an image is changed, and there is no image")
+            return settings
+        self._vae.check_encodes()
+        return replace(settings, skipped_steps=self._skipped(settings.num_inference_steps, strength))
+
+    def _skipped(self, steps: int, strength: float | None) -> int:
+        share = STRENGTH if strength is None else strength
+        if not 0 < share <= 1:
+            raise ConfigError(f"strength should be above 0 and at most 1, not {share:g}")
+        skipped = self._kind.skipped(steps, share)
+        if skipped >= steps:
+            raise ConfigError(
+                f"strength {share:g} of {steps} steps is none; give {1 / steps:.2g} or more, or more steps"
+            )
+        return skipped
 
     def _check_size(self, name: str, axis: int, pixels: int) -> None:
-        step = self._vae_scale * self._kind.patch(self._denoiser)
+        step = self.size_step
         largest = self._kind.largest(self._denoiser)
-        most = None if largest is None else largest * self._vae_scale
+        most = None if largest is None else largest * self._vae.scale
         fixed = _fixed_size(self.bundle, self._kind, axis)
         if pixels < 1 or pixels % step:
             below = max(pixels // step * step, step)
             raise ConfigError(f"{name} should be a multiple of {step}, not {pixels}; near are {below}, {below + step}")
         if most is not None and pixels > most:
             raise ConfigError(f"{name} should be at most {most} for this model, not {pixels}")
-        if fixed is not None and pixels != fixed * self._vae_scale:
-            raise ConfigError(f"{name} is fixed to {fixed * self._vae_scale} in this bundle's graph, not {pixels}")
+        if fixed is not None and pixels != fixed * self._vae.scale:
+            raise ConfigError(f"{name} is fixed to {fixed * self._vae.scale} in this bundle's graph, not {pixels}")
 
     def _starts(self, sources: Sequence[Noise], settings: Settings, latents: Array | None) -> Array:
         """(n, c, h, w), what each image begins with, of unit variance."""
-        size = (settings.height // self._vae_scale, settings.width // self._vae_scale)
+        size = (settings.height // self._vae.scale, settings.width // self._vae.scale)
         shape = (int(self._denoiser["in_channels"]), *size)
         if latents is None:
             return np.stack([source(shape) for source in sources])
         if latents.shape != (len(sources), *shape):
             raise ConfigError(f"latents should be {(len(sources), *shape)} for this call, not {latents.shape}")
         return latents.astype(np.float32)
+
+    def _cleans(self, image: Pixels | None, sources: Sequence[Noise]) -> Sequence[Array | None]:
+        """(c, h, w) each: latents of the image to change, drawn anew for each."""
+        if image is None:
+            return [None] * len(sources)
+        encoded = self._vae.encode(image)
+        return [self._vae.sample(encoded, source) for source in sources]
 
     def _conditions(self, prompts: list[str], negatives: list[str], settings: Settings) -> Conditions:
         """(n, r, ...) each: what the denoiser is told of each image; under guidance r = 2, the negative one first."""
@@ -279,7 +320,7 @@ class Pipeline:
                 raise CancelledError(f"cancelled after step {index} of {calls}")
 
     def _scheduler(self, settings: Settings, noise: Noise) -> Scheduler:
-        patch = self._vae_scale * int(self._denoiser.get("patch_size") or 1)
+        patch = self._vae.scale * int(self._denoiser.get("patch_size") or 1)
         tokens = (settings.height // patch) * (settings.width // patch)
         return make_scheduler(self.bundle.scheduler(), settings.num_inference_steps, tokens, noise)
 
@@ -320,6 +361,16 @@ def _prompts(
     return [text for text in prompts for _ in repeated], [text for text in negatives for _ in repeated]
 
 
+def _size_of(image: Pixels, height: int | None, width: int | None) -> tuple[int, int]:
+    """(height, width) of an image; ConfigError if it is none, or is not of the size that is asked for."""
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ConfigError(f"image should be (height, width, 3) of uint8, not {image.shape} of {image.dtype}")
+    for name, asked, own in (("height", height, image.shape[0]), ("width", width, image.shape[1])):
+        if asked not in (None, own):
+            raise ConfigError(f"{name} {asked} is not that of the image, {own}; resize it before")
+    return int(image.shape[0]), int(image.shape[1])
+
+
 def _encoded_once(prompts: list[str], encode: Callable[[list[str]], Conditions]) -> Conditions:
     """Conditions of all prompts, with each distinct one encoded once."""
     distinct = list(dict.fromkeys(prompts))
@@ -333,13 +384,3 @@ def _fixed_size(bundle: Bundle, kind: Kind, axis: int) -> int | None:
         if entry.name == kind.noisy and isinstance(size := entry.shape[axis], int):
             return size
     return None
-
-
-def _unscaled(sample: Array, vae: Mapping[str, Any]) -> Array:
-    """Latents as the decoder wants them, from those the denoiser works on."""
-    scaled = sample / np.float32(vae["scaling_factor"])
-    mean, deviation = vae.get("latents_mean"), vae.get("latents_std")
-    if mean is not None and deviation is not None:
-        shape = (-1, 1, 1)
-        return scaled * np.array(deviation, np.float32).reshape(shape) + np.array(mean, np.float32).reshape(shape)
-    return scaled + np.float32(vae.get("shift_factor") or 0)

@@ -215,8 +215,6 @@ def write_bundle(pipeline: Any, folder: Path, *, sparsity: str = "dense") -> Pat
     family = family_of(denoiser)
     components = {}
     for component in family.components(pipeline, height=32, width=32):
-        if component.name == "vae_encoder":  # text to image needs none
-            continue
         model = _exported(component, folder / component.name)
         inputs, outputs = (
             tuple(TensorEntry(name=port.name, dtype=port.dtype, shape=port.shape) for port in ports)

@@ -7,8 +7,10 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from obsdiff_runtime.bundle import Bundle
+from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.pipeline import Images, Pipeline
 
 # diffusers' Euler hands torch tensors to numpy functions
@@ -98,6 +100,54 @@ def test_another_sampler_draws_what_diffusers_draws_by_it(
     with torch.no_grad():
         expected = theirs(PROMPTS, generator=torch.Generator().manual_seed(7), output_type="np", **given).images
     assert psnr(expected, Pipeline(folder, threads=1)(PROMPTS, seed=7, noise_source="torch", **given)) > 50
+
+
+def picture(height: int = 32, width: int = 24) -> np.ndarray:
+    slope = np.linspace(0, 255, height * width * 3).reshape(height, width, 3)
+    return (slope + np.random.default_rng(0).normal(0, 20, slope.shape)).clip(0, 255).astype(np.uint8)
+
+
+def changed(pair: tuple[Any, Path], strength: float, steps: int) -> tuple[np.ndarray, Images]:
+    """An image that diffusers changes, in 0..1, and the runtime."""
+    theirs, folder = pair
+    kind = getattr(diffusers, type(theirs).__name__.replace("Pipeline", "Img2ImgPipeline"))
+    given = {"num_inference_steps": steps, "guidance_scale": 3.0, "strength": strength}
+    more = {"max_sequence_length": 5} if "StableDiffusion3" in kind.__name__ else {}
+    start = Image.fromarray(picture())
+    with torch.no_grad():
+        expected = kind(**theirs.components)(
+            PROMPTS[0],
+            image=start,
+            generator=torch.Generator().manual_seed(7),
+            output_type="np",
+            **given,
+            **more,
+            **({"height": 32, "width": 24} if more else {}),
+        ).images
+    ours = Pipeline(folder, threads=1)(PROMPTS[0], image=picture(), seed=7, noise_source="torch", **given, **more)
+    return expected, ours
+
+
+@pytest.mark.parametrize(("strength", "steps"), [(0.5, 5), (0.8, 4), (1.0, 3)])
+def test_an_image_is_changed_as_diffusers_changes_it(pair: tuple[Any, Path], strength: float, steps: int) -> None:
+    expected, images = changed(pair, strength, steps)
+    assert images.arrays.shape == (1, 32, 24, 3)
+    assert psnr(expected, images) > 50
+
+
+def test_a_strength_of_no_step_is_explained(sd_pair: tuple[Any, Path]) -> None:
+    with pytest.raises(ConfigError, match=r"strength 0.2 of 4 steps is none; give 0.25 or more"):
+        Pipeline(sd_pair[1], threads=1)("red", image=picture(), strength=0.2, num_inference_steps=4)
+
+
+@pytest.mark.parametrize("class_name", ["EulerDiscreteScheduler", "HeunDiscreteScheduler", "UniPCMultistepScheduler"])
+def test_another_sampler_changes_it_as_diffusers_does(
+    sd_pair: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch, class_name: str
+) -> None:
+    scheduler = getattr(diffusers, class_name).from_config(sd_pair[0].scheduler.config)
+    monkeypatch.setattr(sd_pair[0], "scheduler", scheduler)
+    monkeypatch.setattr(Bundle, "scheduler", lambda self: dict(scheduler.config) | {"_class_name": class_name})
+    assert psnr(*changed(sd_pair, 0.6, 6)) > 50
 
 
 @pytest.mark.gpu

@@ -4,13 +4,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from obsdiff_runtime.backends.ort import OrtSession
 from obsdiff_runtime.bundle import open_bundle
 from obsdiff_runtime.conditioning import kind_of
 from obsdiff_runtime.errors import CompatibilityError, ConfigError, RunError
+from obsdiff_runtime.pictures import read_picture
 from obsdiff_runtime.pipeline import Pipeline
 
+GREY = np.full((32, 32, 3), 128, np.uint8)
 CHEAP: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": 1.0}
 
 
@@ -66,6 +69,12 @@ def test_sessions_are_loaded_when_first_used(sd3_bundle: Path) -> None:
         ({"noise_source": "jax"}, "no noise 'jax'; there is numpy, torch"),
         ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
         ({"latents": np.zeros((1, 4, 8, 8), np.float32)}, r"latents should be \(1, 4, 16, 16\)"),
+        ({"strength": 0.5}, "strength says how much an image is changed, and there is no image"),
+        ({"image": GREY, "strength": 0.0}, "strength should be above 0 and at most 1, not 0"),
+        ({"image": GREY, "strength": 1.5}, "strength should be above 0 and at most 1, not 1.5"),
+        ({"image": GREY, "height": 16}, "height 16 is not that of the image, 32; resize it before"),
+        ({"image": GREY[:30]}, "height should be a multiple of 4, not 30"),
+        ({"image": GREY[..., :1]}, r"image should be \(height, width, 3\) of uint8, not \(32, 32, 1\) of uint8"),
     ],
 )
 def test_an_argument_it_cannot_take_is_explained(pipeline: Pipeline, options: dict[str, Any], message: str) -> None:
@@ -111,3 +120,27 @@ def test_a_nan_names_the_component_and_draws_no_black_image(
         RunError, match=rf"{component}: 1 of \d+ values of its output {output} are not finite; .*float32"
     ):
         pipeline("red", **CHEAP)
+
+
+def test_a_bundle_without_an_encoder_changes_no_image(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline.networks, "has", lambda component: False)
+    with pytest.raises(CompatibilityError, match="this bundle has no VAE encoder"):
+        pipeline("red", image=GREY, **CHEAP)
+
+
+def test_progress_counts_the_steps_that_are_taken(pipeline: Pipeline) -> None:
+    told: list[tuple[int, int]] = []
+    pipeline("red", image=GREY, strength=0.5, on_step=lambda done, calls, latents: told.append((done, calls)))
+    assert told == [(1, 2), (2, 2)]
+
+
+def test_image_files_come_in_any_format_and_fit_the_model(tmp_path: Path) -> None:
+    Image.new("L", (35, 26), 128).save(tmp_path / "a.png")
+    assert read_picture(tmp_path / "a.png", 4).shape == (24, 32, 3)
+    assert read_picture(tmp_path / "a.png", 4, height=8, width=12).shape == (8, 12, 3)
+    with pytest.raises(ConfigError, match="35 x 26 pixels, and the model draws no fewer than 64"):
+        read_picture(tmp_path / "a.png", 64)
+    (tmp_path / "b.png").write_text("no image")
+    for name in ("b.png", "none.png"):
+        with pytest.raises(ConfigError, match=f"{name}: no image that can be read"):
+            read_picture(tmp_path / name, 4)

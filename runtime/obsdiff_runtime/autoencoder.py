@@ -1,0 +1,74 @@
+"""Pictures to latents and back, as the denoiser counts latents.
+
+Shapes: c latent channels, h w latent height and width; a picture is `scale` times as high and wide.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from obsdiff_runtime.errors import CompatibilityError
+from obsdiff_runtime.networks import Array, Networks
+from obsdiff_runtime.noise import Noise
+
+Pixels = NDArray[np.uint8]
+LOG_VARIANCES: Final = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution
+
+
+class Autoencoder:
+    """The VAE of a bundle, whose encoder need not be there.
+
+    Attributes:
+        scale: pixels along a side of a latent pixel.
+    """
+
+    def __init__(self, networks: Networks, config: Mapping[str, Any]) -> None:
+        self._networks, self._config = networks, config
+        self.scale: int = 2 ** (len(config["block_out_channels"]) - 1)
+
+    def decode(self, sample: Array) -> Pixels:
+        """(c, h, w) -> (height, width, 3).
+
+        Raises:
+            RunError: it was not finite.
+        """
+        factor, shift = self._affine()
+        latent = (sample * factor + shift)[None]
+        pixels = self._networks.run("vae_decoder", {"latent_sample": latent}, ["sample"])["sample"][0]
+        unit = np.clip(pixels / 2 + 0.5, 0, 1).transpose(1, 2, 0)
+        picture: Pixels = (unit * 255).round().astype(np.uint8)
+        return picture
+
+    def check_encodes(self) -> None:
+        """CompatibilityError if there is no encoder."""
+        if not self._networks.has("vae_encoder"):
+            raise CompatibilityError("this bundle has no VAE encoder, so that it cannot begin with an image")
+
+    def encode(self, picture: Pixels) -> tuple[Array, Array]:
+        """Mean and standard deviation, (c, h, w) each, of the latents of a picture (height, width, 3).
+
+        Raises:
+            RunError: they were not finite.
+        """
+        pixels = (picture.transpose(2, 0, 1).astype(np.float32) / np.float32(127.5) - np.float32(1))[None]
+        found = self._networks.run("vae_encoder", {"sample": pixels}, ["latent_parameters"])["latent_parameters"][0]
+        mean, log_variance = np.split(found, 2)
+        return mean, np.exp(np.float32(0.5) * np.clip(log_variance, *LOG_VARIANCES))
+
+    def sample(self, encoded: tuple[Array, Array], noise: Noise) -> Array:
+        """(c, h, w): latents drawn from what `encode` gave, as the denoiser wants them."""
+        mean, deviation = encoded
+        factor, shift = self._affine()
+        latents: Array = (mean + deviation * noise(mean.shape) - shift) / factor
+        return latents
+
+    def _affine(self) -> tuple[Array, Array]:
+        """(factor, shift), which take the denoiser's latents to the decoder's; they broadcast over (c, h, w)."""
+        factor = np.float32(1) / np.float32(self._config["scaling_factor"])
+        mean, deviation = self._config.get("latents_mean"), self._config.get("latents_std")
+        if mean is not None and deviation is not None:
+            deviations, means = (np.array(values, np.float32).reshape(-1, 1, 1) for values in (deviation, mean))
+            return factor * deviations, means
+        return np.asarray(factor), np.asarray(self._config.get("shift_factor") or 0, np.float32)
