@@ -1,6 +1,7 @@
-"""What every test gets: one thread (workers share the cores), no hub, no noise from libraries."""
+"""What every test gets: one thread (workers share the cores), no hub, no noise from libraries; Ctrl-C is heard."""
 
 import os
+import signal
 
 for name, value in {
     "OMP_NUM_THREADS": "1",
@@ -9,3 +10,5 @@ for name, value in {
     "TRANSFORMERS_VERBOSITY": "error",
 }.items():
     os.environ.setdefault(name, value)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell begins with it ignored

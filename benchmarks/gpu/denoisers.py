@@ -24,7 +24,7 @@ def run(sheet: Sheet, options: Options, compress: Compress = semi_structured.com
     """Every variant in every mode, the dense model interleaved with it. `compress` makes 2:4 weights sparse."""
     torch._dynamo.config.recompile_limit = 64  # every variant's widths are a graph of their own
     dense = Subject(models.dense(options), options)
-    algorithms = Algorithms("float16") if options.device == "cuda" else None
+    algorithms = Algorithms("bfloat16") if options.device == "cuda" else None
     failed: set[str] = set()
     for whats, modes in PASSES:
         for variant in models.variants(options, compress, algorithms):

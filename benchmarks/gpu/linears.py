@@ -43,7 +43,7 @@ def cases(options: Options) -> Iterator[Case]:
     widths = {"tiny": ((32, 64), (64, 32))} if options.tiny else WIDTHS
     tokens = (8, 16) if options.tiny else TOKENS[:1] if options.quick else TOKENS
     for count in tokens:
-        for dtype in ("float16",) if options.quick else ("float16", "bfloat16"):
+        for dtype in ("bfloat16",) if options.quick else ("bfloat16", "float16"):
             for model, shapes in widths.items():
                 for k, n in shapes:
                     yield Case(model, dtype, Shape(count, k, n))

@@ -49,14 +49,14 @@ class Variant:
 
 
 def dense(options: Options, layers: int | None = None) -> nn.Module:
-    """SD3-medium in float16 (float32 on a CPU), in eval mode; `layers` blocks, or all."""
+    """SD3-medium in bfloat16 (float32 on a CPU), in eval mode; `layers` blocks, or all."""
     config = {**json.loads(CONFIG.read_text(encoding="utf-8")), **(TINY if options.tiny else {})}
     if layers is not None:
         config["num_layers"] = layers
     torch.manual_seed(0)
     with torch.device(options.device):
         model: nn.Module = SD3Transformer2DModel.from_config(config)
-    return model.to(torch.float16 if options.device == "cuda" else torch.float32).eval().requires_grad_(False)
+    return model.to(torch.bfloat16 if options.device == "cuda" else torch.float32).eval().requires_grad_(False)
 
 
 def variants(options: Options, compress: Compress, algorithms: Algorithms | None) -> list[Variant]:
@@ -66,10 +66,8 @@ def variants(options: Options, compress: Compress, algorithms: Algorithms | None
     found = [Variant("2:4", lambda model: two_of_four(model, inputs(model, options), compress, algorithms))]
     if options.device == "cuda":
         found.append(Variant("2:4 where faster", lambda model: where_faster(model, inputs(model, options), algorithms)))
-    for name, width in (("aligned", align), ("unaligned", 1)):
-        for share in shares:
-            found.append(Variant(f"{share:.0%} smaller, {name}", _shrinker(share, width)))
-    return found
+    found += [Variant(f"{share:.0%} smaller", _shrinker(share, align)) for share in shares]
+    return [*found, Variant(f"{shares[-1]:.0%} smaller, unaligned", _shrinker(shares[-1], 1))]
 
 
 def _shrinker(share: float, align: int) -> Callable[[nn.Module], nn.Module]:
@@ -97,7 +95,7 @@ def two_of_four(
         linear: Any = copied.get_submodule(name)
         shape = Shape(count, linear.in_features, linear.out_features)
         algorithm = 0 if algorithms is None else algorithms.best(shape)
-        linear.weight = nn.Parameter(compress(linear.weight.detach(), algorithm), requires_grad=False)
+        semi_structured.give(linear, compress(linear.weight.detach(), algorithm))
     return copied
 
 

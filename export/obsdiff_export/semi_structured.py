@@ -144,9 +144,19 @@ def compress(weight: Tensor, algorithm: int = 0) -> Tensor:
         ) from error
     finally:
         SparseSemiStructuredTensor._FORCE_CUTLASS = forced
-    if available:
-        made.alg_id_cusparselt = algorithm  # older torch takes it nowhere else
+    if available:  # older torch takes these nowhere else; newer torch always writes the product as (m, n)
+        made.alg_id_cusparselt, made.fuse_transpose_cusparselt = algorithm, True
     return cast(Tensor, made)
+
+
+def give(linear: nn.Linear, sparse: Tensor) -> None:
+    """Lets a linear multiply by what `compress` made; changes it.
+
+    Its input is made contiguous first: torch multiplies slices of a longer sequence in a way that semi-structured
+    tensors do not know.
+    """
+    linear.weight = nn.Parameter(sparse, requires_grad=False)
+    linear.register_forward_pre_hook(lambda _, given: tuple(tensor.contiguous() for tensor in given))
 
 
 def graphed(call: Callable[[], object]) -> Callable[[], object]:
@@ -283,7 +293,7 @@ def _use(
     comparison = verdicts[shape]
     if not is_faster(comparison):
         return dense(f"not faster beyond noise: {comparison.verdict}", comparison, error)
-    linear.weight = nn.Parameter(sparse, requires_grad=False)
+    give(linear, sparse)
     return Replaced(name=name, shape=shape, sparse=True, comparison=comparison, error=error, reason="")
 
 
