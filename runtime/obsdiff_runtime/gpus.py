@@ -7,8 +7,10 @@ import ctypes
 import functools
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
+
+from obsdiff_runtime import nvml
+from obsdiff_runtime.nvml import Nvml
 
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR, _PROCESSORS, _INTEGRATED = 75, 76, 16, 18
 """CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR, _MULTIPROCESSOR_COUNT and _INTEGRATED of cuda.h."""
@@ -28,6 +30,7 @@ class Gpu:
         free_bytes: now; None where NVML does not say.
         processors: streaming multiprocessors.
         integrated: it is part of the host's chip, as on a Jetson.
+        bus: its PCI bus id, by which NVML knows it; "" where the driver does not say.
     """
 
     name: str
@@ -36,6 +39,7 @@ class Gpu:
     free_bytes: int | None
     processors: int
     integrated: bool
+    bus: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,15 +62,15 @@ class Gpus:
 @functools.cache
 def find_gpus() -> Gpus:
     """The GPUs that are visible, asked once in a process."""
-    return read_gpus(
-        _library("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"),
-        _library("nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"),
-    )
+    return _read(nvml.library("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"), nvml.load())
 
 
-def read_gpus(cuda: Any | None, nvml: Any | None) -> Gpus:
+def read_gpus(cuda: Any | None, management: Any | None) -> Gpus:
     """The same, from libraries that are loaded already; None for one that is absent."""
-    memory = _Nvml(nvml)
+    return _read(cuda, Nvml(management))
+
+
+def _read(cuda: Any | None, memory: Nvml) -> Gpus:
     if cuda is None:
         return Gpus(driver=memory.driver, cuda=None, devices=(), failure="no CUDA driver is installed (libcuda.so.1)")
     version, count = ctypes.c_int(), ctypes.c_int()
@@ -89,32 +93,7 @@ def sparse_types(capability: str) -> tuple[str, ...]:
     return (*_SPARSE_TYPES, "fp8") if version >= (8, 9) else _SPARSE_TYPES
 
 
-class _Nvml:
-    """NVML as far as it is there; it is absent on older Jetsons and in some containers."""
-
-    def __init__(self, library: Any | None) -> None:
-        started = library is not None and library.nvmlInit_v2() == 0
-        self._library = library if started else None
-        self.driver = self._version() or _module_version()
-
-    def free_bytes(self, bus: bytes) -> int | None:
-        handle, memory = ctypes.c_void_p(), (ctypes.c_ulonglong * 3)()  # total, free, used
-        failed = (
-            self._library is None
-            or not bus
-            or self._library.nvmlDeviceGetHandleByPciBusId_v2(ctypes.c_char_p(bus), ctypes.byref(handle))
-            or self._library.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory))
-        )
-        return None if failed else int(memory[1])
-
-    def _version(self) -> str | None:
-        text = ctypes.create_string_buffer(_TEXT_BYTES)
-        if self._library is None or self._library.nvmlSystemGetDriverVersion(text, _TEXT_BYTES):
-            return None
-        return text.value.decode(errors="replace")
-
-
-def _device(cuda: Any, memory: _Nvml, index: int) -> Gpu:
+def _device(cuda: Any, memory: Nvml, index: int) -> Gpu:
     device, total = ctypes.c_int(), ctypes.c_size_t()
     name, bus = ctypes.create_string_buffer(_TEXT_BYTES), ctypes.create_string_buffer(_TEXT_BYTES)
     where = f"GPU {index} does not answer"
@@ -122,6 +101,7 @@ def _device(cuda: Any, memory: _Nvml, index: int) -> Gpu:
     _check(cuda, cuda.cuDeviceGetName(name, _TEXT_BYTES, device), where)
     _check(cuda, cuda.cuDeviceTotalMem_v2(ctypes.byref(total), device), where)
     cuda.cuDeviceGetPCIBusId(bus, _TEXT_BYTES, device)
+    known = memory.gpu(bus.value)
 
     def attribute(number: int) -> int:
         value = ctypes.c_int()
@@ -132,9 +112,10 @@ def _device(cuda: Any, memory: _Nvml, index: int) -> Gpu:
         name=name.value.decode(errors="replace"),
         capability=f"{attribute(_CAPABILITY_MAJOR)}.{attribute(_CAPABILITY_MINOR)}",
         memory_bytes=total.value,
-        free_bytes=memory.free_bytes(bus.value),
+        free_bytes=None if known is None else known.free_bytes(),
         processors=attribute(_PROCESSORS),
         integrated=bool(attribute(_INTEGRATED)),
+        bus=bus.value.decode(errors="replace"),
     )
 
 
@@ -148,18 +129,3 @@ def _check(cuda: Any, code: int, what: str) -> None:
 
 def _dotted(version: int) -> str:
     return f"{version // 1000}.{version % 1000 // 10}"
-
-
-def _library(name: str) -> Any | None:
-    try:
-        return ctypes.CDLL(name)
-    except OSError:
-        return None
-
-
-def _module_version() -> str | None:
-    """The kernel module's, which a Jetson has too."""
-    try:
-        return Path("/sys/module/nvidia/version").read_text(encoding="utf-8").strip() or None
-    except OSError:
-        return None
