@@ -4,34 +4,38 @@ Each round runs every candidate once, in alternating order, so that a machine th
 of them. A ratio is formed in each round; its median has a distribution-free confidence interval.
 """
 
-import math
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 
 from obsdiff_runtime.backends import backend as find_backend
 from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.progress import Progress, silent
+from obsdiff_runtime.quantiles import Interval, interval
 from obsdiff_runtime.version import __version__
-
-CONFIDENCE: Final = 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
+    """Of one thing that ran `count` times; the figures that trtexec prints, and how sure the percentiles are."""
+
     count: int
-    p50_ms: float
-    p90_ms: float
-    p99_ms: float
     min_ms: float
     mean_ms: float
+    p50_ms: float
+    p90_ms: float
+    p95_ms: float
+    p99_ms: float
+    max_ms: float
+    p50_interval_ms: Interval
+    p90_interval_ms: Interval
+    p99_interval_ms: Interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,57 +127,73 @@ def interleaved(
     callables: Mapping[str, Callable[[], object]], iterations: int, warmup: int, progress: Progress
 ) -> dict[str, list[float]]:
     """Seconds by name, (iterations,) each; round i of each name belongs together."""
-    if not callables:
-        raise ConfigError("there is nothing to time")
-    if iterations < 1 or warmup < 0:
-        raise ConfigError(f"iterations should be at least 1 and warmup at least 0, not {iterations} and {warmup}")
     seconds: dict[str, list[float]] = {name: [] for name in callables}
-    for index in range(-warmup, iterations):
-        names = list(callables) if index % 2 == 0 else list(callables)[::-1]
-        for name in names:
-            start = time.perf_counter()
-            callables[name]()
-            took = time.perf_counter() - start
-            if index >= 0:
-                seconds[name].append(took)
-        progress("bench", index + warmup + 1, iterations + warmup)
+    for index, name in turns(callables, iterations, warmup, progress):
+        start = time.perf_counter()
+        callables[name]()
+        took = time.perf_counter() - start
+        if index >= 0:
+            seconds[name].append(took)
     return seconds
 
 
-def latency(seconds: Sequence[float]) -> Latency:
+def turns(names: Iterable[str], iterations: int, warmup: int, progress: Progress) -> Iterator[tuple[int, str]]:
+    """Whose turn it is, with the number of the round: below 0 where it is warm-up.
+
+    Args:
+        names: of what takes turns; the order is reversed in every other round.
+        iterations: rounds that count.
+        warmup: rounds before that do not.
+        progress: told of stage "bench" after each round.
+
+    Raises:
+        ConfigError: nothing to time.
+    """
+    order = list(names)
+    if not order:
+        raise ConfigError("there is nothing to time")
+    if iterations < 1 or warmup < 0:
+        raise ConfigError(f"iterations should be at least 1 and warmup at least 0, not {iterations} and {warmup}")
+    for index in range(-warmup, iterations):
+        for name in order if index % 2 == 0 else reversed(order):
+            yield index, name
+        progress("bench", index + warmup + 1, iterations + warmup)
+
+
+def latency(seconds: Sequence[float], *, rounds: int | None = None) -> Latency:
+    """The figures of some runs; `rounds` in which they were measured, one each if None."""
     ms = np.asarray(seconds) * 1000
-    p50, p90, p99 = (float(value) for value in np.percentile(ms, [50, 90, 99]))
-    return Latency(count=len(ms), p50_ms=p50, p90_ms=p90, p99_ms=p99, min_ms=float(ms.min()), mean_ms=float(ms.mean()))
+    p50, p90, p95, p99 = (float(value) for value in np.percentile(ms, [50, 90, 95, 99]))
+    intervals = [interval(ms.tolist(), share, rounds=rounds) for share in (0.5, 0.9, 0.99)]
+    return Latency(
+        count=len(ms),
+        min_ms=float(ms.min()),
+        mean_ms=float(ms.mean()),
+        p50_ms=p50,
+        p90_ms=p90,
+        p95_ms=p95,
+        p99_ms=p99,
+        max_ms=float(ms.max()),
+        p50_interval_ms=intervals[0],
+        p90_interval_ms=intervals[1],
+        p99_interval_ms=intervals[2],
+    )
 
 
 def compare(name: str, seconds: Sequence[float], against: str, base: Sequence[float]) -> Comparison:
-    ratios = np.sort(np.asarray(base) / np.asarray(seconds))
+    """How much faster `name` is, from the ratio in each round."""
+    ratios = (np.asarray(base) / np.asarray(seconds)).tolist()
     speedup = float(np.median(ratios))
-    rank = _interval_rank(len(ratios))
-    low, high = (None, None) if rank is None else (float(ratios[rank]), float(ratios[-1 - rank]))
+    found = interval(ratios, 0.5)
     return Comparison(
         name=name,
         against=against,
         rounds=len(ratios),
         speedup=speedup,
-        low=low,
-        high=high,
-        verdict=_verdict(name, against, speedup, low, high),
+        low=found.low,
+        high=found.high,
+        verdict=_verdict(name, against, speedup, found.low, found.high),
     )
-
-
-def _interval_rank(count: int) -> int | None:
-    """Largest k such that the k-th smallest and k-th largest of `count` values, from 0, enclose the median at 95 %.
-
-    The number of values below the median is binomial with probability 1/2, whatever their distribution.
-    """
-    rank, outside = None, 0.0
-    for below in range(count // 2):
-        outside += 2 * math.comb(count, below) / 2**count
-        if outside > 1 - CONFIDENCE:
-            break
-        rank = below
-    return rank
 
 
 def _verdict(name: str, against: str, speedup: float, low: float | None, high: float | None) -> str:

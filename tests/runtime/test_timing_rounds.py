@@ -45,8 +45,18 @@ def test_latency_is_numpy_s_percentiles_in_milliseconds() -> None:
     seconds = np.random.default_rng(0).gamma(2, 0.01, 200)
     found = latency(list(seconds))
     assert found.count == 200
-    assert [found.p50_ms, found.p90_ms, found.p99_ms] == pytest.approx(np.percentile(seconds, [50, 90, 99]) * 1000)
-    assert (found.min_ms, found.mean_ms) == pytest.approx((seconds.min() * 1000, seconds.mean() * 1000))
+    percentiles = [found.p50_ms, found.p90_ms, found.p95_ms, found.p99_ms]
+    assert percentiles == pytest.approx(np.percentile(seconds, [50, 90, 95, 99]) * 1000)
+    ends = (found.min_ms, found.mean_ms, found.max_ms)
+    assert ends == pytest.approx((seconds.min() * 1000, seconds.mean() * 1000, seconds.max() * 1000))
+
+
+def test_latency_s_intervals_enclose_its_percentiles_and_are_open_where_rounds_are_few() -> None:
+    found = latency(list(np.random.default_rng(0).gamma(2, 0.01, 200)))
+    assert found.p50_interval_ms.low < found.p50_ms < found.p50_interval_ms.high  # type: ignore[operator]
+    assert found.p90_interval_ms.low < found.p90_ms < found.p90_interval_ms.high  # type: ignore[operator]
+    assert found.p99_interval_ms.high is None  # 368 rounds are needed
+    assert latency([1.0] * 100, rounds=5).p50_interval_ms.high is None  # 20 runs in each of 5 rounds
 
 
 def test_the_same_thing_twice_is_no_difference(clock: Clock) -> None:
