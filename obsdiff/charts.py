@@ -5,7 +5,8 @@ tooltip.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from itertools import groupby
 from typing import Final
@@ -16,7 +17,27 @@ LEFT: Final = 64
 RIGHT: Final = 12
 TOP: Final = 12
 BOTTOM: Final = 44
+ROW: Final = 44
 KINDS: Final = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strip:
+    """A row of `strips`.
+
+    Attributes:
+        name: for tooltips.
+        label: short, beside the row.
+        values: a dot each.
+        median: a line.
+        interval: where the median lies, as a band; an end that is None is open.
+    """
+
+    name: str
+    label: str
+    values: Sequence[float]
+    median: float
+    interval: tuple[float | None, float | None]
 
 
 def line(values: Sequence[float], *, x: str, y: str) -> str:
@@ -52,7 +73,7 @@ def lines(curves: Mapping[str, Sequence[float]], *, x: str, y: str, first: int =
     return _svg(marks, x, y)
 
 
-def bars(series: Mapping[str, Sequence[float]], *, labels: Sequence[str], x: str, y: str) -> str:
+def bars(series: Mapping[str, Sequence[float]], *, labels: Sequence[str], x: str, y: str, named: bool = False) -> str:
     """Bars from zero, side by side for each label, in the colours of classes k0, k1, ... (KINDS); 0 leaves a gap.
 
     Args:
@@ -60,6 +81,7 @@ def bars(series: Mapping[str, Sequence[float]], *, labels: Sequence[str], x: str
         labels: of the places; tooltips have them whole, the axis numbers them 1, 2, ...
         x: names the axis across.
         y: names the axis upwards.
+        named: write the labels below the axis instead of numbers; there is room for a few short ones.
 
     Raises:
         ValueError: no values, or one that is negative or not finite.
@@ -73,7 +95,7 @@ def bars(series: Mapping[str, Sequence[float]], *, labels: Sequence[str], x: str
     for place, label in enumerate(labels):
         middle = LEFT + (place + 0.5) * slot
         if place % max(1, math.ceil(len(labels) / 20)) == 0:
-            marks.append(_text(middle, HEIGHT - BOTTOM + 16, str(place + 1), "middle"))
+            marks.append(_text(middle, HEIGHT - BOTTOM + 16, label if named else str(place + 1), "middle"))
         for index, (name, values) in enumerate(series.items()):
             left, top = middle + (index - len(series) / 2) * width, _up(values[place] / ticks[-1])
             title = escape(f"{label}, {name}: {values[place]:.3g}")
@@ -157,6 +179,46 @@ def dots(values: Sequence[float], *, labels: Sequence[str], groups: Sequence[str
     return _svg(marks, x, y)
 
 
+def strips(rows: Sequence[Strip], *, x: str) -> str:
+    """Values side by side on a linear axis that need not begin at zero, a row each, in the colours of k0, k1, ...
+
+    Args:
+        rows: from the top; each has at least one value.
+        x: names the axis.
+
+    Raises:
+        ValueError: no values, or one that is negative or not finite.
+    """
+    _check([value for row in rows for value in row.values], least=0.0)
+    ends = [end for row in rows for end in (*row.values, *row.interval) if end is not None]
+    ticks, bottom = _ticks_between(min(ends), max(ends)), TOP + ROW * len(rows)
+    marks = []
+    for tick in ticks:
+        across = _between(tick, ticks)
+        marks.append(f'<line class="grid" x1="{across:.1f}" x2="{across:.1f}" y1="{TOP}" y2="{bottom}"/>')
+        marks.append(_text(across, bottom + 16, f"{tick:.6g}", "middle"))
+    for index, row in enumerate(rows):
+        middle = TOP + ROW * (index + 0.5)
+        marks.append(_text(LEFT - 8, middle + 4, row.label, "end"))
+        marks.append(f'<g class="k{index % KINDS}">{"".join(_strip(row, middle, ticks))}</g>')
+    return _svg(marks, x, "", bottom + BOTTOM)
+
+
+def _strip(row: Strip, middle: float, ticks: Sequence[float]) -> Iterator[str]:
+    top, bottom, median = middle - ROW * 0.4, middle + ROW * 0.4, _between(row.median, ticks)
+    low, high = (
+        _between(ticks[end] if value is None else value, ticks)
+        for end, value in zip((0, -1), row.interval, strict=True)
+    )
+    yield f'<rect class="sure" x="{low:.1f}" y="{top:.1f}" width="{high - low:.1f}" height="{bottom - top:.1f}"/>'
+    for number, value in enumerate(row.values):
+        spread = (number * 0.618034 % 1 - 0.5) * ROW * 0.6  # golden section: neighbours do not lie on one another
+        yield _dot(_between(value, ticks), middle + spread, f"{row.name}: {value:.4g}")
+    title = escape(f"{row.name}, median: {row.median:.4g}")
+    line = f'x1="{median:.1f}" x2="{median:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"'
+    yield f'<line class="middle" {line}><title>{title}</title></line>'
+
+
 def linear_ticks(highest: float) -> list[float]:
     """From 0 to at least `highest`, in 3 to 6 steps of 1, 2 or 5 times a power of ten; 0 to 1 where all is zero."""
     if highest <= 0:
@@ -167,9 +229,22 @@ def linear_ticks(highest: float) -> list[float]:
     return [step * i for i in range(math.ceil(highest / step - 1e-9) + 1)]
 
 
+def _ticks_between(low: float, high: float) -> list[float]:
+    """Round numbers that enclose both, in 2 to 6 steps."""
+    step = linear_ticks(max(high - low, high * 0.01, 1e-9))[1]
+    first = math.floor(low / step + 1e-9)
+    return [step * i for i in range(first, max(math.ceil(high / step - 1e-9), first + 1) + 1)]
+
+
 def _check(values: Sequence[float], least: float) -> None:
     if not values or not all(math.isfinite(value) and value >= least for value in values):
         raise ValueError("a chart needs finite values, none of them negative")
+
+
+def _between(value: float, ticks: Sequence[float]) -> float:
+    """Where a value stands on an axis from the first tick to the last."""
+    share = (value - ticks[0]) / (ticks[-1] - ticks[0])
+    return LEFT + (WIDTH - LEFT - RIGHT) * (0.02 + 0.96 * share)
 
 
 def _across(i: int, count: int) -> float:
@@ -194,12 +269,12 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _svg(marks: Sequence[str], x: str, y: str) -> str:
-    middle = (TOP + _up(0)) / 2
-    axes = _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, x, "middle")
+def _svg(marks: Sequence[str], x: str, y: str, height: float = HEIGHT) -> str:
+    middle = (TOP + height - BOTTOM) / 2
+    axes = _text((LEFT + WIDTH - RIGHT) / 2, height - 6, x, "middle")
     axes += f'<text transform="translate(14 {middle:.1f}) rotate(-90)" text-anchor="middle">{escape(y)}</text>'
-    name = escape(f"{y} over {x}")
+    name = escape(f"{y} over {x}" if y else x)
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name}" xmlns="http://www.w3.org/2000/svg">'
+        f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{name}" xmlns="http://www.w3.org/2000/svg">'
         f"{''.join(marks)}{axes}</svg>"
     )

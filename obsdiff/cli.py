@@ -1,6 +1,7 @@
 """The command line: every verb is a line in VERBS.
 
-Nothing heavy is imported until a verb runs, and `bench`, `generate` and `serve` never import torch.
+Nothing heavy is imported until a verb runs. `generate` and `serve` never import torch, and `bench` only where it is
+told to.
 """
 
 import sys
@@ -9,7 +10,7 @@ from typing import Annotated, Final
 import typer
 
 from obsdiff.command import Verb
-from obsdiff.commands import bundles, doctor, engines, inspection, models, serving, whatif
+from obsdiff.commands import benchmark, bundles, doctor, engines, inspection, models, serving, whatif
 from obsdiff_runtime.version import __version__
 
 VERBS: Final[tuple[Verb, ...]] = (
@@ -19,7 +20,7 @@ VERBS: Final[tuple[Verb, ...]] = (
     engines.build,
     whatif.whatif,
     models.evaluate,
-    bundles.bench,
+    benchmark.bench,
     bundles.generate,
     serving.serve,
     doctor.doctor,

@@ -1,4 +1,4 @@
-"""Verbs on a bundle: bench, generate. They never import torch."""
+"""The verb generate; it never imports torch."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,26 +14,7 @@ BACKEND = option(
     text="What runs it: onnxruntime, onnxruntime_cuda, tensorrt or tensorrt_rtx (their engines).",
     default="onnxruntime",
 )
-THREADS = option(int | None, "--threads", text="Threads of ONNX Runtime; default: all cores.")
-
-
-@verb(
-    "bench",
-    bundle=(Annotated[Path, typer.Argument(help="A bundle.")], ...),
-    against=option(Path | None, "--against", text="Another bundle, measured in turn with the first."),
-    iterations=option(int, "--iterations", text="Measured runs of each.", default=10),
-    warmup=option(int, "--warmup", text="Runs before measuring.", default=2),
-    backend=BACKEND,
-    threads=THREADS,
-)
-def bench(run: Run) -> None:
-    """Latency per component and end to end, through the runtime, without torch."""
-    from obsdiff_runtime import bench
-    from obsdiff_runtime.benchmark import table
-
-    names = ("against", "iterations", "warmup", "backend", "threads")
-    report = bench(run.options["bundle"], **{name: run.options[name] for name in names}, progress=run.progress)
-    run.print_result(report.to_json(), lambda: print(table(report)))
+THREADS = option(int | None, "--threads", text="Threads of the host; default: all cores.")
 
 
 @verb(

@@ -135,10 +135,11 @@ class Manifest:
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """A folder whose listed files were found as the manifest says."""
+    """A folder whose listed files were found as the manifest says; its JSON files are read once."""
 
     root: Path
     manifest: Manifest
+    _read: dict[str, dict[str, Any]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def has(self, relative: str) -> bool:
         return relative in self.manifest.files
@@ -155,7 +156,9 @@ class Bundle:
 
     def json(self, relative: str) -> dict[str, Any]:
         """A listed JSON file that holds an object."""
-        return _read_json(self.path(relative))
+        if relative not in self._read:
+            self._read[relative] = _read_json(self.path(relative))
+        return dict(self._read[relative])
 
     def component(self, name: str) -> ComponentEntry:
         if name not in self.manifest.components:

@@ -41,12 +41,12 @@ class PromptTokenizer:
         """
         rows = np.full((len(prompts), length), self._pad_id, dtype=np.int64)
         for row, prompt in zip(rows, prompts, strict=True):
-            tokens = len(self._tokenizer.encode(prompt).ids)
-            if tokens > length:
-                logger.warning("%s: %d of %d tokens are used of a prompt", self._name, length, tokens)
-            self._tokenizer.enable_truncation(length)  # keeps the special tokens at the ends
             ids = self._tokenizer.encode(prompt).ids
-            self._tokenizer.no_truncation()
+            if len(ids) > length:
+                logger.warning("%s: %d of %d tokens are used of a prompt", self._name, length, len(ids))
+                self._tokenizer.enable_truncation(length)  # keeps the special tokens at the ends
+                ids = self._tokenizer.encode(prompt).ids
+                self._tokenizer.no_truncation()
             row[: len(ids)] = ids
         return rows
 

@@ -98,8 +98,8 @@ def time_interleaved(
     )
 
 
-def machine(backend: str = "onnxruntime") -> Machine:
-    """What the measurement ran on."""
+def machine(versions: Mapping[str, str] | None = None) -> Machine:
+    """What the measurement ran on; `versions` of what executed, ONNX Runtime's if None."""
     return Machine(
         cpu=_cpu_model(),
         logical_cores=os.cpu_count() or 1,
@@ -108,7 +108,7 @@ def machine(backend: str = "onnxruntime") -> Machine:
             "obsdiff_runtime": __version__,
             "python": platform.python_version(),
             "numpy": np.__version__,
-            **find_backend(backend).versions(),
+            **(find_backend("onnxruntime").versions() if versions is None else versions),
         },
     )
 
