@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from obsdiff import ranks
+from obsdiff import offloading, ranks
 from obsdiff.core import timesteps
 from obsdiff.core.gram import Gram, GramAccumulator
 from obsdiff.families import Family
@@ -47,9 +47,10 @@ def encode(
     guided = sampling.guidance_scale > 1
     options = {} if sampling.max_sequence_length is None else {"max_sequence_length": sampling.max_sequence_length}
     parts: list[dict[str, Tensor]] = []
-    for rows in batches(len(texts), sampling.batch_size):
-        chunk = texts[rows.start : rows.stop]
-        parts.append(family.encode(pipeline, chunk, [negative] * len(chunk) if guided else [], **options))
+    with offloading.borrowed(offloading.encoders(pipeline), pipeline.device):
+        for rows in batches(len(texts), sampling.batch_size):
+            chunk = texts[rows.start : rows.stop]
+            parts.append(family.encode(pipeline, chunk, [negative] * len(chunk) if guided else [], **options))
     return Prompts(
         texts=tuple(texts), embeddings={name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
     )

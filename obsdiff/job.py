@@ -165,8 +165,25 @@ def load(settings: Settings) -> LoadedPipeline:
     except (RuntimeError, AssertionError):
         raise ConfigError(f"--device {device}: this torch cannot use it here") from None
     return load_pipeline(
-        settings.model or shipped_pipeline(), revision=settings.revision, variant=settings.variant, device=device
+        settings.model or shipped_pipeline(),
+        revision=settings.revision,
+        variant=settings.variant,
+        device=device,
+        offload=bool(settings.offload),
     )
+
+
+def require_offloadable(settings: Settings, recipe: Recipe) -> None:
+    """Raises ConfigError where --offload has no use, or cannot serve what is asked for."""
+    if torch.device(ranks.device_of(settings.device)).type == "cpu":
+        raise ConfigError("--offload is for GPUs, and this run is on the CPU")
+    if not METHODS[recipe.method].streams:
+        raise ConfigError(f"--offload goes from block to block, and --method {recipe.method} does not; take streamed")
+    if recipe.allocation != "uniform":
+        raise ConfigError(
+            f"--offload cannot measure where sparsity costs least, as {recipe.sparsity} asks for; "
+            "add --allocation uniform"
+        )
 
 
 def given(pipeline: DiffusionPipeline) -> LoadedPipeline:

@@ -18,7 +18,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from obsdiff import checkpoint
+from obsdiff import checkpoint, offloading
 from obsdiff.checkpoint import DEFAULTS, INDEX
 from obsdiff.families import Family, parts
 from obsdiff.families.table import FAMILIES, family_of
@@ -101,6 +101,7 @@ def load_pipeline(
     variant: str | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    offload: bool = False,
     local_files_only: bool = False,
 ) -> LoadedPipeline:
     """The pipeline that a name means.
@@ -111,6 +112,7 @@ def load_pipeline(
         variant: of the weight files, such as "fp16".
         dtype: of all weights; None: as the denoiser is stored.
         device: where to put it.
+        offload: leave what the device need not hold in the host's memory; see offloading.
         local_files_only: do not ask the Hub; HF_HUB_OFFLINE=1 does the same.
 
     Raises:
@@ -132,7 +134,9 @@ def load_pipeline(
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             component.eval()
-    if torch.device(device).type != "cpu":
+    if offload:
+        offloading.place(pipeline, family, torch.device(device))
+    elif torch.device(device).type != "cpu":
         pipeline.to(device)
     return LoadedPipeline(
         pipeline=pipeline,

@@ -29,6 +29,11 @@ class Settings:
     variant: Annotated[str | None, "file variant, such as fp16"] = None
     device: Annotated[str | None, "cpu, cuda or cuda:N; default: cuda where there is one"] = None
 
+    offload: Annotated[
+        bool | None,
+        "the model lies in the host's memory, a GPU holds one block at a time; streamed, equal shares only",
+    ] = None
+
     sparsity: Annotated[
         str | None, "2:4, any N:M (N of every M zero), 0.5 or 50%, structured:0.25, heads:0.2, ffn:0.3; joined with +"
     ] = None

@@ -14,7 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from obsdiff import calibration, moments, pausing, ranks, trajectories
+from obsdiff import calibration, moments, offloading, pausing, ranks, trajectories
 from obsdiff.core import timesteps
 from obsdiff.core.permutation import permute
 from obsdiff.families import Family
@@ -153,6 +153,10 @@ class _Run:
     def block(self, index: int, name: str, known: PackageResult | None) -> PackageResult:
         """Prunes a block, or sets it to what is known of it, and moves both streams past it."""
         block = self._denoiser.get_submodule(name)
+        with offloading.on_device(block):
+            return self._past(index, name, block, known)
+
+    def _past(self, index: int, name: str, block: nn.Module, known: PackageResult | None) -> PackageResult:
         for stream in (self._dense, self._pruned):
             pausing.check_at(stream, block, name)
         linears = [linear for linear in self._linears if linear.block == index and self._changes(linear)]

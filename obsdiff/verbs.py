@@ -42,6 +42,7 @@ from obsdiff.job import (
     remember_dtypes,
     require,
     require_disk_for,
+    require_offloadable,
 )
 from obsdiff.job import load as load_model
 from obsdiff.journal import FolderJournal
@@ -151,6 +152,8 @@ def prune_to_folder(
     """
     check_free(output, force=force)
     job = open_job(settings)
+    if settings.offload:
+        require_offloadable(settings, job.recipe)
     weights = require(job, output, copies=1)
     loaded = load_model(settings)
     require_disk_for(loaded, output, 2 * weights)

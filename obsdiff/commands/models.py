@@ -72,7 +72,7 @@ def export(run: Run) -> None:
     exported.hold()
 
 
-@verb("prune", (*PRUNE, *SAMPLE, *MODEL), model=MODEL_ARGUMENT, **OUTPUT)
+@verb("prune", (*PRUNE, *SAMPLE, *MODEL, "offload"), model=MODEL_ARGUMENT, **OUTPUT)
 def prune(run: Run) -> None:
     """Stops after the pruned diffusers folder."""
     from obsdiff import verbs

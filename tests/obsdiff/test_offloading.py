@@ -1,0 +1,106 @@
+"""Models larger than the GPU. Without a GPU the blocks come and go all the same, from the host to itself."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from obsdiff import offloading, pruning
+from obsdiff.families.table import family_of
+from obsdiff.job import given, open_job, require_offloadable
+from obsdiff.pruning import Pruned
+from obsdiff.residuals import block_modules
+from obsdiff.resolving import resolve
+from obsdiff.settings import Settings
+from obsdiff_runtime.errors import ConfigError
+
+Build = Callable[[str], DiffusionPipeline]
+PROMPTS = ("a red circle", "a green square")
+
+
+def prune(pipeline: Any, name: str = "transformer", sparsity: str = "2:4") -> Pruned:
+    family = family_of(getattr(pipeline, name))
+    sizes: dict[str, Any] = {"height": 32, "width": 32, "steps": 5, "guidance_scale": 2.0, "max_sequence_length": 4}
+    settings = Settings(sparsity=sparsity, allocation="uniform", draws=1, kept_steps=2, batch_size=2, **sizes)
+    recipe = resolve(settings, model="m", family=family, defaults=given(pipeline).defaults, prompts=PROMPTS)
+    return pruning.prune(pipeline, family, recipe)
+
+
+def placed(pipeline: Any, device: str, name: str = "transformer") -> tuple[nn.Module, list[nn.Module]]:
+    """The pipeline's denoiser and its blocks, after it was placed."""
+    denoiser: nn.Module = getattr(pipeline, name)
+    family = family_of(denoiser)
+    offloading.place(pipeline, family, torch.device(device))
+    return denoiser, [denoiser.get_submodule(block) for block in block_modules(family.linears(denoiser))]
+
+
+def test_coming_and_going_changes_no_bit(build_pipeline: Build) -> None:
+    plain, moving = build_pipeline("sd3"), build_pipeline("sd3")
+    denoiser, blocks = placed(moving, "cpu")
+    before = [block.weight.data_ptr() for block in blocks for block in block.modules() if isinstance(block, nn.Linear)]
+    expected = prune(plain).denoiser.state_dict()
+    found = prune(moving).denoiser.state_dict()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    assert before == [
+        block.weight.data_ptr() for block in blocks for block in block.modules() if isinstance(block, nn.Linear)
+    ]
+    assert denoiser is moving.transformer  # type: ignore[attr-defined]
+
+
+def test_a_block_is_away_outside_its_own_calls(build_pipeline: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline: Any = build_pipeline("sd3")
+    lent: list[nn.Module] = []
+    most = 0
+    lend, take_back = offloading._lend, offloading._take_back
+
+    def counted(block: nn.Module) -> None:
+        nonlocal most
+        lent.append(block)
+        most = max(most, len(lent))
+        lend(block)
+
+    def returned(block: nn.Module) -> None:
+        lent.remove(block)
+        take_back(block)
+
+    monkeypatch.setattr(offloading, "_lend", counted)
+    monkeypatch.setattr(offloading, "_take_back", returned)
+    _, blocks = placed(pipeline, "cpu")
+    pipeline("a red circle", height=32, width=32, num_inference_steps=2, output_type="latent")
+    assert (most, lent) == (1, [])
+    with offloading.on_device(blocks[0]):
+        blocks[0].get_parameter("attn.to_q.weight").data.zero_()
+    assert not blocks[0].get_parameter("attn.to_q.weight").any()
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"device": "cpu"}, "--offload is for GPUs, and this run is on the CPU"),
+        ({"device": "cuda", "method": "obsdiff"}, "--method obsdiff does not; take streamed"),
+        ({"device": "cuda", "sparsity": "0.5"}, "as 0.5 asks for; add --allocation uniform"),
+    ],
+)
+def test_what_it_cannot_serve_is_refused(more: dict[str, Any], says: str) -> None:
+    settings = Settings(**{"sparsity": "2:4", "offload": True, **more})
+    with pytest.raises(ConfigError, match=says):
+        require_offloadable(settings, open_job(settings).recipe)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("kind", ["sd3", "sd"])
+def test_a_gpu_need_not_hold_the_model(kind: str, build_pipeline: Build) -> None:
+    name = "transformer" if kind == "sd3" else "unet"
+    expected = prune(build_pipeline(kind).to("cuda"), name)
+    pipeline: Any = build_pipeline(kind)
+    denoiser, blocks = placed(pipeline, "cuda", name)
+    found = prune(pipeline, name)
+    assert {weight.device.type for block in blocks for weight in block.parameters()} == {"cpu"}
+    assert {weight.device.type for weight in denoiser.parameters()} == {"cpu", "cuda"}
+    assert {weight.device.type for weight in pipeline.text_encoder.parameters()} == {"cpu"}
+    for weight, other in zip(found.denoiser.parameters(), expected.denoiser.parameters(), strict=True):
+        assert torch.equal(weight.cpu(), other.cpu())
