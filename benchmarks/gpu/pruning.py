@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 
 from gpu import models
 from gpu.rows import Options, Row, Sheet
@@ -80,7 +80,7 @@ def _large(row: Row, asked: dict[str, Any], options: Options) -> None:
     settings = {**common, **asked}
     if asked.get("method") == "obsdiff":
         del settings["draws"]
-    job = _job(pipeline, settings, prompts)
+    job = job_of(pipeline, settings, prompts)
     planned = job.plan()
     clock = Stages(time.perf_counter())
     if options.device == "cuda":
@@ -93,7 +93,7 @@ def _large(row: Row, asked: dict[str, Any], options: Options) -> None:
         row.figures["peak_bytes"] = torch.cuda.max_memory_allocated()
 
 
-def _job(pipeline: DiffusionPipeline, settings: dict[str, Any], prompts: Sequence[str]) -> Job:
+def job_of(pipeline: DiffusionPipeline, settings: dict[str, Any], prompts: Sequence[str]) -> Job:
     """Of a pipeline in memory."""
     with tempfile.TemporaryDirectory() as folder:
         listed = Path(folder) / "prompts.txt"
@@ -126,40 +126,49 @@ class Stages:
 
 
 def large(options: Options) -> DiffusionPipeline:
-    """SD3-medium's denoiser with random weights in float16, behind the shipped tokenizers and small encoders."""
-    shipped = shipped_pipeline()
-    encoders = []
+    """SD3-medium's denoiser with random weights in bfloat16, behind the shipped tokenizers and small encoders."""
     widths = (16, 16) if options.tiny else (768, 1280)
-    for name, width in zip(("tokenizer", "tokenizer_2"), widths, strict=True):
-        tokenizer = CLIPTokenizer.from_pretrained(shipped / name)
-        config = CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=width,
-            num_hidden_layers=2,
-            num_attention_heads=max(1, width // 64),
-            max_position_embeddings=tokenizer.model_max_length,
-            projection_dim=width,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        encoders.append((CLIPTextModelWithProjection(config).eval(), tokenizer))
+    first, second = (
+        clip(CLIPTextModelWithProjection, name, width)
+        for name, width in zip(("tokenizer", "tokenizer_2"), widths, strict=True)
+    )
+    pipeline = StableDiffusion3Pipeline(
+        transformer=models.dense(options),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=small_vae(),
+        text_encoder=first[0],
+        tokenizer=first[1],
+        text_encoder_2=second[0],
+        tokenizer_2=second[1],
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+    return pipeline.to(options.device, torch.bfloat16 if options.device == "cuda" else torch.float32)
+
+
+def clip(kind: type[PreTrainedModel], name: str, width: int) -> tuple[PreTrainedModel, CLIPTokenizer]:
+    """A small text encoder with random weights, and the shipped tokenizer of that name."""
+    tokenizer = CLIPTokenizer.from_pretrained(shipped_pipeline() / name)
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=width,
+        num_hidden_layers=2,
+        num_attention_heads=max(1, width // 64),
+        max_position_embeddings=tokenizer.model_max_length,
+        projection_dim=width,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     torch.manual_seed(0)
-    vae = AutoencoderKL(
+    return kind(config).eval(), tokenizer
+
+
+def small_vae() -> AutoencoderKL:
+    """Of sixteen channels and eight times fewer pixels a side; pruning decodes nothing."""
+    return AutoencoderKL(
         latent_channels=16, block_out_channels=(8, 8, 8, 8), norm_num_groups=4,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         use_quant_conv=False, use_post_quant_conv=False,
     )  # fmt: skip
-    pipeline = StableDiffusion3Pipeline(
-        transformer=models.dense(options),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae,
-        text_encoder=encoders[0][0],
-        tokenizer=encoders[0][1],
-        text_encoder_2=encoders[1][0],
-        tokenizer_2=encoders[1][1],
-        text_encoder_3=None,
-        tokenizer_3=None,
-    )
-    return pipeline.to(options.device, torch.float16 if options.device == "cuda" else torch.float32)
