@@ -395,7 +395,7 @@ def started(here: Path, *arguments: str) -> "subprocess.Popen[str]":
     return process
 
 
-SLOW = prune("--steps", "12", "--kept-steps", "4", "--draws", "40")
+SLOW = prune("--steps", "12", "--kept-steps", "4", "--draws", "10")
 """Slow enough to be interrupted after its first block."""
 
 
