@@ -1,13 +1,18 @@
 """Tiny random diffusers pipelines and the bundles made of them; everything heavy is imported when it is used.
 
-Pipelines share networks, and a network is exported once.
+Pipelines share networks, and a network is exported once. Its weights depend on nothing but what it is, so that the
+processes of pytest-xdist share bundles too.
 """
 
 import copy
+import fcntl
 import functools
 import json
+import os
 import shutil
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +26,34 @@ CAPTIONS = (
 )
 
 
+def seeded(make: Callable[..., Any]) -> Callable[..., Any]:
+    """One network for each set of arguments, with the same weights in every process."""
+
+    @functools.cache
+    @functools.wraps(make)
+    def made(**options: Any) -> Any:
+        import torch
+
+        torch.manual_seed(zlib.crc32(f"{make.__name__} {sorted(options.items())}".encode()))
+        return make(**options)
+
+    return made
+
+
 def clip_tokenizer(**options: Any) -> Any:
-    """A CLIP tokenizer whose merges are learned from the captions."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    """A CLIP tokenizer that knows the first three letters of the captions' words; a trainer breaks ties by chance."""
+    from tokenizers import pre_tokenizers
     from transformers import CLIPTokenizer
 
-    bpe = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
-    bpe.normalizer = normalizers.Lowercase()
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    trainer = trainers.BpeTrainer(
-        vocab_size=330,
-        special_tokens=["<|startoftext|>", "<|endoftext|>"],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    bpe.train_from_iterator(CAPTIONS, trainer)
-    model = json.loads(bpe.to_str())["model"]
-    merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in model["merges"]]
-    return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=16, **options)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges: dict[tuple[str, str], str] = {}
+    for word in " ".join(CAPTIONS).lower().split():
+        first, *others = [*word[:-1], f"{word[-1]}</w>"][:3]
+        for other in others:
+            first = merges.setdefault((first, other), first + other)
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *dict.fromkeys(merges.values())]
+    vocabulary = {token: index for index, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
+    return CLIPTokenizer(vocab=vocabulary, merges=list(merges), model_max_length=16, **options)
 
 
 def t5_tokenizer() -> Any:
@@ -53,7 +65,7 @@ def t5_tokenizer() -> Any:
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
 
 
-@functools.cache
+@seeded
 def clip(*, width: int, projection: bool) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -73,7 +85,7 @@ def clip(*, width: int, projection: bool) -> Any:
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
 
 
-@functools.cache
+@seeded
 def _vae() -> Any:
     from diffusers import AutoencoderKL
 
@@ -94,7 +106,7 @@ def vae(**options: Any) -> Any:
     return view
 
 
-@functools.cache
+@seeded
 def t5_encoder() -> Any:
     from transformers import T5Config, T5EncoderModel
 
@@ -104,7 +116,7 @@ def t5_encoder() -> Any:
     return T5EncoderModel(config).eval()
 
 
-@functools.cache
+@seeded
 def sd3_transformer() -> Any:
     from diffusers import SD3Transformer2DModel
 
@@ -141,6 +153,7 @@ def sd3_pipeline(*, t5: bool = False) -> Any:
     )
 
 
+@seeded
 def unet(**options: Any) -> Any:
     from diffusers import UNet2DConditionModel
 
@@ -282,12 +295,33 @@ def _pair(name: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Pat
     import torch
 
     if name not in _PAIRS:
-        torch.manual_seed(0)
         torch.set_num_threads(1)
         pipeline = PIPELINES[name]()
         pipeline.set_progress_bar_config(disable=True)
-        _PAIRS[name] = pipeline, write_bundle(pipeline, tmp_path_factory.mktemp(name) / "bundle")
+        place = _shared(tmp_path_factory) / name
+        folder = place / "bundle"
+        with _only_here(place):
+            if not (folder / "obsdiff.json").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                write_bundle(pipeline, folder)
+        _PAIRS[name] = pipeline, folder
     return _PAIRS[name]
+
+
+def _shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run of the tests, whichever of its processes asks."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "bundles"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@contextmanager
+def _only_here(place: Path) -> Iterator[None]:
+    """No other process is in such a block with the same place meanwhile."""
+    with place.with_name(f"{place.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture
