@@ -1,7 +1,7 @@
 """The command line: every verb is a line in VERBS.
 
-Nothing heavy is imported until a verb runs. `generate` and `serve` never import torch, and `bench` only where it is
-told to.
+Nothing heavy is imported until a verb runs. `generate`, `serve` and `triton` never import torch, and `bench` only where
+it is told to.
 """
 
 import sys
@@ -10,7 +10,7 @@ from typing import Annotated, Final
 import typer
 
 from obsdiff.command import Verb
-from obsdiff.commands import benchmark, bundles, doctor, engines, inspection, models, serving, whatif
+from obsdiff.commands import benchmark, bundles, doctor, engines, inspection, models, repositories, serving, whatif
 from obsdiff_runtime.version import __version__
 
 VERBS: Final[tuple[Verb, ...]] = (
@@ -23,6 +23,7 @@ VERBS: Final[tuple[Verb, ...]] = (
     benchmark.bench,
     bundles.generate,
     serving.serve,
+    repositories.triton,
     doctor.doctor,
     inspection.inspect,
 )

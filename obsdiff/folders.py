@@ -34,7 +34,7 @@ def check_free(path: Path, *, force: bool) -> None:
         raise ConfigError(f"{path} exists; choose another folder or replace it with --force")
     if not path.is_dir() or path.is_symlink():
         raise ConfigError(f"{path} is no plain folder; --force replaces results of obsdiff only")
-    written_by_us = (path / MANIFEST).exists() or any(path.glob(f"*/{MANIFEST}"))
+    written_by_us = any(any(path.glob(f"{place}{MANIFEST}")) for place in ("", "*/", "*/*/bundle/"))
     if not written_by_us and any(path.iterdir()):
         raise ConfigError(f"{path} was not written by obsdiff, so --force leaves it alone; choose another folder")
 

@@ -245,12 +245,14 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def open_bundle(path: Path | str, verify: Verify = "full") -> Bundle:
+def open_bundle(path: Path | str, verify: Verify = "full", *, networks: bool = True) -> Bundle:
     """Opens a bundle after checking its files against the manifest.
 
     Args:
         path: the folder.
         verify: "full" compares sha256 of every file, "sizes" presence and size only.
+        networks: False where graphs, weights and engines are elsewhere: only `description` is looked for, and found in
+            the bundle.
 
     Raises:
         BundleError: no bundle; or a file is missing, truncated, altered, a link, or outside the folder; names the file.
@@ -260,6 +262,9 @@ def open_bundle(path: Path | str, verify: Verify = "full") -> Bundle:
         raise ValueError(f"verify is 'full' or 'sizes', not {verify!r}")
     root = Path(path)
     manifest = read_manifest(root)
+    if not networks:
+        files = {relative: manifest.files[relative] for relative in description(manifest)}
+        manifest = dataclasses.replace(manifest, files=files)
     for relative, entry in manifest.files.items():
         try:
             _check_size(root, relative, entry)
@@ -270,6 +275,16 @@ def open_bundle(path: Path | str, verify: Verify = "full") -> Bundle:
             if _sha256(root / relative) != entry.sha256:
                 raise BundleError(f"{root / relative} was altered after export: its sha256 is not the manifest's")
     return Bundle(root=root, manifest=manifest)
+
+
+def description(manifest: Manifest) -> list[str]:
+    """The files that say how the networks are used: configurations, tokenizers, the scheduler."""
+    folders = (*(f"{name}/" for name in manifest.components), "engines/")
+    return [
+        relative
+        for relative in manifest.files
+        if not relative.startswith(folders) or PurePosixPath(relative).name == "config.json"
+    ]
 
 
 def _check_size(root: Path, relative: str, entry: FileEntry) -> None:

@@ -6,7 +6,7 @@ guidance, can share a run of the denoiser wherever their shapes agree.
 Shapes: c latent channels, h w latent height and width; r rows of a drawing: 2 under guidance, the negative one first.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -84,6 +84,22 @@ class Drawing:
             np.float32, copy=False
         )
         self.index += 1
+
+
+def companies(drawings: Sequence[Drawing], max_rows: int) -> Iterator[list[Drawing]]:
+    """Drawings that are not over, as those that go through the denoiser together, up to so many rows at once."""
+    alike: dict[object, list[Drawing]] = {}
+    for drawing in drawings:
+        if not drawing.is_over:
+            alike.setdefault(drawing.shapes, []).append(drawing)
+    for same in alike.values():
+        company: list[Drawing] = []
+        for drawing in same:
+            if company and sum(each.rows for each in company) + drawing.rows > max_rows:
+                yield company
+                company = []
+            company.append(drawing)
+        yield company
 
 
 class Stepper:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from obsdiff_runtime.backends import Session, backend
+from obsdiff_runtime.backends import Backend, Session, backend
 from obsdiff_runtime.bundle import Bundle
 from obsdiff_runtime.errors import ConfigError, RunError
 from obsdiff_runtime.text import PromptTokenizer
@@ -24,14 +24,14 @@ class Networks:
         observer: told component and seconds of every run.
     """
 
-    def __init__(self, bundle: Bundle, backend_name: str, threads: int | None) -> None:
+    def __init__(self, bundle: Bundle, executor: str | Backend, threads: int | None) -> None:
         if threads is not None and threads < 1:
             raise ConfigError(f"threads should be at least 1, not {threads}")
         self.bundle = bundle
         self.load_seconds: dict[str, float] = {}
         self.observer: Observer | None = None
-        self.backend_name = backend_name
-        self._backend = backend(backend_name)
+        self.backend_name = executor if isinstance(executor, str) else type(executor).__name__
+        self._backend: Backend = backend(executor) if isinstance(executor, str) else executor
         self._threads = threads
         self._sessions: dict[str, Session] = {}
         self._tokenizers: dict[str, PromptTokenizer] = {}

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from obsdiff_runtime.autoencoder import Autoencoder, Pixels
+from obsdiff_runtime.backends import Backend
 from obsdiff_runtime.bundle import Bundle, open_bundle
 from obsdiff_runtime.conditioning import Conditions, Kind, Settings, kind_of
 from obsdiff_runtime.drawing import Drawing, Stepper
@@ -67,13 +68,13 @@ class Pipeline:
     """
 
     def __init__(
-        self, bundle: Bundle | Path | str, *, backend: str = "onnxruntime", threads: int | None = None
+        self, bundle: Bundle | Path | str, *, backend: str | Backend = "onnxruntime", threads: int | None = None
     ) -> None:
         """Checks the bundle; components are loaded when they are first needed.
 
         Args:
             bundle: an opened bundle, or a folder, whose every file is then compared with its sha256.
-            backend: one of `backends.BACKENDS`.
+            backend: one of `backends.BACKENDS` by name, or another one.
             threads: of the host to use, all if None.
 
         Raises:

@@ -16,7 +16,20 @@ from obsdiff import command
 from obsdiff.cli import main
 from obsdiff_runtime.version import __version__
 
-VERBS = ("export", "prune", "plan", "build", "whatif", "eval", "bench", "generate", "serve", "doctor", "inspect")
+VERBS = (
+    "export",
+    "prune",
+    "plan",
+    "build",
+    "whatif",
+    "eval",
+    "bench",
+    "generate",
+    "serve",
+    "triton",
+    "doctor",
+    "inspect",
+)
 
 
 def obsdiff(*arguments: str, cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":

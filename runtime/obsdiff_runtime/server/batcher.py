@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
-from obsdiff_runtime.drawing import Drawing
+from obsdiff_runtime.drawing import Drawing, companies
 from obsdiff_runtime.errors import CancelledError, ObsdiffError
 from obsdiff_runtime.pipeline import Pipeline
 from obsdiff_runtime.server.options import Limits
@@ -123,7 +123,8 @@ class Batcher:
     def _work(self) -> None:
         while self._take_in():
             self._for_each(self._begin)
-            for company in self._companies():
+            drawings = [drawing for ticket in self._running if not ticket.is_over for drawing in ticket.drawings]
+            for company in companies(drawings, self.limits.max_rows):
                 self._step(company)
             self._for_each(self._deliver)
             with self._changed:
@@ -165,22 +166,6 @@ class Batcher:
         if not ticket.drawings:
             with self._timed([ticket], "text", ticket.order.images):
                 ticket.drawings = self.pipeline.begin(**ticket.order.call)
-
-    def _companies(self) -> Iterator[list[Drawing]]:
-        """Drawings that go through the denoiser together."""
-        alike: dict[object, list[Drawing]] = {}
-        for ticket in self._running:
-            for drawing in ticket.drawings:
-                if not drawing.is_over and not ticket.is_over:
-                    alike.setdefault(drawing.shapes, []).append(drawing)
-        for drawings in alike.values():
-            company: list[Drawing] = []
-            for drawing in drawings:
-                if company and sum(each.rows for each in company) + drawing.rows > self.limits.max_rows:
-                    yield company
-                    company = []
-                company.append(drawing)
-            yield company
 
     def _step(self, company: Sequence[Drawing]) -> None:
         """One step of each; where a run fails, each is run alone, so that one cannot take the others with it."""

@@ -57,27 +57,13 @@ class ServedModel:
         settings = self.pipeline.resolve(
             call["num_inference_steps"], call["guidance_scale"], call["height"], call["width"]
         )
-        self._check(call, settings.num_inference_steps, settings.height * settings.width)
+        self.bounds.check(
+            {name: call[name] for name in ("prompt", "negative_prompt")},
+            settings,
+            self.pipeline.bundle.manifest.defaults,
+        )
         rows = images * (2 if settings.guided else 1)
         return Order(call=call, images=images, rows=rows, previews=previews, deadline_s=self.bounds.deadline_s)
-
-    def _check(self, call: dict[str, Any], steps: int, pixels: int) -> None:
-        for name in ("prompt", "negative_prompt"):
-            text = call[name]
-            if len(text) > self.bounds.prompt_characters:
-                raise ConfigError(
-                    f"{name} has {len(text)} characters; at most {self.bounds.prompt_characters} are taken"
-                )
-            try:
-                text.encode()
-            except UnicodeEncodeError:
-                raise ConfigError(f"{name} is no valid Unicode text") from None
-        if steps > self.bounds.steps:
-            raise ConfigError(f"num_inference_steps is {steps}; at most {self.bounds.steps} are taken")
-        defaults = self.pipeline.bundle.manifest.defaults
-        most = self.bounds.pixels or 4 * defaults.height * defaults.width
-        if pixels > most:
-            raise ConfigError(f"size has {pixels} pixels; at most {most} are drawn here")
 
 
 def serve_bundle(

@@ -1,7 +1,14 @@
 """How a server serves, and what it lets requests ask for. Imports nothing heavy: the command line reads it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+from obsdiff_runtime.errors import ConfigError
+
+if TYPE_CHECKING:
+    from obsdiff_runtime.bundle import Defaults
+    from obsdiff_runtime.conditioning import Settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +37,27 @@ class Bounds:
     pixels: int | None = None
     steps: int = 150
     deadline_s: float = 300.0
+
+    def check(self, texts: Mapping[str, str], settings: "Settings", defaults: "Defaults") -> None:
+        """Raises ConfigError where a request asks for more.
+
+        Args:
+            texts: prompt and negative prompt, by the name that messages call them.
+            settings: what the request resolved to.
+            defaults: of the bundle.
+        """
+        for name, text in texts.items():
+            if len(text) > self.prompt_characters:
+                raise ConfigError(f"{name} has {len(text)} characters; at most {self.prompt_characters} are taken")
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise ConfigError(f"{name} is no valid Unicode text") from None
+        if settings.num_inference_steps > self.steps:
+            raise ConfigError(f"num_inference_steps is {settings.num_inference_steps}; at most {self.steps} are taken")
+        pixels, most = settings.height * settings.width, self.pixels or 4 * defaults.height * defaults.width
+        if pixels > most:
+            raise ConfigError(f"size has {pixels} pixels; at most {most} are drawn here")
 
 
 DEFAULT_LIMITS: Final = Limits()
