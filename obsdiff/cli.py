@@ -11,6 +11,7 @@ import typer
 
 from obsdiff.command import Verb
 from obsdiff.commands import benchmark, bundles, doctor, engines, inspection, models, repositories, serving, whatif
+from obsdiff_runtime.flags import hyphenated
 from obsdiff_runtime.version import __version__
 
 VERBS: Final[tuple[Verb, ...]] = (
@@ -53,11 +54,4 @@ for command in VERBS:
 
 def main() -> None:
     """The `obsdiff` command; `--max_sequence_length` is accepted for `--max-sequence-length`."""
-    arguments = []
-    for position, argument in enumerate(sys.argv[1:]):
-        if argument == "--":
-            arguments += sys.argv[1 + position :]
-            break
-        name, equals, value = argument.partition("=")
-        arguments.append(name.replace("_", "-") + equals + value if name.startswith("--") else argument)
-    app(arguments)
+    app(hyphenated(sys.argv[1:]))

@@ -4,12 +4,10 @@ A verb is a function under `obsdiff/commands` and a line in `obsdiff.cli.VERBS`.
 Results go to stdout, everything else to stderr. Nothing heavy is imported until a verb runs.
 """
 
-import errno
 import inspect
 import json
 import logging
 import os
-import re
 import signal
 import sys
 import threading
@@ -24,11 +22,10 @@ import typer
 
 from obsdiff import launch
 from obsdiff.settings import FIELDS, Settings, gather, save
-from obsdiff_runtime.errors import ObsdiffError
+from obsdiff_runtime.errors import failure
+from obsdiff_runtime.flags import COMMON as SHARED
+from obsdiff_runtime.flags import Flag
 from obsdiff_runtime.progress import Progress
-
-INTERRUPTED = 130
-NOT_ENOUGH_ROOM = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +53,24 @@ def option(kind: Any, *names: str, text: str, default: Any = None) -> Declared:
     return Annotated[kind, typer.Option(*names, help=text)], default
 
 
+def options(*flags: Flag) -> dict[str, Declared]:
+    """Flags that the runtime's own command has too, by the names of their values."""
+    return {
+        flag.key: option(
+            flag.kind if flag.default is not None else flag.kind | None,
+            *(name for name in (flag.name, flag.short) if name is not None),
+            text=flag.text,
+            default=flag.default,
+        )
+        for flag in flags
+    }
+
+
 COMMON = {
     "config": option(Path | None, "--config", text="Settings from a .toml or .yaml file; keys are the flags' names."),
     "save_config": option(Path | None, "--save-config", text="Write the settings given to this file."),
     "set": option(list[str] | None, "--set", text="Set any setting: key=value or table.key=value; repeatable."),
-    "json": option(bool, "--json", text="One JSON object on stdout and nothing else.", default=False),
-    "verbose": option(bool, "--verbose", "-v", text="Log what happens on stderr.", default=False),
-    "quiet": option(bool, "--quiet", "-q", text="No progress on stderr.", default=False),
+    **options(*SHARED),
 }
 
 
@@ -150,23 +158,12 @@ def _perform(verb: Verb, values: dict[str, Any]) -> int:
             verb.work(Run(settings=settings, options=values, progress=heeding))
     except launch.Finished:
         return 0
-    except ObsdiffError as error:
-        print(f"{who}: {error}", file=sys.stderr)
-        return NOT_ENOUGH_ROOM if _full(error) else error.exit_code
-    except KeyboardInterrupt:
-        print(f"{who}: interrupted{_again(values)}", file=sys.stderr)
-        return INTERRUPTED
-    except MemoryError:
-        print(f"{who}: out of memory; {_smaller(values)}", file=sys.stderr)
-        return NOT_ENOUGH_ROOM
-    except Exception as error:
-        if _full(error):
-            print(f"{who}: the disk is full: {error}{_again(values)}", file=sys.stderr)
-            return NOT_ENOUGH_ROOM
-        if not isinstance(error, OSError) or error.errno is None:
+    except (Exception, KeyboardInterrupt) as error:
+        told = failure(error, smaller=_smaller(values), again=_again(values))
+        if told is None:
             raise
-        print(f"{who}: {error.filename or 'disk'}: {error.strerror}", file=sys.stderr)
-        return 1
+        print(f"{who}: {told.sentence}", file=sys.stderr)
+        return told.exit_code
     return 0
 
 
@@ -199,16 +196,6 @@ def _heeded(progress: Progress) -> Iterator[Progress]:
         signal.signal(signal.SIGINT, before)
 
 
-def _full(error: BaseException | None) -> bool:
-    """Whether a full disk, a quota or a limit on file sizes is behind it; safetensors tells of it in words only."""
-    if error is None:
-        return False
-    number = error.errno if isinstance(error, OSError) else None
-    said = re.search(r"\(os error (\d+)\)", str(error))
-    codes = {number, int(said[1]) if said else None}
-    return bool(codes & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}) or _full(error.__cause__)
-
-
 def _smaller(values: Mapping[str, Any]) -> str:
     """What makes a verb need less memory; the method, and so which flag counts, may be named in a file."""
     if "packages" not in values:
@@ -218,5 +205,5 @@ def _smaller(values: Mapping[str, Any]) -> str:
 
 def _again(values: Mapping[str, Any]) -> str:
     """How to go on, where finished packages were kept."""
-    kept = "resume" in values and values["output"].with_name(f"{values['output'].name}.journal").exists()
+    kept = "resume" in values and Path(f"{values['output']}.journal").exists()
     return "; the same command with --resume continues" if kept else ""

@@ -2,13 +2,12 @@
 
 import os
 import sys
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from obsdiff_runtime.progress import Progress, silent
+from obsdiff_runtime.progress import Lines, Progress, silent
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,7 +32,7 @@ def progress_on_stderr(*, quiet: bool = False) -> Iterator[Progress]:
         with _bars() as bars:
             yield bars
     else:
-        yield _Lines()
+        yield Lines()
 
 
 @contextmanager
@@ -66,17 +65,6 @@ def _bars() -> Iterator[Progress]:
             progress.update(tasks[stage], completed=done, total=total, note="" if done >= total else note)  # type: ignore[arg-type]
 
         yield show
-
-
-class _Lines:
-    def __init__(self) -> None:
-        self._started: dict[str, float] = {}
-
-    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
-        started = self._started.setdefault(stage, time.monotonic())
-        if done >= total and started >= 0:
-            self._started[stage] = -1.0
-            print(f"{stage}: {total} of {total} in {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)
 
 
 def show_plan(plan: "Plan", *, verbose: bool = False) -> None:

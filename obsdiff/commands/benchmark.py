@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from obsdiff.command import Run, option, verb
-from obsdiff.commands.bundles import BACKEND, THREADS
+from obsdiff.command import Run, option, options, verb
 from obsdiff_runtime.errors import ConfigError
+from obsdiff_runtime.flags import BACKEND, ROUNDS, THREADS
 
 
 @verb(
@@ -26,35 +26,29 @@ from obsdiff_runtime.errors import ConfigError
         ],
         None,
     ),
-    against=option(str | None, "--against", text="What each is compared with; default: the first."),
-    iterations=option(int, "--iterations", text="Measured rounds; each candidate draws once in each.", default=10),
-    warmup=option(int, "--warmup", text="Rounds before measuring.", default=2),
-    num_images=option(int, "--num-images", text="Images drawn in one call.", default=1),
+    **options(*ROUNDS),
     dtype=option(
         str | None, "--dtype", text="Of pipelines in torch: fp32, fp16 or bf16; default: as stored, fp32 on a CPU."
     ),
     html=option(Path | None, "--html", text="Also write a page with charts."),
-    backend=BACKEND,
-    threads=THREADS,
+    **options(BACKEND, THREADS),
 )
 def bench(run: Run) -> None:
     """Time, throughput, memory and energy of bundles and pipelines, by turns; what is noise is called so."""
     from obsdiff.candidates import Terms, open_candidates
     from obsdiff_runtime.benchmark import bench, table
 
-    settings, options = run.settings, run.options
-    named = options["candidates"] or []
+    settings, given = run.settings, run.options
+    named = given["candidates"] or []
     if not named:
         raise ConfigError("name what to measure: a bundle's folder, or diffusers: for the shipped pipeline in torch")
-    texts = [*named, *([] if options["against"] is None else [options["against"]])]
-    terms = Terms(
-        backend=options["backend"], dtype=options["dtype"], device=settings.device, threads=options["threads"]
-    )
+    texts = [*named, *([] if given["against"] is None else [given["against"]])]
+    terms = Terms(backend=given["backend"], dtype=given["dtype"], device=settings.device, threads=given["threads"])
     runners = open_candidates(texts, terms)
     report = bench(
         *runners[: len(named)],
-        against=runners[-1] if options["against"] is not None else None,
-        **{name: options[name] for name in ("iterations", "warmup", "num_images", "threads")},
+        against=runners[-1] if given["against"] is not None else None,
+        **{name: given[name] for name in ("iterations", "warmup", "num_images", "threads")},
         height=settings.height,
         width=settings.width,
         num_inference_steps=settings.steps,
@@ -63,9 +57,9 @@ def bench(run: Run) -> None:
         seed=settings.seed or 0,
         progress=run.progress,
     )
-    if options["html"] is not None:
+    if given["html"] is not None:
         from obsdiff.bench_page import page
 
-        options["html"].parent.mkdir(parents=True, exist_ok=True)
-        options["html"].write_text(page(report, shlex.join(["obsdiff", *sys.argv[1:]])), encoding="utf-8")
+        given["html"].parent.mkdir(parents=True, exist_ok=True)
+        given["html"].write_text(page(report, shlex.join(["obsdiff", *sys.argv[1:]])), encoding="utf-8")
     run.print_result(report.to_json(), lambda: print(table(report)))

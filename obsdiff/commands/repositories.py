@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from obsdiff.command import Run, option, verb
+from obsdiff.command import Run, option, options, verb
 from obsdiff_runtime.errors import ConfigError
-from obsdiff_runtime.server.options import DEFAULT_BOUNDS, Bounds
+from obsdiff_runtime.flags import BOUNDS
 
 
 @verb(
@@ -19,11 +19,7 @@ from obsdiff_runtime.server.options import DEFAULT_BOUNDS, Bounds
     images=option(int, "--images", text="Images that are drawn together.", default=8),
     instances=option(int, "--instances", text="Processes that take prompts.", default=2),
     threads=option(int, "--threads", text="Of ONNX Runtime on the CPU; 0: all cores.", default=0),
-    max_steps=option(int, "--max-steps", text="Most steps of a request.", default=DEFAULT_BOUNDS.steps),
-    max_pixels=option(int | None, "--max-pixels", text="Most pixels of an image; default: 4 times the model's own."),
-    max_prompt=option(
-        int, "--max-prompt", text="Most characters of a prompt.", default=DEFAULT_BOUNDS.prompt_characters
-    ),
+    **options(*BOUNDS),
     force=option(bool, "--force", text="Replace an earlier result.", default=False),
 )
 def triton(run: Run) -> None:
@@ -32,11 +28,12 @@ def triton(run: Run) -> None:
     from obsdiff.triton.configs import Choice
     from obsdiff.triton.repository import write_repository
     from obsdiff_runtime.bundle import open_bundle
+    from obsdiff_runtime.server.options import read_bounds
 
     given = run.options
-    for name, least in (("images", 1), ("instances", 1), ("threads", 0), ("max_steps", 1), ("max_prompt", 1)):
+    for name, least in (("images", 1), ("instances", 1), ("threads", 0)):
         if given[name] < least:
-            raise ConfigError(f"--{name.replace('_', '-')} {given[name]}: should be at least {least}")
+            raise ConfigError(f"--{name} {given[name]}: should be at least {least}")
     check_free(given["output"], force=given["force"])
     name = (
         given["model_name"] or re.sub(r"[^A-Za-z0-9_-]+", "_", given["bundle"].resolve().name).strip("_-") or "obsdiff"
@@ -46,7 +43,7 @@ def triton(run: Run) -> None:
         images=given["images"],
         instances=given["instances"],
         threads=given["threads"],
-        bounds=Bounds(prompt_characters=given["max_prompt"], pixels=given["max_pixels"], steps=given["max_steps"]),
+        bounds=read_bounds(given),
     )
     written = write_repository(open_bundle(given["bundle"]), given["output"], choice, force=given["force"])
 

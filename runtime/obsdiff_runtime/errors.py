@@ -15,10 +15,14 @@
     │   └── MissingPackageError   an optional package is absent; names the extra
     └── SparsityProofError    6   sparsity was demanded and could not be shown
 
-A message says what, where and what to do next. Anything else that is raised is a bug and shows its traceback.
+A message says what, where and what to do next. Anything else that is raised is a bug and shows its traceback, but for
+what `failure` knows: an interruption, memory or a disk that is full, a file that cannot be read.
 """
 
-from typing import ClassVar
+import errno
+import re
+from dataclasses import dataclass
+from typing import ClassVar, Final
 
 
 class ObsdiffError(Exception):
@@ -75,3 +79,47 @@ class MissingPackageError(CompatibilityError):
 
 class SparsityProofError(ObsdiffError):
     exit_code = 6
+
+
+INTERRUPTED: Final = 130
+SMALLER: Final = "lower --height, --width or the number of images"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """What a command says as it ends: an exit code and one sentence."""
+
+    exit_code: int
+    sentence: str
+
+
+def failure(error: BaseException, *, smaller: str = SMALLER, again: str = "") -> Failure | None:
+    """What a user is told of an error; None of a bug.
+
+    Args:
+        error: what was raised.
+        smaller: how to need less memory.
+        again: how to go on after an interruption, put behind the sentence.
+    """
+    if isinstance(error, ObsdiffError):
+        code = ResourceError.exit_code if _is_full(error) else error.exit_code
+        return Failure(exit_code=code, sentence=str(error))
+    if isinstance(error, KeyboardInterrupt):
+        return Failure(exit_code=INTERRUPTED, sentence=f"interrupted{again}")
+    if isinstance(error, MemoryError):
+        return Failure(exit_code=ResourceError.exit_code, sentence=f"out of memory; {smaller}")
+    if _is_full(error):
+        return Failure(exit_code=ResourceError.exit_code, sentence=f"the disk is full: {error}{again}")
+    if isinstance(error, OSError) and error.errno is not None:
+        return Failure(exit_code=ObsdiffError.exit_code, sentence=f"{error.filename or 'disk'}: {error.strerror}")
+    return None
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Whether a full disk, a quota or a limit on file sizes is behind it; safetensors tells of it in words only."""
+    if error is None:
+        return False
+    number = error.errno if isinstance(error, OSError) else None
+    said = re.search(r"\(os error (\d+)\)", str(error))
+    codes = {number, int(said[1]) if said else None}
+    return bool(codes & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}) or _is_full(error.__cause__)

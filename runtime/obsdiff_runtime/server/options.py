@@ -1,8 +1,9 @@
 """How a server serves, and what it lets requests ask for. Imports nothing heavy: the command line reads it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 from obsdiff_runtime.errors import ConfigError
 
@@ -84,3 +85,53 @@ class Options:
     limits: Limits = DEFAULT_LIMITS
     bounds: Bounds = DEFAULT_BOUNDS
     drain_s: float = 120.0
+
+
+def read_bounds(given: Mapping[str, Any]) -> Bounds:
+    """From the values of `flags.BOUNDS` by their keys.
+
+    Raises:
+        ConfigError: one is not above 0; names its flag.
+    """
+    _check_positive(given, "max_steps", "max_prompt", "max_pixels")
+    return Bounds(prompt_characters=given["max_prompt"], pixels=given["max_pixels"], steps=given["max_steps"])
+
+
+def read_options(given: Mapping[str, Any]) -> Options:
+    """From the values of `flags.SERVE` by their keys.
+
+    Raises:
+        ConfigError: one is not above 0, or the file of API keys cannot be used.
+    """
+    _check_positive(given, "max_rows", "max_queue", "deadline")
+    return Options(
+        host=given["host"],
+        port=given["port"],
+        backend=given["backend"],
+        threads=given["threads"],
+        api_keys=() if given["api_keys"] is None else read_keys(given["api_keys"]),
+        limits=Limits(max_rows=given["max_rows"], max_waiting=given["max_queue"]),
+        bounds=replace(read_bounds(given), deadline_s=given["deadline"]),
+        drain_s=given["drain"],
+    )
+
+
+def read_keys(path: Path) -> tuple[str, ...]:
+    """API keys, one a line.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds none.
+    """
+    try:
+        keys = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: the API keys cannot be read: {error}") from None
+    if not keys:
+        raise ConfigError(f"{path}: holds no API key; one a line is expected")
+    return keys
+
+
+def _check_positive(given: Mapping[str, Any], *names: str) -> None:
+    for name in names:
+        if given[name] is not None and given[name] <= 0:
+            raise ConfigError(f"--{name.replace('_', '-')} {given[name]:g}: should be more than 0")

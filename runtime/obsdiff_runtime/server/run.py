@@ -10,30 +10,18 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from obsdiff_runtime.errors import ConfigError, MissingPackageError
 from obsdiff_runtime.server.models import distinct, serve_bundle
 from obsdiff_runtime.server.options import Options
 
+if TYPE_CHECKING:
+    from obsdiff_runtime.server.app import Server
+
 LOOK_EVERY_S: Final = 0.1
 SLOW_CLIENT_S: Final = 20
 """For answers that are on their way when the drawing is done."""
-
-
-def read_keys(path: Path) -> tuple[str, ...]:
-    """API keys, one a line.
-
-    Raises:
-        ConfigError: the file cannot be read, or holds none.
-    """
-    try:
-        keys = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: the API keys cannot be read: {error}") from None
-    if not keys:
-        raise ConfigError(f"{path}: holds no API key; one a line is expected")
-    return keys
 
 
 def named(bundles: Sequence[str]) -> dict[str | None, Path]:
@@ -65,31 +53,11 @@ def serve(bundles: Sequence[str], options: Options, ready: Callable[[str], None]
     try:
         import uvicorn
 
-        from obsdiff_runtime.server.app import Server, create_app
-        from obsdiff_runtime.server.metrics import Metrics
+        from obsdiff_runtime.server.app import create_app
     except ModuleNotFoundError as error:
-        raise MissingPackageError(
-            f"{error.name} is absent: pip install 'obsdiff[serve]', or without torch 'obsdiff-runtime[serve]'"
-        ) from error
+        raise _absent(error) from error
     listener = _bound(options.host, options.port)
-    metrics = Metrics()
-    models = distinct(
-        [
-            serve_bundle(
-                folder,
-                name=name,
-                backend=options.backend,
-                threads=options.threads,
-                limits=options.limits,
-                bounds=options.bounds,
-                watch=metrics.of,
-            )
-            for name, folder in named(bundles).items()
-        ]
-    )
-    for name, model in models.items():
-        metrics.of(name).watch(lambda m=model: m.batcher.running, lambda m=model: m.batcher.waiting)  # type: ignore[misc]
-    server = Server(models=models, metrics=metrics, api_keys=options.api_keys)
+    server = load(bundles, options)
     config = uvicorn.Config(
         create_app(server),
         log_level="warning",
@@ -118,8 +86,46 @@ def serve(bundles: Sequence[str], options: Options, ready: Callable[[str], None]
         ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
         Draining(config).run([listener])
     finally:
-        for model in models.values():
+        for model in server.models.values():
             model.batcher.stop()
+
+
+def load(bundles: Sequence[str], options: Options) -> "Server":
+    """What the routes need: every bundle loaded, its batcher running, its metrics counted.
+
+    Raises:
+        ObsdiffError: a bundle cannot be loaded.
+        MissingPackageError: the `serve` extra is not installed.
+    """
+    try:
+        from obsdiff_runtime.server.app import Server
+        from obsdiff_runtime.server.metrics import Metrics
+    except ModuleNotFoundError as error:
+        raise _absent(error) from error
+    metrics = Metrics()
+    models = distinct(
+        [
+            serve_bundle(
+                folder,
+                name=name,
+                backend=options.backend,
+                threads=options.threads,
+                limits=options.limits,
+                bounds=options.bounds,
+                watch=metrics.of,
+            )
+            for name, folder in named(bundles).items()
+        ]
+    )
+    for name, model in models.items():
+        metrics.of(name).watch(lambda m=model: m.batcher.running, lambda m=model: m.batcher.waiting)  # type: ignore[misc]
+    return Server(models=models, metrics=metrics, api_keys=options.api_keys)
+
+
+def _absent(error: ModuleNotFoundError) -> MissingPackageError:
+    return MissingPackageError(
+        f"{error.name} is absent: pip install 'obsdiff[serve]', or without torch 'obsdiff-runtime[serve]'"
+    )
 
 
 def _bound(host: str, port: int) -> socket.socket:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from obsdiff_runtime.errors import ConfigError, MissingPackageError
-from obsdiff_runtime.server import limits, run
+from obsdiff_runtime.server import limits, options, run
 from obsdiff_runtime.server.options import Bounds, Limits, Options
 
 LONG = {"prompt": "a", "num_inference_steps": 100, "seed": 1}
@@ -225,12 +225,12 @@ def test_two_bundles_of_one_name_are_refused(tmp_path: Path) -> None:
 def test_keys_come_from_a_file_that_holds_some(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text("one\n\n two \n")
-    assert run.read_keys(path) == ("one", "two")
+    assert options.read_keys(path) == ("one", "two")
     path.write_text("\n")
     with pytest.raises(ConfigError, match="holds no API key"):
-        run.read_keys(path)
+        options.read_keys(path)
     with pytest.raises(ConfigError, match="cannot be read"):
-        run.read_keys(tmp_path / "none")
+        options.read_keys(tmp_path / "none")
 
 
 def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,0 +1,109 @@
+"""The flags of the commands, for whichever parser reads them: `obsdiff` has one, `obsdiff-runtime` another.
+
+Imports nothing heavy. A default of None means that the bundle, or the machine, decides.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from obsdiff_runtime.server.options import DEFAULT_BOUNDS, DEFAULT_LIMITS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flag:
+    """Attributes:
+    name: as it is typed: "--max-rows".
+    text: its help.
+    kind: of its value; bool for a flag without one.
+    short: "-o".
+    """
+
+    name: str
+    text: str
+    kind: type
+    default: Any = None
+    short: str | None = None
+
+    @property
+    def key(self) -> str:
+        """What its value is called: "max_rows"."""
+        return self.name.removeprefix("--").replace("-", "_")
+
+
+def hyphenated(arguments: Sequence[str]) -> list[str]:
+    """Arguments with `--max-rows` for `--max_rows`, up to a lone `--`."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    found = []
+    for argument in arguments[:end]:
+        name, equals, value = argument.partition("=")
+        found.append(name.replace("_", "-") + equals + value if name.startswith("--") else argument)
+    return [*found, *arguments[end:]]
+
+
+BACKEND: Final = Flag(
+    name="--backend",
+    kind=str,
+    text="What runs it: onnxruntime, onnxruntime_cuda, tensorrt or tensorrt_rtx (their engines).",
+    default="onnxruntime",
+)
+THREADS: Final = Flag(name="--threads", kind=int, text="Threads of the host; default: all cores.")
+
+SAMPLING: Final = (
+    Flag(name="--steps", kind=int, text="Denoising steps of an image; default: the bundle's."),
+    Flag(name="--guidance-scale", kind=float, text="Classifier-free guidance; default: the bundle's."),
+    Flag(name="--height", kind=int, text="Height in pixels; default: the bundle's."),
+    Flag(name="--width", kind=int, text="Width in pixels; default: the bundle's."),
+    Flag(name="--max-sequence-length", kind=int, text="Text tokens that T5 is given; default: the bundle's."),
+    Flag(name="--seed", kind=int, text="Of the noise.", default=0),
+)
+"""What `obsdiff` reads from its settings, which files can hold too."""
+
+GENERATE: Final = (
+    Flag(name="--output", short="-o", kind=Path, text="Image file.", default=Path("image.png")),
+    Flag(name="--negative-prompt", kind=str, text="What not to draw.", default=""),
+    Flag(name="--image", kind=Path, text="Image to change instead of drawing one from nothing."),
+    Flag(name="--strength", kind=float, text="How much of it to change, up to 1; default: 0.8."),
+    Flag(
+        name="--noise", kind=str, text="numpy, or torch: the noise that diffusers draws for the seed.", default="numpy"
+    ),
+    BACKEND,
+    THREADS,
+)
+
+ROUNDS: Final = (
+    Flag(name="--against", kind=str, text="What each is compared with; default: the first."),
+    Flag(name="--iterations", kind=int, text="Measured rounds; each candidate draws once in each.", default=10),
+    Flag(name="--warmup", kind=int, text="Rounds before measuring.", default=2),
+    Flag(name="--num-images", kind=int, text="Images drawn in one call.", default=1),
+)
+
+LIMITS: Final = (
+    Flag(name="--max-rows", kind=int, text="Rows of one denoiser run; two an image.", default=DEFAULT_LIMITS.max_rows),
+    Flag(name="--max-queue", kind=int, text="Requests that may wait.", default=DEFAULT_LIMITS.max_waiting),
+)
+
+BOUNDS: Final = (
+    Flag(name="--max-steps", kind=int, text="Most steps of a request.", default=DEFAULT_BOUNDS.steps),
+    Flag(name="--max-pixels", kind=int, text="Most pixels of an image; default: 4 times the model's own."),
+    Flag(name="--max-prompt", kind=int, text="Most characters of a prompt.", default=DEFAULT_BOUNDS.prompt_characters),
+)
+
+SERVE: Final = (
+    Flag(name="--host", kind=str, text="Address to listen at; 0.0.0.0 for all.", default="127.0.0.1"),
+    Flag(name="--port", kind=int, text="0 takes a free one.", default=8000),
+    BACKEND,
+    THREADS,
+    *LIMITS,
+    *BOUNDS,
+    Flag(name="--deadline", kind=float, text="Seconds that a request may take.", default=DEFAULT_BOUNDS.deadline_s),
+    Flag(name="--drain", kind=float, text="Seconds for accepted requests after SIGTERM.", default=120.0),
+    Flag(name="--api-keys", kind=Path, text="File of API keys, one a line; one must come with each request."),
+)
+
+COMMON: Final = (
+    Flag(name="--json", kind=bool, text="One JSON object on stdout and nothing else.", default=False),
+    Flag(name="--verbose", short="-v", kind=bool, text="Log what happens on stderr.", default=False),
+    Flag(name="--quiet", short="-q", kind=bool, text="No progress on stderr.", default=False),
+)

@@ -1,0 +1,91 @@
+"""What the commands do, whichever program was asked; a function a verb. None prints anything."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from obsdiff_runtime.bundle import Bundle
+from obsdiff_runtime.decoding import encode
+from obsdiff_runtime.errors import ConfigError
+from obsdiff_runtime.progress import Progress, silent
+from obsdiff_runtime.shapes import words
+
+
+def generate(
+    bundle: Bundle | Path,
+    prompt: str,
+    output: Path,
+    *,
+    image: Path | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    backend: str = "onnxruntime",
+    threads: int | None = None,
+    progress: Progress = silent,
+    **call: Any,
+) -> Mapping[str, float]:
+    """Draws one image into a file.
+
+    Args:
+        bundle: opened, or a folder.
+        prompt: what to draw.
+        output: the file; its name says the format. Folders above it are created.
+        image: file of one to change, in any format that Pillow reads; see `pictures.read_picture`.
+        height: in pixels.
+        width: in pixels.
+        backend: one of `backends.BACKENDS`.
+        threads: of the host, all if None.
+        progress: see `Pipeline.__call__`.
+        **call: other arguments of `Pipeline.__call__`.
+
+    Returns:
+        Seconds of each stage.
+
+    Raises:
+        ConfigError: `output` names no format, or an argument is none that the pipeline takes.
+        ObsdiffError: the bundle cannot be loaded, or cannot draw.
+    """
+    from PIL import Image
+
+    from obsdiff_runtime.pictures import read_picture
+    from obsdiff_runtime.pipeline import Pipeline
+
+    if output.suffix.lower() not in Image.registered_extensions():
+        raise ConfigError(f"-o {output}: no image format of that name; use .png or .jpg")
+    pipeline = Pipeline(bundle, backend=backend, threads=threads)
+    start = None if image is None else read_picture(image, pipeline.size_step, height, width)
+    images = pipeline(prompt, image=start, height=height, width=width, progress=progress, **call)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(images.arrays[0]).save(output)
+    return images.seconds
+
+
+def contents(bundle: Bundle) -> dict[str, Any]:
+    """What is in a bundle, as JSON has it: its manifest, without the list of files."""
+    manifest: dict[str, Any] = encode(bundle.manifest)
+    files = manifest.pop("files")
+    return {"kind": "bundle", "path": str(bundle.root), "files": len(files), "bytes": bundle.total_bytes(), **manifest}
+
+
+def describe(bundle: Bundle) -> str:
+    """What is in a bundle, for a person: a line on each of its networks and engines."""
+    manifest, defaults = bundle.manifest, bundle.manifest.defaults
+    lines = [
+        f"{bundle.root}: {manifest.pipeline_class}, {manifest.sparsity}, by {manifest.created_by}",
+        f"  {len(manifest.files)} files as their sha256 says, {bundle.total_bytes() / 2**20:.1f} MiB",
+        f"  draws {defaults.width} x {defaults.height} in {defaults.num_inference_steps} steps "
+        f"at guidance {defaults.guidance_scale:g}",
+    ]
+    for name, component in manifest.components.items():
+        size = sum(file.bytes for path, file in manifest.files.items() if path.startswith(f"{name}/"))
+        lines.append(f"{name}: {component.precision or component.dtype}, {size / 2**20:.1f} MiB")
+        symbols = {port.name: port.shape for port in component.inputs}
+        for way, ports in (("takes", component.inputs), ("gives", component.outputs)):
+            shapes = (f"{port.name} {port.dtype} ({', '.join(str(size) for size in port.shape)})" for port in ports)
+            lines.append(f"  {way} {'; '.join(shapes)}")
+        for engine in component.engines:
+            where = ", ".join(filter(None, [*engine.targets, engine.device]))
+            lines.append(f"  {engine.path}: {engine.backend} {engine.backend_version} for {where or 'any GPU'}")
+            lines += [f"    {words(profile, symbols)}" for profile in engine.profiles]
+            lines += [f"    sparse kernels: {engine.sparsity}"] if engine.sparsity else []
+    return "\n".join(lines)
