@@ -90,6 +90,7 @@ def export(
     with cast_to(component.module, dtype):
         model, weights = lower(component, inputs_in(dtype, component.inputs), opset)
     passes.simplify(model, weights)
+    passes.drop_still_transposes(model)
     passes.fold_transposes(model)
     passes.lower_doubles(model)
     passes.name_axes(model, component.dynamic_axes)

@@ -38,6 +38,21 @@ def simplify(model: ir.Model, weights: frozenset[str]) -> None:
     common.OutputFixPass()(model)
 
 
+def drop_still_transposes(model: ir.Model) -> None:
+    """A transposition that moves no axis is its input.
+
+    ONNX Runtime up to 1.23 takes one before a Gemm for a real one, and then refuses the shapes of a batch of one.
+    """
+    for node in list(model.graph):
+        if node.op_type != "Transpose" or node.domain not in ("", "ai.onnx") or "perm" not in node.attributes:
+            continue
+        perm, source = list(node.attributes["perm"].as_ints()), node.inputs[0]
+        if source is None or perm != sorted(perm) or node.outputs[0].is_graph_output():
+            continue
+        ir.convenience.replace_all_uses_with(node.outputs[0], source)
+        model.graph.remove(node, safe=True)
+
+
 def fold_transposes(model: ir.Model) -> None:
     """A weight (n, k) that is only transposed is stored as (k, n), named `<weight>::T`, computed when it is saved.
 

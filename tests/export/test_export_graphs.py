@@ -172,6 +172,27 @@ def test_an_einsum_that_only_permutes_is_a_transpose_so_that_bfloat16_is_valid(t
     assert "Einsum" not in kinds
 
 
+class Pooled(nn.Module):
+    """As CLIP reads one token of each text, which is captured with transpositions that move no axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.projection = nn.Linear(2, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, 4, 2)
+        return self.projection(tokens[torch.arange(tokens.shape[0]), tokens[..., 0].argmax(-1)])
+
+
+def test_no_transposition_that_moves_nothing_stays(tmp_path):
+    # ONNX Runtime up to 1.23, the newest for Python 3.10, made a real one of it before a Gemm
+    component = one_input(Pooled())
+    model = export(component, tmp_path, dtype=torch.float32)
+    moves = [list(node.attribute[0].ints) for node in graph_of(model).node if node.op_type == "Transpose"]
+    assert not [move for move in moves if move == sorted(move)]
+    assert compare(component, model).max_relative_error < 1e-6
+
+
 class CentreCrop(nn.Module):
     """As SD3 crops its position table: the end of the crop is captured as a floor division of a negative size."""
 
