@@ -60,8 +60,8 @@ class TritonSession:
 
     device = "Triton"
 
-    def __init__(self, vendor: Any, model: str, component: ComponentEntry) -> None:
-        self._vendor, self._model, self._batched = vendor, model, is_batched(component)
+    def __init__(self, pb_utils: Any, model: str, component: ComponentEntry) -> None:
+        self._pb_utils, self._model, self._batched = pb_utils, model, is_batched(component)
         self.inputs, self.outputs = component.inputs, component.outputs
 
     def run(self, inputs: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
@@ -75,16 +75,16 @@ class TritonSession:
         if sorted(names) != sorted(inputs):
             raise ConfigError(f"{self._model} takes {', '.join(names)}; not {', '.join(inputs) or 'nothing'}")
         wanted = [port.name for port in self.outputs] if outputs is None else list(outputs)
-        vendor = self._vendor
-        response = vendor.InferenceRequest(
+        pb_utils = self._pb_utils
+        response = pb_utils.InferenceRequest(
             model_name=self._model,
             requested_output_names=wanted,
-            inputs=[vendor.Tensor(port.name, self._sent(port, inputs[port.name])) for port in self.inputs],
-            preferred_memory=vendor.PreferredMemory(vendor.TRITONSERVER_MEMORY_CPU, 0),
+            inputs=[pb_utils.Tensor(port.name, self._sent(port, inputs[port.name])) for port in self.inputs],
+            preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
         ).exec()
         if response.has_error():
             error = response.error()
-            kind = ConfigError if error.code() == vendor.TritonError.INVALID_ARG else RunError
+            kind = ConfigError if error.code() == pb_utils.TritonError.INVALID_ARG else RunError
             raise kind(f"{self._model}: {error.message()}")
         found = {port.name: port for port in self.outputs}
         return {name: self._received(found[name], response) for name in wanted}
@@ -94,7 +94,7 @@ class TritonSession:
         return sent.reshape(-1, 1) if self._batched and is_bare(port) else sent
 
     def _received(self, port: TensorEntry, response: Any) -> np.ndarray:
-        array: np.ndarray = self._vendor.get_output_tensor_by_name(response, port.name).as_numpy()
+        array: np.ndarray = self._pb_utils.get_output_tensor_by_name(response, port.name).as_numpy()
         if self._batched and is_bare(port):
             array = array.reshape(-1)
         return array.astype(np.float32) if array.dtype == np.float16 else array
@@ -104,12 +104,12 @@ class TritonSession:
 class TritonModels:
     """The models beside an orchestrator, as a backend; see `backends.Backend`."""
 
-    vendor: Any
+    pb_utils: Any
     name: str
 
     def open_session(self, bundle: Bundle, component: str, *, threads: int | None = None) -> TritonSession:
         """`threads` is of no use here: the models have configurations of their own."""
-        return TritonSession(self.vendor, model_of(self.name, component), bundle.component(component))
+        return TritonSession(self.pb_utils, model_of(self.name, component), bundle.component(component))
 
     def versions(self) -> dict[str, str]:
         return {"obsdiff-runtime": __version__}
@@ -133,20 +133,20 @@ class _Order:
 class Orchestrator:
     """Answers Triton's requests for images."""
 
-    def __init__(self, pipeline: Pipeline, vendor: Any, bounds: Bounds, denoiser_rows: int) -> None:
+    def __init__(self, pipeline: Pipeline, pb_utils: Any, bounds: Bounds, denoiser_rows: int) -> None:
         """Takes what it calls.
 
         Args:
             pipeline: over `TritonModels`.
-            vendor: `pb_utils`.
+            pb_utils: `pb_utils`.
             bounds: of a request; its deadline is Triton's to watch.
             denoiser_rows: the most that one run of the denoiser takes.
         """
-        self._pipeline, self._vendor = pipeline, vendor
+        self._pipeline, self._pb_utils = pipeline, pb_utils
         self._bounds, self._denoiser_rows = bounds, denoiser_rows
 
     @classmethod
-    def open(cls, told: Mapping[str, str], vendor: Any) -> "Orchestrator":
+    def open(cls, told: Mapping[str, str], pb_utils: Any) -> "Orchestrator":
         """From the arguments that Triton gives `TritonPythonModel.initialize`.
 
         Raises:
@@ -159,8 +159,8 @@ class Orchestrator:
         bounds = Bounds(
             prompt_characters=parameters[MAX_PROMPT], pixels=parameters[MAX_PIXELS], steps=parameters[MAX_STEPS]
         )
-        pipeline = Pipeline(bundle, backend=TritonModels(vendor, told["model_name"]))
-        return cls(pipeline, vendor, bounds, parameters[DENOISER_ROWS])
+        pipeline = Pipeline(bundle, backend=TritonModels(pb_utils, told["model_name"]))
+        return cls(pipeline, pb_utils, bounds, parameters[DENOISER_ROWS])
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """A response to each request, in their order; what is wrong with one is that one's answer alone."""
@@ -199,7 +199,7 @@ class Orchestrator:
 
     def _column(self, request: Any, name: str) -> list[Any] | None:
         """One value for each image; None where the request is silent."""
-        tensor = self._vendor.get_input_tensor_by_name(request, name)
+        tensor = self._pb_utils.get_input_tensor_by_name(request, name)
         if tensor is None:
             return None
         array = tensor.as_numpy()
@@ -234,8 +234,8 @@ class Orchestrator:
                 raise order.error
             outputs = self._outputs(order, set(order.request.requested_output_names()))
         except Exception as error:
-            return self._vendor.InferenceResponse(output_tensors=[], error=self._told(error))
-        return self._vendor.InferenceResponse(output_tensors=outputs)
+            return self._pb_utils.InferenceResponse(output_tensors=[], error=self._told(error))
+        return self._pb_utils.InferenceResponse(output_tensors=outputs)
 
     def _outputs(self, order: _Order, wanted: set[str]) -> list[Any]:
         found: dict[str, np.ndarray] = {"seed": np.array(order.seeds, np.int64).reshape(-1, 1)}
@@ -247,11 +247,11 @@ class Orchestrator:
                 found["image"] = np.ascontiguousarray(np.stack(pictures))  # (n, h, w, 3)
             if "png" in wanted:
                 found["png"] = np.array([[_png(picture)] for picture in pictures], dtype=np.object_)  # (n, 1)
-        return [self._vendor.Tensor(name, array) for name, array in found.items() if name in wanted]
+        return [self._pb_utils.Tensor(name, array) for name, array in found.items() if name in wanted]
 
     def _told(self, error: Exception) -> Any:
         """An error as Triton knows it; one that is not expected says nothing of the server's inside."""
-        kinds = self._vendor.TritonError
+        kinds = self._pb_utils.TritonError
         match error:
             case ConfigError():
                 return kinds(str(error), kinds.INVALID_ARG)
