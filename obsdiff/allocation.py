@@ -178,9 +178,7 @@ class _Spending:
         for group in self._groups if units else ():
             for number in probed(group, self._numbers[group.name]):
                 key = f"{group.name} {number}"
-                found.append(
-                    Candidate(key=key, block=group.block, linears=group.consumers, group=group, removed=number)
-                )
+                found.append(Candidate(key=key, block=group.block, linears=group.readers, group=group, removed=number))
         pattern = self._recipe.sparsity.pattern
         for readers in self._readers if weights else ():
             found.append(Candidate(key=readers.name, block=readers.block, linears=readers.linears, pattern=pattern))

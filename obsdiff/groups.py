@@ -63,6 +63,36 @@ class Producer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Consumer:
+    """A linear that loses the columns of a removed unit.
+
+    Attributes:
+        name: module name.
+        start: its first column of the units, where it reads something else before them.
+    """
+
+    name: str
+    start: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """A number in a module that follows how many units there are: module.attribute = units * factor.
+
+    Attributes:
+        module: module name.
+        attribute: of the module.
+        index: its place in the attribute, where that is a list.
+        factor: of it to a unit.
+    """
+
+    module: str
+    attribute: str
+    index: int | None = None
+    factor: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class Group:
     """Units that share an index: producers lose rows, consumers lose columns.
 
@@ -73,8 +103,9 @@ class Group:
         units: how many there are.
         width: columns of a unit in each consumer: the head size, or 1 for a neuron.
         producers: linears that lose rows.
-        consumers: linears that lose columns; one, or two where two streams share the heads.
-        attention: module whose head count follows, None for "ffn".
+        consumers: linears that lose columns; one, or two where two streams share the heads. A linear that reads several
+            groups side by side is a consumer of each, from another column on.
+        sizes: numbers in modules that follow.
     """
 
     name: str
@@ -83,5 +114,14 @@ class Group:
     units: int
     width: int
     producers: tuple[Producer, ...]
-    consumers: tuple[str, ...]
-    attention: str | None = None
+    consumers: tuple[Consumer, ...]
+    sizes: tuple[Size, ...] = ()
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """Names of the consumers."""
+        return tuple(consumer.name for consumer in self.consumers)
+
+    def start(self, reader: str) -> int | None:
+        """The consumer's first column of the units; None where that linear reads none of them."""
+        return next((consumer.start for consumer in self.consumers if consumer.name == reader), None)

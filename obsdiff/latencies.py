@@ -1,7 +1,8 @@
 """What removing units saves in time, by a latency table: the costs of `--allocation latency:FILE`.
 
 The table says how long a linear takes at a width; a group that loses units makes its producers and consumers narrower,
-and saves the difference. Attention itself is not in the table, nor in the multiply-accumulates it stands in for.
+and saves the difference; a linear that two groups make narrower counts for each as if it were alone. Attention itself
+is not in the table, nor in the multiply-accumulates it stands in for.
 """
 
 import hashlib
@@ -99,7 +100,7 @@ class Times:
         for producer in group.producers:
             if producer.name in self._linears:
                 found.append((self._linears[producer.name], "n", lost * producer.parts))
-        found += [(self._linears[name], "k", lost) for name in group.consumers]
+        found += [(self._linears[name], "k", lost) for name in group.readers]
         return found
 
     def _size(self, linear: LinearSpec) -> tuple[int, int, int]:

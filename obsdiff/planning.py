@@ -274,8 +274,8 @@ def _lost(groups: Sequence[Group], removed: Mapping[str, int]) -> tuple[Counter[
     for group in groups:
         for producer in group.producers:
             rows[producer.name] += removed.get(group.name, 0) * group.width * producer.parts
-        for consumer in group.consumers:
-            columns[consumer] += removed.get(group.name, 0) * group.width
+        for reader in group.readers:
+            columns[reader] += removed.get(group.name, 0) * group.width
     return rows, columns
 
 
@@ -340,7 +340,7 @@ def _packages(
     """The calibration passes: for units first, then for weights at their widths after the cut."""
     if not workload.calibrates or workload.streams is not None:
         return []
-    consumers = {name for group in groups if removed[group.name] for name in group.consumers}
+    consumers = {name for group in groups if removed[group.name] for name in group.readers}
     units = [spec for spec in specs if spec.name in consumers]
     after = {layer.name: layer for layer in layers if layer.pattern is not None}
     weights = [
@@ -364,7 +364,7 @@ def _solved(
     layers: Sequence[LayerPlan],
 ) -> list[LinearSpec]:
     """The linears that a streamed method solves for, with the one behind the last block; none where nothing goes."""
-    names = {name for group in groups if removed[group.name] for name in group.consumers}
+    names = {name for group in groups if removed[group.name] for name in group.readers}
     names |= {layer.name for layer in layers if layer.pattern not in (None, "0")}
     output = family.output(denoiser)
     return [*(spec for spec in specs if spec.name in names), *([output] if names and output is not None else [])]

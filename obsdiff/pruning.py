@@ -14,10 +14,11 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from obsdiff import allocation, calibration, planning, ranks, stream_costs, streaming
+from obsdiff.clusters import Cluster, clusters
 from obsdiff.core import solver
 from obsdiff.core.gram import Gram
 from obsdiff.families import Family
-from obsdiff.groups import Group, LinearSpec
+from obsdiff.groups import LinearSpec
 from obsdiff.methods import Layer, Method, Options
 from obsdiff.methods.result import cast
 from obsdiff.methods.table import METHODS
@@ -162,9 +163,7 @@ class _Run:
 
     def _solved(self, assignment: Assignment) -> list[LinearSpec]:
         """The linears of the uniform rule that will be solved for."""
-        consumers = {
-            name for group in assignment.groups if group.name in assignment.removals for name in group.consumers
-        }
+        consumers = {name for group in assignment.groups if group.name in assignment.removals for name in group.readers}
         linears = self._family.linears(self._denoiser)
         return [linear for linear in linears if linear.name in assignment.patterns or linear.name in consumers]
 
@@ -182,30 +181,29 @@ class _Run:
         _, groups = select(self._recipe, tuple(linears.values()), self._family.groups(self._denoiser))
         removals = planning.removals(groups, self._recipe.sparsity, align=self._recipe.align)
         groups = tuple(group for group in groups if removals.get(group.name, 0) > 0)
-        of_linear = {name: group for group in groups for name in group.consumers}
+        of_linear = {name: each for each in clusters(groups) for name in each.readers}
         kept: dict[str, tuple[int, ...]] = {}
         records: list[LayerResult] = []
 
         def solve(
             package: Sequence[LinearSpec], grams: Mapping[str, Gram], done: Callable[[str], None]
         ) -> PackageResult:
-            def remove(group: Group) -> PackageResult:
-                members = [self._layer(linears[name], grams) for name in group.consumers]
-                keep, solutions = self._method.prune_units(
-                    members, width=group.width, remove=removals[group.name], options=self._options
-                )
+            def remove(cluster: Cluster) -> PackageResult:
+                members = [self._layer(linears[name], grams) for name in cluster.readers]
+                keep, solutions = self._method.prune_units(members, cluster.removals(removals), self._options)
+                own = {group.name: tuple(units.tolist()) for group, units in zip(cluster.groups, keep, strict=True)}
                 weights, layers = {}, []
                 for layer, solution in zip(members, solutions, strict=True):
                     weights[f"{layer.name}.weight"] = cast(layer.name, solution.weight, self._stored)
-                    pattern = f"{group.kind} {len(keep)}/{group.units}"
+                    pattern = cluster.told(layer.name, own)
                     layers.append(LayerResult(name=layer.name, pattern=pattern, loss=_loss(solution.loss), zeros=0.0))
-                done(group.name)
-                return PackageResult(weights=weights, kept={group.name: tuple(keep.tolist())}, layers=tuple(layers))
+                done(" ".join(own))
+                return PackageResult(weights=weights, kept=own, layers=tuple(layers))
 
             return merged(ranks.solve(list(dict.fromkeys(of_linear[linear.name] for linear in package)), remove))
 
         consumers = [linear for linear in linears.values() if linear.name in of_linear]
-        for result in self._packages("units", consumers, solve, _pieces(consumers, of_linear)):
+        for result in self._packages("units", consumers, solve, _pieces(of_linear)):
             kept.update(result.kept)
             records += result.layers
         return kept, records
@@ -317,8 +315,8 @@ def _loss(loss: float) -> float | None:
     return None if loss != loss else loss
 
 
-def _pieces(consumers: Sequence[LinearSpec], of_linear: Mapping[str, Group]) -> Callable[[Sequence[LinearSpec]], int]:
-    return lambda package: len({of_linear[linear.name].name for linear in package})
+def _pieces(of_linear: Mapping[str, Cluster]) -> Callable[[Sequence[LinearSpec]], int]:
+    return lambda package: len({of_linear[linear.name] for linear in package})
 
 
 def _by_input(linears: Sequence[LinearSpec]) -> list[list[LinearSpec]]:

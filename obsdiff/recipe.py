@@ -238,7 +238,7 @@ def select(
     return chosen, tuple(
         group
         for group in groups
-        if kept.issuperset(group.consumers)
+        if kept.issuperset(group.readers)
         and not any(excluded(producer.name) for producer in group.producers)
         and first_block <= group.block <= last_block
     )

@@ -12,7 +12,7 @@ class LayerResult:
     """What became of one linear.
 
     Attributes:
-        pattern: "2:4", "0.5", "heads 18/24", "ffn 768/1024" or "dense".
+        pattern: "2:4", "0.5", "heads 18/24", "ffn 768/1024", both of these, or "dense".
         loss: tr(dW G dW^T) / tr(W G W^T) on the calibration tokens; None where no gram was taken.
         zeros: share of weights that are zero, among those that are stored.
         reason: why it stayed dense, where it did.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from obsdiff import pausing, ranks
+from obsdiff.clusters import cluster
 from obsdiff.core.gram import Gram, GramAccumulator
 from obsdiff.core.solver import FAST
 from obsdiff.groups import Group, LinearSpec
@@ -211,9 +212,8 @@ class _Solver:
         layers = [self._layer(name, grams) for name in candidate.linears]
         pruned: Sequence[PrunedLayer]
         if candidate.group is not None:
-            _, pruned = self._method.prune_units(
-                layers, width=candidate.group.width, remove=candidate.removed, options=self._options
-            )
+            removals = cluster([candidate.group]).removals({candidate.group.name: candidate.removed})
+            _, pruned = self._method.prune_units(layers, removals, self._options)
         else:
             pattern: Any = candidate.pattern
             pruned = self._method.prune_weights(layers, pattern, self._options)

@@ -33,14 +33,19 @@ def shrink(denoiser: nn.Module, family: Family, keep: Mapping[str, Sequence[int]
     groups = {group.name: group for group in family.groups(denoiser)}
     for name, units in keep.items():
         _check(name, units, groups.get(name))
-    for name, units in keep.items():
-        if len(units) < groups[name].units:
-            _cut(denoiser, groups[name], units)
+    gone = [(groups[name], units) for name, units in keep.items() if len(units) < groups[name].units]
+    _cut(denoiser, gone)
+    for group, units in gone:
+        _follow(denoiser, group, len(units))
 
 
-def columns(group: Group, units: Sequence[int]) -> Tensor:
-    """The columns of these units in a consumer, (units * width,), int64."""
-    first = torch.tensor(units, dtype=torch.int64)[:, None] * group.width  # (units, 1)
+def columns(group: Group, units: Sequence[int], start: int = 0) -> Tensor:
+    """The columns of these units in a consumer that reads the first of them from `start` on.
+
+    Returns:
+        (units * width,), int64.
+    """
+    first = start + torch.tensor(units, dtype=torch.int64)[:, None] * group.width  # (units, 1)
     return (first + torch.arange(group.width)).flatten()
 
 
@@ -55,39 +60,51 @@ def _check(name: str, units: Sequence[int], group: Group | None) -> None:
         raise ValueError(f"{name}: kept units are not ascending and distinct")
 
 
-def _cut(denoiser: nn.Module, group: Group, units: Sequence[int]) -> None:
-    kept = columns(group, units)
-    size = group.units * group.width
-    for producer in group.producers:
-        rows = torch.cat([kept + part * size for part in range(producer.parts)])  # (parts * units * width,)
-        module = denoiser.get_submodule(producer.name)
-        _take(module, "weight", 0, rows)
-        _take(module, "bias", 0, rows)
+def _cut(denoiser: nn.Module, gone: Sequence[tuple[Group, Sequence[int]]]) -> None:
+    """Takes out what the groups lose, each with its kept units, of every module at once: several may cut one."""
+    rows: dict[str, Tensor] = {}
+    across: dict[str, Tensor] = {}
+    for group, units in gone:
+        removed = sorted(set(range(group.units)) - set(units))
+        size = group.units * group.width
+        for producer in group.producers:
+            left = rows.setdefault(producer.name, _all(denoiser, producer.name, dim=0))
+            for part in range(producer.parts):
+                left[columns(group, removed, part * size)] = False
+        for consumer in group.consumers:
+            left = across.setdefault(consumer.name, _all(denoiser, consumer.name, dim=1))
+            left[columns(group, removed, consumer.start)] = False
+    for name, left in rows.items():
+        module = denoiser.get_submodule(name)
+        _take(module, "weight", 0, left)
+        _take(module, "bias", 0, left)
         if isinstance(module, nn.Linear):
-            module.out_features = len(rows)
-    for consumer in group.consumers:
-        module = denoiser.get_submodule(consumer)
-        _take(module, "weight", 1, kept)
+            module.out_features = int(left.sum())
+    for name, left in across.items():
+        module = denoiser.get_submodule(name)
+        _take(module, "weight", 1, left)
         if isinstance(module, nn.Linear):
-            module.in_features = len(kept)
-    if group.attention is not None:
-        _set_heads(denoiser.get_submodule(group.attention), heads=len(units), width=group.width)
+            module.in_features = int(left.sum())
 
 
-def _take(module: nn.Module, name: str, dim: int, index: Tensor) -> None:
+def _all(denoiser: nn.Module, name: str, *, dim: int) -> Tensor:
+    return torch.ones(denoiser.get_parameter(f"{name}.weight").shape[dim], dtype=torch.bool)
+
+
+def _take(module: nn.Module, name: str, dim: int, left: Tensor) -> None:
     parameter = module._parameters.get(name)
     if parameter is None:
         return
-    taken = parameter.detach().index_select(dim, index.to(parameter.device)).contiguous()
+    index = left.nonzero().flatten().to(parameter.device)
+    taken = parameter.detach().index_select(dim, index).contiguous()
     setattr(module, name, nn.Parameter(taken, requires_grad=parameter.requires_grad))
 
 
-def _set_heads(attention: nn.Module, *, heads: int, width: int) -> None:
-    sizes = {
-        "heads": heads,
-        "sliceable_head_dim": heads,
-        "inner_dim": heads * width,
-        "inner_kv_dim": heads * width,
-    }
-    for name, size in sizes.items():
-        setattr(attention, name, size)
+def _follow(denoiser: nn.Module, group: Group, units: int) -> None:
+    """Sets the numbers that follow the units."""
+    for size in group.sizes:
+        module = denoiser.get_submodule(size.module)
+        if size.index is None:
+            setattr(module, size.attribute, units * size.factor)
+        else:
+            getattr(module, size.attribute)[size.index] = units * size.factor

@@ -6,6 +6,7 @@ will get, and is fitted to what the dense model computes at that place; nothing 
 """
 
 import copy
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -15,6 +16,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from obsdiff import calibration, moments, offloading, pausing, ranks, trajectories
+from obsdiff.clusters import clusters
 from obsdiff.core import timesteps
 from obsdiff.core.permutation import permute
 from obsdiff.families import Family
@@ -139,12 +141,8 @@ class _Run:
         scale = recipe.sampling.guidance_scale
         self._guidance = moments.Guidance(scale=scale, weight=recipe.guided) if scale > 1 and recipe.guided else None
         self._groups = family.groups(denoiser)
-        self._group_of = {
-            name: group
-            for group in assignment.groups
-            if assignment.removals.get(group.name)
-            for name in group.consumers
-        }
+        losing = [group for group in assignment.groups if assignment.removals.get(group.name)]
+        self._cluster_of = {name: each for each in clusters(losing) for name in each.readers}
 
     def start(self) -> None:
         self._dense = [PausedPass(self._denoiser, call.arguments) for call in self._calls]
@@ -186,7 +184,7 @@ class _Run:
         return merged(results)
 
     def _changes(self, linear: LinearSpec) -> bool:
-        return linear.name in self._patterns or linear.name in self._group_of
+        return linear.name in self._patterns or linear.name in self._cluster_of
 
     def _tier(
         self, tier: Sequence[LinearSpec], block: nn.Module, dense: nn.Module, name: str, *, last: bool
@@ -228,19 +226,26 @@ class _Run:
         """
         moved: dict[str, Tensor] = {}
         for group in self._groups:
-            pattern = self._patterns.get(group.consumers[0])
-            if not isinstance(pattern, NM) or not layers.keys() >= set(group.consumers):
-                continue
+            pattern = self._patterns.get(group.readers[0])
             free = [producer for producer in group.producers if producer.free]
-            if group.name in self._assignment.removals or any(each.name not in self._patterns for each in free):
+            if (
+                not isinstance(pattern, NM)
+                or not layers.keys() >= set(group.readers)
+                or not can_move(group, pattern)
+                or any(name in self._cluster_of for name in group.readers)
+                or any(each.name not in self._patterns for each in free)
+            ):
                 continue
-            scores = [_score(layers[name]) for name in group.consumers]
-            width = group.width if group.width > 1 else None
-            order = permute(scores, pattern, width=width)
-            for name in group.consumers:
-                layers[name] = _reduced(layers[name], order)
+            size = group.units * group.width
+            own = {consumer.name: slice(consumer.start, consumer.start + size) for consumer in group.consumers}
+            scores = [_score(layers[name])[:, columns] for name, columns in own.items()]
+            order = permute(scores, pattern, width=group.width if group.width > 1 else None)
+            for name, columns in own.items():
+                everything = torch.arange(layers[name].weight.shape[1], device=order.device)
+                everything[columns] = order + columns.start
+                layers[name] = _reduced(layers[name], everything)
             for producer in free:
-                rows = torch.cat([order + part * len(order) for part in range(producer.parts)])
+                rows = torch.cat([order + part * size for part in range(producer.parts)])
                 moved[f"{producer.name}.weight"] = self._weight(producer.name)[rows]
                 bias = self._bias(producer.name)
                 if bias is not None:
@@ -250,16 +255,16 @@ class _Run:
     def _solved(self, tier: Sequence[LinearSpec], layers: Mapping[str, Layer]) -> PackageResult:
         solutions: dict[str, tuple[Pruned, str]] = {}
         kept: dict[str, tuple[int, ...]] = {}
-        for group in dict.fromkeys(self._group_of[name] for name in layers if name in self._group_of):
-            keep, pruned = self._method.prune_units(
-                [layers[name] for name in group.consumers],
-                width=group.width,
-                remove=self._assignment.removals[group.name],
-                options=self._options,
+        for losing in dict.fromkeys(self._cluster_of[name] for name in layers if name in self._cluster_of):
+            stays, pruned = self._method.prune_units(
+                [layers[name] for name in losing.readers],
+                losing.removals(self._assignment.removals),
+                self._options,
             )
-            kept[group.name] = tuple(keep.tolist())
-            for name, solution in zip(group.consumers, pruned, strict=True):
-                solutions[name] = solution, f"{group.kind} {len(keep)}/{group.units}"
+            own = {group.name: tuple(units.tolist()) for group, units in zip(losing.groups, stays, strict=True)}
+            kept.update(own)
+            for name, solution in zip(losing.readers, pruned, strict=True):
+                solutions[name] = solution, losing.told(name, own)
         for sharing in _alike(tier, self._patterns):
             pattern = self._patterns[sharing[0].name]
             columns = [_columns(solutions.get(linear.name)) for linear in sharing]
@@ -277,7 +282,7 @@ class _Run:
             weight = weights[f"{name}.weight"] = cast(name, solution.weight, self._stored)
             if solution.bias is not None:
                 weights[f"{name}.bias"] = cast(name, solution.bias, self._stored)
-            stays = weight[:, solution.keep.any(dim=0)] if name in self._group_of else weight
+            stays = weight[:, solution.keep.any(dim=0)] if name in self._cluster_of else weight
             zeros = float((stays == 0).sum()) / max(stays.numel(), 1)
             reason = "refitted to the dense model's output" if what == "dense" else None
             records.append(LayerResult(name=name, pattern=what, loss=solution.loss, zeros=zeros, reason=reason))
@@ -302,18 +307,26 @@ def assign(
     pattern: Pattern | None,
 ) -> Assignment:
     """The same for every layer: each of `linears` gets the pattern, unless its width after the cut does not fit."""
-    lost = {name: removals.get(group.name, 0) * group.width for group in groups for name in group.consumers}
+    lost: Counter[str] = Counter()
+    for group in groups:
+        lost.update({name: removals.get(group.name, 0) * group.width for name in group.readers})
     patterns: dict[str, Pattern] = {}
     dense: dict[str, str] = {}
     if pattern is not None and pattern.ratio > 0:
         for linear in linears:
-            left = linear.in_features - lost.get(linear.name, 0)
+            left = linear.in_features - lost[linear.name]
             if isinstance(pattern, NM) and left % pattern.m:
                 dense[linear.name] = f"{left} inputs are not divisible by {pattern.m}"
             else:
                 patterns[linear.name] = pattern
     removed = {name: number for name, number in removals.items() if number}
     return Assignment(groups=tuple(groups), removals=removed, patterns=patterns, dense=dense)
+
+
+def can_move(group: Group, pattern: NM) -> bool:
+    """Whether the channels of a group fill whole groups of M: its segments and where they begin are multiples of M."""
+    segment = group.width if group.width > 1 else group.units
+    return not segment % pattern.m and not any(consumer.start % pattern.m for consumer in group.consumers)
 
 
 def _tier_of(linear: LinearSpec) -> int:
@@ -333,7 +346,7 @@ def _parts(tier: Sequence[LinearSpec], groups: Sequence[Group]) -> list[list[Lin
     """The linears that are solved together: those that read one tensor, or lose the same units, or change places."""
     parts: list[tuple[set[str], list[LinearSpec]]] = []
     for linear in tier:
-        ties = {linear.reads, *(group.name for group in groups if linear.name in group.consumers)}
+        ties = {linear.reads, *(group.name for group in groups if linear.name in group.readers)}
         near = [part for part in parts if part[0] & ties]
         parts = [part for part in parts if not part[0] & ties]
         parts.append((ties.union(*(part[0] for part in near)), [*(each for part in near for each in part[1]), linear]))

@@ -5,7 +5,7 @@ Sizes always come from the modules, so that everything here holds on the meta de
 
 from torch import nn
 
-from obsdiff.groups import Group, LinearSpec, Producer, Write
+from obsdiff.groups import Consumer, Group, LinearSpec, Producer, Size, Write
 from obsdiff_runtime.errors import ModelError
 
 
@@ -45,46 +45,81 @@ def size(module: nn.Module, name: str) -> int:
     return int(getattr(module, name))
 
 
-def heads(denoiser: nn.Module, name: str, *, block: int) -> Group:
+def heads(
+    denoiser: nn.Module, name: str, *, block: int, consumers: tuple[Consumer, ...] = (), sizes: tuple[Size, ...] = ()
+) -> Group:
     """The heads of the attention module of that name.
 
     All projections into the heads lose rows; `to_out.0` and, where the second stream goes on, `to_add_out` lose
     columns. Norms of queries and keys are per channel of a head and stay as they are.
 
+    Args:
+        denoiser: any.
+        name: of the attention module.
+        block: index of its block.
+        consumers: what reads the heads, where it is no projection of the module's own.
+        sizes: numbers outside of the module that follow.
+
     Raises:
-        ModelError: the projections are fused.
+        ModelError: the projections are fused, or the attention has weights beside them (an IP-Adapter's).
     """
     attention = denoiser.get_submodule(name)
     if getattr(attention, "fused_projections", False):
         raise ModelError(f"{name}: its projections are fused; call unfuse_qkv_projections() before pruning")
+    if any(True for _ in getattr(attention.processor, "parameters", tuple)()):
+        raise ModelError(f"{name}: its processor has weights of its own; call unload_ip_adapter() before pruning")
     units = size(attention, "heads")
     producers = present(attention, "to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
-    consumers = ("to_out.0", *present(attention, "to_add_out"))
+    outputs = ("to_out.0", *present(attention, "to_add_out"))
+    width = size(attention.get_submodule("to_q"), "out_features") // units
+    own = {"heads": 1, "sliceable_head_dim": 1, "inner_dim": width, "inner_kv_dim": width}
+    followers = [
+        Size(module=name, attribute=attribute, factor=factor)
+        for attribute, factor in own.items()
+        if hasattr(attention, attribute)
+    ]
     return Group(
         name=f"{name}.heads",
         kind="heads",
         block=block,
         units=units,
-        width=size(attention.get_submodule("to_q"), "out_features") // units,
+        width=width,
         producers=tuple(
             Producer(name=f"{name}.{producer}", free=producer in ("to_v", "add_v_proj")) for producer in producers
         ),
-        consumers=tuple(f"{name}.{consumer}" for consumer in consumers),
-        attention=name,
+        consumers=consumers or tuple(Consumer(name=f"{name}.{output}") for output in outputs),
+        sizes=(*followers, *sizes),
     )
 
 
 def neurons(denoiser: nn.Module, name: str, *, block: int) -> Group:
     """The neurons of the feed-forward module of that name; a gated one (GEGLU, SwiGLU) holds each of them twice."""
     into, out = f"{name}.net.0.proj", f"{name}.net.2"
-    rows = size(denoiser.get_submodule(into), "out_features")
     units = size(denoiser.get_submodule(out), "in_features")
+    parts = size(denoiser.get_submodule(into), "out_features") // units
+    return neurons_between(name, Producer(name=into, parts=parts), Consumer(name=out), units=units, block=block)
+
+
+def neurons_between(
+    name: str, into: Producer, out: Consumer, *, units: int, block: int, sizes: tuple[Size, ...] = ()
+) -> Group:
+    """The neurons between two linears.
+
+    Args:
+        name: of what they are part of.
+        into: gives them.
+        out: reads them.
+        units: how many there are.
+        block: index of their block.
+        sizes: numbers in modules that follow.
+    """
     return Group(
         name=f"{name}.neurons",
         kind="ffn",
         block=block,
         units=units,
         width=1,
-        producers=(Producer(name=into, parts=rows // units),),
+        producers=(into,),
         consumers=(out,),
+        sizes=sizes,
     )

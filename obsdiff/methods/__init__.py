@@ -1,7 +1,7 @@
 """Pruning methods. A method is a module here and a line in table.METHODS.
 
 out, in   a linear's widths
-units     the columns that are removed together, `width` columns each
+units     the columns that are removed together; see core.units
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from typing import Protocol
 from torch import Tensor
 
 from obsdiff.core.solver import LEAN, Effort
+from obsdiff.core.units import Removal
 from obsdiff.sparsity import Pattern
 
 
@@ -120,19 +121,19 @@ class Method(Protocol):
         ...
 
     def prune_units(
-        self, layers: Sequence[Layer], *, width: int, remove: int, options: Options
-    ) -> tuple[Tensor, list[Pruned]]:
+        self, layers: Sequence[Layer], removals: Sequence[Removal], options: Options
+    ) -> tuple[list[Tensor], list[Pruned]]:
         """Chooses and removes whole units from linears that share them.
 
         Args:
             layers: one linear, or two whose input columns are the same units in two streams.
-            width: columns per unit.
-            remove: how many units go.
+            removals: what goes of one group of units, or of several that a linear reads side by side; the layers are
+                their streams.
             options: the knobs.
 
         Returns:
-            the kept units, (kept,), int64, sorted; per layer the weight with the removed columns zero and the others
-            compensated, at full width.
+            per group the kept units, (kept,), int64, sorted; per layer the weight with the removed columns zero and
+            the others compensated, at full width.
 
         Raises:
             CalibrationError: a gram cannot be used; names the layer.

@@ -22,6 +22,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from obsdiff.core.units import Removal
 from obsdiff.methods import Layer, Options, Pruned, result, wanda
 from obsdiff.sparsity import NM, Pattern
 from obsdiff_runtime.errors import CalibrationError, ConfigError
@@ -47,7 +48,9 @@ def prune_weights(layers: Sequence[Layer], pattern: Pattern, options: Options) -
     return [_prune(layer, pattern) for layer in layers]
 
 
-def prune_units(layers: Sequence[Layer], *, width: int, remove: int, options: Options) -> tuple[Tensor, list[Pruned]]:
+def prune_units(
+    layers: Sequence[Layer], removals: Sequence[Removal], options: Options
+) -> tuple[list[Tensor], list[Pruned]]:
     """Refused: a swap inside a row has no counterpart among units, which leave every row at once.
 
     Raises:

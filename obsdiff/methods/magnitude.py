@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from obsdiff.core import support
+from obsdiff.core.units import Removal
 from obsdiff.methods import Layer, Options, Pruned, result
 from obsdiff.methods.scores import drop_lowest_units, n_of_m
 from obsdiff.sparsity import NM, Pattern
@@ -24,10 +25,12 @@ def prune_weights(layers: Sequence[Layer], pattern: Pattern, options: Options) -
     return [_prune(layer, pattern) for layer in layers]
 
 
-def prune_units(layers: Sequence[Layer], *, width: int, remove: int, options: Options) -> tuple[Tensor, list[Pruned]]:
+def prune_units(
+    layers: Sequence[Layer], removals: Sequence[Removal], options: Options
+) -> tuple[list[Tensor], list[Pruned]]:
     """Drops the units of least norm; two streams are fused by rank as in `obsdiff`."""
     energies = [layer.weight.detach().double().square() for layer in layers]
-    return drop_lowest_units(layers, energies, width=width, remove=remove)
+    return drop_lowest_units(layers, energies, removals)
 
 
 def _prune(layer: Layer, pattern: Pattern) -> Pruned:

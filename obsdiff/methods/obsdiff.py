@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from obsdiff.core import linalg, support, units
+from obsdiff.core.units import Removal
 from obsdiff.methods import Layer, Options, Pruned, result
 from obsdiff.sparsity import Pattern
 
@@ -38,18 +39,17 @@ def prune_weights(layers: Sequence[Layer], pattern: Pattern, options: Options) -
     return pruned
 
 
-def prune_units(layers: Sequence[Layer], *, width: int, remove: int, options: Options) -> tuple[Tensor, list[Pruned]]:
+def prune_units(
+    layers: Sequence[Layer], removals: Sequence[Removal], options: Options
+) -> tuple[list[Tensor], list[Pruned]]:
     """Removes the units of least loss and compensates; see core.units.remove."""
-    if remove == 0:
-        return torch.arange(layers[0].weight.shape[1] // width), [result.unchanged(layer) for layer in layers]
+    if not any(removal.number for removal in removals):
+        return result.untouched(layers, removals)
     factors = []
     for layer in layers:
         with result.named([layer]):
             factors.append(linalg.factorise(result.gram_of(layer), options.damp))
     with result.named(layers):
-        kept, weights = units.remove([layer.weight.detach() for layer in layers], factors, width=width, number=remove)
-    pruned = [
-        result.stored(layer, weight, result.spread(kept, layer, width))
-        for layer, weight in zip(layers, weights, strict=True)
-    ]
-    return kept, pruned
+        kept, weights = units.remove([layer.weight.detach() for layer in layers], factors, removals)
+    supports = result.without(layers, removals, kept)
+    return kept, [result.stored(layer, weight, keep) for weight, (layer, keep) in zip(weights, supports, strict=True)]

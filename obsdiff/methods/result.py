@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from obsdiff.core.linalg import relative_loss
+from obsdiff.core.units import Removal, left
 from obsdiff.methods import Layer, Pruned
 from obsdiff_runtime.errors import CalibrationError, ObsdiffError
 
@@ -64,8 +65,20 @@ def named(layers: Sequence[Layer]) -> Iterator[None]:
         raise type(error)(f"{layers[0].name}{others}: {error}") from error
 
 
-def spread(kept: Tensor, layer: Layer, width: int) -> Tensor:
-    """The support, (out, in), of a layer that keeps these units of `width` columns."""
-    columns = torch.zeros(layer.weight.shape[1] // width, dtype=torch.bool, device=layer.weight.device)
-    columns[kept] = True
-    return columns.repeat_interleave(width).expand_as(layer.weight).clone()
+def without(
+    layers: Sequence[Layer], removals: Sequence[Removal], kept: Sequence[Tensor]
+) -> Iterator[tuple[Layer, Tensor]]:
+    """The layers, each with its support, (out, in), once only these units of each group are left."""
+    live = []
+    for removal, units in zip(removals, kept, strict=True):
+        stays = torch.zeros(removal.units, dtype=torch.bool, device=units.device)
+        stays[units] = True
+        live.append(stays)
+    for place, layer in enumerate(layers):
+        columns = left(live, removals, place, layer.weight.shape[1])
+        yield layer, columns.to(layer.weight.device).expand_as(layer.weight).clone()
+
+
+def untouched(layers: Sequence[Layer], removals: Sequence[Removal]) -> tuple[list[Tensor], list[Pruned]]:
+    """What `prune_units` gives where no unit goes."""
+    return [torch.arange(removal.units) for removal in removals], [unchanged(layer) for layer in layers]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from obsdiff.core import support, units
+from obsdiff.core.units import Removal
 from obsdiff.methods import Layer, Pruned, result
 from obsdiff.sparsity import NM
 
@@ -29,23 +30,29 @@ def n_of_m(score: Tensor, pattern: NM) -> Tensor:
 
 
 def drop_lowest_units(
-    layers: Sequence[Layer], scores: Sequence[Tensor], *, width: int, remove: int
-) -> tuple[Tensor, list[Pruned]]:
+    layers: Sequence[Layer], scores: Sequence[Tensor], removals: Sequence[Removal]
+) -> tuple[list[Tensor], list[Pruned]]:
     """Drops the units whose summed scores are lowest, without compensation.
 
     Args:
-        layers: one linear, or two that share their units.
+        layers: linears that share their units.
         scores: per layer (out, in); those of a unit's weights are summed up.
-        width: columns per unit.
-        remove: how many units go.
+        removals: as in Method.prune_units.
 
     Returns:
         as Method.prune_units.
     """
-    number = layers[0].weight.shape[1] // width
-    live = torch.ones(number, dtype=torch.bool, device=layers[0].weight.device)
-    if remove == 0:
-        return live.nonzero().flatten(), [result.unchanged(layer) for layer in layers]
-    live[units.lowest([score.sum(dim=0).view(number, width).sum(dim=1) for score in scores], remove)] = False
-    kept = live.nonzero().flatten()
-    return kept, [result.stored(layer, layer.weight.detach(), result.spread(kept, layer, width)) for layer in layers]
+    if not any(removal.number for removal in removals):
+        return result.untouched(layers, removals)
+    kept = []
+    for removal in removals:
+        energies = []
+        for start, score in zip(removal.starts, scores, strict=True):
+            if start is not None:
+                own = score[:, start : start + removal.units * removal.width]
+                energies.append(own.sum(dim=0).view(removal.units, removal.width).sum(dim=1))
+        live = torch.ones(removal.units, dtype=torch.bool, device=layers[0].weight.device)
+        live[units.lowest(energies, removal.number)] = False
+        kept.append(live.nonzero().flatten())
+    supports = result.without(layers, removals, kept)
+    return kept, [result.stored(layer, layer.weight.detach(), keep) for layer, keep in supports]

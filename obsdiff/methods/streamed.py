@@ -13,6 +13,7 @@ from torch import Tensor
 
 from obsdiff.core import bias, linalg, solver, units
 from obsdiff.core.linalg import Factor
+from obsdiff.core.units import Removal
 from obsdiff.methods import Layer, Options, Pruned, result
 from obsdiff.sparsity import Pattern
 from obsdiff_runtime.errors import CalibrationError
@@ -47,7 +48,9 @@ def prune_weights(layers: Sequence[Layer], pattern: Pattern, options: Options) -
     return pruned
 
 
-def prune_units(layers: Sequence[Layer], *, width: int, remove: int, options: Options) -> tuple[Tensor, list[Pruned]]:
+def prune_units(
+    layers: Sequence[Layer], removals: Sequence[Removal], options: Options
+) -> tuple[list[Tensor], list[Pruned]]:
     """Removes the units of least loss and compensates; see core.units.remove."""
     factors = []
     for layer in layers:
@@ -55,12 +58,9 @@ def prune_units(layers: Sequence[Layer], *, width: int, remove: int, options: Op
             factors.append(_factor(layer, options))
     wanted = [_wanted(layer, factor) for layer, factor in zip(layers, factors, strict=True)]
     with result.named(layers):
-        kept, weights = units.remove(wanted, factors, width=width, number=remove)
-    pruned = [
-        _finished(layer, weight, result.spread(kept, layer, width))
-        for layer, weight in zip(layers, weights, strict=True)
-    ]
-    return kept, pruned
+        kept, weights = units.remove(wanted, factors, removals)
+    supports = result.without(layers, removals, kept)
+    return kept, [_finished(layer, weight, keep) for weight, (layer, keep) in zip(weights, supports, strict=True)]
 
 
 def _factor(layer: Layer, options: Options) -> Factor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from obsdiff.core import support
 from obsdiff.core.linalg import check
+from obsdiff.core.units import Removal
 from obsdiff.methods import Layer, Options, Pruned, result
 from obsdiff.methods.scores import drop_lowest_units, n_of_m
 from obsdiff.sparsity import NM, Pattern
@@ -27,9 +28,11 @@ def prune_weights(layers: Sequence[Layer], pattern: Pattern, options: Options) -
     return [_prune(layer, pattern) for layer in layers]
 
 
-def prune_units(layers: Sequence[Layer], *, width: int, remove: int, options: Options) -> tuple[Tensor, list[Pruned]]:
+def prune_units(
+    layers: Sequence[Layer], removals: Sequence[Removal], options: Options
+) -> tuple[list[Tensor], list[Pruned]]:
     """Drops the units with the lowest sums of squared scores; two streams are fused by rank as in `obsdiff`."""
-    return drop_lowest_units(layers, [_score(layer).square() for layer in layers], width=width, remove=remove)
+    return drop_lowest_units(layers, [_score(layer).square() for layer in layers], removals)
 
 
 def support_of(layer: Layer, pattern: Pattern) -> Tensor:

@@ -157,8 +157,8 @@ def _cut(groups: Sequence[Group], shapes: Mapping[str, Shape], share: float, ali
         lost = (group.units - kept_units(group, share, align)) * group.width
         for producer in group.producers:
             rows[producer.name] += lost * producer.parts
-        for consumer in group.consumers:
-            columns[consumer] += lost
+        for reader in group.readers:
+            columns[reader] += lost
     return {
         name: Shape(shape.m, shape.k - columns[name], shape.n - rows[name])
         for name, shape in shapes.items()

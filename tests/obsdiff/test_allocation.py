@@ -11,7 +11,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from obsdiff import allocation, costs, planning, pruning, sensitivities, streaming
-from obsdiff.groups import Group
+from obsdiff.core.units import Removal
+from obsdiff.groups import Consumer, Group
 from obsdiff.job import computable, given
 from obsdiff.methods import Layer, Options, Pruned
 from obsdiff.methods.table import METHODS
@@ -97,23 +98,28 @@ class Zeroing:
         self._value = value
 
     def prune_units(
-        self, layers: Sequence[Layer], *, width: int, remove: int, options: Options
-    ) -> tuple[Tensor, list[Pruned]]:
-        return torch.arange(1), [self._pruned(layer, remove * width) for layer in layers]
+        self, layers: Sequence[Layer], removals: Sequence[Removal], options: Options
+    ) -> tuple[list[Tensor], list[Pruned]]:
+        (removal,) = removals
+        pruned = [
+            self._pruned(layer, start or 0, removal.number * removal.width)
+            for layer, start in zip(layers, removal.starts, strict=True)
+        ]
+        return [torch.arange(1)], pruned
 
     def prune_weights(self, layers: Sequence[Layer], pattern: Any, options: Options) -> list[Pruned]:
-        return [self._pruned(layer, layer.weight.shape[1] // 2) for layer in layers]
+        return [self._pruned(layer, 0, layer.weight.shape[1] // 2) for layer in layers]
 
-    def _pruned(self, layer: Layer, columns: int) -> Pruned:
+    def _pruned(self, layer: Layer, start: int, columns: int) -> Pruned:
         weight = layer.weight.clone()
-        weight[:, :columns] = self._value
+        weight[:, start : start + columns] = self._value
         return Pruned(weight=weight, keep=weight != 0, loss=0.0)
 
 
 def candidates(subject: Subject) -> list[Candidate]:
     groups = [group for group in subject.family.groups(subject.denoiser) if group.units > 1]
     units = [
-        Candidate(key=group.name, block=group.block, linears=group.consumers, group=group, removed=group.units // 2)
+        Candidate(key=group.name, block=group.block, linears=group.readers, group=group, removed=group.units // 2)
         for group in groups
     ]
     linear = subject.family.linears(subject.denoiser)[0]
@@ -303,7 +309,7 @@ def test_the_record_holds_what_was_measured(subject: Callable[..., Subject]) -> 
     [(16, 4, [0, 4, 8, 12]), (16, 16, [0]), (16, 64, [0]), (10, 4, [0, 2, 6]), (300, 1, [0, *range(5, 300, 5), 299])],
 )
 def test_widths_are_multiples_and_not_too_many(units: int, align: int, expected: list[int]) -> None:
-    group = Group(name="g", kind="ffn", block=0, units=units, width=1, producers=(), consumers=("c",))
+    group = Group(name="g", kind="ffn", block=0, units=units, width=1, producers=(), consumers=(Consumer(name="c"),))
     assert allocation.removable(group, align) == expected
 
 

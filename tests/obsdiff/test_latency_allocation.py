@@ -106,7 +106,7 @@ class Subject:
         found = []
         lost = removed * group.width
         changes = [(each.name, 0, lost * each.parts) for each in group.producers]
-        for name, columns, rows in [*changes, *((name, lost, 0) for name in group.consumers)]:
+        for name, columns, rows in [*changes, *((name, lost, 0) for name in group.readers)]:
             if name in self.linears:
                 linear = self.linears[name]
                 m = ROWS * self.positions[name]

@@ -17,7 +17,7 @@ from obsdiff import costs, planning, stream_costs
 from obsdiff.estimates import Streams, Workload
 from obsdiff.families import Family
 from obsdiff.families.table import family_of
-from obsdiff.groups import Group, LinearSpec, Producer
+from obsdiff.groups import Consumer, Group, LinearSpec, Producer
 from obsdiff.sparsity import Sparsity, parse
 from obsdiff_runtime.errors import ResourceError
 
@@ -136,9 +136,9 @@ def test_a_loaded_shrunk_model_costs_what_was_planned() -> None:
         return block.half()
 
     before, after = small(4, 64), small(3, 48)
-    group = {"block": 0, "kind": "heads"}
-    heads = Group(name="h", units=4, width=4, producers=(Producer(name="0"),), consumers=("1",), **group)  # type: ignore[arg-type]
-    ffn = Group(name="f", units=64, width=1, producers=(Producer(name="2"),), consumers=("3",), block=0, kind="ffn")
+    into, out = (Producer(name="0"), Producer(name="2")), (Consumer(name="1"), Consumer(name="3"))
+    heads = Group(name="h", units=4, width=4, producers=into[:1], consumers=out[:1], block=0, kind="heads")
+    ffn = Group(name="f", units=64, width=1, producers=into[1:], consumers=out[1:], block=0, kind="ffn")
     positions = costs.positions(before, {"input": torch.ones(1, 7, 16)})
     assert positions == {"0": 7, "1": 7, "2": 7, "3": 7}
     specs = tuple(spec(name, *module.weight.shape[::-1]) for name, module in before.named_children())

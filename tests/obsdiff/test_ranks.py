@@ -217,7 +217,7 @@ def test_what_shares_an_input_or_units_is_solved_on_one_rank(build_denoiser: Cal
                 if one.reads == other.reads:
                     assert home[one.name] == home[other.name]
         for group in family.groups(denoiser):
-            assert len({home[name] for name in group.consumers if name in home}) < 2
+            assert len({home[name] for name in group.readers if name in home}) < 2
 
 
 def _as(monkeypatch: pytest.MonkeyPatch, *, rank: int, world: int) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from obsdiff.families.table import FAMILIES
-from obsdiff.groups import Group, LinearSpec, Producer
+from obsdiff.groups import Consumer, Group, LinearSpec, Producer
 from obsdiff.loading import Defaults
 from obsdiff.recipe import Recipe, parse_blocks, parse_bytes, read_prompts, select
 from obsdiff.resolving import resolve
@@ -34,7 +34,7 @@ LINEARS = tuple(
 GROUPS = tuple(
     Group(
         name=f"blocks.{block}.ff", kind="ffn", block=block, units=8, width=1,
-        producers=(Producer(name=f"blocks.{block}.ff.in"),), consumers=(f"blocks.{block}.ff.out",),
+        producers=(Producer(name=f"blocks.{block}.ff.in"),), consumers=(Consumer(name=f"blocks.{block}.ff.out"),),
     )
     for block in range(4)
 )  # fmt: skip

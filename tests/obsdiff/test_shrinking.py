@@ -31,9 +31,9 @@ def masked(denoiser: nn.Module, keep: Keep) -> nn.Module:
     for group in family_of(denoiser).groups(denoiser):
         removed = sorted(set(range(group.units)) - set(keep.get(group.name, range(group.units))))
         for consumer in group.consumers:
-            weight = denoiser.get_submodule(consumer).weight
+            weight = denoiser.get_submodule(consumer.name).weight
             assert isinstance(weight, nn.Parameter)
-            weight.data[:, columns(group, removed)] = 0
+            weight.data[:, columns(group, removed, consumer.start)] = 0
     return denoiser
 
 
@@ -105,7 +105,7 @@ def test_keeping_everything_changes_no_bit_and_no_parameter_object(
 def test_what_is_left_is_contiguous_and_keeps_its_values_bit_by_bit(build_denoiser: Callable[..., Any]) -> None:
     denoiser = build_denoiser("sd15")
     group = family_of(denoiser).groups(denoiser)[-1]
-    into, out = group.producers[0].name, group.consumers[0]
+    into, out = group.producers[0].name, group.readers[0]
     weight, columns_before = denoiser.get_submodule(into).weight.detach(), denoiser.get_submodule(out).weight.detach()
     bias = denoiser.get_submodule(into).bias.detach()
     kept = [1, 4, group.units - 1]

@@ -104,7 +104,7 @@ def test_cuts_have_the_widths_of_a_model_cut_so(kind: str, request: pytest.Fixtu
 def _shrink_alike(denoiser: nn.Module, family: Family, cut: CutPlan) -> None:
     keep = {}
     for group in family.groups(denoiser):
-        consumer = group.consumers[0]
+        consumer = group.consumers[0].name
         if group.kind == cut.kind and consumer in cut.shapes:
             keep[group.name] = range(cut.shapes[consumer].k // group.width)
     shrink(denoiser, family, keep)

@@ -103,8 +103,8 @@ def test_a_group_covers_its_linears_whole(kind: str, build_denoiser: Callable[..
         for producer in group.producers:
             assert linears[producer.name].out_features == producer.parts * group.units * group.width
         for consumer in group.consumers:
-            assert linears[consumer].in_features == group.units * group.width
-    consumers = [name for group in family.groups(denoiser) for name in group.consumers]
+            assert linears[consumer.name].in_features == group.units * group.width
+    consumers = [name for group in family.groups(denoiser) for name in group.readers]
     assert len(consumers) == len(set(consumers))
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from obsdiff.core.units import Removal
 from obsdiff.methods import Layer, Options, Pruned
 from obsdiff.methods.table import METHODS
 from obsdiff.sparsity import NM, Pattern, Unstructured
@@ -28,13 +29,17 @@ def tokens(number: int) -> Tensor:
     return torch.randn(number, WIDTH, generator=torch.Generator().manual_seed(0)) + 0.3
 
 
+def units(width: int, remove: int) -> list[Removal]:
+    return [Removal(units=WIDTH // width, width=width, number=remove, starts=(0,))]
+
+
 def prune(method: str, layer: Layer) -> list[tuple[Pruned, int]]:
     """The results of every pattern and, where there is one, of the structured form, and how many weights go."""
     wanted = [int(ROWS * WIDTH * pattern.ratio) for pattern in PATTERNS]
     found = [METHODS[method].prune_weights([layer], pattern, Options())[0] for pattern in PATTERNS]
     if METHODS[method].removes_units:
         for width, remove in ((1, 20), (8, 3)):
-            _, (pruned,) = METHODS[method].prune_units([layer], width=width, remove=remove, options=Options())
+            _, (pruned,) = METHODS[method].prune_units([layer], units(width, remove), Options())
             found.append(pruned)
             wanted.append(ROWS * width * remove)
     return list(zip(found, wanted, strict=True))
@@ -83,4 +88,4 @@ def test_a_layer_that_only_ever_saw_zeros_is_an_error(method: str) -> None:
         METHODS[method].prune_weights([layer], NM(2, 4), Options())
     if METHODS[method].removes_units:
         with pytest.raises(CalibrationError, match=r"blocks\.7\.ff: .*every activation of this layer was zero"):
-            METHODS[method].prune_units([layer], width=8, remove=1, options=Options())
+            METHODS[method].prune_units([layer], units(8, 1), Options())

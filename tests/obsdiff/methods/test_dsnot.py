@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from obsdiff.core.gram import GramAccumulator
+from obsdiff.core.units import Removal
 from obsdiff.methods import Layer, Options, Pruned, dsnot, wanda
 from obsdiff.methods.dsnot import swap
 from obsdiff.sparsity import NM, Pattern, Unstructured
@@ -146,4 +147,4 @@ def test_a_mean_that_was_not_collected_or_is_broken_is_an_error_that_names_the_l
 
 def test_units_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"blocks\.7\.ff: dsnot .* removes no heads or neurons"):
-        dsnot.prune_units([layer_of()], width=8, remove=1, options=Options())
+        dsnot.prune_units([layer_of()], [Removal(units=8, width=8, number=1, starts=(0,))], Options())

@@ -11,6 +11,7 @@ from torch import Tensor
 from obsdiff.core.gram import GramAccumulator
 from obsdiff.core.solver import FULL
 from obsdiff.core.timesteps import SCHEDULES
+from obsdiff.core.units import Removal
 from obsdiff.methods import Layer, Options, Pruned
 from obsdiff.methods.table import METHODS
 from obsdiff.sparsity import NM, Pattern, Unstructured
@@ -21,6 +22,11 @@ PATTERNS: Sequence[Pattern] = (NM(2, 4), NM(4, 8), Unstructured(0.5))
 CALIBRATING = [name for name, method in METHODS.items() if method.calibrates]
 REMOVING_UNITS = [name for name, method in METHODS.items() if method.removes_units]
 COMPENSATING = ["obsdiff", "sparsegpt"]
+
+
+def units(width: int, remove: int, columns: int, streams: int = 1) -> list[Removal]:
+    """All columns of so many streams are units of this width."""
+    return [Removal(units=columns // width, width=width, number=remove, starts=(0,) * streams)]
 
 
 def activations(width: int, seed: int = 0, tokens: int = 2000) -> Tensor:
@@ -68,7 +74,7 @@ def test_the_logged_loss_is_that_of_the_output_on_stored_activations(method: str
     layer = layer_of(x, 64, dtype=dtype)
     results = [METHODS[method].prune_weights([layer], pattern, OPTIONS)[0] for pattern in PATTERNS]
     if METHODS[method].removes_units:
-        results += METHODS[method].prune_units([layer], width=8, remove=3, options=OPTIONS)[1]
+        results += METHODS[method].prune_units([layer], units(8, 3, 64), OPTIONS)[1]
     for pruned in results:
         assert pruned.loss == pytest.approx(output_loss(layer, pruned, x), rel=1e-4)
 
@@ -88,7 +94,7 @@ def test_units_are_chosen_better_with_compensation(width: int, remove: int) -> N
     x = activations(128) * torch.logspace(-1, 1, 128)[torch.randperm(128, generator=torch.Generator().manual_seed(3))]
     layer = layer_of(x, 128)
     loss = {
-        name: METHODS[name].prune_units([layer], width=width, remove=remove, options=OPTIONS)[1][0].loss
+        name: METHODS[name].prune_units([layer], units(width, remove, 128), OPTIONS)[1][0].loss
         for name in REMOVING_UNITS
     }
     assert loss["obsdiff"] < 0.6 * loss["wanda"]
@@ -100,11 +106,11 @@ def test_nothing_asked_changes_no_bit(method: str) -> None:
     layer = layer_of(activations(32), 32)
     before = layer.weight.clone()
     pruned = METHODS[method].prune_weights([layer, layer], Unstructured(0.0), OPTIONS)
-    units: list[Pruned] = []
+    whole: list[Pruned] = []
     if METHODS[method].removes_units:
-        kept, units = METHODS[method].prune_units([layer], width=8, remove=0, options=OPTIONS)
+        (kept,), whole = METHODS[method].prune_units([layer], units(8, 0, 32), OPTIONS)
         assert kept.tolist() == [0, 1, 2, 3]
-    for result in (*pruned, *units):
+    for result in (*pruned, *whole):
         assert torch.equal(result.weight, before)
         assert bool(result.keep.all())
         assert result.loss == 0
@@ -123,7 +129,7 @@ def test_the_weight_given_is_left_alone_and_the_same_comes_out_twice(method: str
 @pytest.mark.parametrize("method", REMOVING_UNITS)
 def test_removed_units_are_zero_and_kept_ones_counted(method: str) -> None:
     layers = [layer_of(activations(48), 48), layer_of(activations(48, seed=5), 48, rows=20, seed=2)]
-    kept, pruned = METHODS[method].prune_units(layers, width=8, remove=2, options=OPTIONS)
+    (kept,), pruned = METHODS[method].prune_units(layers, units(8, 2, 48, streams=2), OPTIONS)
     assert kept.dtype == torch.int64
     assert len(kept) == 4
     for result in pruned:
@@ -131,6 +137,24 @@ def test_removed_units_are_zero_and_kept_ones_counted(method: str) -> None:
         assert torch.equal(columns[0, :, 0].nonzero().flatten(), kept)
         assert bool((columns == columns[:1, :, :1]).all())
         assert bool((result.weight[~result.keep] == 0).all())
+
+
+@pytest.mark.parametrize("method", REMOVING_UNITS)
+def test_heads_and_neurons_side_by_side_go_from_their_own_columns(method: str) -> None:
+    """Four columns that are no unit, three heads of 8, 20 neurons: what Flux's last projection reads, and more."""
+    layer = layer_of(activations(48), 48)
+    removals = [
+        Removal(units=3, width=8, number=1, starts=(4,)),
+        Removal(units=20, width=1, number=7, starts=(28,)),
+    ]
+    (heads, neurons), (pruned,) = METHODS[method].prune_units([layer], removals, OPTIONS)
+    assert (len(heads), len(neurons)) == (2, 13)
+    expected = torch.zeros(48, dtype=torch.bool)
+    expected[:4] = True
+    expected[(4 + heads[:, None] * 8 + torch.arange(8)).flatten()] = True
+    expected[28 + neurons] = True
+    assert torch.equal(pruned.keep, expected.expand_as(pruned.keep))
+    assert bool((pruned.weight[~pruned.keep] == 0).all())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -152,7 +176,7 @@ def test_what_stays_of_a_row_that_lost_columns_is_the_masked_least_squares_solut
     """QR in float64 on the activations; the damping is more rows of them."""
     x = activations(48).double()
     layer = layer_of(x, 48, dtype=torch.float64)
-    kept, (pruned,) = METHODS[method].prune_units([layer], width=width, remove=remove, options=OPTIONS)
+    (kept,), (pruned,) = METHODS[method].prune_units([layer], units(width, remove, 48), OPTIONS)
     columns = (kept[:, None] * width + torch.arange(width)).flatten()
     damping = OPTIONS.damp * x.square().mean()
     rows = torch.cat([x / len(x) ** 0.5, damping.sqrt() * torch.eye(48, dtype=torch.float64)])
@@ -198,7 +222,7 @@ def test_a_broken_gram_is_an_error_that_names_the_layer(method: str, value: floa
         METHODS[method].prune_weights([layer], NM(2, 4), OPTIONS)
     if METHODS[method].removes_units:
         with pytest.raises(CalibrationError, match=r"blocks\.7\.ff.*not finite"):
-            METHODS[method].prune_units([layer], width=1, remove=2, options=OPTIONS)
+            METHODS[method].prune_units([layer], units(1, 2, 16), OPTIONS)
 
 
 @pytest.mark.parametrize("method", COMPENSATING)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from obsdiff.core.gram import GramAccumulator
+from obsdiff.core.units import Removal
 from obsdiff.methods import Layer, Options, Pruned, Target, obsdiff, streamed
 from obsdiff.sparsity import NM, Pattern, Unstructured
 from obsdiff_runtime.errors import CalibrationError
@@ -13,6 +14,11 @@ DENSE = Unstructured(0.0)
 OPTIONS = Options()
 IN, OUT, TOKENS = 32, 24, 600
 PATTERNS = (NM(2, 4), NM(4, 8), Unstructured(0.5), Unstructured(0.7))
+
+
+def units(width: int, remove: int, streams: int = 1) -> list[Removal]:
+    """All columns of so many streams are units of this width."""
+    return [Removal(units=IN // width, width=width, number=remove, starts=(0,) * streams)]
 
 
 def noise(*shape: int, seed: int) -> Tensor:
@@ -69,7 +75,7 @@ def error(layer: Layer, pruned: Pruned, x: Tensor, y: Tensor) -> float:
 def test_without_a_target_and_without_sparsity_nothing_changes(biased: bool) -> None:
     layer = layer_of(tokens(), biased=biased)
     (pruned,) = streamed.prune_weights([layer], DENSE, OPTIONS)
-    kept, (whole,) = streamed.prune_units([layer], width=4, remove=0, options=OPTIONS)
+    (kept,), (whole,) = streamed.prune_units([layer], units(4, 0), OPTIONS)
     assert kept.tolist() == list(range(IN // 4))
     for result in (pruned, whole):
         assert torch.equal(result.weight, layer.weight)
@@ -107,7 +113,7 @@ def test_the_recorded_loss_is_that_of_the_output_on_stored_tokens(pattern: Patte
     layer, x, y = made(biased)
     (pruned,) = streamed.prune_weights([layer], pattern, OPTIONS)
     assert pruned.loss == pytest.approx(error(layer, pruned, x, y), rel=1e-4)
-    _, (cut,) = streamed.prune_units([layer], width=4, remove=3, options=OPTIONS)
+    _, (cut,) = streamed.prune_units([layer], units(4, 3), OPTIONS)
     assert cut.loss == pytest.approx(error(layer, cut, x, y), rel=1e-4)
 
 
@@ -175,7 +181,7 @@ def test_the_order_of_layers_is_kept_whatever_their_biases() -> None:
 @pytest.mark.parametrize("biased", [True, False])
 def test_shrunk_equals_masked(biased: bool) -> None:
     layer, x, _ = made(biased)
-    kept, (pruned,) = streamed.prune_units([layer], width=4, remove=3, options=OPTIONS)
+    (kept,), (pruned,) = streamed.prune_units([layer], units(4, 3), OPTIONS)
     columns = (kept[:, None] * 4 + torch.arange(4)).flatten()
     assert len(kept) == IN // 4 - 3
     assert bool((pruned.weight[:, pruned.keep.logical_not().any(0)] == 0).all())
@@ -185,7 +191,7 @@ def test_shrunk_equals_masked(biased: bool) -> None:
 
 def test_two_streams_lose_the_same_units() -> None:
     (first, _, _), (second, _, _) = made(True), made(False, seed=50)
-    kept, pruned = streamed.prune_units([first, second], width=8, remove=2, options=OPTIONS)
+    (kept,), pruned = streamed.prune_units([first, second], units(8, 2, streams=2), OPTIONS)
     assert len(kept) == 2
     assert torch.equal(pruned[0].keep, pruned[1].keep)
 
