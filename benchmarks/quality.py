@@ -189,7 +189,7 @@ def _counted(loaded: Any, job: Any) -> Iterator[list[float]]:
     So a block that is stopped half-way counts half. Calls of a full batch are what is counted in.
     """
     linears = loaded.family.linears(loaded.denoiser)
-    rows = job.recipe.sampling.batch_size * (2 if job.recipe.sampling.guidance_scale > 1 else 1)
+    rows = job.recipe.sampling.batch_size * job.rows
     positions = job.positions(loaded.denoiser)
     whole = rows * sum(each.in_features * each.out_features * positions[each.name] for each in linears)
     counter = [0.0]

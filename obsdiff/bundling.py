@@ -241,7 +241,9 @@ def deliver(
 
 def served_by(job: Job) -> Served:
     """What the job's engines are for."""
-    sizes = engines.sizes_of(job.recipe.sampling, text_tokens=job.text_tokens, vae_scale=vae_scale(job.configs))
+    sizes = engines.sizes_of(
+        job.recipe.sampling, rows=job.rows, text_tokens=job.text_tokens, vae_scale=vae_scale(job.configs)
+    )
     pipeline = str(job.configs.get("model_index", {}).get("_class_name", job.family.pipeline))
     return engines.served(sizes, pipeline, job.configs[job.family.denoiser])
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from obsdiff import offloading, ranks
 from obsdiff.core import timesteps
 from obsdiff.core.gram import Gram, GramAccumulator
-from obsdiff.families import Family
+from obsdiff.families import Family, guided
 from obsdiff.groups import LinearSpec
 from obsdiff.recipe import Sampling
 from obsdiff.sampling import quiet
@@ -44,13 +44,13 @@ def encode(
     pipeline: DiffusionPipeline, family: Family, texts: Sequence[str], sampling: Sampling, *, negative: str = ""
 ) -> Prompts:
     """Runs the text encoders once over all prompts, in batches."""
-    guided = sampling.guidance_scale > 1
+    negatives = guided(family, sampling.guidance_scale)
     options = {} if sampling.max_sequence_length is None else {"max_sequence_length": sampling.max_sequence_length}
     parts: list[dict[str, Tensor]] = []
     with offloading.borrowed(offloading.encoders(pipeline), pipeline.device):
         for rows in batches(len(texts), sampling.batch_size):
             chunk = texts[rows.start : rows.stop]
-            parts.append(family.encode(pipeline, chunk, [negative] * len(chunk) if guided else [], **options))
+            parts.append(family.encode(pipeline, chunk, [negative] * len(chunk) if negatives else [], **options))
     return Prompts(
         texts=tuple(texts), embeddings={name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
     )

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from obsdiff.engines import engine_entry
-from obsdiff.families import Family
+from obsdiff.families import Family, parts, rows
 from obsdiff.measurements import ExportedComponent, LatencyPair, NotMeasured
 from obsdiff.recipe import Sampling
 from obsdiff.settings import Settings
@@ -110,7 +110,7 @@ def deliver(
     Raises:
         ExportError: a graph that cannot be made, differs from torch, or does not hold the pattern.
     """
-    components = family.components(pipeline, height=sampling.height, width=sampling.width)
+    components = parts.components(family, pipeline, height=sampling.height, width=sampling.width)
     delivered = []
     for index, component in enumerate(components):
         progress("export", index, len(components), component.name)
@@ -148,7 +148,9 @@ def export_denoiser(
     opset: int | None,
 ) -> OnnxModel:
     """Writes the graph of another denoiser than the pipeline's, the dense one say, to `folder`."""
-    component = _component(pipeline, family, denoiser, sampling)
+    component = family.component(
+        denoiser, height=sampling.height, width=sampling.width, vae_scale=parts.vae_scale_of(pipeline)
+    )
     return onnx.export(component, folder, dtype=getattr(torch, dtype), opset=opset)
 
 
@@ -177,11 +179,11 @@ def time_denoisers(
     """
     if pruned.dtype == "bfloat16":
         return NotMeasured(why="ONNX Runtime has no bfloat16 kernels on the CPU; build engines and time those")
-    rows = 2 if sampling.guidance_scale > 1 else 1
+    images = rows(family, sampling.guidance_scale)
     size = (sampling.height // vae_scale, sampling.width // vae_scale)
     sessions = {"dense": open_graph(dense.path), "pruned": open_graph(pruned.path)}
     example = family.example(
-        denoiser, batch=rows, size=size, text_tokens=text_tokens, pixels=(sampling.height, sampling.width)
+        denoiser, batch=images, size=size, text_tokens=text_tokens, pixels=(sampling.height, sampling.width)
     )
     inputs = {name: tensor.float().numpy() for name, tensor in example.items()}
     timings = time_interleaved(
@@ -194,16 +196,5 @@ def time_denoisers(
         timings,
         what="one denoiser call",
         backend=f"ONNX Runtime on the CPU, {in_words(pruned)}",
-        shape=f"{rows} x {sampling.height}x{sampling.width} pixels, {text_tokens} text tokens",
+        shape=f"{images} x {sampling.height}x{sampling.width} pixels, {text_tokens} text tokens",
     )
-
-
-def _component(pipeline: DiffusionPipeline, family: Family, denoiser: nn.Module, sampling: Sampling) -> Component:
-    """The denoiser's component as it is with another network in the pipeline."""
-    own = getattr(pipeline, family.denoiser)
-    setattr(pipeline, family.denoiser, denoiser)
-    try:
-        components = family.components(pipeline, height=sampling.height, width=sampling.width)
-    finally:
-        setattr(pipeline, family.denoiser, own)
-    return next(component for component in components if component.name == family.denoiser)

@@ -159,9 +159,8 @@ def order_of(settings: Settings) -> Order:
     )
 
 
-def sizes_of(sampling: Sampling, *, text_tokens: int, vae_scale: int) -> dict[str, Size]:
-    """What every dynamic axis is at the served size: one image, with guidance if there is any, or up to four."""
-    rows = 2 if sampling.guidance_scale > 1 else 1
+def sizes_of(sampling: Sampling, *, rows: int, text_tokens: int, vae_scale: int) -> dict[str, Size]:
+    """What every dynamic axis is at the served size: one image, of so many rows of the denoiser, or up to four."""
     return {
         "batch": (1, rows, IMAGES[1] * rows),
         "height": sampling.height // vae_scale,

@@ -16,7 +16,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from obsdiff.families import Family
+from obsdiff.families import Family, guided
 from obsdiff.guidance import GuidanceSweep
 from obsdiff.judges import Judges, frechet_distance
 from obsdiff.metrics import WINDOW, Picture, mean_squared_error, psnr_db, ssim, wilson
@@ -253,7 +253,7 @@ def evaluate(
         blocks=block_modules(family.linears(dense)),
         fid_clip=_fid(judges, features),
         sampling=sampling,
-        negative=negative if sampling.guidance_scale > 1 else "",
+        negative=negative if guided(family, sampling.guidance_scale) else "",
         scheduler=type(pipeline.scheduler).__name__,
     )
     return evaluation, tuple(pairs)

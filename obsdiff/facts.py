@@ -3,10 +3,9 @@
 import datetime
 import os
 import platform
-from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import psutil
 import torch
@@ -22,7 +21,6 @@ PACKAGES: Final = (
     *("obsdiff", "torch", "diffusers", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu"),
     *("tensorrt", "tensorrt-rtx", "polygraphy"),
 )
-CLIP_TOKENS: Final = 77
 
 
 def environment(threads: int) -> Environment:
@@ -46,16 +44,6 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def text_tokens(configs: Mapping[str, Mapping[str, Any]], max_sequence_length: int | None) -> int:
-    """Text tokens of one prompt: CLIP's, and T5's (or the zeros in its place) where the pipeline has them.
-
-    A denoiser on its own has CLIP's 77, which is what the paper counts.
-    """
-    if "text_encoder" not in configs:
-        return CLIP_TOKENS
-    return int(configs["text_encoder"].get("max_position_embeddings", CLIP_TOKENS)) + (max_sequence_length or 0)
 
 
 def positions(

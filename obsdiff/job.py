@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from obsdiff import allocation, costs, facts, latencies, moments, planning, ranks
 from obsdiff.checkpoint import DEFAULTS
 from obsdiff.estimates import Streams, Workload
-from obsdiff.families import Family
+from obsdiff.families import Family, rows
 from obsdiff.families.table import family_of
 from obsdiff.latencies import Times
 from obsdiff.loading import (
@@ -51,7 +51,12 @@ class Job:
 
     @property
     def text_tokens(self) -> int:
-        return facts.text_tokens(self.configs, self.recipe.sampling.max_sequence_length)
+        return self.family.text_tokens(self.configs, self.recipe.sampling.max_sequence_length)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the denoiser's batch for one image."""
+        return rows(self.family, self.recipe.sampling.guidance_scale)
 
     def positions(self, denoiser: nn.Module) -> dict[str, int]:
         return facts.positions(
@@ -83,7 +88,7 @@ class Job:
                 prompts=len(recipe.prompts),
                 batch_size=recipe.sampling.batch_size,
                 steps=recipe.sampling.num_inference_steps,
-                guided=recipe.sampling.guidance_scale > 1,
+                guided=self.rows > 1,
                 calibrates=METHODS[recipe.method].calibrates,
                 packages=recipe.packages,
                 budget_bytes=recipe.gram_budget_bytes,

@@ -25,7 +25,6 @@ from obsdiff.families.table import FAMILIES, family_of
 from obsdiff.folders import MANIFEST, is_variant
 from obsdiff_runtime.errors import ModelError, ResourceError
 
-_FALLBACK_VAE_SCALE = 8
 _DEFAULTS_KEY = Path(DEFAULTS).stem
 
 
@@ -192,15 +191,15 @@ def defaults_of(folder: Path | None, configs: Mapping[str, Mapping[str, Any]]) -
 
 def vae_scale(configs: Mapping[str, Mapping[str, Any]]) -> int:
     """Pixels per side of a latent pixel; 8 where there is no VAE."""
-    return parts.vae_scale(configs["vae"]) if "vae" in configs else _FALLBACK_VAE_SCALE
+    return parts.vae_scale(configs["vae"]) if "vae" in configs else parts.VAE_SCALE
 
 
 def _class_defaults(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     denoiser = next(configs[family.denoiser] for family in FAMILIES.values() if family.denoiser in configs)
-    name = configs.get("model_index", {}).get("_class_name") or family_of(str(denoiser["_class_name"])).pipeline
+    family = family_of(str(denoiser["_class_name"]))
+    name = configs.get("model_index", {}).get("_class_name") or family.pipeline
     signature = inspect.signature(getattr(diffusers, name).__call__).parameters
-    sample = denoiser.get("sample_size") or 64
-    rows, columns = (sample, sample) if isinstance(sample, int) else sample
+    rows, columns = family.latent_size(denoiser)
     scale = vae_scale(configs)
     length = signature.get("max_sequence_length")
     return {

@@ -16,7 +16,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from obsdiff.families import Family
+from obsdiff.families import Family, guided
 from obsdiff.metrics import Picture
 from obsdiff.recipe import Sampling
 from obsdiff.residuals import BlockErrors, Clock, block_modules
@@ -137,15 +137,15 @@ class Sampler:
 
 
 def batches(sampler: Sampler, prompts: Sequence[str], negative: str) -> Iterator[Batch]:
-    """The prompts in batches, embedded; `negative` is used where guidance is.
+    """The prompts in batches, embedded; `negative` is used where guidance is that knows it.
 
     Prompt i's noise comes from a generator seeded with the sampling's seed + i, whatever the batch size.
     """
-    sampling, guided = sampler.sampling, sampler.sampling.guidance_scale > 1
+    sampling, negatives = sampler.sampling, guided(sampler.family, sampler.sampling.guidance_scale)
     options = {} if sampling.max_sequence_length is None else {"max_sequence_length": sampling.max_sequence_length}
     for start in range(0, len(prompts), sampling.batch_size):
         texts = prompts[start : start + sampling.batch_size]
-        text = sampler.family.encode(sampler.pipeline, texts, [negative] * len(texts) if guided else [], **options)
+        text = sampler.family.encode(sampler.pipeline, texts, [negative] * len(texts) if negatives else [], **options)
         yield Batch(prompts=texts, seeds=[sampling.seed + start + i for i in range(len(texts))], text=text)
 
 

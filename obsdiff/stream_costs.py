@@ -66,12 +66,11 @@ def plan_streams(
     tiers = _tiers(solved)
     blocks = len({linear.block for linear in (*everything, *solved)})
     counted = {linear.name: min(positions[linear.name], streams.tokens) for linear in solved}
-    hidden = {linear.tokens: positions[linear.name] * linear.in_features for linear in reversed(everything)}
     outputs: dict[int, int] = {}  # entries that are kept of a row, by block
     for linear in solved:
         width = linear.out_features * (1 if linear.writes is None else 2)
         outputs[linear.block] = outputs.get(linear.block, 0) + counted[linear.name] * width
-    held = STREAM_COPIES * sum(hidden.values()) + max(outputs.values(), default=0)
+    held = STREAM_COPIES * _hidden(everything, positions) + max(outputs.values(), default=0)
     rows = round(workload.evaluations * workload.kept_share)
     runs = workload.kept_calls * (2 * blocks + len(tiers))
     return StreamPlan(
@@ -154,6 +153,20 @@ def _solver_operations(tier: Sequence[LinearSpec]) -> float:
     factors = sum((2 + len(LEAN.penalties)) * 8 / 3 * width**3 for width in estimates.gram_widths(tier).values())
     products = sum(2 * (rounds + WIDE_PRODUCTS) * linear.out_features * linear.in_features**2 for linear in tier)
     return factors + products
+
+
+def _hidden(linears: Sequence[LinearSpec], positions: Mapping[str, int]) -> int:
+    """Entries of a row's hidden states, at the block where they are most.
+
+    A sequence is held from the first block that reads it to the last, so that a UNet's skip connections are counted.
+    """
+    sizes = {linear.tokens: positions[linear.name] * linear.in_features for linear in reversed(linears)}
+    first = {linear.tokens: linear.block for linear in reversed(linears)}
+    last = {linear.tokens: linear.block for linear in linears}
+    blocks = {linear.block for linear in linears}
+    return max(
+        (sum(size for key, size in sizes.items() if first[key] <= block <= last[key]) for block in blocks), default=0
+    )
 
 
 def _tiers(linears: Sequence[LinearSpec]) -> list[tuple[LinearSpec, ...]]:

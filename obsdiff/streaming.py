@@ -19,7 +19,7 @@ from obsdiff import calibration, moments, offloading, pausing, ranks, trajectori
 from obsdiff.clusters import clusters
 from obsdiff.core import timesteps
 from obsdiff.core.permutation import permute
-from obsdiff.families import Family
+from obsdiff.families import Family, guided
 from obsdiff.groups import Group, LinearSpec
 from obsdiff.methods import Layer, Method, Options, Pruned
 from obsdiff.methods.result import cast
@@ -139,7 +139,8 @@ class _Run:
         self._weights = [weights[call.step] for call in calls]
         self._recipe = recipe
         scale = recipe.sampling.guidance_scale
-        self._guidance = moments.Guidance(scale=scale, weight=recipe.guided) if scale > 1 and recipe.guided else None
+        combined = recipe.guided and guided(family, scale)
+        self._guidance = moments.Guidance(scale=scale, weight=recipe.guided) if combined else None
         self._groups = family.groups(denoiser)
         losing = [group for group in assignment.groups if assignment.removals.get(group.name)]
         self._cluster_of = {name: each for each in clusters(losing) for name in each.readers}

@@ -19,7 +19,12 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         aten.cat.default: concatenate,
         aten.concat.default: concatenate,
         aten.einsum.default: einsum,
+        aten.split_with_sizes.default: split,
+        aten.rms_norm.default: rms_norm,
+        aten.outer.default: outer,
+        aten.clip.default: clip,
         aten.to.dtype: cast,
+        aten.to.dtype_layout: lay_out,
         aten.to.device: move,
         operator.floordiv: floor_divide,
     }
@@ -48,6 +53,48 @@ def einsum(equation: str, tensors: Sequence[Any], path: Any = None) -> Any:
     return op.Einsum(*tensors, equation=equation)
 
 
+def split(x: Any, sizes: Sequence[Any], dim: int = 0) -> tuple[Any, ...]:
+    """As a slice for each part: a size may be computed, and a sequence of tensors is no type that builders know."""
+    axes, one = op.Constant(value_ints=[dim]), op.Constant(value_ints=[1])
+    parts, start = [], op.Constant(value_ints=[0])
+    for size in sizes:
+        length = op.Constant(value_ints=[size]) if isinstance(size, int) else op.Reshape(size, one)
+        end = op.Add(start, length)
+        parts.append(op.Slice(x, start, end, axes))
+        start = end
+    return tuple(parts)
+
+
+def rms_norm(x: Any, normalized_shape: Sequence[Any], weight: Any = None, eps: float | None = None) -> Any:
+    """In float32 at least, as torch computes it; the exporter knows no translation."""
+    narrow = x.dtype not in (ir.DataType.FLOAT, ir.DataType.DOUBLE)
+    wide = ir.DataType.FLOAT if narrow else x.dtype
+    least = torch.finfo(torch.float32).eps if eps is None else eps
+    axes = op.Constant(value_ints=list(range(-len(normalized_shape), 0)))
+    values = _to(x, wide)
+    energy = op.ReduceMean(op.Mul(values, values), axes)
+    found = op.Div(values, op.Sqrt(op.Add(energy, op.Constant(value=ir.tensor(least, dtype=wide)))))
+    if weight is not None:
+        found = op.Mul(found, _to(weight, wide))
+    return op.Cast(found, to=int(x.dtype)) if narrow else found
+
+
+def _to(x: Any, dtype: ir.DataType) -> Any:
+    return x if x.dtype == dtype else op.Cast(x, to=int(dtype))
+
+
+def outer(column: Any, row: Any) -> Any:
+    """As a product of a column and a row."""
+    return op.Mul(op.Unsqueeze(column, op.Constant(value_ints=[1])), op.Unsqueeze(row, op.Constant(value_ints=[0])))
+
+
+def clip(x: Any, least: float | None = None, most: float | None = None) -> Any:
+    dtype = x.dtype
+    for bound, limit in ((least, op.Max), (most, op.Min)):
+        x = x if bound is None else limit(x, op.Constant(value=ir.tensor(bound, dtype=dtype)))
+    return x
+
+
 def cast(x: Any, dtype: int, non_blocking: bool = False, copy: bool = False, memory_format: Any = None) -> Any:
     return op.Identity(x) if x.dtype == dtype else op.Cast(x, to=int(dtype))
 
@@ -56,6 +103,10 @@ def move(
     x: Any, device: str, dtype: int, non_blocking: bool = False, copy: bool = False, memory_format: Any = None
 ) -> Any:
     return cast(x, dtype)
+
+
+def lay_out(x: Any, dtype: int | None = None, layout: Any = None, device: str | None = None) -> Any:
+    return op.Identity(x) if dtype is None else cast(x, dtype)
 
 
 def floor_divide(a: Any, b: Any) -> Any:

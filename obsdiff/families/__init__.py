@@ -19,6 +19,8 @@ class Family(Protocol):
         classes: diffusers classes of the denoiser.
         pipeline: diffusers class of the pipeline that a denoiser on its own is taken to belong to.
         protect: blocks at the start and at the end that keep all their units unless asked otherwise; the paper's.
+        negatives: whether guidance runs every image twice, once on a negative prompt (classifier-free guidance); where
+            not, it is distilled into the denoiser, which is told its scale.
     """
 
     name: str
@@ -26,6 +28,7 @@ class Family(Protocol):
     classes: tuple[str, ...]
     pipeline: str
     protect: tuple[int, int]
+    negatives: bool
 
     def linears(self, denoiser: nn.Module) -> tuple[LinearSpec, ...]:
         """Every prunable linear, in forward order; works on the meta device and on shrunk models."""
@@ -48,6 +51,17 @@ class Family(Protocol):
         """
         ...
 
+    def text_tokens(self, configs: Mapping[str, Mapping[str, Any]], max_sequence_length: int | None) -> int:
+        """Text tokens that the denoiser reads of one prompt.
+
+        `configs` are those of the pipeline's components, by name; a denoiser on its own has only its own.
+        """
+        ...
+
+    def latent_size(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        """Latent (height, width) that the pipeline draws unless asked otherwise; `config` is the denoiser's."""
+        ...
+
     def encode(
         self,
         pipeline: DiffusionPipeline,
@@ -61,7 +75,7 @@ class Family(Protocol):
         Args:
             pipeline: with its text encoders and tokenizers.
             prompts: what to draw.
-            negative: as many as there are prompts, or empty where no guidance is used.
+            negative: as many as there are prompts, or empty where no guidance is used, or it knows no negative prompts.
             max_sequence_length: text tokens of T5, where the family has it; None: the pipeline's default.
 
         Raises:
@@ -84,9 +98,22 @@ class Family(Protocol):
         """Inputs by ONNX name as keyword arguments of the denoiser's forward."""
         ...
 
-    def components(self, pipeline: DiffusionPipeline, *, height: int, width: int) -> tuple[Component, ...]:
-        """Text encoders, denoiser, VAE decoder and encoder: those that the pipeline has, as the export needs them.
+    def component(self, denoiser: nn.Module, *, height: int, width: int, vae_scale: int = 8) -> Component:
+        """The denoiser as the export and the runtime see it: latents (b, channels, h, w) in, the same out.
 
         Example inputs are small; the last of `more_inputs` has the asked size in pixels, up to 256 a side.
+
+        Raises:
+            ModelError: it takes inputs that are not exported.
         """
         ...
+
+
+def guided(family: Family, guidance_scale: float) -> bool:
+    """Whether every image is run twice, the first time on its negative prompt."""
+    return family.negatives and guidance_scale > 1
+
+
+def rows(family: Family, guidance_scale: float) -> int:
+    """Rows of the denoiser's batch for one image."""
+    return 2 if guided(family, guidance_scale) else 1

@@ -10,16 +10,22 @@ Names of inputs and outputs are those of optimum's ONNX folders. Networks keep t
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from obsdiff.families import Family
 from obsdiff_export.component import Component
 from obsdiff_runtime.errors import ModelError
 
 Size = tuple[int, int]
+
+VAE_SCALE: Final = 8
+"""Pixels per side of a latent pixel where there is no VAE to ask."""
+
+CLIP_TOKENS: Final = 77
 
 _LARGEST_EXAMPLE = 256
 _SEED = 0
@@ -85,6 +91,36 @@ def config_of(model: Any) -> dict[str, Any]:
 def vae_scale(config: Mapping[str, Any]) -> int:
     """Pixels per side of a latent pixel, from the configuration of an AutoencoderKL."""
     return int(2 ** (len(config["block_out_channels"]) - 1))
+
+
+def vae_scale_of(pipeline: DiffusionPipeline) -> int:
+    """Pixels per side of a latent pixel; 8 where the pipeline has no VAE."""
+    vae = getattr(pipeline, "vae", None)
+    return VAE_SCALE if vae is None else vae_scale(vae.config)
+
+
+def clip_tokens(configs: Mapping[str, Mapping[str, Any]]) -> int:
+    """Text tokens of the first text encoder; CLIP's 77, which is what the paper counts, of a denoiser on its own."""
+    return int(configs.get("text_encoder", {}).get("max_position_embeddings", CLIP_TOKENS))
+
+
+def sample_size(config: Mapping[str, Any]) -> Size:
+    """Latent (height, width) by a denoiser's `sample_size`; 64 a side where it says none."""
+    size = config.get("sample_size") or 64
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def components(family: Family, pipeline: DiffusionPipeline, *, height: int, width: int) -> tuple[Component, ...]:
+    """Text encoders, denoiser, VAE decoder and encoder: those that the pipeline has, as the export needs them.
+
+    Example inputs are small; the last of `more_inputs` has the asked size in pixels, up to 256 a side.
+
+    Raises:
+        ModelError: a component of a class that is not known, or with inputs that are not exported.
+    """
+    model: nn.Module = getattr(pipeline, family.denoiser)
+    denoiser = family.component(model, height=height, width=width, vae_scale=vae_scale_of(pipeline))
+    return (*text_encoders(pipeline), denoiser, *autoencoder(pipeline, height=height, width=width))
 
 
 def need(pipeline: DiffusionPipeline, *names: str) -> None:

@@ -31,6 +31,7 @@ denoiser: str = "transformer"
 classes: tuple[str, ...] = ("SD3Transformer2DModel",)
 pipeline: str = "StableDiffusion3Pipeline"
 protect: tuple[int, int] = (1, 1)
+negatives: bool = True
 
 
 def linears(denoiser: nn.Module) -> tuple[LinearSpec, ...]:
@@ -74,6 +75,17 @@ def tokens(
     """See `Family.tokens`: "image", one token per patch, and "text"."""
     patch = int(config["patch_size"])
     return {"image": (height // vae_scale // patch) * (width // vae_scale // patch), "text": text_tokens}
+
+
+def text_tokens(configs: Mapping[str, Mapping[str, Any]], max_sequence_length: int | None) -> int:
+    """See `Family.text_tokens`: CLIP's, and T5's or the zeros in its place; of a denoiser on its own CLIP's alone."""
+    t5 = (max_sequence_length or 0) if "text_encoder" in configs else 0
+    return parts.clip_tokens(configs) + t5
+
+
+def latent_size(config: Mapping[str, Any]) -> tuple[int, int]:
+    """See `Family.latent_size`."""
+    return parts.sample_size(config)
 
 
 def encode(
@@ -131,22 +143,19 @@ class _Flat(parts.Flat):
         return velocity
 
 
-def components(pipeline: DiffusionPipeline, *, height: int, width: int) -> tuple[Component, ...]:
-    """See `Family.components`."""
-    model = pipeline.transformer
-    scale = parts.vae_scale(pipeline.vae.config) if pipeline.vae is not None else 8
-    config = model.config
-
+def component(denoiser: nn.Module, *, height: int, width: int, vae_scale: int = 8) -> Component:
+    """See `Family.component`."""
+    config: Any = denoiser.config
     sizes = parts.latent_sizes(
-        height, width, vae_scale=scale, multiple=config.patch_size, limit=config.pos_embed_max_size
+        height, width, vae_scale=vae_scale, multiple=config.patch_size, limit=config.pos_embed_max_size
     )
     examples = [
-        example(model, batch=batch, size=size, text_tokens=length, pixels=(height, width))
+        example(denoiser, batch=batch, size=size, text_tokens=length, pixels=(height, width))
         for batch, length, size in parts.rows(sizes)
     ]
-    transformer = Component(
-        name=denoiser,
-        module=_Flat(model),
+    return Component(
+        name="transformer",
+        module=_Flat(denoiser),
         inputs=examples[0],
         dynamic_axes={
             "hidden_states": {0: "batch", 2: "height", 3: "width"},
@@ -155,11 +164,9 @@ def components(pipeline: DiffusionPipeline, *, height: int, width: int) -> tuple
             "timestep": {0: "batch"},
         },
         outputs=("out_hidden_states",),
-        config=parts.config_of(model),
+        config=parts.config_of(denoiser),
         more_inputs=tuple(examples[1:]),
     )
-    vae = parts.autoencoder(pipeline, height=height, width=width)
-    return (*parts.text_encoders(pipeline), transformer, *vae)
 
 
 def _blocks(denoiser: nn.Module) -> Iterator[tuple[int, str, nn.Module]]:

@@ -29,6 +29,7 @@ denoiser: str = "unet"
 classes: tuple[str, ...] = ("UNet2DConditionModel",)
 pipeline: str = "StableDiffusionPipeline"
 protect: tuple[int, int] = (0, 0)
+negatives: bool = True
 
 _TEXT = "encoder_hidden_states"
 _TIME_IDS = 6
@@ -77,6 +78,16 @@ def tokens(
         rows, columns = -(-(height // vae_scale) // factor), -(-(width // vae_scale) // factor)
         sizes[f"image/{factor}"] = rows * columns
     return {**sizes, "text": text_tokens}
+
+
+def text_tokens(configs: Mapping[str, Mapping[str, Any]], max_sequence_length: int | None) -> int:
+    """See `Family.text_tokens`: CLIP's."""
+    return parts.clip_tokens(configs)
+
+
+def latent_size(config: Mapping[str, Any]) -> tuple[int, int]:
+    """See `Family.latent_size`."""
+    return parts.sample_size(config)
 
 
 def encode(
@@ -153,35 +164,31 @@ class _Flat(parts.Flat):
         return noise
 
 
-def components(pipeline: DiffusionPipeline, *, height: int, width: int) -> tuple[Component, ...]:
-    """See `Family.components`; SDXL's denoiser also reads `text_embeds` and `time_ids`.
+def component(denoiser: nn.Module, *, height: int, width: int, vae_scale: int = 8) -> Component:
+    """See `Family.component`; SDXL's denoiser also reads `text_embeds` and `time_ids`.
 
     Raises:
         ModelError: the UNet takes inputs that are not exported, such as class labels.
     """
-    model = pipeline.unet
-    _check_inputs(model.config)
-    scale = parts.vae_scale(pipeline.vae.config) if pipeline.vae is not None else 8
-    sizes = parts.latent_sizes(height, width, vae_scale=scale, multiple=2 ** (len(model.config.block_out_channels) - 1))
+    config: Any = denoiser.config
+    _check_inputs(config)
+    sizes = parts.latent_sizes(height, width, vae_scale=vae_scale, multiple=2 ** (len(config.block_out_channels) - 1))
     examples = [
-        example(model, batch=batch, size=size, text_tokens=length, pixels=(height, width))
+        example(denoiser, batch=batch, size=size, text_tokens=length, pixels=(height, width))
         for batch, length, size in parts.rows(sizes)
     ]
-
     axes = {key: {0: "batch"} for key in examples[0]}
     axes["sample"] |= {2: "height", 3: "width"}
     axes["encoder_hidden_states"] |= {1: "text_tokens"}
-    unet = Component(
-        name=denoiser,
-        module=_Flat(model),
+    return Component(
+        name="unet",
+        module=_Flat(denoiser),
         inputs=examples[0],
         dynamic_axes=axes,
         outputs=("out_sample",),
-        config=parts.config_of(model),
+        config=parts.config_of(denoiser),
         more_inputs=tuple(examples[1:]),
     )
-    vae = parts.autoencoder(pipeline, height=height, width=width)
-    return (*parts.text_encoders(pipeline), unet, *vae)
 
 
 def _is_xl(model: nn.Module) -> bool:

@@ -97,6 +97,7 @@ def time_steps(
         progress("end to end", 1, 3, "load")
         sizes = engines.sizes_of(
             subject.job.recipe.sampling,
+            rows=subject.job.rows,
             text_tokens=subject.job.text_tokens,
             vae_scale=vae_scale(subject.job.configs),
         )
@@ -186,8 +187,9 @@ def _of_model(subject: Subject, settings: Settings, runner: Runner, folder: Path
 
     def export(name: str) -> Path:
         sampled = subject.job.recipe.sampling
-        components = subject.job.family.components(loaded.pipeline, height=sampled.height, width=sampled.width)
-        denoiser = next(component for component in components if component.name == subject.component)
+        denoiser = subject.job.family.component(
+            loaded.denoiser, height=sampled.height, width=sampled.width, vae_scale=vae_scale(subject.job.configs)
+        )
         return onnx.export(denoiser, folder / name, dtype=runner.dtype, opset=settings.opset).path
 
     found = _Graphs(graphs={DENSE: export("dense")}, absent={}, inputs=_inputs(subject, loaded.denoiser))

@@ -98,7 +98,7 @@ def subject_of(settings: Settings) -> Subject:
         job.family.linears(job.denoiser),
         job.family.groups(job.denoiser),
     )
-    rows = 2 if job.recipe.sampling.guidance_scale > 1 else 1
+    rows = job.rows
     positions = job.positions(job.denoiser)
     widths = {linear.name: (linear.in_features, linear.out_features) for linear in linears}
     if bundle is not None:

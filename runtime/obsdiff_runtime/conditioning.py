@@ -12,6 +12,8 @@ import numpy as np
 from obsdiff_runtime.errors import BundleError, CompatibilityError
 from obsdiff_runtime.networks import Array, Networks
 
+FLUX_PATCH: Final = 2  # latent pixels a side of a token, which the pipeline packs; the denoiser's patch_size is 1
+
 Conditions = dict[str, Array]
 
 
@@ -24,11 +26,8 @@ class Settings:
     num_inference_steps: int
     guidance_scale: float
     max_sequence_length: int
+    guided: bool  # each image is run twice, the first time on its negative prompt
     skipped_steps: int = 0
-
-    @property
-    def guided(self) -> bool:
-        return self.guidance_scale > 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +41,11 @@ class Kind:
         encode: conditions of one prompt each, (n, ...), by input of the denoiser; told the prompts and whether they
             are the negative ones.
         patch: pixels of the latent that the denoiser cannot split, from its config.
+        channels: of the latents, from the denoiser's config.
         largest: largest latent side the denoiser takes, from its config; None where there is no limit.
         skipped: steps of so many that are left out where an image is changed by a strength.
+        negatives: whether guidance runs an image on its negative prompt too; if not, the denoiser is told its scale.
+        even_sigmas: whether diffusers' pipeline gives the scheduler its noise levels; see `make_scheduler`.
     """
 
     denoiser: str
@@ -53,6 +55,9 @@ class Kind:
     patch: Callable[[Mapping[str, Any]], int]
     largest: Callable[[Mapping[str, Any]], int | None]
     skipped: Callable[[int, float], int]
+    channels: Callable[[Mapping[str, Any]], int] = lambda config: int(config["in_channels"])
+    negatives: bool = True
+    even_sigmas: bool = False
 
 
 def encode_sd3(networks: Networks, prompts: Sequence[str], negative: bool, settings: Settings) -> Conditions:
@@ -64,7 +69,11 @@ def encode_sd3(networks: Networks, prompts: Sequence[str], negative: bool, setti
         hidden.append(states["hidden"])
         pooled.append(states["text_embeds"])
     clip = np.concatenate(hidden, axis=-1)  # (n, t, d1 + d2)
-    t5 = _t5(networks, prompts, settings.max_sequence_length)  # (n, max_sequence_length, d)
+    if networks.has("text_encoder_3"):
+        t5 = _t5(networks, "_3", prompts, settings.max_sequence_length)  # (n, max_sequence_length, d)
+    else:
+        width = networks.bundle.config("transformer")["joint_attention_dim"]
+        t5 = np.zeros((len(prompts), settings.max_sequence_length, width), dtype=np.float32)
     clip = np.pad(clip, ((0, 0), (0, 0), (0, t5.shape[-1] - clip.shape[-1])))
     return {
         "encoder_hidden_states": np.concatenate([clip, t5], axis=1),
@@ -108,6 +117,19 @@ def encode_sdxl(networks: Networks, prompts: Sequence[str], negative: bool, sett
     }
 
 
+def encode_flux(networks: Networks, prompts: Sequence[str], negative: bool, settings: Settings) -> Conditions:
+    """T5, and one CLIP encoder's pooled text; where the denoiser is distilled with guidance, its scale."""
+    ids = networks.tokenizer("tokenizer").ids(prompts, _max_length(networks, "tokenizer"))
+    pooled = networks.run("text_encoder", {"input_ids": ids}, ["pooler_output"])["pooler_output"]
+    told = {
+        "encoder_hidden_states": _t5(networks, "_2", prompts, settings.max_sequence_length),
+        "pooled_projections": pooled,
+    }
+    if networks.bundle.config("transformer")["guidance_embeds"]:
+        told["guidance"] = np.full(len(prompts), settings.guidance_scale, dtype=np.float32)
+    return told
+
+
 def _clip(networks: Networks, suffix: str, prompts: Sequence[str], length: int, pooled: str | None) -> dict[str, Array]:
     """Penultimate hidden states (n, t, d) as "hidden", and the pooled output (n, p) if one is named."""
     encoder = f"text_encoder{suffix}"
@@ -118,12 +140,10 @@ def _clip(networks: Networks, suffix: str, prompts: Sequence[str], length: int, 
     return results
 
 
-def _t5(networks: Networks, prompts: Sequence[str], length: int) -> Array:
-    if not networks.has("text_encoder_3"):
-        width = networks.bundle.config("transformer")["joint_attention_dim"]
-        return np.zeros((len(prompts), length, width), dtype=np.float32)
-    ids = networks.tokenizer("tokenizer_3").ids(prompts, length)
-    return networks.run("text_encoder_3", {"input_ids": ids}, ["last_hidden_state"])["last_hidden_state"]
+def _t5(networks: Networks, suffix: str, prompts: Sequence[str], length: int) -> Array:
+    """(n, length, d), padding included."""
+    ids = networks.tokenizer(f"tokenizer{suffix}").ids(prompts, length)
+    return networks.run(f"text_encoder{suffix}", {"input_ids": ids}, ["last_hidden_state"])["last_hidden_state"]
 
 
 def _max_length(networks: Networks, tokenizer: str) -> int:
@@ -137,6 +157,10 @@ def _unet_patch(config: Mapping[str, Any]) -> int:
     return int(2 ** (len(config["block_out_channels"]) - 1))
 
 
+def _skipped_part(steps: int, strength: float) -> int:
+    return int(steps - steps * strength)
+
+
 def _skipped_whole(steps: int, strength: float) -> int:
     return steps - int(steps * strength)
 
@@ -148,7 +172,7 @@ SD3: Final = Kind(
     encode=encode_sd3,
     patch=lambda config: int(config["patch_size"]),
     largest=lambda config: int(config["pos_embed_max_size"]) * int(config["patch_size"]),
-    skipped=lambda steps, strength: int(steps - steps * strength),
+    skipped=_skipped_part,
 )
 SD: Final = Kind(
     denoiser="unet",
@@ -168,10 +192,23 @@ SDXL: Final = Kind(
     largest=lambda config: None,
     skipped=_skipped_whole,
 )
+FLUX: Final = Kind(
+    denoiser="transformer",
+    noisy="hidden_states",
+    predicted="out_hidden_states",
+    encode=encode_flux,
+    patch=lambda config: FLUX_PATCH,
+    channels=lambda config: int(config["in_channels"]) // FLUX_PATCH**2,
+    largest=lambda config: None,
+    skipped=_skipped_part,
+    negatives=False,
+    even_sigmas=True,
+)
 KINDS: Final[dict[str, Kind]] = {
     "StableDiffusion3Pipeline": SD3,
     "StableDiffusionPipeline": SD,
     "StableDiffusionXLPipeline": SDXL,
+    "FluxPipeline": FLUX,
 }
 
 

@@ -111,9 +111,9 @@ class Pipeline:
 
         Args:
             prompt: one, or several drawn in one batch.
-            negative_prompt: one for all, or one for each.
+            negative_prompt: one for all, or one for each; only where guidance makes use of it.
             num_inference_steps: the bundle's default if None; so are the next four.
-            guidance_scale: guidance is off up to 1.
+            guidance_scale: guidance by negative prompts is off up to 1.
             height: in pixels.
             width: in pixels.
             max_sequence_length: text tokens of T5, or of the zeros in its place.
@@ -189,6 +189,8 @@ class Pipeline:
             num_inference_steps, guidance_scale, height, width, max_sequence_length, image=image, strength=strength
         )
         prompts, negatives = _prompts(prompt, negative_prompt, num_images)
+        if any(negatives) and not self._kind.negatives:
+            raise ConfigError("this pipeline takes no negative prompt: its denoiser is told the guidance scale instead")
         sources = noise_sources(noise_source, seed, len(prompts))
         cleans = self._cleans(image, sources)
         starts = self._starts(sources, settings, latents)
@@ -236,11 +238,13 @@ class Pipeline:
         if image is not None:
             height, width = _size_of(image, height, width)
         length = defaults.max_sequence_length if max_sequence_length is None else max_sequence_length
+        scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
         settings = Settings(
             height=defaults.height if height is None else height,
             width=defaults.width if width is None else width,
             num_inference_steps=defaults.num_inference_steps if steps is None else steps,
-            guidance_scale=defaults.guidance_scale if guidance_scale is None else guidance_scale,
+            guidance_scale=scale,
+            guided=self._kind.negatives and scale > 1,
             max_sequence_length=MAX_SEQUENCE_LENGTH if length is None else length,
         )
         if settings.num_inference_steps < 1:
@@ -285,7 +289,7 @@ class Pipeline:
     def _starts(self, sources: Sequence[Noise], settings: Settings, latents: Array | None) -> Array:
         """(n, c, h, w), what each image begins with, of unit variance."""
         size = (settings.height // self._vae.scale, settings.width // self._vae.scale)
-        shape = (int(self._denoiser["in_channels"]), *size)
+        shape = (self._kind.channels(self._denoiser), *size)
         if latents is None:
             return np.stack([source(shape) for source in sources])
         if latents.shape != (len(sources), *shape):
@@ -321,9 +325,14 @@ class Pipeline:
                 raise CancelledError(f"cancelled after step {index} of {calls}")
 
     def _scheduler(self, settings: Settings, noise: Noise) -> Scheduler:
-        patch = self._vae.scale * int(self._denoiser.get("patch_size") or 1)
-        tokens = (settings.height // patch) * (settings.width // patch)
-        return make_scheduler(self.bundle.scheduler(), settings.num_inference_steps, tokens, noise)
+        tokens = (settings.height // self.size_step) * (settings.width // self.size_step)
+        return make_scheduler(
+            self.bundle.scheduler(),
+            settings.num_inference_steps,
+            tokens,
+            noise,
+            even_sigmas=self._kind.even_sigmas,
+        )
 
 
 class _Clock:

@@ -193,6 +193,31 @@ def test_no_transposition_that_moves_nothing_stays(tmp_path):
     assert compare(component, model).max_relative_error < 1e-6
 
 
+class Rotated(nn.Module):
+    """Operations of FLUX.1 of which the exporter has no translation, or one that TensorRT refuses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(4, eps=1e-6)
+        self.norm.weight.data = torch.linspace(0.5, 2, 4)
+        self.register_buffer("frequencies", torch.linspace(0.1, 1, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = x.shape[0] // 2
+        head, tail = x.split_with_sizes([half, x.shape[0] - half])
+        normed = self.norm(torch.cat([tail, head]).unflatten(1, (2, 4))).flatten(1)
+        angles = torch.outer(x[:, 0].to(torch.float32, memory_format=torch.contiguous_format), self.frequencies.float())
+        return (normed * angles.cos().to(x.dtype)).clip(-1, 1.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_norms_splits_and_clips_of_flux_are_those_of_torch(tmp_path, dtype):
+    component = one_input(Rotated(), more_inputs=({"x": torch.linspace(-3, 3, 40).reshape(5, 8)},))
+    model = export(component, tmp_path, dtype=dtype)
+    compare(component, model)
+    assert not any("Sequence" in node.op_type for node in graph_of(model).node)
+
+
 class CentreCrop(nn.Module):
     """As SD3 crops its position table: the end of the crop is captured as a floor division of a negative size."""
 

@@ -11,6 +11,8 @@ from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -29,6 +31,8 @@ from transformers import (
     T5EncoderModel,
     T5Tokenizer,
 )
+
+from obsdiff.families import flux
 
 TEXT_TOKENS = 12
 
@@ -100,11 +104,28 @@ def sdxl_unet(**changes: Any) -> UNet2DConditionModel:
     return sd15_unet(**{**config, **changes})
 
 
+def flux_transformer(**changes: Any) -> FluxTransformer2DModel:
+    """Two joint and two single blocks of 4 heads of 8, distilled with guidance."""
+    config: dict[str, Any] = {
+        "in_channels": 16,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 4,
+        "joint_attention_dim": 24,
+        "pooled_projection_dim": 16,
+        "axes_dims_rope": (2, 2, 4),
+        "guidance_embeds": True,
+    }
+    return FluxTransformer2DModel(**{**config, **changes})
+
+
 DENOISERS: dict[str, Callable[..., nn.Module]] = {
     "sd3": sd3_transformer,
     "sd35": sd35_transformer,
     "sd15": sd15_unet,
     "sdxl": sdxl_unet,
+    "flux": flux_transformer,
 }
 
 
@@ -200,16 +221,32 @@ def sdxl_pipeline(**changes: Any) -> StableDiffusionXLPipeline:
     )
 
 
+def flux_pipeline(**changes: Any) -> FluxPipeline:
+    torch.manual_seed(0)
+    tokenizer = clip_tokenizer()
+    tokenizer_2, text_encoder_2 = t5()
+    return FluxPipeline(
+        transformer=flux_transformer(**changes).eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=autoencoder(shift_factor=0.1).eval(),
+        text_encoder=CLIPTextModel(clip_config(tokenizer, 16)).eval(),
+        tokenizer=tokenizer,
+        text_encoder_2=text_encoder_2,
+        tokenizer_2=tokenizer_2,
+    )
+
+
 PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "sd3": sd3_pipeline,
     "sd15": sd15_pipeline,
     "sdxl": sdxl_pipeline,
+    "flux": flux_pipeline,
 }
 
 
 @pytest.fixture
 def build_denoiser() -> Callable[..., nn.Module]:
-    """build_denoiser("sd3" | "sd35" | "sd15" | "sdxl", **config): a seeded random denoiser in eval mode."""
+    """build_denoiser("sd3" | "sd35" | "sd15" | "sdxl" | "flux", **config): a seeded random denoiser in eval mode."""
 
     def build(kind: str, **changes: Any) -> nn.Module:
         torch.manual_seed(0)
@@ -220,7 +257,7 @@ def build_denoiser() -> Callable[..., nn.Module]:
 
 @pytest.fixture
 def build_pipeline() -> Callable[..., DiffusionPipeline]:
-    """build_pipeline("sd3" | "sd15" | "sdxl", **config): a seeded random pipeline; sd3 takes with_t5=True."""
+    """build_pipeline("sd3" | "sd15" | "sdxl" | "flux", **config): a seeded random pipeline; sd3 takes with_t5=True."""
 
     def build(kind: str, **changes: Any) -> DiffusionPipeline:
         pipeline = PIPELINES[kind](**changes)
@@ -244,6 +281,15 @@ def denoise() -> Callable[[nn.Module], torch.Tensor]:
             if isinstance(denoiser, SD3Transformer2DModel):
                 text, pooled = noise(2, 7, config.joint_attention_dim), noise(2, config.pooled_projection_dim)
                 return denoiser(sample, text, pooled, time, return_dict=False)[0]
+            if isinstance(denoiser, FluxTransformer2DModel):
+                inputs = {
+                    "hidden_states": noise(2, config.in_channels // 4, 12, 16),
+                    "encoder_hidden_states": noise(2, 7, config.joint_attention_dim),
+                    "pooled_projections": noise(2, config.pooled_projection_dim),
+                    "timestep": time,
+                    "guidance": torch.tensor([3.5, 2.0]),
+                }
+                return denoiser(**flux.arguments(inputs), return_dict=False)[0]
             added = {"text_embeds": noise(2, 16), "time_ids": torch.ones(2, 6)}
             text = noise(2, 7, config.cross_attention_dim)
             return denoiser(sample, time, text, added_cond_kwargs=added, return_dict=False)[0]

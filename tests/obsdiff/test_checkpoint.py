@@ -94,13 +94,15 @@ def test_a_cut_and_masked_pipeline_comes_back_bit_by_bit(
     assert not any(parameter.is_meta for parameter in loaded.transformer.parameters())
 
 
-def test_a_cut_unet_comes_back_bit_by_bit(
-    build_pipeline: Callable[..., Any], denoise: Callable[[nn.Module], Tensor], tmp_path: Path
+@pytest.mark.parametrize(("kind", "name"), [("sdxl", "unet"), ("flux", "transformer")])
+def test_another_family_s_cut_denoiser_comes_back_bit_by_bit(
+    kind: str, name: str, build_pipeline: Callable[..., Any], denoise: Callable[[nn.Module], Tensor], tmp_path: Path
 ) -> None:
-    pipeline = build_pipeline("sdxl")
-    manifest = PrunedManifest(family="unet", sparsity="structured:0.5", groups=halve(pipeline.unet))
-    checkpoint.save(pipeline, pipeline.unet, tmp_path / "out", manifest)
-    assert torch.equal(denoise(checkpoint.load(tmp_path / "out").unet), denoise(pipeline.unet))
+    pipeline = build_pipeline(kind)
+    denoiser = getattr(pipeline, name)
+    manifest = PrunedManifest(family=family_of(denoiser).name, sparsity="structured:0.5", groups=halve(denoiser))
+    checkpoint.save(pipeline, denoiser, tmp_path / "out", manifest)
+    assert torch.equal(denoise(getattr(checkpoint.load(tmp_path / "out"), name)), denoise(denoiser))
 
 
 def test_saving_what_was_loaded_gives_the_same_bytes(saved: Path, tmp_path: Path) -> None:
@@ -206,7 +208,7 @@ HEADS = "transformer_blocks.1.attn.heads"
         (lambda data: data["groups"][HEADS].update(units=6), "has 4 units in the config, not 6"),
         (lambda data: data["groups"].update(nowhere={"units": 2, "kept": [0]}), "nowhere: the model has no such group"),
         (lambda data: data["groups"].pop(HEADS), r"tensor transformer_blocks.1.attn.* has shape"),
-        (lambda data: data.update(family="flux"), "unknown family flux; known are sd3, unet"),
+        (lambda data: data.update(family="sana"), "unknown family sana; known are sd3, unet"),
         (lambda data: data.update(family="unet"), "SD3Transformer2DModel is no denoiser of family unet"),
         (lambda data: data.update(surprise=1), "surprise: Extra inputs"),
         (lambda data: data.pop("sparsity"), "sparsity: Field required"),

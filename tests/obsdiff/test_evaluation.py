@@ -33,6 +33,7 @@ class FakeText:
     name = "sd3"
     denoiser = "transformer"
     classes = ("SD3Transformer2DModel",)
+    negatives = True
 
     def linears(self, denoiser: nn.Module) -> Any:
         return FAMILIES["sd3"].linears(denoiser)
@@ -415,6 +416,7 @@ def test_a_model_is_not_compared_with_itself_or_in_another_precision() -> None:
         ("sd3", "sd3", "proj_out", None),
         ("sd15", "unet", "conv_out", PNDMScheduler),
         ("sdxl", "unet", "conv_out", None),
+        ("flux", "flux", "proj_out", None),
     ],
 )
 def test_every_family_is_measured_on_its_own_pipeline(
@@ -430,7 +432,7 @@ def test_every_family_is_measured_on_its_own_pipeline(
         guidance_scale=3.0,
         height=32,
         width=32,
-        max_sequence_length=8 if kind == "sd3" else None,
+        max_sequence_length=8 if kind in ("sd3", "flux") else None,
         batch_size=2,
         seed=0,
     )

@@ -163,12 +163,12 @@ def test_a_folder_that_is_no_pipeline_is_an_error(fails: Fails, here: Path) -> N
 
 @pytest.mark.usefixtures("no_work")
 def test_an_unknown_family_is_an_error_with_the_list(fails: Fails, here: Path, sd3_folder: Path) -> None:
-    shutil.copytree(sd3_folder, here / "flux")
-    index = here / "flux" / "model_index.json"
-    data = {**json.loads(index.read_text()), "transformer": ["diffusers", "FluxTransformer2DModel"]}
-    index.write_text(json.dumps({**data, "_class_name": "FluxPipeline"}))
-    line = fails(*prune(model="flux"), code=2)
-    assert "FluxTransformer2DModel is of no known family" in line
+    shutil.copytree(sd3_folder, here / "sana")
+    index = here / "sana" / "model_index.json"
+    data = {**json.loads(index.read_text()), "transformer": ["diffusers", "SanaTransformer2DModel"]}
+    index.write_text(json.dumps({**data, "_class_name": "SanaPipeline"}))
+    line = fails(*prune(model="sana"), code=2)
+    assert "SanaTransformer2DModel is of no known family" in line
     assert "sd3" in line
     assert "unet" in line
 

@@ -110,8 +110,8 @@ def edit_index(folder: Path, **changes: Any) -> None:
 
 @pytest.mark.parametrize("load", [load_pipeline, load_configs])
 def test_an_unknown_family_is_an_error_with_the_list(load: Callable[..., Any], copied: Path) -> None:
-    edit_index(copied, _class_name="FluxPipeline", transformer=["diffusers", "FluxTransformer2DModel"])
-    with pytest.raises(ModelError, match=r"FluxTransformer2DModel is of no known family.*sd3.*unet"):
+    edit_index(copied, _class_name="SanaPipeline", transformer=["diffusers", "SanaTransformer2DModel"])
+    with pytest.raises(ModelError, match=r"SanaTransformer2DModel is of no known family.*sd3.*unet"):
         load(copied)
 
 

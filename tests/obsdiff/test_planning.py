@@ -47,6 +47,14 @@ INPUTS: dict[str, dict[str, Any]] = {
         "encoder_hidden_states": nothing(1, 77, 2048),
         "added_cond_kwargs": {"text_embeds": nothing(1, 1280), "time_ids": nothing(1, 6)},
     },
+    "flux": {
+        "hidden_states": nothing(1, 4096, 64),
+        "encoder_hidden_states": nothing(1, 512, 4096),
+        "pooled_projections": nothing(1, 768),
+        "timestep": nothing(1),
+        "img_ids": nothing(4096, 3),
+        "txt_ids": nothing(512, 3),
+    },
 }
 
 
@@ -56,7 +64,8 @@ def model(name: str) -> tuple[nn.Module, Family, dict[str, int]]:
     with torch.device("meta"):
         denoiser: nn.Module = getattr(diffusers, config["_class_name"]).from_config(config)
     family = family_of(denoiser)
-    return denoiser, family, costs.positions(denoiser, INPUTS[family.name])
+    inputs = INPUTS[family.name] | ({"guidance": nothing(1)} if config.get("guidance_embeds") else {})
+    return denoiser, family, costs.positions(denoiser, inputs)
 
 
 def planned(
@@ -98,6 +107,19 @@ def test_structured_sd3_comes_out_as_printed(
     assert {cut.kept for cut in plan.cuts if cut.kind == "ffn"} == {ffn}
     assert round(plan.parameters_after / 1e9, 2) == billions
     assert round(plan.macs_after / 1e12, 2) == tera
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("flux1_dev", 11_901_408_320), ("flux1_schnell", 11_891_178_560)])
+def test_flux_has_its_published_size_and_twelve_squares_a_token_in_each_block(name: str, parameters: int) -> None:
+    """Both streams of a joint block and a single block: 4 projections of attention, 8 of the feed-forward."""
+    plan = planned(name, "structured:25%")
+    assert plan.parameters_before == parameters
+    weights, tokens = 12 * 3072**2, 4096 + 512
+    blocks = (19 + 38) * weights * tokens
+    assert blocks < plan.macs_before < 1.001 * blocks  # beside them biases, embeddings, and what a row needs once
+    lost = (weights + (3 + 4) * 3072) // 4  # the biases are those of q, k, v and of the neurons
+    assert plan.parameters_before - plan.parameters_after == (19 * 2 + 38) * lost
+    assert plan.macs_before - plan.macs_after == (19 + 38) * lost * tokens
 
 
 @pytest.mark.parametrize(("share", "billions", "tera"), [("15%", 2.24, 5.33), ("20%", 2.13, 5.12), ("30%", 1.91, 4.70)])
@@ -374,9 +396,9 @@ def test_a_plan_is_json() -> None:
 
 
 def test_tokens_of_the_family_agree_with_those_of_a_call() -> None:
-    for name in ("sd3_medium", "sdxl"):
+    for name, text in (("sd3_medium", 77), ("sdxl", 77), ("flux1_dev", 512)):
         denoiser, family, positions = model(name)
-        tokens = family.tokens(denoiser.config, height=1024, width=1024, text_tokens=77)  # type: ignore[arg-type]
+        tokens = family.tokens(denoiser.config, height=1024, width=1024, text_tokens=text)  # type: ignore[arg-type]
         for linear in family.linears(denoiser):
             assert positions[linear.name] == tokens[linear.tokens], linear.name
 

@@ -211,23 +211,53 @@ def sdxl_pipeline() -> Any:
     )
 
 
+def flux_pipeline() -> Any:
+    """With a schedule that depends on the size, as FLUX.1-dev's."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=12,
+        axes_dims_rope=(2, 2, 4),
+        guidance_embeds=True,
+    )
+    return FluxPipeline(
+        transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            shift=3.0, use_dynamic_shifting=True, base_image_seq_len=16, max_image_seq_len=128
+        ),
+        vae=vae(scaling_factor=0.36, shift_factor=0.12),
+        text_encoder=clip(width=12, projection=False),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=t5_encoder(),
+        tokenizer_2=t5_tokenizer(),
+    )
+
+
 PIPELINES: dict[str, Callable[[], Any]] = {
     "sd3": sd3_pipeline,
     "sd3_t5": lambda: sd3_pipeline(t5=True),
     "sd": sd_pipeline,
     "sdxl": sdxl_pipeline,
+    "flux": flux_pipeline,
 }
 
 
 def write_bundle(pipeline: Any, folder: Path, *, sparsity: str = "dense") -> Path:
     """What `obsdiff export` leaves, without engines."""
+    from obsdiff.families import parts
     from obsdiff.families.table import family_of
     from obsdiff_runtime.bundle import ComponentEntry, Defaults, Manifest, TensorEntry, write_manifest
 
     denoiser = getattr(pipeline, "transformer", None) or pipeline.unet
     family = family_of(denoiser)
     components = {}
-    for component in family.components(pipeline, height=32, width=32):
+    for component in parts.components(family, pipeline, height=32, width=32):
         model = _exported(component, folder / component.name)
         inputs, outputs = (
             tuple(TensorEntry(name=port.name, dtype=port.dtype, shape=port.shape) for port in ports)
@@ -258,14 +288,16 @@ _EXPORTED: dict[tuple[str, int], Any] = {}
 
 
 def _exported(component: Any, folder: Path) -> Any:
-    """An OnnxModel; a network that was exported for another bundle is copied."""
+    """An OnnxModel that computes what torch does; a network that was exported for another bundle is copied."""
     import torch
 
     from obsdiff_export.onnx import export
+    from obsdiff_export.parity import compare
 
     key = (component.name.removesuffix("_2"), next(component.module.parameters()).data_ptr())
     if key not in _EXPORTED:
         _EXPORTED[key] = export(component, folder, dtype=torch.float32)
+        compare(component, _EXPORTED[key])
     else:
         shutil.copytree(_EXPORTED[key].path.parent, folder)
         (folder / "config.json").write_text(json.dumps(component.config))

@@ -19,24 +19,35 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't
 PROMPTS = ["a large red circle above a small blue square", "a small green triangle"]
 
 
+def is_flux(pipeline: Any) -> bool:
+    return type(pipeline).__name__.startswith("Flux")
+
+
+def length_of(pipeline: Any) -> dict[str, int]:
+    """The argument that a pipeline with T5 takes."""
+    has_t5 = is_flux(pipeline) or type(pipeline).__name__.startswith("StableDiffusion3")
+    return {"max_sequence_length": 5} if has_t5 else {}
+
+
 def both(pair: tuple[Any, Path], *, height: int = 32, width: int = 32, **options: Any) -> tuple[np.ndarray, Images]:
     """(n, height, width, 3) of diffusers, in 0..1, and what the runtime draws."""
     theirs, folder = pair
     ours = Pipeline(folder, threads=1)
     count = len(PROMPTS) * options.get("num_images", 1)
     noise = np.random.default_rng(1).standard_normal((count, 4, height // 2, width // 2), dtype=np.float32)
-    if "max_sequence_length" not in options and "StableDiffusion3" in type(theirs).__name__:
-        options["max_sequence_length"] = 5
-    given = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": height, "width": width} | options
+    latents = torch.from_numpy(noise)
+    if is_flux(theirs):
+        latents = theirs._pack_latents(latents, count, 4, height // 2, width // 2)
+    given = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": height, "width": width}
+    given |= length_of(theirs) | options
     with torch.no_grad():
         expected = theirs(
             PROMPTS,
             num_images_per_prompt=given.get("num_images", 1),
-            latents=torch.from_numpy(noise),
+            latents=latents,
             output_type="np",
             **{name: value for name, value in given.items() if name != "num_images"},
         ).images
-    given.setdefault("negative_prompt", "")
     return expected, ours(PROMPTS, latents=noise, **given)
 
 
@@ -53,8 +64,12 @@ def test_an_image_is_what_diffusers_draws(pair: tuple[Any, Path]) -> None:
 
 
 def test_sizes_steps_and_negative_prompts_are_what_diffusers_makes_of_them(pair: tuple[Any, Path]) -> None:
-    negative = ["a small green triangle", "two yellow stars"]
-    expected, images = both(pair, height=24, width=32, num_inference_steps=6, negative_prompt=negative)
+    negative = {"negative_prompt": ["a small green triangle", "two yellow stars"]}
+    given = {} if is_flux(pair[0]) else negative
+    if is_flux(pair[0]):
+        with pytest.raises(ConfigError, match="takes no negative prompt"):
+            Pipeline(pair[1], threads=1)(PROMPTS, **negative)
+    expected, images = both(pair, height=24, width=32, num_inference_steps=6, **given)
     assert images.arrays.shape == (2, 24, 32, 3)
     assert psnr(expected, images) > 50
 
@@ -69,9 +84,7 @@ def test_no_guidance_and_several_images_of_a_prompt(pair: tuple[Any, Path]) -> N
 def test_a_seed_of_diffusers_draws_the_same_image(pair: tuple[Any, Path], seed: int | list[int]) -> None:
     theirs, folder = pair
     seeded = [torch.Generator().manual_seed(number) for number in np.ravel(seed).tolist()]
-    given = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": 32, "width": 32}
-    if "StableDiffusion3" in type(theirs).__name__:
-        given["max_sequence_length"] = 5
+    given = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": 32, "width": 32} | length_of(theirs)
     with torch.no_grad():
         expected = theirs(
             PROMPTS, generator=seeded if isinstance(seed, list) else seeded[0], output_type="np", **given
@@ -111,8 +124,7 @@ def changed(pair: tuple[Any, Path], strength: float, steps: int) -> tuple[np.nda
     """An image that diffusers changes, in 0..1, and the runtime."""
     theirs, folder = pair
     kind = getattr(diffusers, type(theirs).__name__.replace("Pipeline", "Img2ImgPipeline"))
-    given = {"num_inference_steps": steps, "guidance_scale": 3.0, "strength": strength}
-    more = {"max_sequence_length": 5} if "StableDiffusion3" in kind.__name__ else {}
+    given = {"num_inference_steps": steps, "guidance_scale": 3.0, "strength": strength} | length_of(theirs)
     start = Image.fromarray(picture())
     with torch.no_grad():
         expected = kind(**theirs.components)(
@@ -121,10 +133,9 @@ def changed(pair: tuple[Any, Path], strength: float, steps: int) -> tuple[np.nda
             generator=torch.Generator().manual_seed(7),
             output_type="np",
             **given,
-            **more,
-            **({"height": 32, "width": 24} if more else {}),
+            **({"height": 32, "width": 24} if length_of(theirs) else {}),
         ).images
-    ours = Pipeline(folder, threads=1)(PROMPTS[0], image=picture(), seed=7, noise_source="torch", **given, **more)
+    ours = Pipeline(folder, threads=1)(PROMPTS[0], image=picture(), seed=7, noise_source="torch", **given)
     return expected, ours
 
 

@@ -66,7 +66,9 @@ SCHEDULERS: Final[dict[str, Callable[[Mapping[str, Any], int, int, Noise], Sched
 }
 
 
-def make_scheduler(config: Mapping[str, Any], steps: int, image_tokens: int, noise: Noise) -> Scheduler:
+def make_scheduler(
+    config: Mapping[str, Any], steps: int, image_tokens: int, noise: Noise, *, even_sigmas: bool = False
+) -> Scheduler:
     """A scheduler ready for one call.
 
     Args:
@@ -74,6 +76,7 @@ def make_scheduler(config: Mapping[str, Any], steps: int, image_tokens: int, noi
         steps: inference steps, at least 1.
         image_tokens: tokens of the denoiser's image sequence, for schedules that depend on it.
         noise: asked once per call by stochastic samplers, never by others.
+        even_sigmas: whether the pipeline gives the noise levels before shifting: even steps from 1 to 1 / steps.
 
     Raises:
         CompatibilityError: a class or an option that is not supported; names it.
@@ -85,4 +88,10 @@ def make_scheduler(config: Mapping[str, Any], steps: int, image_tokens: int, noi
             f"scheduler {name or 'without _class_name'} is not supported; supported are {', '.join(SCHEDULERS)}: "
             "give the pipeline one of these and export again"
         )
-    return SCHEDULERS[name](config, steps, image_tokens, noise)
+    if not even_sigmas:
+        return SCHEDULERS[name](config, steps, image_tokens, noise)
+    if SCHEDULERS[name] is not FlowMatchEuler:
+        raise CompatibilityError(
+            f"scheduler {name} is not supported with this pipeline; supported is FlowMatchEulerDiscreteScheduler"
+        )
+    return FlowMatchEuler(config, steps, image_tokens, noise, even_sigmas=True)

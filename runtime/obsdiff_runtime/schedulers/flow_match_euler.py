@@ -31,17 +31,21 @@ DEFAULTS: Final[dict[str, Any]] = {
 class FlowMatchEuler:
     """x <- x + (sigma_next - sigma) v. The model is told sigma times the number of training timesteps.
 
-    With stochastic_sampling the clean sample x - sigma v gets new noise at each step.
+    With stochastic_sampling the clean sample x - sigma v gets new noise at each step. With even_sigmas the levels that
+    are shifted are given, even steps from 1 to 1 / steps, as Flux's pipeline does; else they are even timesteps.
     """
 
     order = 1
     initial_sigma = 1.0
 
-    def __init__(self, config: Mapping[str, Any], steps: int, image_tokens: int, noise: Noise) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], steps: int, image_tokens: int, noise: Noise, *, even_sigmas: bool = False
+    ) -> None:
         refuse(config, "use_beta_sigmas")
         given = options(config, DEFAULTS)
         choose(config, "time_shift_type", given["time_shift_type"], "exponential", "linear")
-        sigmas = flow_sigmas(given, steps, image_tokens)
+        even = np.linspace(1, 1 / steps, steps).astype(np.float32) if even_sigmas else None
+        sigmas = flow_sigmas(given, steps, image_tokens, even)
         if given["invert_sigmas"]:
             sigmas = np.float32(1) - sigmas
         self._noise = noise if given["stochastic_sampling"] else None
@@ -66,21 +70,27 @@ def flow_noised(clean: Floats, noise: Floats, sigma: float) -> Floats:
     return (1 - sigma) * clean + sigma * noise
 
 
-def flow_sigmas(given: Mapping[str, Any], steps: int, image_tokens: int) -> NDArray[np.float32]:
-    """(steps,), from high to low; `given` has every option of DEFAULTS."""
-    return _spaced(given, steps, image_tokens).astype(np.float32)
+def flow_sigmas(
+    given: Mapping[str, Any], steps: int, image_tokens: int, levels: Floats | None = None
+) -> NDArray[np.float32]:
+    """(steps,), from high to low; `given` has every option of DEFAULTS, `levels` (steps,) are not shifted yet."""
+    sigmas = shifted(
+        _levels(given, steps) if levels is None else levels,
+        dynamic_shift(given, image_tokens) if given["use_dynamic_shifting"] else given["shift"],
+    )
+    return _respaced(given, sigmas, steps).astype(np.float32)
 
 
-def _spaced(given: Mapping[str, Any], steps: int, image_tokens: int) -> Floats:
-    train, shift = given["num_train_timesteps"], given["shift"]
+def _levels(given: Mapping[str, Any], steps: int) -> Floats:
+    """(steps,), even steps over the timesteps of the training."""
+    train = given["num_train_timesteps"]
     ends = np.array([1, 1 / train])
     if not given["use_dynamic_shifting"]:
-        ends = shifted(ends, shift).astype(np.float32)  # diffusers shifts the ends, then everything again
-    sigmas = np.linspace(float(ends[0]) * train, float(ends[1]) * train, steps) / train
-    if given["use_dynamic_shifting"]:
-        sigmas = shifted(sigmas, dynamic_shift(given, image_tokens))
-    else:
-        sigmas = shifted(sigmas, shift)
+        ends = shifted(ends, given["shift"]).astype(np.float32)  # diffusers shifts the ends, then everything again
+    return np.asarray(np.linspace(float(ends[0]) * train, float(ends[1]) * train, steps) / train)
+
+
+def _respaced(given: Mapping[str, Any], sigmas: Floats, steps: int) -> Floats:
     if given["shift_terminal"]:
         sigmas = stretched(sigmas, given["shift_terminal"])
     if given["use_karras_sigmas"]:

@@ -13,17 +13,18 @@ from obsdiff.families.table import FAMILIES
 from obsdiff_export.component import Component
 from obsdiff_runtime.errors import ModelError
 
-CASES = [("sd3", {"with_t5": True}), ("sd15", {}), ("sdxl", {})]
+CASES = [("sd3", {"with_t5": True}), ("sd15", {}), ("sdxl", {}), ("flux", {}), ("flux", {"guidance_embeds": False})]
 NAMES = {
     "sd3": ["text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae_decoder", "vae_encoder"],
     "sd15": ["text_encoder", "unet", "vae_decoder", "vae_encoder"],
     "sdxl": ["text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder"],
+    "flux": ["text_encoder", "text_encoder_2", "transformer", "vae_decoder", "vae_encoder"],
 }
 
 
 def of(pipeline: Any, kind: str) -> dict[str, Component]:
-    family = FAMILIES["sd3" if kind == "sd3" else "unet"]
-    return {component.name: component for component in family.components(pipeline, height=32, width=48)}
+    family = FAMILIES.get(kind, FAMILIES["unet"])
+    return {component.name: component for component in parts.components(family, pipeline, height=32, width=48)}
 
 
 def run(component: Component, inputs: Any) -> tuple[Tensor, ...]:
@@ -133,6 +134,26 @@ def test_the_last_example_has_the_asked_size_up_to_256_pixels() -> None:
     sizes = parts.latent_sizes(1024, 192, vae_scale=8, multiple=2, limit=192)
     assert sizes[-1] == (32, 24)
     assert parts.latent_sizes(1024, 1024, vae_scale=8, multiple=2, limit=10)[-1] == (20, 20)
+
+
+@pytest.mark.parametrize("guidance", [True, False])
+def test_flux_on_latents_is_diffusers_on_packed_ones(guidance: bool, build_pipeline: Callable[..., Any]) -> None:
+    pipeline = build_pipeline("flux", guidance_embeds=guidance)
+    component = of(pipeline, "flux")["transformer"]
+    told = dict(component.inputs)
+    latents, time = told.pop("hidden_states"), told.pop("timestep")
+    batch, channels, rows, columns = latents.shape
+    with torch.no_grad():
+        packed = pipeline.transformer(
+            **told,
+            hidden_states=pipeline._pack_latents(latents, *latents.shape),
+            timestep=time / 1000,
+            img_ids=pipeline._prepare_latent_image_ids(batch, rows // 2, columns // 2, "cpu", torch.float32),
+            txt_ids=torch.zeros(told["encoder_hidden_states"].shape[1], 3),
+        ).sample
+    expected = pipeline._unpack_latents(packed, rows * 2, columns * 2, 2)
+    assert expected.shape == (batch, channels, rows, columns)
+    assert torch.equal(run(component, component.inputs)[0], expected)
 
 
 def test_absent_components_are_left_out(build_pipeline: Callable[..., Any]) -> None:

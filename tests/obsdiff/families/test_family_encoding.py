@@ -10,7 +10,7 @@ from obsdiff.families.table import FAMILIES
 from obsdiff_runtime.errors import ConfigError, ModelError
 
 PROMPTS = ["red box", "a blue one"]
-CASES = [("sd3", {"with_t5": True}), ("sd3", {}), ("sd15", {}), ("sdxl", {})]
+CASES = [("sd3", {"with_t5": True}), ("sd3", {}), ("sd15", {}), ("sdxl", {}), ("flux", {})]
 
 
 def latents(pipeline: Any, **call: Any) -> torch.Tensor:
@@ -22,7 +22,7 @@ def latents(pipeline: Any, **call: Any) -> torch.Tensor:
 
 
 def options(kind: str) -> dict[str, int]:
-    return {"max_sequence_length": 6} if kind == "sd3" else {}
+    return {"max_sequence_length": 6} if kind in ("sd3", "flux") else {}
 
 
 @pytest.mark.parametrize(("kind", "changes"), CASES)
@@ -31,8 +31,9 @@ def test_a_call_with_embeddings_equals_a_call_with_prompts(
     kind: str, changes: dict[str, Any], negative: list[str] | None, build_pipeline: Callable[..., Any]
 ) -> None:
     pipeline = build_pipeline(kind, **changes)
-    family = FAMILIES["sd3" if kind == "sd3" else "unet"]
-    encoded = family.encode(pipeline, PROMPTS, negative or ["", ""], **options(kind))
+    family = FAMILIES.get(kind, FAMILIES["unet"])
+    unwanted = (negative or ["", ""]) if family.negatives else []
+    encoded = family.encode(pipeline, PROMPTS, unwanted, **options(kind))
     expected = latents(pipeline, prompt=PROMPTS, negative_prompt=negative, guidance_scale=4.0, **options(kind))
     assert torch.equal(latents(pipeline, guidance_scale=4.0, **encoded), expected)
     assert all(tensor.shape[0] == len(PROMPTS) and not tensor.requires_grad for tensor in encoded.values())
@@ -43,7 +44,7 @@ def test_without_guidance_there_are_no_negative_embeddings(
     kind: str, changes: dict[str, Any], build_pipeline: Callable[..., Any]
 ) -> None:
     pipeline = build_pipeline(kind, **changes)
-    family = FAMILIES["sd3" if kind == "sd3" else "unet"]
+    family = FAMILIES.get(kind, FAMILIES["unet"])
     encoded = family.encode(pipeline, PROMPTS, [])
     assert not any(name.startswith("negative") for name in encoded)
     expected = latents(pipeline, prompt=PROMPTS, guidance_scale=1.0)
@@ -57,8 +58,16 @@ def test_the_length_of_the_text_is_honoured(build_pipeline: Callable[..., Any]) 
         for length in (4, 6)
     ]
     assert lengths[1] - lengths[0] == 2
+    assert FAMILIES["flux"].encode(build_pipeline("flux"), PROMPTS, [], max_sequence_length=6)["prompt_embeds"].shape[
+        :2
+    ] == (2, 6)
     with pytest.raises(ConfigError, match="--max-sequence-length"):
         FAMILIES["unet"].encode(build_pipeline("sd15"), PROMPTS, [], max_sequence_length=4)
+
+
+def test_flux_takes_no_negative_prompt(build_pipeline: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError, match="takes no negative prompts"):
+        FAMILIES["flux"].encode(build_pipeline("flux"), PROMPTS, ["ugly", ""])
 
 
 def test_a_pipeline_without_text_encoders_is_an_error(build_pipeline: Callable[..., Any]) -> None:

@@ -13,7 +13,7 @@ from obsdiff.families import layers
 from obsdiff.families.table import FAMILIES, family_of
 from obsdiff_runtime.errors import ModelError
 
-KINDS = ["sd3", "sd35", "sd15", "sdxl"]
+KINDS = ["sd3", "sd35", "sd15", "sdxl", "flux"]
 
 
 @contextmanager
@@ -99,13 +99,15 @@ def test_a_group_covers_its_linears_whole(kind: str, build_denoiser: Callable[..
     denoiser = build_denoiser(kind)
     family = family_of(denoiser)
     linears = {linear.name: linear for linear in family.linears(denoiser)}
+    columns: dict[str, list[range]] = {}
     for group in family.groups(denoiser):
         for producer in group.producers:
             assert linears[producer.name].out_features == producer.parts * group.units * group.width
         for consumer in group.consumers:
-            assert linears[consumer.name].in_features == group.units * group.width
-    consumers = [name for group in family.groups(denoiser) for name in group.readers]
-    assert len(consumers) == len(set(consumers))
+            read = range(consumer.start, consumer.start + group.units * group.width)
+            columns.setdefault(consumer.name, []).append(read)
+    for name, read in columns.items():
+        assert [column for part in read for column in part] == list(range(linears[name].in_features)), name
 
 
 def test_an_sd3_block_has_eight_inputs_and_the_last_one_five(build_denoiser: Callable[..., Any]) -> None:
@@ -130,6 +132,16 @@ def test_the_second_attention_of_sd35_medium_is_a_group_of_its_own(build_denoise
         "transformer_blocks.0.attn2.heads",
         "transformer_blocks.1.attn2.heads",
     ]
+
+
+def test_a_single_flux_block_reads_heads_and_neurons_side_by_side(build_denoiser: Callable[..., Any]) -> None:
+    denoiser = build_denoiser("flux")
+    out = "single_transformer_blocks.0.proj_out"
+    starts = {group.name: group.start(out) for group in FAMILIES["flux"].groups(denoiser) if out in group.readers}
+    assert starts == {
+        "single_transformer_blocks.0.attn.heads": 0,
+        "single_transformer_blocks.0.mlp.neurons": denoiser.config.num_attention_heads * 8,
+    }
 
 
 def test_geglu_holds_a_neuron_twice(build_denoiser: Callable[..., Any]) -> None:
@@ -173,8 +185,8 @@ def test_sdxl_has_the_papers_seventy_blocks_and_parameters() -> None:
 
 
 def test_an_unknown_denoiser_is_an_error_that_lists_the_known_ones() -> None:
-    with pytest.raises(ModelError, match=r"FluxTransformer2DModel.*sd3 \(SD3Transformer2DModel\); unet"):
-        family_of("FluxTransformer2DModel")
+    with pytest.raises(ModelError, match=r"SanaTransformer2DModel.*sd3 \(SD3Transformer2DModel\); unet"):
+        family_of("SanaTransformer2DModel")
 
 
 def test_a_unet_without_transformer_blocks_is_an_error() -> None:

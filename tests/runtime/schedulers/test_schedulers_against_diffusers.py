@@ -302,6 +302,23 @@ def test_the_last_step_of_bh1_is_finite_where_diffusers_is_not() -> None:
     assert np.isfinite(sample).all()
 
 
+@pytest.mark.parametrize("steps", [1, 4, 28])
+@pytest.mark.parametrize("config", [{}, {"shift": 3.0}, {"shift": 3.0, "use_dynamic_shifting": True}], ids=str)
+def test_even_sigmas_are_shifted_as_flux_s_pipeline_has_it(config: dict[str, Any], steps: int) -> None:
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(**config)
+    mu = float(np.interp(TOKENS, [256, 4096], [0.5, 1.15]))
+    theirs.set_timesteps(steps, sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+    ours = make_scheduler(dict(theirs.config) | {"_class_name": FLOW}, steps, TOKENS, no_noise, even_sigmas=True)
+    np.testing.assert_allclose(ours.timesteps, theirs.timesteps.numpy(), rtol=1e-5, atol=1e-4)
+    theirs.set_begin_index(0)
+    assert_steps_agree((FLOW, config), theirs, ours, normal((2, 4, 8, 6)), 0)
+
+
+def test_a_scheduler_that_takes_no_even_sigmas_is_named() -> None:
+    with pytest.raises(CompatibilityError, match=r"UniPC.* with this pipeline; supported is FlowMatchEuler"):
+        make_scheduler({"_class_name": UNIPC} | OF_FLOWS, 10, 1, no_noise, even_sigmas=True)
+
+
 def test_an_unknown_scheduler_lists_the_known() -> None:
     with pytest.raises(CompatibilityError, match=r"LCMScheduler is not supported.*EulerDiscreteScheduler"):
         make_scheduler({"_class_name": "LCMScheduler"}, 10, 1, no_noise)
