@@ -51,26 +51,13 @@ _SAMPLE_SIZE: Final = 128
 
 def linears(denoiser: nn.Module) -> tuple[LinearSpec, ...]:
     """See `Family.linears`. Tiers: into the heads, out of them, into the neurons, out of them; of single blocks two."""
-    return tuple(
-        layers.linear(
-            denoiser,
-            f"{prefix}.{linear}",
-            block=block,
-            tier=tier,
-            reads=f"{prefix}.{reads}",
-            tokens=tokens,
-            writes=_writes(prefix, linear),
-        )
-        for block, (prefix, inputs) in enumerate(_blocks(denoiser))
-        for tier, reads, tokens, linears in inputs
-        for linear in linears
-    )
+    blocks = ((block, prefix, inputs) for block, (prefix, inputs) in enumerate(_blocks(denoiser)))
+    return layers.of_blocks(denoiser, blocks, _writes)
 
 
 def output(denoiser: nn.Module) -> LinearSpec | None:
     """See `Family.output`."""
-    blocks = sum(1 for _ in _blocks(denoiser))
-    return layers.linear(denoiser, "proj_out", block=blocks, tier=0, reads="norm_out", tokens="image")
+    return layers.output(denoiser, "proj_out", blocks=sum(1 for _ in _blocks(denoiser)))
 
 
 def groups(denoiser: nn.Module) -> tuple[Group, ...]:
@@ -182,22 +169,14 @@ class _Flat(parts.Flat):
 
 def component(denoiser: nn.Module, *, height: int, width: int, vae_scale: int = 8) -> Component:
     """See `Family.component`; what was distilled with guidance also reads `guidance`, its scale."""
-    sizes = parts.latent_sizes(height, width, vae_scale=vae_scale, multiple=PATCH)
-    examples = [
-        example(denoiser, batch=batch, size=size, text_tokens=length, pixels=(height, width))
-        for batch, length, size in parts.rows(sizes)
-    ]
-    axes = {key: {0: "batch"} for key in examples[0]}
-    axes["hidden_states"] |= {2: "height", 3: "width"}
-    axes["encoder_hidden_states"] |= {1: "text_tokens"}
-    return Component(
+    return parts.denoiser_component(
+        _Flat(denoiser),
+        example,
         name="transformer",
-        module=_Flat(denoiser),
-        inputs=examples[0],
-        dynamic_axes=axes,
-        outputs=("out_hidden_states",),
-        config=parts.config_of(denoiser),
-        more_inputs=tuple(examples[1:]),
+        output="out_hidden_states",
+        latents="hidden_states",
+        sizes=parts.latent_sizes(height, width, vae_scale=vae_scale, multiple=PATCH),
+        pixels=(height, width),
     )
 
 
@@ -208,10 +187,7 @@ def _places(rows: int, columns: int, device: torch.device) -> Tensor:
     return torch.stack([torch.zeros_like(row), row, column], dim=-1).flatten(0, 1)
 
 
-_Inputs = tuple[tuple[int, str, str, tuple[str, ...]], ...]
-"""Per distinct input tensor of a block: tier, key, sequence, and the linears that read it."""
-
-_DOUBLE: Final[_Inputs] = (
+_DOUBLE: Final[layers.Inputs] = (
     (0, "norm1", "image", ("attn.to_q", "attn.to_k", "attn.to_v")),
     (0, "norm1_context", "text", ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
     (1, "attn.to_out.0", "image", ("attn.to_out.0",)),
@@ -221,13 +197,13 @@ _DOUBLE: Final[_Inputs] = (
     (3, "ff.net.2", "image", ("ff.net.2",)),
     (3, "ff_context.net.2", "text", ("ff_context.net.2",)),
 )
-_SINGLE: Final[_Inputs] = (
+_SINGLE: Final[layers.Inputs] = (
     (0, "norm", "joint", ("proj_mlp", "attn.to_q", "attn.to_k", "attn.to_v")),
     (1, "proj_out", "joint", ("proj_out",)),
 )
 
 
-def _blocks(denoiser: nn.Module) -> Iterator[tuple[str, _Inputs]]:
+def _blocks(denoiser: nn.Module) -> Iterator[tuple[str, layers.Inputs]]:
     """Name and inputs of each block, in forward order."""
     for stage, inputs in (("transformer_blocks", _DOUBLE), ("single_transformer_blocks", _SINGLE)):
         for child, _ in denoiser.get_submodule(stage).named_children():

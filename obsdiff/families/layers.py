@@ -3,6 +3,8 @@
 Sizes always come from the modules, so that everything here holds on the meta device and on shrunk models.
 """
 
+from collections.abc import Callable, Iterable
+
 from torch import nn
 
 from obsdiff.groups import Consumer, Group, LinearSpec, Producer, Size, Write
@@ -33,6 +35,46 @@ def linear(
         tokens=tokens,
         writes=writes,
     )
+
+
+Inputs = Iterable[tuple[int, str, str, tuple[str, ...]]]
+"""Per distinct input tensor of a block: tier, key, sequence, and the linears that read it."""
+
+
+def of_blocks(
+    denoiser: nn.Module,
+    blocks: Iterable[tuple[int, str, Inputs]],
+    writes: Callable[[str, str], Write | None],
+    *,
+    common: tuple[str, ...] = (),
+) -> tuple[LinearSpec, ...]:
+    """The linears of all blocks.
+
+    Args:
+        denoiser: any.
+        blocks: in forward order: index, name, and what the block reads, by names inside of it.
+        writes: told a block's name and a linear's name in it, where that linear writes; see `LinearSpec.writes`.
+        common: keys of tensors that are the same in all blocks.
+    """
+    return tuple(
+        linear(
+            denoiser,
+            f"{prefix}.{name}",
+            block=block,
+            tier=tier,
+            reads=reads if reads in common else f"{prefix}.{reads}",
+            tokens=tokens,
+            writes=writes(prefix, name),
+        )
+        for block, prefix, inputs in blocks
+        for tier, reads, tokens, names in inputs
+        for name in names
+    )
+
+
+def output(denoiser: nn.Module, name: str, *, blocks: int) -> LinearSpec:
+    """The linear of that name as what lies behind the last of the blocks and gives the image."""
+    return linear(denoiser, name, block=blocks, tier=0, reads=f"{name}.input", tokens="image")
 
 
 def present(module: nn.Module, *names: str) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ Names of inputs and outputs are those of optimum's ONNX folders. Networks keep t
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -121,6 +121,48 @@ def components(family: Family, pipeline: DiffusionPipeline, *, height: int, widt
     model: nn.Module = getattr(pipeline, family.denoiser)
     denoiser = family.component(model, height=height, width=width, vae_scale=vae_scale_of(pipeline))
     return (*text_encoders(pipeline), denoiser, *autoencoder(pipeline, height=height, width=width))
+
+
+def denoiser_component(
+    flat: Flat,
+    example: Callable[..., dict[str, Tensor]],
+    *,
+    name: str,
+    output: str,
+    latents: str,
+    sizes: Sequence[Size],
+    pixels: Size,
+    text: Sequence[str] = ("encoder_hidden_states",),
+) -> Component:
+    """A denoiser whose inputs all have a batch, whose latents any size, and whose text any length.
+
+    Args:
+        flat: the denoiser as exported.
+        example: the family's `example`.
+        name: of the component.
+        output: name of what it gives.
+        latents: its input for latents, (b, channels, h, w).
+        sizes: three sizes of latents; see `latent_sizes`.
+        pixels: (height, width) of the image.
+        text: its inputs of text, (b, text tokens, ...).
+    """
+    examples = [
+        example(flat.source, batch=batch, size=size, text_tokens=length, pixels=pixels)
+        for batch, length, size in rows(sizes)
+    ]
+    axes = {key: {0: "batch"} for key in examples[0]}
+    axes[latents] |= {2: "height", 3: "width"}
+    for key in text:
+        axes[key] |= {1: "text_tokens"}
+    return Component(
+        name=name,
+        module=flat,
+        inputs=examples[0],
+        dynamic_axes=axes,
+        outputs=(output,),
+        config=config_of(flat.source),
+        more_inputs=tuple(examples[1:]),
+    )
 
 
 def need(pipeline: DiffusionPipeline, *names: str) -> None:

@@ -36,26 +36,13 @@ negatives: bool = True
 
 def linears(denoiser: nn.Module) -> tuple[LinearSpec, ...]:
     """See `Family.linears`. Tiers: into the heads, out of them, into the neurons, out of them."""
-    return tuple(
-        layers.linear(
-            denoiser,
-            f"{prefix}.{linear}",
-            block=block,
-            tier=tier,
-            reads=f"{prefix}.{reads}",
-            tokens=tokens,
-            writes=_writes(prefix, linear),
-        )
-        for block, prefix, module in _blocks(denoiser)
-        for tier, reads, tokens, linears in _inputs(module)
-        for linear in linears
-    )
+    blocks = ((block, prefix, _inputs(module)) for block, prefix, module in _blocks(denoiser))
+    return layers.of_blocks(denoiser, blocks, _writes)
 
 
 def output(denoiser: nn.Module) -> LinearSpec | None:
     """See `Family.output`."""
-    blocks = sum(1 for _ in _blocks(denoiser))
-    return layers.linear(denoiser, "proj_out", block=blocks, tier=0, reads="norm_out", tokens="image")
+    return layers.output(denoiser, "proj_out", blocks=sum(1 for _ in _blocks(denoiser)))
 
 
 def groups(denoiser: nn.Module) -> tuple[Group, ...]:
@@ -149,23 +136,14 @@ def component(denoiser: nn.Module, *, height: int, width: int, vae_scale: int = 
     sizes = parts.latent_sizes(
         height, width, vae_scale=vae_scale, multiple=config.patch_size, limit=config.pos_embed_max_size
     )
-    examples = [
-        example(denoiser, batch=batch, size=size, text_tokens=length, pixels=(height, width))
-        for batch, length, size in parts.rows(sizes)
-    ]
-    return Component(
+    return parts.denoiser_component(
+        _Flat(denoiser),
+        example,
         name="transformer",
-        module=_Flat(denoiser),
-        inputs=examples[0],
-        dynamic_axes={
-            "hidden_states": {0: "batch", 2: "height", 3: "width"},
-            "encoder_hidden_states": {0: "batch", 1: "text_tokens"},
-            "pooled_projections": {0: "batch"},
-            "timestep": {0: "batch"},
-        },
-        outputs=("out_hidden_states",),
-        config=parts.config_of(denoiser),
-        more_inputs=tuple(examples[1:]),
+        output="out_hidden_states",
+        latents="hidden_states",
+        sizes=sizes,
+        pixels=(height, width),
     )
 
 
@@ -190,8 +168,7 @@ def _writes(prefix: str, linear: str) -> Write | None:
     return None
 
 
-def _inputs(block: nn.Module) -> Iterator[tuple[int, str, str, tuple[str, ...]]]:
-    """Per distinct input tensor of a block: tier, key, sequence, and the linears that read it."""
+def _inputs(block: nn.Module) -> layers.Inputs:
     attention = block.get_submodule("attn")
     dual = bool(layers.present(block, "attn2"))
     text = bool(layers.present(block, "ff_context"))

@@ -37,20 +37,11 @@ _TIME_IDS = 6
 
 def linears(denoiser: nn.Module) -> tuple[LinearSpec, ...]:
     """See `Family.linears`. Tiers: attn1 in, attn1 out, attn2 in, attn2 out, into the neurons, out of them."""
-    return tuple(
-        layers.linear(
-            denoiser,
-            f"{prefix}.{linear}",
-            block=block,
-            tier=tier,
-            reads=_TEXT if reads == _TEXT else f"{prefix}.{reads}",
-            tokens="text" if reads == _TEXT else f"image/{factor}",
-            writes=_writes(prefix, linear),
-        )
+    blocks = (
+        (block, prefix, _inputs(module, f"image/{factor}"))
         for block, (factor, prefix, module) in enumerate(_blocks(denoiser))
-        for tier, reads, linears in _inputs(module)
-        for linear in linears
     )
+    return layers.of_blocks(denoiser, blocks, _writes, common=(_TEXT,))
 
 
 def output(denoiser: nn.Module) -> LinearSpec | None:
@@ -172,22 +163,16 @@ def component(denoiser: nn.Module, *, height: int, width: int, vae_scale: int = 
     """
     config: Any = denoiser.config
     _check_inputs(config)
-    sizes = parts.latent_sizes(height, width, vae_scale=vae_scale, multiple=2 ** (len(config.block_out_channels) - 1))
-    examples = [
-        example(denoiser, batch=batch, size=size, text_tokens=length, pixels=(height, width))
-        for batch, length, size in parts.rows(sizes)
-    ]
-    axes = {key: {0: "batch"} for key in examples[0]}
-    axes["sample"] |= {2: "height", 3: "width"}
-    axes["encoder_hidden_states"] |= {1: "text_tokens"}
-    return Component(
+    return parts.denoiser_component(
+        _Flat(denoiser),
+        example,
         name="unet",
-        module=_Flat(denoiser),
-        inputs=examples[0],
-        dynamic_axes=axes,
-        outputs=("out_sample",),
-        config=parts.config_of(denoiser),
-        more_inputs=tuple(examples[1:]),
+        output="out_sample",
+        latents="sample",
+        sizes=parts.latent_sizes(
+            height, width, vae_scale=vae_scale, multiple=2 ** (len(config.block_out_channels) - 1)
+        ),
+        pixels=(height, width),
     )
 
 
@@ -251,17 +236,16 @@ def _writes(prefix: str, linear: str) -> Write | None:
     return None
 
 
-def _inputs(block: nn.Module) -> Iterator[tuple[int, str, tuple[str, ...]]]:
-    """Per distinct input tensor of a block: tier, key, and the linears that read it."""
+def _inputs(block: nn.Module, image: str) -> layers.Inputs:
     if block.only_cross_attention:
-        yield 0, "norm1", ("attn1.to_q",)
-        yield 0, _TEXT, ("attn1.to_k", "attn1.to_v")
+        yield 0, "norm1", image, ("attn1.to_q",)
+        yield 0, _TEXT, "text", ("attn1.to_k", "attn1.to_v")
     else:
-        yield 0, "norm1", ("attn1.to_q", "attn1.to_k", "attn1.to_v")
-    yield 1, "attn1.to_out.0", ("attn1.to_out.0",)
+        yield 0, "norm1", image, ("attn1.to_q", "attn1.to_k", "attn1.to_v")
+    yield 1, "attn1.to_out.0", image, ("attn1.to_out.0",)
     if layers.present(block, "attn2"):
-        yield 2, "norm2", ("attn2.to_q",)
-        yield 2, _TEXT, ("attn2.to_k", "attn2.to_v")
-        yield 3, "attn2.to_out.0", ("attn2.to_out.0",)
-    yield 4, "norm3", ("ff.net.0.proj",)
-    yield 5, "ff.net.2", ("ff.net.2",)
+        yield 2, "norm2", image, ("attn2.to_q",)
+        yield 2, _TEXT, "text", ("attn2.to_k", "attn2.to_v")
+        yield 3, "attn2.to_out.0", image, ("attn2.to_out.0",)
+    yield 4, "norm3", image, ("ff.net.0.proj",)
+    yield 5, "ff.net.2", image, ("ff.net.2",)
