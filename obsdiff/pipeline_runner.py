@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -80,6 +81,11 @@ class _Memory:
     call_bytes: int = 0
 
 
+@cache
+def _stored_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 class PipelineRunner:
     """See `obsdiff_runtime.benchmark.runner.Runner`."""
 
@@ -123,16 +129,16 @@ class PipelineRunner:
 
     @property
     def subject(self) -> Subject:
-        folder = Path(self._model)
-        stored = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        given = Path(self._model)
+        folder = given if self._loaded is None else self._loaded.folder  # of a Hub id: known once it is loaded
         manifest = checkpoint.pruned_manifest(folder) if folder.is_dir() else None
         return Subject(
-            name=f"{self._kind}:{folder.resolve().name}",
+            name=f"{self._kind}:{given.resolve().name}",
             kind=self._kind,
             path=str(self._model),
             backend=BACKENDS[self._kind],
             sparsity="dense" if manifest is None else manifest.sparsity,
-            stored_bytes=stored,
+            stored_bytes=_stored_bytes(folder),
         )
 
     @property
