@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+import torch
 from torch import Tensor, nn
 
 from obsdiff import costs, latencies, planning, ranks, sensitivities
@@ -93,7 +94,9 @@ def measured(
     linears, groups = select(
         replace(recipe, protect_first=first, protect_last=last), everything, family.groups(denoiser)
     )
-    spending = _Spending(denoiser, recipe, linears, groups, positions(denoiser, calls[0]), everything)
+    spending = _Spending(
+        denoiser, recipe, linears, groups, positions(denoiser, calls[0], on_meta=family.described), everything
+    )
     paper = uniform(denoiser, family, recipe)
     wanted = spending.worth(paper.groups, paper.removals)
     by_weight = recipe.dense_share > 0 or isinstance(recipe.sparsity.pattern, Unstructured)
@@ -350,10 +353,15 @@ def _probes(recipe: Recipe, candidates: Sequence[Candidate], blocks: int, calls:
     return min(max(int(affordable / sensitivities.cost(candidates, blocks)), 1), sensitivities.PROBES)
 
 
-def positions(denoiser: nn.Module, call: Call) -> dict[str, int]:
-    """Tokens of each linear for one image."""
+def positions(denoiser: nn.Module, call: Call, *, on_meta: bool = True) -> dict[str, int]:
+    """Tokens of each linear for one image; of a denoiser that does not run on shapes alone the call is made."""
     args, kwargs = call.arguments
     inputs = inspect.signature(denoiser.forward).bind(*args, **kwargs).arguments
     inputs |= inputs.pop("kwargs", {})
     rows = len(next(value for value in inputs.values() if isinstance(value, Tensor) and value.ndim > 1))
-    return {name: number // rows for name, number in costs.positions(denoiser, inputs).items()}
+    if on_meta:
+        found = costs.positions(denoiser, inputs)
+    else:
+        with costs.counting(denoiser) as found, torch.no_grad():
+            denoiser(*args, **kwargs)
+    return {name: number // rows for name, number in found.items()}

@@ -21,7 +21,7 @@ from obsdiff.core.gram import Gram, GramAccumulator
 from obsdiff.families import Family, guided
 from obsdiff.groups import LinearSpec
 from obsdiff.recipe import Sampling
-from obsdiff.sampling import quiet
+from obsdiff.sampling import call_of, quiet
 from obsdiff_runtime.errors import CalibrationError
 from obsdiff_runtime.progress import Progress, silent
 
@@ -72,12 +72,9 @@ def batches(count: int, size: int) -> Iterator[range]:
 def sample(pipeline: DiffusionPipeline, prompts: Prompts, rows: range, sampling: Sampling, **overrides: Any) -> Tensor:
     """Final latents of some prompts, (rows, channels, height, width)."""
     generators = [torch.Generator().manual_seed(sampling.seed + row) for row in rows]
+    text = {name: value.to(pipeline.device) for name, value in prompts.batch(rows).items()}
     arguments: dict[str, Any] = {
-        **{name: value.to(pipeline.device) for name, value in prompts.batch(rows).items()},
-        "num_inference_steps": sampling.num_inference_steps,
-        "guidance_scale": sampling.guidance_scale,
-        "height": sampling.height,
-        "width": sampling.width,
+        **call_of(pipeline, text, prompts.texts[rows.start : rows.stop], sampling),
         "generator": generators,
         "output_type": "latent",
     }

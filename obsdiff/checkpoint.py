@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from obsdiff import folders
 from obsdiff.families import Family
-from obsdiff.families.table import FAMILIES
+from obsdiff.families.table import FAMILIES, family_of
 from obsdiff.folders import MANIFEST, new_folder
 from obsdiff.shrinking import shrink
 from obsdiff_runtime.errors import BundleError, CompatibilityError
@@ -259,7 +259,7 @@ def empty_denoiser(folder: Path) -> nn.Module:
     manifest = read_manifest(folder)
     config = _read_json(folder / "config.json")
     family, name = FAMILIES[manifest.family], config.get("_class_name")
-    if name not in family.classes:
+    if name is None or family_of(name) is not family:
         raise BundleError(f"{folder / 'config.json'}: {name} is no denoiser of family {manifest.family}")
     try:
         with init_empty_weights(include_buffers=False):

@@ -8,7 +8,8 @@ printed digit of the paper's "TFLOPs" comes out for SD3, SD3.5 and SDXL; for SDX
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,6 +36,15 @@ def positions(denoiser: nn.Module, inputs: Mapping[str, Any]) -> dict[str, int]:
     Returns:
         module name -> positions, summed over calls; modules that were not called are absent.
     """
+    state = {name: _shape_of(tensor) for name, tensor in (*denoiser.named_parameters(), *denoiser.named_buffers())}
+    with counting(denoiser) as found, torch.no_grad(), torch.device("meta"):
+        torch.func.functional_call(denoiser, state, (), tree_map_only(Tensor, _shape_of, dict(inputs)))
+    return found
+
+
+@contextmanager
+def counting(denoiser: nn.Module) -> Iterator[dict[str, int]]:
+    """What `positions` gives, of the calls that are made until the block ends."""
     found: dict[str, int] = {}
 
     def count(name: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
@@ -47,14 +57,11 @@ def positions(denoiser: nn.Module, inputs: Mapping[str, Any]) -> dict[str, int]:
         for name, module in denoiser.named_modules()
         if isinstance(module, COUNTED)
     ]
-    state = {name: _shape_of(tensor) for name, tensor in (*denoiser.named_parameters(), *denoiser.named_buffers())}
     try:
-        with torch.no_grad(), torch.device("meta"):
-            torch.func.functional_call(denoiser, state, (), tree_map_only(Tensor, _shape_of, dict(inputs)))
+        yield found
     finally:
         for hook in hooks:
             hook.remove()
-    return found
 
 
 def macs(denoiser: nn.Module, counts: Mapping[str, int]) -> int:

@@ -5,7 +5,7 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import psutil
 import torch
@@ -49,7 +49,16 @@ def _version(name: str) -> str | None:
 def positions(
     denoiser: nn.Module, family: Family, sampling: Sampling, *, text_tokens: int, vae_scale: int
 ) -> dict[str, int]:
-    """costs.positions of one denoiser call on one image of the sampled size."""
+    """costs.positions of one denoiser call on one image of the sampled size.
+
+    Of a denoiser that no family describes they are an estimate: all linears of its blocks run over the image's tokens.
+    """
+    if not family.described:
+        config: Any = denoiser.config
+        tokens = family.tokens(
+            config, height=sampling.height, width=sampling.width, text_tokens=text_tokens, vae_scale=vae_scale
+        )
+        return {linear.name: tokens[linear.tokens] for linear in family.linears(denoiser)}
     inputs = family.example(
         denoiser,
         batch=1,

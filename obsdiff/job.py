@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from obsdiff import allocation, costs, facts, latencies, moments, planning, ranks
 from obsdiff.checkpoint import DEFAULTS
 from obsdiff.estimates import Streams, Workload
-from obsdiff.families import Family, rows
+from obsdiff.families import HELP, Family, generic, rows
 from obsdiff.families.table import family_of
 from obsdiff.latencies import Times
 from obsdiff.loading import (
@@ -161,7 +161,21 @@ def name_of(settings: Settings) -> str:
     return settings.model or "the shipped pipeline"
 
 
-def load(settings: Settings) -> LoadedPipeline:
+def load(settings: Settings, *, offload: bool = False) -> LoadedPipeline:
+    """The pipeline that the settings name.
+
+    Args:
+        settings: model and device.
+        offload: follow `settings.offload`, which `require_offloadable` has allowed.
+
+    Raises:
+        ConfigError: the settings say offload where it is not followed, or name a device that torch cannot use here.
+        ModelError: see `load_pipeline`.
+    """
+    if settings.offload and not offload:
+        raise ConfigError(
+            "--offload: only obsdiff prune, which writes a folder, goes from block to block; leave it out"
+        )
     device = ranks.device_of(settings.device)
     disable_progress_bar()
     transformers_logging.disable_progress_bar()
@@ -174,7 +188,7 @@ def load(settings: Settings) -> LoadedPipeline:
         revision=settings.revision,
         variant=settings.variant,
         device=device,
-        offload=bool(settings.offload),
+        offload=bool(settings.offload and offload),
     )
 
 
@@ -184,6 +198,8 @@ def require_offloadable(settings: Settings, recipe: Recipe) -> None:
         raise ConfigError("--offload is for GPUs, and this run is on the CPU")
     if not METHODS[recipe.method].streams:
         raise ConfigError(f"--offload goes from block to block, and --method {recipe.method} does not; take streamed")
+    if recipe.family == generic.name:
+        raise ConfigError("--offload needs to know what reads the prompts, and no family describes this denoiser")
     if recipe.allocation != "uniform":
         raise ConfigError(
             f"--offload cannot measure where sparsity costs least, as {recipe.sparsity} asks for; "
@@ -207,7 +223,9 @@ def given(pipeline: DiffusionPipeline) -> LoadedPipeline:
     if name is None:
         raise ModelError(f"this {type(pipeline).__name__} has no denoiser (transformer or unet)")
     family = family_of(getattr(pipeline, name))
-    configs[name]["_class_name"] = family.classes[0]
+    if family.denoiser != name:
+        raise ModelError(f"no family describes this {type(getattr(pipeline, name)).__name__}; {HELP}")
+    configs[name]["_class_name"] = type(getattr(pipeline, name)).__name__
     configs["model_index"] = index
     folder = Path(str(pipeline.config.get("_name_or_path") or "in memory"))
     if (folder / DEFAULTS).is_file():

@@ -20,7 +20,7 @@ from torch import nn
 
 from obsdiff import checkpoint, offloading
 from obsdiff.checkpoint import DEFAULTS, INDEX
-from obsdiff.families import Family, parts
+from obsdiff.families import HELP, Family, parts
 from obsdiff.families.table import FAMILIES, family_of
 from obsdiff.folders import MANIFEST, is_variant
 from obsdiff_runtime.errors import ModelError, ResourceError
@@ -198,16 +198,25 @@ def _class_defaults(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     denoiser = next(configs[family.denoiser] for family in FAMILIES.values() if family.denoiser in configs)
     family = family_of(str(denoiser["_class_name"]))
     name = configs.get("model_index", {}).get("_class_name") or family.pipeline
+    if not name:
+        raise ModelError(
+            f"no family describes a {denoiser['_class_name']}, so its configuration alone is not enough; "
+            "name its pipeline's folder"
+        )
     signature = inspect.signature(getattr(diffusers, name).__call__).parameters
     rows, columns = family.latent_size(denoiser)
     scale = vae_scale(configs)
-    length = signature.get("max_sequence_length")
+
+    def default(argument: str, otherwise: Any) -> Any:
+        found = signature[argument].default if argument in signature else None
+        return otherwise if found is None or found is inspect.Parameter.empty else found
+
     return {
-        "height": rows * scale,
-        "width": columns * scale,
-        "num_inference_steps": signature["num_inference_steps"].default,
-        "guidance_scale": signature["guidance_scale"].default,
-        "max_sequence_length": None if length is None else length.default,
+        "height": default("height", rows * scale),
+        "width": default("width", columns * scale),
+        "num_inference_steps": default("num_inference_steps", 50),
+        "guidance_scale": default("guidance_scale", 1.0),
+        "max_sequence_length": default("max_sequence_length", None),
         "prompts": None,
     }
 
@@ -282,7 +291,10 @@ def _family(folder: Path, index: Mapping[str, Any]) -> Family:
     found = [index[place] for place in places if isinstance(index.get(place), list) and index[place][1] is not None]
     if not found:
         raise ModelError(f"{folder}: this {index['_class_name']} has no denoiser ({' or '.join(places)})")
-    return family_of(str(found[0][1]))
+    family = family_of(str(found[0][1]))
+    if family.denoiser not in index:
+        raise ModelError(f"{folder}: no family describes its {found[0][1]}; {HELP}")
+    return family
 
 
 def _configs(folder: Path, index: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

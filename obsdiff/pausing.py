@@ -5,7 +5,7 @@ given a result, it goes on to the next. What a pass needs later (skip connection
 so that any architecture can be streamed block by block without being taken apart, and nothing is computed twice.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -71,18 +71,31 @@ def run(block: nn.Module, arguments: Arguments) -> Any:
 def check_at(passes: Sequence[PausedPass], block: nn.Module, name: str) -> None:
     """Raises ModelError where a pass does not wait at this block: it runs them in another order, or some twice."""
     if any(waiting.block is not block for waiting in passes):
-        raise _disordered(name)
+        raise disordered(name)
+
+
+def next_block(waiting: PausedPass, ahead: Mapping[int, nn.Module], names: Sequence[str]) -> int:
+    """Key of the block that a pass goes on with, in the denoiser's own order; leaves the others in `ahead` as they are.
+
+    Raises:
+        ModelError: it goes on with none of those ahead.
+    """
+    found = [key for key, block in ahead.items() if block is waiting.block]
+    if not found:
+        raise disordered(names[min(ahead)])
+    return found[0]
 
 
 def check_over(passes: Sequence[PausedPass], name: str) -> None:
     """Raises ModelError where a pass still waits behind `name`, the last block."""
     if any(waiting.block is not None for waiting in passes):
-        raise _disordered(name)
+        raise disordered(name)
 
 
-def _disordered(name: str) -> ModelError:
+def disordered(name: str) -> ModelError:
+    """What to raise where a pass does not come to a block, or to it more than once."""
     return ModelError(
-        f"{name}: the denoiser does not run its blocks once each, in order, so they cannot be streamed; "
+        f"{name}: the denoiser does not run its blocks once each, one after the other, so they cannot be streamed; "
         "use --method obsdiff"
     )
 

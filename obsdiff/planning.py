@@ -16,7 +16,7 @@ from torch import nn
 from obsdiff import costs, estimates, stream_costs
 from obsdiff.core.gram import BYTES_PER_ENTRY
 from obsdiff.estimates import Estimates, Streams, Workload
-from obsdiff.families import Family
+from obsdiff.families import HELP, Family
 from obsdiff.groups import Group, LinearSpec
 from obsdiff.sparsity import NM, Pattern, Sparsity
 from obsdiff.stream_costs import StreamPlan
@@ -170,7 +170,7 @@ def plan(
         streams=found,
         gram_bytes=gram_bytes,
         denoiser_calls=calls,
-        notes=_notes(groups, removed, layers, sparsity, align, allocation),
+        notes=(*_undescribed(family), *_notes(groups, removed, layers, sparsity, align, allocation)),
         estimates=estimated,
     )
 
@@ -407,6 +407,15 @@ def _zeros(layer: LayerPlan, pattern: Pattern | None) -> int:
     if pattern is None or layer.pattern is None:
         return 0
     return round(layer.kept_inputs * layer.kept_outputs * pattern.ratio)
+
+
+def _undescribed(family: Family) -> tuple[str, ...]:
+    if family.described:
+        return ()
+    return (
+        "no family describes this denoiser: MACs are an estimate, those of its blocks' linears over the image's "
+        f"tokens, and each linear has a gram of its own; {HELP}",
+    )
 
 
 def _notes(

@@ -7,7 +7,7 @@ from typing import Final
 
 from obsdiff import latencies
 from obsdiff.core.timesteps import SCHEDULES
-from obsdiff.families import Family
+from obsdiff.families import Family, require_described
 from obsdiff.loading import Defaults
 from obsdiff.methods.table import METHODS
 from obsdiff.recipe import Recipe, Sampling, calibration_prompts, parse_blocks, parse_bytes
@@ -72,6 +72,8 @@ def resolve(
     options = _options(settings.method_options or {})
     first, last = family.protect
     sparsity = parse(settings.sparsity)
+    if sparsity.structured:
+        require_described(family, f"--sparsity {sparsity}, which removes units,")
     method = _method(settings.method, sparsity)
     dense_share = _dense_share(settings.dense_share, sparsity)
     allocation = _allocation(settings.allocation, method, sparsity, dense_share)

@@ -6,6 +6,7 @@
 A scheduler may call the denoiser more than once per step; the calls of a step count together.
 """
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -78,8 +79,8 @@ class Sampler:
         blocks = BlockErrors(block_modules(self.family.linears(dense)), prompts, steps, clock)
 
         def compare(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            dense_velocity = _finite(output[0], "dense", clock.step, batch.prompts)
-            pruned_velocity = _finite(pruned(*args, **kwargs)[0], "pruned", clock.step, batch.prompts)
+            dense_velocity = _finite(velocity_of(output), "dense", clock.step, batch.prompts)
+            pruned_velocity = _finite(velocity_of(pruned(*args, **kwargs)), "pruned", clock.step, batch.prompts)
             velocities.add(dense_velocity, pruned_velocity)
 
         with blocks.watching(dense, pruned):
@@ -121,11 +122,7 @@ class Sampler:
             torch.manual_seed(batch.seeds[0])
             stack.enter_context(_swapped(self.pipeline, self.family.denoiser, denoiser))
             images = self.pipeline(
-                **batch.text,
-                num_inference_steps=steps,
-                guidance_scale=self.sampling.guidance_scale,
-                height=self.sampling.height,
-                width=self.sampling.width,
+                **call_of(self.pipeline, batch.text, batch.prompts, self.sampling),
                 generator=[torch.Generator("cpu").manual_seed(seed) for seed in batch.seeds],
                 output_type="np",
                 callback_on_step_end=after_call,
@@ -147,6 +144,33 @@ def batches(sampler: Sampler, prompts: Sequence[str], negative: str) -> Iterator
         texts = prompts[start : start + sampling.batch_size]
         text = sampler.family.encode(sampler.pipeline, texts, [negative] * len(texts) if negatives else [], **options)
         yield Batch(prompts=texts, seeds=[sampling.seed + start + i for i in range(len(texts))], text=text)
+
+
+def call_of(
+    pipeline: DiffusionPipeline, text: Mapping[str, Tensor], prompts: Sequence[str], sampling: Sampling
+) -> dict[str, Any]:
+    """What the pipeline's call is told; the prompts themselves where `text`, which is embedded, is empty.
+
+    Pipelines that would draw the nearest size they were trained on, and scale the picture, draw the size asked for.
+    """
+    told: dict[str, Any] = dict(text) or {"prompt": list(prompts)}
+    if not text and sampling.max_sequence_length is not None:
+        told["max_sequence_length"] = sampling.max_sequence_length
+    if "use_resolution_binning" in inspect.signature(type(pipeline).__call__).parameters:
+        told["use_resolution_binning"] = False
+    return {
+        **told,
+        "num_inference_steps": sampling.num_inference_steps,
+        "guidance_scale": sampling.guidance_scale,
+        "height": sampling.height,
+        "width": sampling.width,
+    }
+
+
+def velocity_of(output: Any) -> Tensor:
+    """What a denoiser predicts, (rows, ...): the first thing that its call gives; some give a list of rows."""
+    first = output[0] if isinstance(output, tuple) else output.sample
+    return torch.stack(list(first)) if isinstance(first, list) else first
 
 
 class VelocityErrors:

@@ -24,6 +24,7 @@ from obsdiff.methods import Layer, Method, Options
 from obsdiff.methods import Pruned as PrunedLayer
 from obsdiff.pausing import PausedPass
 from obsdiff.residuals import block_modules
+from obsdiff.sampling import velocity_of
 from obsdiff.sparsity import Pattern
 from obsdiff.trajectories import Call
 from obsdiff_runtime.errors import CalibrationError
@@ -115,7 +116,6 @@ def measure(
     by_block: dict[int, list[Candidate]] = defaultdict(list)
     for candidate in candidates:
         by_block[candidate.block].append(candidate)
-    last = max(by_block)
     errors: dict[str, float] = {}
     blocks = [denoiser.get_submodule(name) for name in names]
     with pausing.gated(blocks):
@@ -124,8 +124,10 @@ def measure(
         chosen = spaced(calls, MOMENT_CALLS)
         stream = [PausedPass(denoiser, calls[index].arguments) for index in chosen]
         solver = _Solver(denoiser, linears, method, options)
-        for index in range(last + 1):
-            progress("measure sensitivities", index, last + 1, names[index])
+        ahead = dict(enumerate(blocks))
+        for done in range(len(blocks)):
+            index = pausing.next_block(stream[0], ahead, names)
+            progress("measure sensitivities", done, len(blocks), names[index])
             wanted = {name for candidate in by_block[index] for name in candidate.linears}
             grams = solver.grams(blocks[index], stream, [weights[place] for place in chosen], wanted)
             found = torch.zeros(len(by_block[index]), dtype=torch.float64)
@@ -133,11 +135,14 @@ def measure(
                 with _changed(denoiser, solver.solve(candidate, grams)):
                     found[place] = sum(probe.error(index) for probe in dense)
             ranks.add_up([found])
+            del ahead[index]
             for candidate, error in zip(by_block[index], (found / count).tolist(), strict=True):
                 if not error < float("inf"):
                     raise CalibrationError(f"{candidate.key}: the denoiser's output is not finite once it is pruned")
                 errors[candidate.key] = error
-        progress("measure sensitivities", last + 1, last + 1)
+            if not by_block.keys() & ahead.keys():
+                break
+        progress("measure sensitivities", len(blocks), len(blocks))
     return errors
 
 
@@ -146,13 +151,13 @@ class _Probe:
 
     def __init__(self, denoiser: nn.Module, blocks: Sequence[nn.Module], names: Sequence[str], call: Call) -> None:
         self._denoiser, self._blocks, self._call = denoiser, blocks, call
-        self._outputs: list[Any] = []
-        waiting = PausedPass(denoiser, call.arguments)
-        for block, name in zip(blocks, names, strict=True):
-            pausing.check_at([waiting], block, name)
-            self._outputs.append(pausing.run(block, waiting.arguments))
-            waiting.resume(self._outputs[-1])
-        self._dense = _velocity(waiting.output).double().flatten(1)  # (rows, numbers)
+        self._outputs: dict[int, Any] = {}  # in the order in which the blocks run
+        waiting, ahead = PausedPass(denoiser, call.arguments), dict(enumerate(blocks))
+        while ahead:
+            index = pausing.next_block(waiting, ahead, names)
+            self._outputs[index] = pausing.run(ahead.pop(index), waiting.arguments)
+            waiting.resume(self._outputs[index])
+        self._dense = velocity_of(waiting.output).double().flatten(1)  # (rows, numbers)
         self._energy = self._dense.square().sum(1)  # (rows,)
         if not bool((self._energy > 0).all()):
             raise CalibrationError(f"{call.prompts}: the denoiser's output is exactly zero; is the model trained?")
@@ -160,9 +165,11 @@ class _Probe:
     def error(self, index: int) -> float:
         """With the weights of block `index` as they are now, mean over rows."""
         waiting = PausedPass(self._denoiser, self._call.arguments)
-        for place, block in enumerate(self._blocks):
-            waiting.resume(self._outputs[place] if place < index else pausing.run(block, waiting.arguments))
-        change = (_velocity(waiting.output).double().flatten(1) - self._dense).square().sum(1)
+        reached = False
+        for place, output in self._outputs.items():
+            reached = reached or place == index
+            waiting.resume(pausing.run(self._blocks[place], waiting.arguments) if reached else output)
+        change = (velocity_of(waiting.output).double().flatten(1) - self._dense).square().sum(1)
         return float((change / self._energy).mean())
 
 
@@ -243,11 +250,6 @@ def _changed(denoiser: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[Non
     finally:
         for name, value in before.items():
             denoiser.get_parameter(name).data.copy_(value)
-
-
-def _velocity(output: Any) -> Tensor:
-    found: Tensor = output[0] if isinstance(output, tuple) else output.sample
-    return found
 
 
 def _tokens(x: Tensor) -> Tensor:

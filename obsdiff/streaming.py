@@ -98,8 +98,9 @@ def prune(
     records: list[LayerResult] = []
     with torch.no_grad(), pausing.gated([denoiser.get_submodule(name) for name in run.blocks]):
         run.start()
-        for index, name in enumerate(run.blocks):
-            progress("prune blocks", index, len(run.blocks), name)
+        for done in range(len(run.blocks)):
+            index, name = run.next()
+            progress("prune blocks", done, len(run.blocks), name)
             result = journal.read(f"block-{index}") if journal is not None else None
             result = run.block(index, name, result)
             if journal is not None:
@@ -148,6 +149,17 @@ class _Run:
     def start(self) -> None:
         self._dense = [PausedPass(self._denoiser, call.arguments) for call in self._calls]
         self._pruned = [PausedPass(self._denoiser, call.arguments) for call in self._calls]
+        self._ahead = {index: self._denoiser.get_submodule(name) for index, name in enumerate(self.blocks)}
+
+    def next(self) -> tuple[int, str]:
+        """Index and name of the block that the denoiser goes on with, in its own order.
+
+        Raises:
+            ModelError: it goes on with none, or with one that was run before.
+        """
+        index = pausing.next_block(self._dense[0], self._ahead, self.blocks)
+        del self._ahead[index]
+        return index, self.blocks[index]
 
     def block(self, index: int, name: str, known: PackageResult | None) -> PackageResult:
         """Prunes a block, or sets it to what is known of it, and moves both streams past it."""

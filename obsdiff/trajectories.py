@@ -12,7 +12,7 @@ from obsdiff.calibration import Prompts, StepIndex, batches, sample
 from obsdiff.families import Family
 from obsdiff.pausing import Arguments
 from obsdiff.recipe import Sampling
-from obsdiff.sampling import quiet
+from obsdiff.sampling import quiet, velocity_of
 from obsdiff_runtime.errors import CalibrationError
 from obsdiff_runtime.progress import Progress, silent
 
@@ -75,8 +75,7 @@ def record(
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         step = steps.advance(kwargs["timestep"] if "timestep" in kwargs else args[1])
         texts = f"prompts {passes[place].start + 1} to {passes[place].stop}"
-        velocity = output[0] if isinstance(output, tuple) else output.sample
-        if not bool(velocity.isfinite().all()):
+        if not bool(velocity_of(output).isfinite().all()):
             raise CalibrationError(f"step {step + 1}, {texts}: the denoiser's output is not finite; are its weights?")
         if step in wanted_steps(sampling.num_inference_steps, kept_steps, place):
             calls.append(Call(step=step, arguments=_copied(args, kwargs), prompts=texts))

@@ -30,6 +30,7 @@ from obsdiff.comparison import hold, layers_of
 from obsdiff.engines import Order, order_of
 from obsdiff.engines import build as build
 from obsdiff.evaluation import check_size
+from obsdiff.families import require_described
 from obsdiff.folders import check_free, new_folder
 from obsdiff.gates import Gate
 from obsdiff.job import (
@@ -96,7 +97,10 @@ def plan(settings: Settings, *, before: Path | None = None, force: bool = False)
     """
     if before is not None:
         check_free(before, force=force)
-    return open_job(separate(settings)).plan()
+    job = open_job(separate(settings))
+    if settings.offload:
+        require_offloadable(settings, job.recipe)
+    return job.plan()
 
 
 def prune(
@@ -117,6 +121,8 @@ def prune(
     if isinstance(model, DiffusionPipeline):
         loaded = given(model)
         asked = Settings(**settings)
+        if asked.offload:
+            raise ConfigError("offload=True is for a model by its name: a pipeline in memory lies where it lies")
         name = str(model.config.get("_name_or_path") or type(model).__name__)
     else:
         asked = Settings(model=None if model is None else str(model), **settings)
@@ -155,7 +161,7 @@ def prune_to_folder(
     if settings.offload:
         require_offloadable(settings, job.recipe)
     weights = require(job, output, copies=1)
-    loaded = load_model(settings)
+    loaded = load_model(settings, offload=True)
     require_disk_for(loaded, output, 2 * weights)
     stored = computable(loaded)
     journal = FolderJournal(output, job.recipe.digest(), resume=resume)
@@ -213,6 +219,7 @@ def export(
         quantized = format is not None and part == "denoiser"
         checked_opset(delivery.dtype_of(part, settings), settings.opset, quantized=quantized)
     job = open_job(settings, sparsity_required=False)
+    require_described(job.family, "obsdiff export")
     if order is not None:
         engines.require_drawable(order, served_by(job))
     if format is not None:

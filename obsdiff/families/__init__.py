@@ -1,13 +1,16 @@
 """Architectures of denoisers. A family is a module here and a line in table.FAMILIES."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from obsdiff.groups import Group, LinearSpec
 from obsdiff_export.component import Component
+from obsdiff_runtime.errors import ConfigError
+
+HELP: Final = "docs/add-a-family.md in obsdiff's repository says how to describe one"
 
 
 class Family(Protocol):
@@ -21,6 +24,7 @@ class Family(Protocol):
         protect: blocks at the start and at the end that keep all their units unless asked otherwise; the paper's.
         negatives: whether guidance runs every image twice, once on a negative prompt (classifier-free guidance); where
             not, it is distilled into the denoiser, which is told its scale.
+        described: whether the denoiser's units, inputs and outputs are known; of `generic` only its linears are.
     """
 
     name: str
@@ -29,6 +33,7 @@ class Family(Protocol):
     pipeline: str
     protect: tuple[int, int]
     negatives: bool
+    described: bool
 
     def linears(self, denoiser: nn.Module) -> tuple[LinearSpec, ...]:
         """Every prunable linear, in forward order; works on the meta device and on shrunk models."""
@@ -72,6 +77,8 @@ class Family(Protocol):
     ) -> dict[str, Tensor]:
         """Text embeddings as keyword arguments of the pipeline's call, (len(prompts), ...) each.
 
+        Empty where the call reads the prompts itself.
+
         Args:
             pipeline: with its text encoders and tokenizers.
             prompts: what to draw.
@@ -107,6 +114,15 @@ class Family(Protocol):
             ModelError: it takes inputs that are not exported.
         """
         ...
+
+
+def require_described(family: Family, what: str) -> None:
+    """Raises ConfigError where the family does not describe the denoiser, and `what` needs it."""
+    if not family.described:
+        raise ConfigError(
+            f"{what} needs to know how the denoiser is put together, and no family describes this one; without, "
+            f"obsdiff prune takes N:M and unstructured sparsity. {HELP}"
+        )
 
 
 def guided(family: Family, guidance_scale: float) -> bool:

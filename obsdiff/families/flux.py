@@ -41,6 +41,7 @@ classes: tuple[str, ...] = ("FluxTransformer2DModel",)
 pipeline: str = "FluxPipeline"
 protect: tuple[int, int] = (1, 1)
 negatives: bool = False
+described: bool = True
 
 _TIMESTEPS: Final = 1000
 """The denoiser is told timesteps as shares of so many."""

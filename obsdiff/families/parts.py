@@ -89,8 +89,11 @@ def config_of(model: Any) -> dict[str, Any]:
 
 
 def vae_scale(config: Mapping[str, Any]) -> int:
-    """Pixels per side of a latent pixel, from the configuration of an AutoencoderKL."""
-    return int(2 ** (len(config["block_out_channels"]) - 1))
+    """Pixels per side of a latent pixel, from an autoencoder's configuration; 8 where it does not say."""
+    if "temperal_downsample" in config:  # of video autoencoders, spelled so: those of Qwen-Image and Wan
+        return int(2 ** len(config["temperal_downsample"]))
+    levels = config.get("block_out_channels") or config.get("encoder_block_out_channels")
+    return VAE_SCALE if levels is None else int(2 ** (len(levels) - 1))
 
 
 def vae_scale_of(pipeline: DiffusionPipeline) -> int:

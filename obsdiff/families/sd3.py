@@ -32,6 +32,7 @@ classes: tuple[str, ...] = ("SD3Transformer2DModel",)
 pipeline: str = "StableDiffusion3Pipeline"
 protect: tuple[int, int] = (1, 1)
 negatives: bool = True
+described: bool = True
 
 
 def linears(denoiser: nn.Module) -> tuple[LinearSpec, ...]:

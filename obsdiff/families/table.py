@@ -2,27 +2,35 @@
 
 from typing import Final
 
+import diffusers
 from torch import nn
 
-from obsdiff.families import Family, flux, sd3, unet
+from obsdiff.families import Family, flux, generic, sd3, unet
 from obsdiff_runtime.errors import ModelError
 
 FAMILIES: Final[dict[str, Family]] = {
     "sd3": sd3,
     "unet": unet,
     "flux": flux,
+    "generic": generic,
 }
 
 
 def family_of(denoiser: nn.Module | str) -> Family:
-    """The family of a denoiser, or of the diffusers class of that name.
+    """The family of a denoiser, or of the diffusers class of that name; `generic` where none describes it.
 
     Raises:
-        ModelError: no family has that class; lists those that are known.
+        ModelError: diffusers has no class of that name; lists those that a family describes.
     """
     class_name = denoiser if isinstance(denoiser, str) else type(denoiser).__name__
     for family in FAMILIES.values():
         if class_name in family.classes:
             return family
-    known = "; ".join(f"{family.name} ({', '.join(family.classes)})" for family in FAMILIES.values())
-    raise ModelError(f"{class_name} is of no known family of denoisers; known are {known}")
+    if isinstance(denoiser, nn.Module) or hasattr(diffusers, class_name):
+        return generic
+    described = [family for family in FAMILIES.values() if family.described]
+    known = "; ".join(f"{family.name} ({', '.join(family.classes)})" for family in described)
+    raise ModelError(
+        f"{class_name} is no denoiser of a known family, and none of diffusers {diffusers.__version__}; "
+        f"known families are {known}"
+    )

@@ -30,6 +30,7 @@ classes: tuple[str, ...] = ("UNet2DConditionModel",)
 pipeline: str = "StableDiffusionPipeline"
 protect: tuple[int, int] = (0, 0)
 negatives: bool = True
+described: bool = True
 
 _TEXT = "encoder_hidden_states"
 _TIME_IDS = 6

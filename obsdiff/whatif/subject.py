@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal
 
+from obsdiff.families import require_described
 from obsdiff.groups import Group
 from obsdiff.job import Job, open_job
 from obsdiff.recipe import select
@@ -93,6 +94,7 @@ def subject_of(settings: Settings) -> Subject:
     if bundle is not None:
         settings = _served(settings, bundle)
     job = open_job(settings, sparsity_required=False)
+    require_described(job.family, "obsdiff whatif")
     linears, groups = select(
         replace(job.recipe, protect_first=0, protect_last=0),
         job.family.linears(job.denoiser),

@@ -1,5 +1,6 @@
 """Tiny random pipelines of every family, built from configurations; no network, no stored files."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,21 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
+    AutoencoderDC,
     AutoencoderKL,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DDIMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -242,6 +252,137 @@ PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "sdxl": sdxl_pipeline,
     "flux": flux_pipeline,
 }
+
+
+def auraflow_pipeline() -> AuraFlowPipeline:
+    tokenizer, text_encoder = t5()
+    transformer = AuraFlowTransformer2DModel(
+        sample_size=16,
+        num_mmdit_layers=2,
+        num_single_dit_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=24,
+        caption_projection_dim=32,
+        pos_embed_max_size=256,
+    )
+    return AuraFlowPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=autoencoder().eval(),
+        transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )
+
+
+def lumina2_pipeline() -> Lumina2Pipeline:
+    """Grouped queries, and refiners that do not run in the order in which they are written down."""
+    tokenizer, text_encoder = t5()
+    transformer = Lumina2Transformer2DModel(
+        sample_size=16,
+        in_channels=4,
+        hidden_size=32,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=4,
+        num_kv_heads=2,
+        multiple_of=16,
+        axes_dim_rope=(4, 2, 2),
+        axes_lens=(300, 64, 64),
+        cap_feat_dim=24,
+    )
+    return Lumina2Pipeline(
+        transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=autoencoder(shift_factor=0.1).eval(),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+    )
+
+
+def sana_pipeline() -> SanaPipeline:
+    """Linear attention, and feed-forwards of convolutions."""
+    tokenizer, text_encoder = t5()
+    transformer = SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=4,
+        attention_head_dim=8,
+        num_layers=2,
+        num_cross_attention_heads=4,
+        cross_attention_head_dim=8,
+        cross_attention_dim=32,
+        caption_channels=24,
+        sample_size=16,
+    )
+    levels: dict[str, Any] = {
+        f"{side}_{name}": value
+        for side in ("encoder", "decoder")
+        for name, value in {
+            "block_types": ("ResBlock", "EfficientViTBlock"),
+            "block_out_channels": (16, 32),
+            "qkv_multiscales": ((), (5,)),
+            "layers_per_block": (1, 1),
+        }.items()
+    }
+    return SanaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=AutoencoderDC(latent_channels=4, attention_head_dim=8, **levels).eval(),
+        transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )
+
+
+def chroma_pipeline() -> ChromaPipeline:
+    tokenizer, text_encoder = t5()
+    transformer = ChromaTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=24,
+        axes_dims_rope=(2, 2, 4),
+        approximator_num_channels=16,
+        approximator_hidden_dim=32,
+        approximator_layers=1,
+    )
+    return ChromaPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=autoencoder(shift_factor=0.1).eval(),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        transformer=transformer.eval(),
+    )
+
+
+UNDESCRIBED: dict[str, Callable[[], DiffusionPipeline]] = {
+    "auraflow": auraflow_pipeline,
+    "lumina2": lumina2_pipeline,
+    "sana": sana_pipeline,
+    "chroma": chroma_pipeline,
+}
+
+
+@pytest.fixture
+def build_undescribed() -> Callable[[str], DiffusionPipeline]:
+    """build_undescribed("auraflow" | "lumina2" | "sana" | "chroma"): a pipeline whose denoiser no family describes.
+
+    T5 reads the prompts of all of them, whatever the real one has.
+    """
+
+    def build(kind: str) -> DiffusionPipeline:
+        torch.manual_seed(0)
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "`FluxPosEmbed` is deprecated", FutureWarning
+            )  # diffusers' own, of Chroma
+            pipeline = UNDESCRIBED[kind]()
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    return build
 
 
 @pytest.fixture

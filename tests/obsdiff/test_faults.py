@@ -162,13 +162,13 @@ def test_a_folder_that_is_no_pipeline_is_an_error(fails: Fails, here: Path) -> N
 
 
 @pytest.mark.usefixtures("no_work")
-def test_an_unknown_family_is_an_error_with_the_list(fails: Fails, here: Path, sd3_folder: Path) -> None:
+def test_a_denoiser_unknown_to_diffusers_is_an_error_with_the_list(fails: Fails, here: Path, sd3_folder: Path) -> None:
     shutil.copytree(sd3_folder, here / "sana")
     index = here / "sana" / "model_index.json"
-    data = {**json.loads(index.read_text()), "transformer": ["diffusers", "SanaTransformer2DModel"]}
+    data = {**json.loads(index.read_text()), "transformer": ["diffusers", "SomeTransformer2DModel"]}
     index.write_text(json.dumps({**data, "_class_name": "SanaPipeline"}))
     line = fails(*prune(model="sana"), code=2)
-    assert "SanaTransformer2DModel is of no known family" in line
+    assert "SomeTransformer2DModel is no denoiser of a known family" in line
     assert "sd3" in line
     assert "unet" in line
 

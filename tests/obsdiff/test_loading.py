@@ -109,9 +109,9 @@ def edit_index(folder: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("load", [load_pipeline, load_configs])
-def test_an_unknown_family_is_an_error_with_the_list(load: Callable[..., Any], copied: Path) -> None:
-    edit_index(copied, _class_name="SanaPipeline", transformer=["diffusers", "SanaTransformer2DModel"])
-    with pytest.raises(ModelError, match=r"SanaTransformer2DModel is of no known family.*sd3.*unet"):
+def test_a_denoiser_unknown_to_diffusers_is_an_error_with_the_list(load: Callable[..., Any], copied: Path) -> None:
+    edit_index(copied, _class_name="SanaPipeline", transformer=["diffusers", "SomeTransformer2DModel"])
+    with pytest.raises(ModelError, match=r"SomeTransformer2DModel is no denoiser of a known family.*sd3.*unet"):
         load(copied)
 
 

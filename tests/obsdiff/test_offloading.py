@@ -1,6 +1,7 @@
 """Models larger than the GPU. Without a GPU the blocks come and go all the same, from the host to itself."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from obsdiff import offloading, pruning
+from obsdiff import offloading, pruning, verbs
 from obsdiff.families.table import family_of
 from obsdiff.job import given, open_job, require_offloadable
 from obsdiff.pruning import Pruned
@@ -88,6 +89,18 @@ def test_what_it_cannot_serve_is_refused(more: dict[str, Any], says: str) -> Non
     settings = Settings(**{"sparsity": "2:4", "offload": True, **more})
     with pytest.raises(ConfigError, match=says):
         require_offloadable(settings, open_job(settings).recipe)
+
+
+def test_only_pruning_to_a_folder_follows_it(build_pipeline: Build, sd3_folder: Path, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"sparsity": "2:4", "offload": True, "device": "cpu", "height": 32, "width": 32}
+    with pytest.raises(ConfigError, match="only obsdiff prune, which writes a folder"):
+        verbs.export(str(sd3_folder), tmp_path / "out", eval_prompts=1, **asked)
+    with pytest.raises(ConfigError, match="only obsdiff prune, which writes a folder"):
+        verbs.prune(str(sd3_folder), prompts=["a cat"], **asked)
+    with pytest.raises(ConfigError, match="a pipeline in memory"):
+        verbs.prune(build_pipeline("sd3"), prompts=["a cat"], **asked)
+    with pytest.raises(ConfigError, match="this run is on the CPU"):
+        verbs.plan(Settings(model=str(sd3_folder), **asked), before=tmp_path / "out")
 
 
 @pytest.mark.gpu

@@ -1,113 +1,18 @@
 """Linears, groups and token counts of the families, against what a running model does."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
-from torch import Tensor, nn
+from torch import nn
 
 from obsdiff.families import layers
 from obsdiff.families.table import FAMILIES, family_of
 from obsdiff_runtime.errors import ModelError
 
 KINDS = ["sd3", "sd35", "sd15", "sdxl", "flux"]
-
-
-@contextmanager
-def inputs_of(denoiser: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
-    seen: dict[str, Tensor] = {}
-    handles = [
-        denoiser.get_submodule(name).register_forward_pre_hook(
-            lambda _, inputs, name=name: seen.__setitem__(name, inputs[0])
-        )
-        for name in names
-    ]
-    yield seen
-    for handle in handles:
-        handle.remove()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_linears_share_a_key_exactly_when_they_read_the_same_tensor(
-    kind: str, build_denoiser: Callable[..., Any], denoise: Callable[[nn.Module], Tensor]
-) -> None:
-    denoiser = build_denoiser(kind)
-    linears = family_of(denoiser).linears(denoiser)
-    with inputs_of(denoiser, [linear.name for linear in linears]) as seen:
-        denoise(denoiser)
-    readers: dict[str, set[int]] = {}
-    for linear in linears:
-        readers.setdefault(linear.reads, set()).add(id(seen[linear.name]))
-    assert all(len(tensors) == 1 for tensors in readers.values())
-    assert len(set.union(*readers.values())) == len(readers)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_linears_run_over_as_many_tokens_as_the_family_says(
-    kind: str, build_denoiser: Callable[..., Any], denoise: Callable[[nn.Module], Tensor]
-) -> None:
-    denoiser = build_denoiser(kind)
-    family = family_of(denoiser)
-    linears = family.linears(denoiser)
-    with inputs_of(denoiser, [linear.name for linear in linears]) as seen:
-        denoise(denoiser)
-    tokens = family.tokens(denoiser.config, height=12 * 4, width=16 * 4, text_tokens=7, vae_scale=4)
-    for linear in linears:
-        assert seen[linear.name].shape[1:] == (tokens[linear.tokens], linear.in_features), linear.name
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_linears_of_a_tier_do_not_read_one_another(
-    kind: str, build_denoiser: Callable[..., Any], denoise: Callable[[nn.Module], Tensor]
-) -> None:
-    denoiser = build_denoiser(kind)
-    linears = family_of(denoiser).linears(denoiser)
-    tiers: dict[tuple[int, int], list[str]] = {}
-    for linear in linears:
-        tiers.setdefault((linear.block, linear.tier), []).append(linear.name)
-    with inputs_of(denoiser, [linear.name for linear in linears]) as seen:
-        denoise(denoiser)
-    for names in tiers.values():
-        disturbances = [
-            denoiser.get_submodule(name).register_forward_hook(lambda _, inputs, output: output + 1) for name in names
-        ]
-        with inputs_of(denoiser, names) as disturbed:
-            denoise(denoiser)
-        for disturbance in disturbances:
-            disturbance.remove()
-        assert all(torch.equal(seen[name], disturbed[name]) for name in names), names
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_blocks_are_numbered_in_the_order_they_run(
-    kind: str, build_denoiser: Callable[..., Any], denoise: Callable[[nn.Module], Tensor]
-) -> None:
-    denoiser = build_denoiser(kind)
-    linears = {linear.name: linear.block for linear in family_of(denoiser).linears(denoiser)}
-    with inputs_of(denoiser, list(linears)) as seen:
-        denoise(denoiser)
-    order = [linears[name] for name in seen]
-    assert order == sorted(order)
-    assert set(order) == set(range(max(order) + 1))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_group_covers_its_linears_whole(kind: str, build_denoiser: Callable[..., Any]) -> None:
-    denoiser = build_denoiser(kind)
-    family = family_of(denoiser)
-    linears = {linear.name: linear for linear in family.linears(denoiser)}
-    columns: dict[str, list[range]] = {}
-    for group in family.groups(denoiser):
-        for producer in group.producers:
-            assert linears[producer.name].out_features == producer.parts * group.units * group.width
-        for consumer in group.consumers:
-            read = range(consumer.start, consumer.start + group.units * group.width)
-            columns.setdefault(consumer.name, []).append(read)
-    for name, read in columns.items():
-        assert [column for part in read for column in part] == list(range(linears[name].in_features)), name
 
 
 def test_an_sd3_block_has_eight_inputs_and_the_last_one_five(build_denoiser: Callable[..., Any]) -> None:
@@ -185,8 +90,8 @@ def test_sdxl_has_the_papers_seventy_blocks_and_parameters() -> None:
 
 
 def test_an_unknown_denoiser_is_an_error_that_lists_the_known_ones() -> None:
-    with pytest.raises(ModelError, match=r"SanaTransformer2DModel.*sd3 \(SD3Transformer2DModel\); unet"):
-        family_of("SanaTransformer2DModel")
+    with pytest.raises(ModelError, match=r"SomeTransformer2DModel.*sd3 \(SD3Transformer2DModel\); unet"):
+        family_of("SomeTransformer2DModel")
 
 
 def test_a_unet_without_transformer_blocks_is_an_error() -> None:

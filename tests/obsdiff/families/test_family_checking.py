@@ -1,0 +1,81 @@
+"""The kit for authors of families: right ones pass, and each way of being wrong is found and named."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from obsdiff.families import sd3
+from obsdiff.families.checking import problems
+from obsdiff.families.table import family_of
+from obsdiff.groups import Group, LinearSpec
+
+KINDS = ["sd3", "sd35", "sd15", "sdxl", "flux"]
+
+
+def sd3_but(**changes: Any) -> Any:
+    """The family sd3 that says something else in places."""
+    names = [name for name in vars(sd3) if not name.startswith("_")]
+    return SimpleNamespace(**{name: getattr(sd3, name) for name in names} | changes)
+
+
+def linears_but(name: str, **changes: Any) -> Callable[[Any], tuple[LinearSpec, ...]]:
+    return lambda denoiser: tuple(
+        replace(linear, **changes) if linear.name.endswith(name) else linear for linear in sd3.linears(denoiser)
+    )
+
+
+def groups_but(change: Callable[[Group], Group]) -> Callable[[Any], tuple[Group, ...]]:
+    return lambda denoiser: tuple(change(group) for group in sd3.groups(denoiser))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_wrong_with_a_family_of_ours(kind: str, build_denoiser: Callable[..., Any]) -> None:
+    denoiser = build_denoiser(kind)
+    assert problems(family_of(denoiser), denoiser, onnx=False) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"linears": linears_but("0.attn.to_k", reads="mine")}, "attn.to_k: reads the tensor of"),
+        ({"linears": linears_but("0.ff.net.2", reads="transformer_blocks.0.norm1")}, "reads another tensor than"),
+        ({"linears": linears_but("0.ff.net.2", tokens="text")}, "tokens, but `tokens` says 11 of text"),
+        ({"linears": linears_but("0.ff.net.2", tier=2)}, "reads what another linear of its tier gives"),
+        ({"linears": linears_but("1.ff.net.2", block=0)}, "blocks: run in the order"),
+        (
+            {"groups": groups_but(lambda group: replace(group, consumers=group.consumers[:1]))},
+            "cut, the denoiser does not run",
+        ),
+        (
+            {"groups": groups_but(lambda group: replace(group, sizes=()))},
+            "cut, the denoiser",
+        ),
+    ],
+)
+def test_what_is_wrong_is_named(changes: dict[str, Any], sentence: str, build_denoiser: Callable[..., Any]) -> None:
+    found = problems(sd3_but(**changes), build_denoiser("sd3"), onnx=False)
+    assert any(sentence in problem for problem in found), found
+
+
+def test_a_group_that_forgets_columns_is_named(build_denoiser: Callable[..., Any]) -> None:
+    def halved(group: Group) -> Group:
+        return replace(group, units=group.units // 2) if group.kind == "ffn" else group
+
+    denoiser = build_denoiser("sd3")
+    found = problems(sd3_but(groups=groups_but(halved)), denoiser, onnx=False)
+    assert any("rows, not" in problem for problem in found), found
+    assert any("columns of" in problem for problem in found), found
+
+
+def test_the_denoiser_is_as_before(build_denoiser: Callable[..., Any]) -> None:
+    denoiser = build_denoiser("sd3")
+    before = copy.deepcopy(denoiser.state_dict())
+    problems(sd3, denoiser, onnx=False)
+    after = denoiser.state_dict()
+    assert before.keys() == after.keys()
+    assert all(before[name].equal(after[name]) for name in before)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in denoiser.modules())
