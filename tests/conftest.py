@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from support_matrix import CELL, SupportMatrix, cells
+
 for name, value in {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -20,6 +22,19 @@ for name, value in {
     os.environ.setdefault(name, value)
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell begins with it ignored
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-families", action="store_true", help="write the table of docs/families.md")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(SupportMatrix(config))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    item.user_properties.extend((CELL, found) for found in cells(item))
 
 
 class FakeClock:

@@ -82,6 +82,7 @@ def edit(path: Path, change: Callable[[Any], None]) -> None:
     path.write_text(json.dumps(data))
 
 
+@pytest.mark.stage("saved", kind="sd3")
 def test_a_cut_and_masked_pipeline_comes_back_bit_by_bit(
     build_pipeline: Callable[..., Any], denoise: Callable[[nn.Module], Tensor], tmp_path: Path
 ) -> None:
@@ -94,7 +95,8 @@ def test_a_cut_and_masked_pipeline_comes_back_bit_by_bit(
     assert not any(parameter.is_meta for parameter in loaded.transformer.parameters())
 
 
-@pytest.mark.parametrize(("kind", "name"), [("sdxl", "unet"), ("flux", "transformer")])
+@pytest.mark.stage("saved")
+@pytest.mark.parametrize(("kind", "name"), [("sd15", "unet"), ("sdxl", "unet"), ("flux", "transformer")])
 def test_another_family_s_cut_denoiser_comes_back_bit_by_bit(
     kind: str, name: str, build_pipeline: Callable[..., Any], denoise: Callable[[nn.Module], Tensor], tmp_path: Path
 ) -> None:

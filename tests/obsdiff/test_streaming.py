@@ -131,6 +131,7 @@ def masked_before_the_cut(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     return copies
 
 
+@pytest.mark.stage("weights")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_pattern_holds_on_the_weights_as_stored(kind: str, dtype: torch.dtype, shared: Shared) -> None:
@@ -183,6 +184,7 @@ def test_as_many_weights_go_as_the_record_says_and_half_in_all(kind: str, shared
     assert zeros / total == pytest.approx(0.5, abs=0.02)
 
 
+@pytest.mark.stage("structured")
 @pytest.mark.parametrize("sparsity", ["structured:0.25", "structured:0.25+2:4"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_shrunk_model_computes_what_the_masked_one_does(

@@ -24,6 +24,7 @@ pytestmark = [
 SIZES = {"batch": (1, 2, 4), "height": 8, "width": 8, "text_tokens": (1, 7, 20)}
 
 
+@pytest.mark.stage("engine")
 @pytest.mark.parametrize(
     ("kind", "family", "one", "other"),
     [

@@ -38,6 +38,7 @@ def test_it_is_the_family_of_what_no_other_one_describes(build_undescribed: Call
     assert family_of("SD3Transformer2DModel") is FAMILIES["sd3"]
 
 
+@pytest.mark.stage("weights")
 @pytest.mark.parametrize(
     ("kind", "method"),
     [
@@ -78,6 +79,7 @@ def test_linears_that_read_the_timestep_are_left_alone(
     assert sorted(names) == sorted(inside)
 
 
+@pytest.mark.stage("saved", kind="lumina2")
 def test_a_pruned_folder_loads_with_obsdiff_and_with_plain_diffusers(
     build_undescribed: Callable[[str], DiffusionPipeline], tmp_path: Path
 ) -> None:
@@ -98,6 +100,7 @@ def test_a_pruned_folder_loads_with_obsdiff_and_with_plain_diffusers(
     )
 
 
+@pytest.mark.stage("saved", kind="auraflow")
 def test_eval_compares_it_with_the_dense_one(
     build_undescribed: Callable[[str], DiffusionPipeline], tmp_path: Path
 ) -> None:
@@ -119,18 +122,25 @@ def test_plan_says_that_its_macs_are_an_estimate(
     assert plan.macs_before > 0
 
 
-@pytest.mark.parametrize("sparsity", ["structured:0.25", "heads:0.5", "structured:0.2+2:4"])
+@pytest.mark.stage("structured", refused=True)
+@pytest.mark.parametrize(
+    ("kind", "sparsity"),
+    [("auraflow", "heads:0.5"), ("lumina2", "structured:0.2+2:4"), ("sana", "ffn:0.3"), ("chroma", "structured:0.25")],
+)
 def test_units_are_refused_and_the_page_is_named(
-    sparsity: str, build_undescribed: Callable[[str], DiffusionPipeline]
+    kind: str, sparsity: str, build_undescribed: Callable[[str], DiffusionPipeline]
 ) -> None:
     with pytest.raises(ConfigError, match=r"removes units.*no family describes.*docs/add-a-family\.md"):
-        obsdiff.prune(build_undescribed("chroma"), prompts=PROMPTS, sparsity=sparsity, **SMALL)
+        obsdiff.prune(build_undescribed(kind), prompts=PROMPTS, sparsity=sparsity, **SMALL)
 
 
+@pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # of diffusers' Chroma
+@pytest.mark.stage("engine", "runtime", refused=True)
+@pytest.mark.parametrize("kind", ["auraflow", "lumina2", "sana", "chroma"])
 def test_export_refuses_before_anything_runs(
-    build_undescribed: Callable[[str], DiffusionPipeline], tmp_path: Path
+    kind: str, build_undescribed: Callable[[str], DiffusionPipeline], tmp_path: Path
 ) -> None:
-    build_undescribed("sana").save_pretrained(tmp_path / "dense")
+    build_undescribed(kind).save_pretrained(tmp_path / "dense")
     with pytest.raises(ConfigError, match=r"obsdiff export needs to know.*docs/add-a-family\.md"):
         obsdiff.export(tmp_path / "dense", tmp_path / "out", sparsity="2:4")
 
