@@ -21,7 +21,7 @@ from obsdiff.core.gram import Gram, GramAccumulator
 from obsdiff.families import Family, guided
 from obsdiff.groups import LinearSpec
 from obsdiff.recipe import Sampling
-from obsdiff.sampling import quiet
+from obsdiff.sampling import exactly, quiet
 from obsdiff_runtime.errors import CalibrationError
 from obsdiff_runtime.progress import Progress, silent
 
@@ -80,6 +80,7 @@ def sample(pipeline: DiffusionPipeline, prompts: Prompts, rows: range, sampling:
         "width": sampling.width,
         "generator": generators,
         "output_type": "latent",
+        **exactly(pipeline, embedded=True),
     }
     latents: Tensor = pipeline(**(arguments | overrides)).images
     return latents

@@ -6,7 +6,8 @@
 A scheduler may call the denoiser more than once per step; the calls of a step count together.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -80,7 +81,7 @@ class Sampler:
         def compare(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             dense_velocity = _finite(output[0], "dense", clock.step, batch.prompts)
             pruned_velocity = _finite(pruned(*args, **kwargs)[0], "pruned", clock.step, batch.prompts)
-            velocities.add(dense_velocity, pruned_velocity)
+            velocities.add(predicted(dense, dense_velocity), predicted(dense, pruned_velocity))
 
         with blocks.watching(dense, pruned):
             handle = dense.register_forward_hook(compare, with_kwargs=True)
@@ -107,12 +108,11 @@ class Sampler:
         order, steps = int(getattr(self.pipeline.scheduler, "order", 1)), self.sampling.num_inference_steps
         last: list[Tensor] = []
 
-        def after_call(_: DiffusionPipeline, i: int, __: Any, values: dict[str, Any]) -> dict[str, Any]:
+        def after_call(i: int, latents: Tensor) -> None:
             step = min(i // order, steps - 1)
-            last[:] = [_finite(values["latents"], who, step, batch.prompts)]
+            last[:] = [_finite(latents, who, step, batch.prompts)]
             clock.step = min((i + 1) // order, steps - 1)
             tell(step + 1, who)
-            return {}
 
         device = self.pipeline.device
         with ExitStack() as stack:
@@ -128,7 +128,8 @@ class Sampler:
                 width=self.sampling.width,
                 generator=[torch.Generator("cpu").manual_seed(seed) for seed in batch.seeds],
                 output_type="np",
-                callback_on_step_end=after_call,
+                **exactly(self.pipeline, embedded=True),
+                **telling(self.pipeline, after_call),
             ).images
         if not np.isfinite(images).all():
             where = f"after step {steps}, in the decoded picture"
@@ -147,6 +148,41 @@ def batches(sampler: Sampler, prompts: Sequence[str], negative: str) -> Iterator
         texts = prompts[start : start + sampling.batch_size]
         text = sampler.family.encode(sampler.pipeline, texts, [negative] * len(texts) if negatives else [], **options)
         yield Batch(prompts=texts, seeds=[sampling.seed + start + i for i in range(len(texts))], text=text)
+
+
+def exactly(pipeline: DiffusionPipeline, *, embedded: bool) -> dict[str, Any]:
+    """Arguments by which a call draws what it is asked for, whether its text is embedded or not.
+
+    By default PixArt's calls rewrite a prompt, draw the nearest of the sizes they were trained on and scale it, and
+    have an empty negative prompt, which excludes an embedded one.
+    """
+    known = inspect.signature(type(pipeline).__call__).parameters
+    told = {"use_resolution_binning": False, "clean_caption": False} | ({"negative_prompt": None} if embedded else {})
+    return {name: value for name, value in told.items() if name in known}
+
+
+def telling(pipeline: DiffusionPipeline, after: Callable[[int, Tensor], None]) -> dict[str, Any]:
+    """Arguments by which a call tells of its latents after each call of the denoiser, counted from 0.
+
+    Pipelines with the older `callback` tell of whole steps only, where a step takes several calls.
+    """
+    if "callback_on_step_end" not in inspect.signature(type(pipeline).__call__).parameters:
+        order = int(getattr(pipeline.scheduler, "order", 1))
+        return {"callback": lambda step, _, latents: after((step + 1) * order - 1, latents)}
+
+    def tell(_: DiffusionPipeline, call: int, __: Any, values: dict[str, Any]) -> dict[str, Any]:
+        after(call, values["latents"])
+        return {}
+
+    return {"callback_on_step_end": tell}
+
+
+def predicted(denoiser: nn.Module, output: Tensor) -> Tensor:
+    """What the sampler reads of a denoiser's output, (rows, ...): PixArt's gives a variance behind it, which is not."""
+    config: Any = denoiser.config
+    channels = config.in_channels
+    learned = output.ndim == 4 and output.shape[1] == 2 * channels
+    return output[:, :channels] if learned else output
 
 
 class VelocityErrors:

@@ -24,6 +24,7 @@ from obsdiff.methods import Layer, Method, Options
 from obsdiff.methods import Pruned as PrunedLayer
 from obsdiff.pausing import PausedPass
 from obsdiff.residuals import block_modules
+from obsdiff.sampling import predicted
 from obsdiff.sparsity import Pattern
 from obsdiff.trajectories import Call
 from obsdiff_runtime.errors import CalibrationError
@@ -152,7 +153,7 @@ class _Probe:
             pausing.check_at([waiting], block, name)
             self._outputs.append(pausing.run(block, waiting.arguments))
             waiting.resume(self._outputs[-1])
-        self._dense = _velocity(waiting.output).double().flatten(1)  # (rows, numbers)
+        self._dense = _velocity(denoiser, waiting.output).double().flatten(1)  # (rows, numbers)
         self._energy = self._dense.square().sum(1)  # (rows,)
         if not bool((self._energy > 0).all()):
             raise CalibrationError(f"{call.prompts}: the denoiser's output is exactly zero; is the model trained?")
@@ -162,7 +163,7 @@ class _Probe:
         waiting = PausedPass(self._denoiser, self._call.arguments)
         for place, block in enumerate(self._blocks):
             waiting.resume(self._outputs[place] if place < index else pausing.run(block, waiting.arguments))
-        change = (_velocity(waiting.output).double().flatten(1) - self._dense).square().sum(1)
+        change = (_velocity(self._denoiser, waiting.output).double().flatten(1) - self._dense).square().sum(1)
         return float((change / self._energy).mean())
 
 
@@ -245,9 +246,8 @@ def _changed(denoiser: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[Non
             denoiser.get_parameter(name).data.copy_(value)
 
 
-def _velocity(output: Any) -> Tensor:
-    found: Tensor = output[0] if isinstance(output, tuple) else output.sample
-    return found
+def _velocity(denoiser: nn.Module, output: Any) -> Tensor:
+    return predicted(denoiser, output[0] if isinstance(output, tuple) else output.sample)
 
 
 def _tokens(x: Tensor) -> Tensor:

@@ -4,13 +4,14 @@ from typing import Final
 
 from torch import nn
 
-from obsdiff.families import Family, flux, sd3, unet
+from obsdiff.families import Family, flux, pixart, sd3, unet
 from obsdiff_runtime.errors import ModelError
 
 FAMILIES: Final[dict[str, Family]] = {
     "sd3": sd3,
     "unet": unet,
     "flux": flux,
+    "pixart": pixart,
 }
 
 

@@ -94,7 +94,7 @@ def test_a_cut_and_masked_pipeline_comes_back_bit_by_bit(
     assert not any(parameter.is_meta for parameter in loaded.transformer.parameters())
 
 
-@pytest.mark.parametrize(("kind", "name"), [("sdxl", "unet"), ("flux", "transformer")])
+@pytest.mark.parametrize(("kind", "name"), [("sdxl", "unet"), ("flux", "transformer"), ("pixart", "transformer")])
 def test_another_family_s_cut_denoiser_comes_back_bit_by_bit(
     kind: str, name: str, build_pipeline: Callable[..., Any], denoise: Callable[[nn.Module], Tensor], tmp_path: Path
 ) -> None:

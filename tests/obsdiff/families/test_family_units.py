@@ -13,7 +13,7 @@ from obsdiff.families import layers
 from obsdiff.families.table import FAMILIES, family_of
 from obsdiff_runtime.errors import ModelError
 
-KINDS = ["sd3", "sd35", "sd15", "sdxl", "flux"]
+KINDS = ["sd3", "sd35", "sd15", "sdxl", "flux", "pixart", "pixart_sigma"]
 
 
 @contextmanager
