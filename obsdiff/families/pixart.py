@@ -29,10 +29,13 @@ from torch import Tensor, nn
 from obsdiff.families import layers, parts
 from obsdiff.groups import Group, LinearSpec, TableGate, Write
 from obsdiff_export.component import Component
+from obsdiff_runtime.errors import ModelError
 
 name: str = "pixart"
 denoiser: str = "transformer"
-classes: tuple[str, ...] = ("PixArtTransformer2DModel",)
+classes: tuple[str, ...] = ("PixArtTransformer2DModel", "Transformer2DModel")
+"""The second is what alpha's published configurations call the first, and those of DiT theirs."""
+
 pipeline: str = "PixArtAlphaPipeline"
 protect: tuple[int, int] = (1, 1)
 negatives: bool = True
@@ -105,13 +108,12 @@ def example(
     """See `Family.example`."""
     config: Any = denoiser.config
     dtype: Any = denoiser.dtype
-    told = torch.arange(text_tokens) < (text_tokens - torch.arange(batch)[:, None]).clamp_min(1)
     inputs = {
         "hidden_states": parts.noise(batch, config.in_channels, *size, dtype=dtype),
         "encoder_hidden_states": parts.noise(
             batch, text_tokens, config.caption_channels or config.cross_attention_dim, dtype=dtype
         ),
-        "encoder_attention_mask": told.to(dtype),
+        "encoder_attention_mask": parts.padded(batch, text_tokens, dtype=dtype),
         "timestep": parts.timesteps(batch, dtype=dtype),
     }
     if denoiser.use_additional_conditions:
@@ -211,7 +213,12 @@ _INPUTS: Final[layers.Inputs] = (
 
 
 def _blocks(denoiser: nn.Module) -> Iterator[str]:
-    for child, _ in denoiser.get_submodule("transformer_blocks").named_children():
+    for child, module in denoiser.get_submodule("transformer_blocks").named_children():
+        if not layers.present(module, "attn2"):
+            raise ModelError(
+                f"this {type(denoiser).__name__} does not look at a text, so it is no PixArt; no other kind of "
+                "Transformer2DModel is known"
+            )
         yield f"transformer_blocks.{child}"
 
 
