@@ -11,16 +11,34 @@ from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
+class TableGate:
+    """A gate that a block adds up of a table of its own and of what it is told (adaLN-single).
+
+    Attributes:
+        block: the module.
+        table: its parameter, (n, out).
+        told: its keyword argument, (rows, n out).
+        row: of the table and of what is told, counted from 0.
+    """
+
+    block: str
+    table: str
+    told: str
+    row: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Write:
     """How a linear's output enters a residual stream: stream after = stream before + gate * output.
 
     Attributes:
         stream: module whose first input is the stream before it; it runs before the linear does.
-        gate: module whose output holds the gate, (rows, out), and the gate's place in it; None: the gate is 1.
+        gate: module whose output holds the gate, (rows, out), and the gate's place in it, or a TableGate; None: the
+            gate is 1.
     """
 
     stream: str
-    gate: tuple[str, int] | None = None
+    gate: tuple[str, int] | TableGate | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from obsdiff import pausing, ranks
 from obsdiff.core.gram import Gram, GramAccumulator, full_precision
-from obsdiff.groups import LinearSpec
+from obsdiff.groups import LinearSpec, TableGate
 from obsdiff.methods import Target
 from obsdiff.pausing import Arguments
 from obsdiff_runtime.errors import CalibrationError
@@ -105,7 +105,10 @@ class _Look:
                 stack.callback(
                     module.register_forward_pre_hook(partial(self._see_stream, name), with_kwargs=True).remove
                 )
-                if write.gate is not None:
+                if isinstance(write.gate, TableGate):
+                    module, see = self._module(write.gate.block), partial(self._see_table_gate, name, write.gate)
+                    stack.callback(module.register_forward_pre_hook(see, with_kwargs=True).remove)
+                elif write.gate is not None:
                     module, place = self._module(write.gate[0]), write.gate[1]
                     stack.callback(module.register_forward_hook(partial(self._see_gate, name, place)).remove)
             yield
@@ -134,6 +137,13 @@ class _Look:
 
     def _see_gate(self, name: str, place: int, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         self._gates[name] = output[place].unsqueeze(1)
+
+    def _see_table_gate(
+        self, name: str, gate: TableGate, block: nn.Module, _: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        table = block.get_parameter(gate.table)
+        told = kwargs[gate.told].unflatten(-1, table.shape)  # (rows, n, out)
+        self._gates[name] = (table + told)[:, gate.row].unsqueeze(1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,7 @@ from typing import Any, Final, Protocol
 import diffusers
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
-from torch import nn
+from torch import Tensor, nn
 
 from obsdiff import checkpoint, job, ranks
 from obsdiff.delivery import DTYPES
@@ -29,7 +28,7 @@ from obsdiff.loading import (
 )
 from obsdiff.recipe import Sampling
 from obsdiff.residuals import block_modules
-from obsdiff.sampling import quiet
+from obsdiff.sampling import exactly, quiet, telling
 from obsdiff_runtime.benchmark.runner import DeviceMemory, Drawn, Loaded, Request, Subject
 from obsdiff_runtime.bundle import Defaults
 from obsdiff_runtime.errors import CompatibilityError, ConfigError
@@ -200,10 +199,9 @@ class PipelineRunner:
         laps: dict[str, list[tuple[Mark, Mark]]] = {}
         steps: list[Mark] = []
 
-        def note_step(_: DiffusionPipeline, __: int, ___: Any, ____: dict[str, Any]) -> dict[str, Any]:
+        def note_step(_: int, __: Tensor) -> None:
             if not steps:
                 steps.append(clock.mark())
-            return {}
 
         with ExitStack() as stack:
             stack.enter_context(quiet(pipeline))
@@ -218,7 +216,8 @@ class PipelineRunner:
                 guidance_scale=request.guidance_scale,
                 num_images_per_prompt=request.num_images,
                 generator=torch.Generator("cpu").manual_seed(request.seed),
-                callback_on_step_end=note_step,
+                **exactly(pipeline, embedded=False),
+                **telling(pipeline, note_step),
                 **told,
             ).images
         self._remember(before)

@@ -7,7 +7,7 @@ A scheduler may call the denoiser more than once per step; the calls of a step c
 """
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -79,8 +79,8 @@ class Sampler:
         blocks = BlockErrors(block_modules(self.family.linears(dense)), prompts, steps, clock)
 
         def compare(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            dense_velocity = _finite(velocity_of(output), "dense", clock.step, batch.prompts)
-            pruned_velocity = _finite(velocity_of(pruned(*args, **kwargs)), "pruned", clock.step, batch.prompts)
+            dense_velocity = _finite(velocity_of(dense, output), "dense", clock.step, batch.prompts)
+            pruned_velocity = _finite(velocity_of(dense, pruned(*args, **kwargs)), "pruned", clock.step, batch.prompts)
             velocities.add(dense_velocity, pruned_velocity)
 
         with blocks.watching(dense, pruned):
@@ -108,12 +108,11 @@ class Sampler:
         order, steps = int(getattr(self.pipeline.scheduler, "order", 1)), self.sampling.num_inference_steps
         last: list[Tensor] = []
 
-        def after_call(_: DiffusionPipeline, i: int, __: Any, values: dict[str, Any]) -> dict[str, Any]:
+        def after_call(i: int, latents: Tensor) -> None:
             step = min(i // order, steps - 1)
-            last[:] = [_finite(values["latents"], who, step, batch.prompts)]
+            last[:] = [_finite(latents, who, step, batch.prompts)]
             clock.step = min((i + 1) // order, steps - 1)
             tell(step + 1, who)
-            return {}
 
         device = self.pipeline.device
         with ExitStack() as stack:
@@ -125,7 +124,7 @@ class Sampler:
                 **call_of(self.pipeline, batch.text, batch.prompts, self.sampling),
                 generator=[torch.Generator("cpu").manual_seed(seed) for seed in batch.seeds],
                 output_type="np",
-                callback_on_step_end=after_call,
+                **telling(self.pipeline, after_call),
             ).images
         if not np.isfinite(images).all():
             where = f"after step {steps}, in the decoded picture"
@@ -149,28 +148,57 @@ def batches(sampler: Sampler, prompts: Sequence[str], negative: str) -> Iterator
 def call_of(
     pipeline: DiffusionPipeline, text: Mapping[str, Tensor], prompts: Sequence[str], sampling: Sampling
 ) -> dict[str, Any]:
-    """What the pipeline's call is told; the prompts themselves where `text`, which is embedded, is empty.
-
-    Pipelines that would draw the nearest size they were trained on, and scale the picture, draw the size asked for.
-    """
+    """What the pipeline's call is told; the prompts themselves where `text`, which is embedded, is empty."""
     told: dict[str, Any] = dict(text) or {"prompt": list(prompts)}
     if not text and sampling.max_sequence_length is not None:
         told["max_sequence_length"] = sampling.max_sequence_length
-    if "use_resolution_binning" in inspect.signature(type(pipeline).__call__).parameters:
-        told["use_resolution_binning"] = False
     return {
         **told,
         "num_inference_steps": sampling.num_inference_steps,
         "guidance_scale": sampling.guidance_scale,
         "height": sampling.height,
         "width": sampling.width,
+        **exactly(pipeline, embedded=bool(text)),
     }
 
 
-def velocity_of(output: Any) -> Tensor:
-    """What a denoiser predicts, (rows, ...): the first thing that its call gives; some give a list of rows."""
+def exactly(pipeline: DiffusionPipeline, *, embedded: bool) -> dict[str, Any]:
+    """Arguments by which a call draws what it is asked for, whether its text is embedded or not.
+
+    By default PixArt's calls rewrite a prompt, draw the nearest of the sizes they were trained on and scale it, and
+    have an empty negative prompt, which excludes an embedded one.
+    """
+    known = inspect.signature(type(pipeline).__call__).parameters
+    told = {"use_resolution_binning": False, "clean_caption": False} | ({"negative_prompt": None} if embedded else {})
+    return {name: value for name, value in told.items() if name in known}
+
+
+def telling(pipeline: DiffusionPipeline, after: Callable[[int, Tensor], None]) -> dict[str, Any]:
+    """Arguments by which a call tells of its latents after each call of the denoiser, counted from 0.
+
+    Pipelines with the older `callback` tell of whole steps only, where a step takes several calls.
+    """
+    if "callback_on_step_end" not in inspect.signature(type(pipeline).__call__).parameters:
+        order = int(getattr(pipeline.scheduler, "order", 1))
+        return {"callback": lambda step, _, latents: after((step + 1) * order - 1, latents)}
+
+    def tell(_: DiffusionPipeline, call: int, __: Any, values: dict[str, Any]) -> dict[str, Any]:
+        after(call, values["latents"])
+        return {}
+
+    return {"callback_on_step_end": tell}
+
+
+def velocity_of(denoiser: nn.Module, output: Any) -> Tensor:
+    """What the sampler reads of what a denoiser's call gives, (rows, ...).
+
+    It is the first thing; some give it as a list of rows, and PixArt's has a variance behind it, which is not read.
+    """
     first = output[0] if isinstance(output, tuple) else output.sample
-    return torch.stack(list(first)) if isinstance(first, list) else first
+    velocity = torch.stack(list(first)) if isinstance(first, list) else first
+    config: Any = denoiser.config
+    learned = velocity.ndim == 4 and velocity.shape[1] == 2 * config.in_channels
+    return velocity[:, : config.in_channels] if learned else velocity
 
 
 class VelocityErrors:

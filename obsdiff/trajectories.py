@@ -75,7 +75,7 @@ def record(
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         step = steps.advance(kwargs["timestep"] if "timestep" in kwargs else args[1])
         texts = f"prompts {passes[place].start + 1} to {passes[place].stop}"
-        if not bool(velocity_of(output).isfinite().all()):
+        if not bool(velocity_of(denoiser, output).isfinite().all()):
             raise CalibrationError(f"step {step + 1}, {texts}: the denoiser's output is not finite; are its weights?")
         if step in wanted_steps(sampling.num_inference_steps, kept_steps, place):
             calls.append(Call(step=step, arguments=_copied(args, kwargs), prompts=texts))

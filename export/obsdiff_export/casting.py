@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 _Leaves = dict[str, Tensor | None]
 
-FLOAT32_INPUTS: Final = frozenset({"timestep", "time_ids"})
+FLOAT32_INPUTS: Final = frozenset({"timestep", "time_ids", "resolution", "aspect_ratio"})
 """Inputs that stay float32 in every graph: bfloat16 knows 996 and 1000, but no timestep between them."""
 
 

@@ -8,6 +8,7 @@
 Names of inputs and outputs are those of optimum's ONNX folders. Networks keep the names of their weights.
 """
 
+import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
@@ -193,7 +194,7 @@ def text_encoders(pipeline: DiffusionPipeline) -> list[Component]:
         if kind in ("CLIPTextModel", "CLIPTextModelWithProjection"):
             found.append(_clip(name, model))
         elif kind == "T5EncoderModel":
-            found.append(_t5(name, model))
+            found.append(_t5(name, model, masked=_masks_text(pipeline)))
         else:
             raise ModelError(
                 f"{name} is a {kind}; known are CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel"
@@ -239,24 +240,37 @@ def _clip_ids(batch: int, length: int, config: Any) -> Tensor:
 
 
 class _T5(Flat):
-    """Tokens (b, l) to the last hidden state (b, l, width)."""
+    """Tokens (b, l) to the last hidden state (b, l, width); `attention_mask`, (b, l), is 0 where they are padding."""
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        states: Tensor = self.source(input_ids=input_ids).last_hidden_state
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        states: Tensor = self.source(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         return states
 
 
-def _t5(name: str, model: Any) -> Component:
+def _masks_text(pipeline: DiffusionPipeline) -> bool:
+    """Whether the pipeline tells its text encoder what is padding: then it also gives the mask to its denoiser."""
+    encode = getattr(pipeline, "encode_prompt", None)
+    return encode is not None and "prompt_attention_mask" in inspect.signature(encode).parameters
+
+
+def padded(batch: int, length: int, *, dtype: torch.dtype) -> Tensor:
+    """(b, l): 1 for text, 0 for padding behind it, one token more in each row."""
+    return (torch.arange(length) < (length - torch.arange(batch)[:, None]).clamp_min(1)).to(dtype)
+
+
+def _t5(name: str, model: Any, *, masked: bool) -> Component:
     generator = torch.Generator().manual_seed(_SEED)
     examples = [
         {"input_ids": torch.randint(2, model.config.vocab_size, (batch, length), generator=generator)}
         for batch, length in ((2, 11), (3, 7), (1, 13))
     ]
+    for example in examples if masked else ():
+        example["attention_mask"] = padded(*example["input_ids"].shape, dtype=torch.int64)
     return Component(
         name=name,
         module=_T5(model),
         inputs=examples[0],
-        dynamic_axes={"input_ids": {0: "batch", 1: "sequence"}},
+        dynamic_axes={key: {0: "batch", 1: "sequence"} for key in examples[0]},
         outputs=("last_hidden_state",),
         config=config_of(model),
         more_inputs=tuple(examples[1:]),

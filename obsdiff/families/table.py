@@ -5,13 +5,14 @@ from typing import Final
 import diffusers
 from torch import nn
 
-from obsdiff.families import Family, flux, generic, sd3, unet
+from obsdiff.families import Family, flux, generic, pixart, sd3, unet
 from obsdiff_runtime.errors import ModelError
 
 FAMILIES: Final[dict[str, Family]] = {
     "sd3": sd3,
     "unet": unet,
     "flux": flux,
+    "pixart": pixart,
     "generic": generic,
 }
 

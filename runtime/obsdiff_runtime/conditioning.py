@@ -13,6 +13,7 @@ from obsdiff_runtime.errors import BundleError, CompatibilityError
 from obsdiff_runtime.networks import Array, Networks
 
 FLUX_PATCH: Final = 2  # latent pixels a side of a token, which the pipeline packs; the denoiser's patch_size is 1
+PIXART_ADDED: Final = 128  # sample_size of a denoiser that is told the image's size where its config does not say
 
 Conditions = dict[str, Array]
 
@@ -130,6 +131,30 @@ def encode_flux(networks: Networks, prompts: Sequence[str], negative: bool, sett
     return told
 
 
+def encode_pixart(networks: Networks, prompts: Sequence[str], negative: bool, settings: Settings) -> Conditions:
+    """T5, told what is padding, and which tokens are not; where the denoiser is trained so, the image's size and shape.
+
+    As diffusers with clean_caption=False: prompts in lower case, without spaces at their ends. Its default, where
+    ftfy and beautifulsoup4 are installed, also takes out links, numbers and marks. As with
+    use_resolution_binning=False: the very size that is asked for is drawn. Its default draws the nearest of a table
+    of sizes and scales the image.
+    """
+    written = [prompt.lower().strip() for prompt in prompts]
+    ids, mask = networks.tokenizer("tokenizer").masked_ids(written, settings.max_sequence_length)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    told = {
+        "encoder_hidden_states": networks.run("text_encoder", inputs, ["last_hidden_state"])["last_hidden_state"],
+        "encoder_attention_mask": mask.astype(np.float32),
+    }
+    config = networks.bundle.config("transformer")
+    added = config.get("use_additional_conditions")
+    if config["sample_size"] == PIXART_ADDED if added is None else added:
+        height, width = settings.height, settings.width
+        told["resolution"] = np.tile(np.array([height, width], np.float32), (len(prompts), 1))
+        told["aspect_ratio"] = np.full((len(prompts), 1), height / width, np.float32)
+    return told
+
+
 def _clip(networks: Networks, suffix: str, prompts: Sequence[str], length: int, pooled: str | None) -> dict[str, Array]:
     """Penultimate hidden states (n, t, d) as "hidden", and the pooled output (n, p) if one is named."""
     encoder = f"text_encoder{suffix}"
@@ -204,11 +229,22 @@ FLUX: Final = Kind(
     negatives=False,
     even_sigmas=True,
 )
+PIXART: Final = Kind(
+    denoiser="transformer",
+    noisy="hidden_states",
+    predicted="out_hidden_states",
+    encode=encode_pixart,
+    patch=lambda config: int(config["patch_size"]),
+    largest=lambda config: None,
+    skipped=_skipped_whole,  # diffusers has no pipeline of PixArt that changes an image; as Stable Diffusion's
+)
 KINDS: Final[dict[str, Kind]] = {
     "StableDiffusion3Pipeline": SD3,
     "StableDiffusionPipeline": SD,
     "StableDiffusionXLPipeline": SDXL,
     "FluxPipeline": FLUX,
+    "PixArtAlphaPipeline": PIXART,
+    "PixArtSigmaPipeline": PIXART,
 }
 
 

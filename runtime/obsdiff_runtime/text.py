@@ -39,8 +39,13 @@ class PromptTokenizer:
         Returns:
             (len(prompts), length), int64.
         """
+        return self.masked_ids(prompts, length)[0]
+
+    def masked_ids(self, prompts: Sequence[str], length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The ids, and 1 where they are no padding, both (len(prompts), length), int64."""
         rows = np.full((len(prompts), length), self._pad_id, dtype=np.int64)
-        for row, prompt in zip(rows, prompts, strict=True):
+        mask = np.zeros_like(rows)
+        for row, told, prompt in zip(rows, mask, prompts, strict=True):
             ids = self._tokenizer.encode(prompt).ids
             if len(ids) > length:
                 logger.warning("%s: %d of %d tokens are used of a prompt", self._name, length, len(ids))
@@ -48,7 +53,8 @@ class PromptTokenizer:
                 ids = self._tokenizer.encode(prompt).ids
                 self._tokenizer.no_truncation()
             row[: len(ids)] = ids
-        return rows
+            told[: len(ids)] = 1
+        return rows, mask
 
     def _pad(self, config: dict[str, Any]) -> int:
         token = config.get("pad_token")

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from diffusers import (
     FluxTransformer2DModel,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
@@ -42,7 +46,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from obsdiff.families import flux
+from obsdiff.families import flux, pixart
 
 TEXT_TOKENS = 12
 
@@ -130,12 +134,32 @@ def flux_transformer(**changes: Any) -> FluxTransformer2DModel:
     return FluxTransformer2DModel(**{**config, **changes})
 
 
+def pixart_transformer(**changes: Any) -> PixArtTransformer2DModel:
+    """Three blocks of 4 heads of 12, told its resolution, as alpha's at 1024 pixels."""
+    config: dict[str, Any] = {
+        "sample_size": 128,
+        "num_layers": 3,
+        "attention_head_dim": 12,
+        "num_attention_heads": 4,
+        "cross_attention_dim": 48,
+        "caption_channels": 24,
+    }
+    return PixArtTransformer2DModel(**{**config, **changes})
+
+
+def pixart_sigma_transformer(**changes: Any) -> PixArtTransformer2DModel:
+    """As sigma's: told no resolution."""
+    return pixart_transformer(**{"use_additional_conditions": False, "interpolation_scale": 2, **changes})
+
+
 DENOISERS: dict[str, Callable[..., nn.Module]] = {
     "sd3": sd3_transformer,
     "sd35": sd35_transformer,
     "sd15": sd15_unet,
     "sdxl": sdxl_unet,
     "flux": flux_transformer,
+    "pixart": pixart_transformer,
+    "pixart_sigma": pixart_sigma_transformer,
 }
 
 
@@ -246,11 +270,26 @@ def flux_pipeline(**changes: Any) -> FluxPipeline:
     )
 
 
+def pixart_pipeline(*, sigma: bool = False, **changes: Any) -> PixArtAlphaPipeline | PixArtSigmaPipeline:
+    torch.manual_seed(0)
+    tokenizer, text_encoder = t5()
+    build = pixart_sigma_transformer if sigma else pixart_transformer
+    return (PixArtSigmaPipeline if sigma else PixArtAlphaPipeline)(
+        transformer=build(**changes).eval(),
+        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
+        vae=autoencoder().eval(),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+    )
+
+
 PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "sd3": sd3_pipeline,
     "sd15": sd15_pipeline,
     "sdxl": sdxl_pipeline,
     "flux": flux_pipeline,
+    "pixart": pixart_pipeline,
+    "pixart_sigma": partial(pixart_pipeline, sigma=True),
 }
 
 
@@ -387,7 +426,7 @@ def build_undescribed() -> Callable[[str], DiffusionPipeline]:
 
 @pytest.fixture
 def build_denoiser() -> Callable[..., nn.Module]:
-    """build_denoiser("sd3" | "sd35" | "sd15" | "sdxl" | "flux", **config): a seeded random denoiser in eval mode."""
+    """build_denoiser(a key of DENOISERS, **config): a seeded random denoiser in eval mode."""
 
     def build(kind: str, **changes: Any) -> nn.Module:
         torch.manual_seed(0)
@@ -398,7 +437,7 @@ def build_denoiser() -> Callable[..., nn.Module]:
 
 @pytest.fixture
 def build_pipeline() -> Callable[..., DiffusionPipeline]:
-    """build_pipeline("sd3" | "sd15" | "sdxl" | "flux", **config): a seeded random pipeline; sd3 takes with_t5=True."""
+    """build_pipeline(a key of PIPELINES, **config): a seeded random pipeline; sd3 takes with_t5=True."""
 
     def build(kind: str, **changes: Any) -> DiffusionPipeline:
         pipeline = PIPELINES[kind](**changes)
@@ -431,6 +470,9 @@ def denoise() -> Callable[[nn.Module], torch.Tensor]:
                     "guidance": torch.tensor([3.5, 2.0]),
                 }
                 return denoiser(**flux.arguments(inputs), return_dict=False)[0]
+            if isinstance(denoiser, PixArtTransformer2DModel):
+                shape = {"batch": 2, "size": (12, 16), "text_tokens": 7, "pixels": (24, 32)}
+                return denoiser(**pixart.arguments(pixart.example(denoiser, **shape)), return_dict=False)[0]
             added = {"text_embeds": noise(2, 16), "time_ids": torch.ones(2, 6)}
             text = noise(2, 7, config.cross_attention_dim)
             return denoiser(sample, time, text, added_cond_kwargs=added, return_dict=False)[0]

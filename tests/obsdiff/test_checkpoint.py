@@ -96,7 +96,9 @@ def test_a_cut_and_masked_pipeline_comes_back_bit_by_bit(
 
 
 @pytest.mark.stage("saved")
-@pytest.mark.parametrize(("kind", "name"), [("sd15", "unet"), ("sdxl", "unet"), ("flux", "transformer")])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("sd15", "unet"), ("sdxl", "unet"), ("flux", "transformer"), ("pixart", "transformer")]
+)
 def test_another_family_s_cut_denoiser_comes_back_bit_by_bit(
     kind: str, name: str, build_pipeline: Callable[..., Any], denoise: Callable[[nn.Module], Tensor], tmp_path: Path
 ) -> None:

@@ -243,3 +243,26 @@ def test_a_name_on_the_hub_is_fetched_and_loaded_from_the_cache(pruned: Path, mo
 
 def test_the_shipped_pipeline_is_named() -> None:
     assert loading.shipped_pipeline().name == "shapes"
+
+
+def test_alpha_s_published_class_name_is_pixart_s(build_pipeline: Callable[..., Any], tmp_path: Path) -> None:
+    build_pipeline("pixart").save_pretrained(tmp_path)
+    edit_index(tmp_path, transformer=["diffusers", "Transformer2DModel"])
+    path = tmp_path / "transformer" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "_class_name": "Transformer2DModel"}))
+    loaded = load_pipeline(tmp_path)
+    assert loaded.family.name == load_configs(tmp_path).family.name == "pixart"
+    assert type(loaded.denoiser).__name__ == type(load_configs(path).denoiser).__name__ == "PixArtTransformer2DModel"
+    assert loaded.defaults == Defaults(
+        height=256, width=256, num_inference_steps=20, guidance_scale=4.5, max_sequence_length=120
+    )
+    assert loaded.family.text_tokens(load_configs(tmp_path).configs, None) == 120
+
+
+def test_a_transformer_without_text_is_no_pixart(tmp_path: Path) -> None:
+    config = {"_class_name": "Transformer2DModel", "norm_type": "ada_norm_zero", "num_layers": 1, "sample_size": 32}
+    config |= {"in_channels": 4, "patch_size": 2, "num_embeds_ada_norm": 10, "activation_fn": "gelu-approximate"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = load_configs(tmp_path)
+    with pytest.raises(ModelError, match="this DiTTransformer2DModel does not look at a text"):
+        found.family.linears(found.denoiser)

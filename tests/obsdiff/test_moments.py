@@ -218,7 +218,7 @@ def test_a_residual_stream_that_is_not_finite_is_an_error_that_names_the_layer(p
         sums.add(dense, pruned, 1.0)
 
 
-@pytest.mark.parametrize("kind", ["sd3", "sd35", "sd15", "sdxl", "flux"])
+@pytest.mark.parametrize("kind", ["sd3", "sd35", "sd15", "sdxl", "flux", "pixart"])
 @torch.no_grad()
 def test_a_glance_sees_what_hooks_on_the_whole_model_see(kind: str, build_denoiser: Callable[..., nn.Module]) -> None:
     denoiser: Any = build_denoiser(kind)
@@ -258,7 +258,7 @@ def _hooked(denoiser: nn.Module, names: list[str], call: pausing.Arguments) -> d
     return found
 
 
-@pytest.mark.parametrize("kind", ["sd3", "sd35", "sd15", "sdxl", "flux"])
+@pytest.mark.parametrize("kind", ["sd3", "sd35", "sd15", "sdxl", "flux", "pixart"])
 @torch.no_grad()
 def test_the_stream_before_a_linear_does_not_depend_on_what_it_writes(
     kind: str, build_denoiser: Callable[..., nn.Module]
@@ -284,6 +284,23 @@ def test_the_stream_before_a_linear_does_not_depend_on_what_it_writes(
                 torch.testing.assert_close(after.outputs[linear.name], before.outputs[linear.name] + 0.5)
                 torch.testing.assert_close(after.bases[linear.name], before.bases[linear.name])
             waiting.resume(pausing.run(block, waiting.arguments))
+
+
+@torch.no_grad()
+def test_a_pixart_block_adds_gate_times_output_to_each_stream(build_denoiser: Callable[..., nn.Module]) -> None:
+    denoiser: Any = build_denoiser("pixart").double()
+    family = family_of(denoiser)
+    inputs = family.example(denoiser, batch=2, size=(12, 16), text_tokens=7, pixels=(24, 32))
+    linears = [linear for linear in family.linears(denoiser) if linear.block == 0 and linear.writes is not None]
+    name = "transformer_blocks.0"
+    with pausing.gated([denoiser.get_submodule(name)]):
+        waiting = PausedPass(denoiser, ((), {**family.arguments(inputs), "return_dict": False}))
+        look, result = moments.glance(
+            denoiser.get_submodule(name), name, linears, waiting.arguments, streams=True, whole=True
+        )
+    after = [look.bases[each.name] + look.gates.get(each.name, 1.0) * look.outputs[each.name] for each in linears]
+    for found, expected in zip(after, [*(look.bases[each.name] for each in linears[1:]), result], strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @torch.no_grad()

@@ -55,6 +55,13 @@ INPUTS: dict[str, dict[str, Any]] = {
         "img_ids": nothing(4096, 3),
         "txt_ids": nothing(512, 3),
     },
+    "pixart": {
+        "hidden_states": nothing(1, 4, 128, 128),
+        "encoder_hidden_states": nothing(1, 120, 4096),
+        "encoder_attention_mask": nothing(1, 120),
+        "timestep": nothing(1),
+        "added_cond_kwargs": {"resolution": nothing(1, 2), "aspect_ratio": nothing(1, 1)},
+    },
 }
 
 
@@ -120,6 +127,21 @@ def test_flux_has_its_published_size_and_twelve_squares_a_token_in_each_block(na
     lost = (weights + (3 + 4) * 3072) // 4  # the biases are those of q, k, v and of the neurons
     assert plan.parameters_before - plan.parameters_after == (19 * 2 + 38) * lost
     assert plan.macs_before - plan.macs_after == (19 + 38) * lost * tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("pixart_alpha_1024", 611_349_152), ("pixart_sigma_1024", 610_856_096)]
+)
+def test_pixart_has_its_published_size_and_fourteen_squares_a_patch_in_each_block(name: str, parameters: int) -> None:
+    """Self-attention 4, queries and output of the other 2, the feed-forward 8; keys and values 2 a text token."""
+    plan = planned(name, "structured:25%")
+    assert plan.parameters_before == parameters  # 0.6 B, says the paper
+    width, image, text = 1152, 4096, 120
+    blocks = 28 * width**2 * (14 * image + 2 * text)
+    assert blocks < plan.macs_before < 1.002 * blocks  # beside them biases, embeddings, and what a row needs once
+    lost = [(14 * width**2 + (4 + 4) * width) // 4, (2 * width**2 + 2 * width) // 4]  # a patch, a text token
+    assert plan.parameters_before - plan.parameters_after == 28 * sum(lost)
+    assert plan.macs_before - plan.macs_after == 28 * (lost[0] * image + lost[1] * text)
 
 
 @pytest.mark.parametrize(("share", "billions", "tera"), [("15%", 2.24, 5.33), ("20%", 2.13, 5.12), ("30%", 1.91, 4.70)])
@@ -396,7 +418,7 @@ def test_a_plan_is_json() -> None:
 
 
 def test_tokens_of_the_family_agree_with_those_of_a_call() -> None:
-    for name, text in (("sd3_medium", 77), ("sdxl", 77), ("flux1_dev", 512)):
+    for name, text in (("sd3_medium", 77), ("sdxl", 77), ("flux1_dev", 512), ("pixart_alpha_1024", 120)):
         denoiser, family, positions = model(name)
         tokens = family.tokens(denoiser.config, height=1024, width=1024, text_tokens=text)  # type: ignore[arg-type]
         for linear in family.linears(denoiser):

@@ -239,12 +239,46 @@ def flux_pipeline() -> Any:
     )
 
 
+def pixart_pipeline(*, sigma: bool = False) -> Any:
+    """Alpha's is told the image's size; sigma's is not."""
+    from diffusers import (
+        DPMSolverMultistepScheduler,
+        PixArtAlphaPipeline,
+        PixArtSigmaPipeline,
+    )
+
+    return (PixArtSigmaPipeline if sigma else PixArtAlphaPipeline)(
+        transformer=pixart_transformer(use_additional_conditions=not sigma),
+        scheduler=DPMSolverMultistepScheduler(),
+        vae=vae(scaling_factor=0.13),
+        text_encoder=t5_encoder(),
+        tokenizer=t5_tokenizer(),
+    )
+
+
+@seeded
+def pixart_transformer(*, use_additional_conditions: bool) -> Any:
+    from diffusers import PixArtTransformer2DModel
+
+    return PixArtTransformer2DModel(
+        sample_size=128,
+        num_layers=2,
+        attention_head_dim=12,
+        num_attention_heads=2,
+        cross_attention_dim=24,
+        caption_channels=32,
+        use_additional_conditions=use_additional_conditions,
+    ).eval()
+
+
 PIPELINES: dict[str, Callable[[], Any]] = {
     "sd3": sd3_pipeline,
     "sd3_t5": lambda: sd3_pipeline(t5=True),
     "sd": sd_pipeline,
     "sdxl": sdxl_pipeline,
     "flux": flux_pipeline,
+    "pixart_alpha": pixart_pipeline,
+    "pixart_sigma": lambda: pixart_pipeline(sigma=True),
 }
 
 
@@ -313,6 +347,11 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="session")
 def sd_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return _pair("sd", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def pixart_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    return _pair("pixart_alpha", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

@@ -53,8 +53,11 @@ def test_t5_ids_are_transformers(make_t5_tokenizer: Any, tmp_path: Path, length:
     theirs = make_t5_tokenizer()
     ours = PromptTokenizer(bundle_of(tmp_path, theirs), "tokenizer")
     prompts = [prompt for prompt in PROMPTS if "<|" not in prompt]
-    expected = theirs(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="np").input_ids
-    np.testing.assert_array_equal(ours.ids(prompts, length), expected)
+    expected = theirs(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="np")
+    ids, mask = ours.masked_ids(prompts, length)
+    np.testing.assert_array_equal(ids, expected.input_ids)
+    np.testing.assert_array_equal(mask, expected.attention_mask)
+    np.testing.assert_array_equal(ours.ids(prompts, length), ids)
 
 
 def test_a_cut_prompt_is_told(make_clip_tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

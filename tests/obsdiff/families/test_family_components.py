@@ -2,6 +2,8 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,15 +12,20 @@ from torch import Tensor
 
 from obsdiff.families import parts
 from obsdiff.families.table import FAMILIES
+from obsdiff.shrinking import shrink
 from obsdiff_export.component import Component
+from obsdiff_export.onnx import export
+from obsdiff_export.parity import compare
 from obsdiff_runtime.errors import ModelError
 
 CASES = [("sd3", {"with_t5": True}), ("sd15", {}), ("sdxl", {}), ("flux", {}), ("flux", {"guidance_embeds": False})]
+CASES += [("pixart", {}), ("pixart", {"sigma": True})]
 NAMES = {
     "sd3": ["text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae_decoder", "vae_encoder"],
     "sd15": ["text_encoder", "unet", "vae_decoder", "vae_encoder"],
     "sdxl": ["text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder"],
     "flux": ["text_encoder", "text_encoder_2", "transformer", "vae_decoder", "vae_encoder"],
+    "pixart": ["text_encoder", "transformer", "vae_decoder", "vae_encoder"],
 }
 
 
@@ -154,6 +161,50 @@ def test_flux_on_latents_is_diffusers_on_packed_ones(guidance: bool, build_pipel
     expected = pipeline._unpack_latents(packed, rows * 2, columns * 2, 2)
     assert expected.shape == (batch, channels, rows, columns)
     assert torch.equal(run(component, component.inputs)[0], expected)
+
+
+@pytest.mark.parametrize("sigma", [False, True])
+@pytest.mark.parametrize("size", [(8, 12), (128, 128), (40, 24)])
+def test_pixart_at_any_size_is_diffusers_noise_without_its_variance(
+    size: tuple[int, int], sigma: bool, build_pipeline: Callable[..., Any]
+) -> None:
+    """(128, 128) is the size that diffusers keeps its places of."""
+    pipeline = build_pipeline("pixart", sigma=sigma)
+    component, family = of(pipeline, "pixart")["transformer"], FAMILIES["pixart"]
+    inputs = family.example(pipeline.transformer, batch=2, size=size, text_tokens=7, pixels=(size[0] * 8, size[1] * 8))
+    assert ("resolution" in inputs) == (not sigma)
+    with torch.no_grad():
+        expected = pipeline.transformer(**family.arguments(inputs)).sample
+    assert expected.shape == (2, 8, *size)
+    # the places are float32 sines of float32 angles up to 32: good to 4e-6, where diffusers' are of float64 ones
+    torch.testing.assert_close(run(component, inputs)[0], expected[:, :4], rtol=0, atol=1e-5)
+
+
+def test_the_graph_of_a_shrunk_pixart_takes_any_size(build_pipeline: Callable[..., Any], tmp_path: Path) -> None:
+    pipeline, family = build_pipeline("pixart", num_layers=1), FAMILIES["pixart"]
+    shrink(pipeline.transformer, family, {"transformer_blocks.0.attn2.heads": [1]})
+    component = of(pipeline, "pixart")["transformer"]
+    others = [
+        family.example(pipeline.transformer, batch=batch, size=size, text_tokens=length, pixels=(64, 96))
+        for batch, length, size in ((1, 1, (2, 2)), (3, 9, (128, 128)), (2, 5, (6, 100)))
+    ]
+    model = export(component, tmp_path / "transformer", dtype=torch.float32)
+    assert compare(replace(component, more_inputs=tuple(others)), model).max_relative_error < 1e-4
+
+
+def test_padding_changes_nothing_where_t5_and_the_denoiser_are_told_of_it(build_pipeline: Callable[..., Any]) -> None:
+    components = of(build_pipeline("pixart"), "pixart")
+    for name, changed in (("text_encoder", "input_ids"), ("transformer", "encoder_hidden_states")):
+        component = components[name]
+        mask = "attention_mask" if name == "text_encoder" else "encoder_attention_mask"
+        told = component.inputs[mask].bool()
+        other = dict(component.inputs)
+        other[changed] = (
+            other[changed].flip(1).where(~told.view(*told.shape, *[1] * (other[changed].ndim - 2)), other[changed])
+        )
+        assert not torch.equal(other[changed], component.inputs[changed])
+        before, after = run(component, component.inputs)[0], run(component, other)[0]
+        assert torch.equal(before, after) if name == "transformer" else torch.equal(before[told], after[told])
 
 
 def test_absent_components_are_left_out(build_pipeline: Callable[..., Any]) -> None:

@@ -7,22 +7,32 @@ import pytest
 import torch
 
 from obsdiff.families.table import FAMILIES
+from obsdiff.sampling import exactly
 from obsdiff_runtime.errors import ConfigError, ModelError
 
 PROMPTS = ["red box", "a blue one"]
-CASES = [("sd3", {"with_t5": True}), ("sd3", {}), ("sd15", {}), ("sdxl", {}), ("flux", {})]
+CASES = [
+    ("sd3", {"with_t5": True}),
+    ("sd3", {}),
+    ("sd15", {}),
+    ("sdxl", {}),
+    ("flux", {}),
+    ("pixart", {}),
+    ("pixart", {"sigma": True}),
+]
 
 
 def latents(pipeline: Any, **call: Any) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
+    exact = exactly(pipeline, embedded="prompt" not in call)
     found: torch.Tensor = pipeline(
-        num_inference_steps=2, height=16, width=24, generator=generator, output_type="latent", **call
+        num_inference_steps=2, height=16, width=24, generator=generator, output_type="latent", **(exact | call)
     ).images
     return found
 
 
 def options(kind: str) -> dict[str, int]:
-    return {"max_sequence_length": 6} if kind in ("sd3", "flux") else {}
+    return {"max_sequence_length": 6} if kind in ("sd3", "flux", "pixart") else {}
 
 
 @pytest.mark.parametrize(("kind", "changes"), CASES)
@@ -34,7 +44,8 @@ def test_a_call_with_embeddings_equals_a_call_with_prompts(
     family = FAMILIES.get(kind, FAMILIES["unet"])
     unwanted = (negative or ["", ""]) if family.negatives else []
     encoded = family.encode(pipeline, PROMPTS, unwanted, **options(kind))
-    expected = latents(pipeline, prompt=PROMPTS, negative_prompt=negative, guidance_scale=4.0, **options(kind))
+    given = {} if negative is None else {"negative_prompt": negative}
+    expected = latents(pipeline, prompt=PROMPTS, guidance_scale=4.0, **given, **options(kind))
     assert torch.equal(latents(pipeline, guidance_scale=4.0, **encoded), expected)
     assert all(tensor.shape[0] == len(PROMPTS) and not tensor.requires_grad for tensor in encoded.values())
 

@@ -12,7 +12,7 @@ from obsdiff.families import layers
 from obsdiff.families.table import FAMILIES, family_of
 from obsdiff_runtime.errors import ModelError
 
-KINDS = ["sd3", "sd35", "sd15", "sdxl", "flux"]
+KINDS = ["sd3", "sd35", "sd15", "sdxl", "flux", "pixart", "pixart_sigma"]
 
 
 def test_an_sd3_block_has_eight_inputs_and_the_last_one_five(build_denoiser: Callable[..., Any]) -> None:
