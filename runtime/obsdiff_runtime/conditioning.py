@@ -135,7 +135,7 @@ def encode_pixart(networks: Networks, prompts: Sequence[str], negative: bool, se
     """T5, told what is padding, and which tokens are not; where the denoiser is trained so, the image's size and shape.
 
     As diffusers with clean_caption=False: prompts in lower case, without spaces at their ends. Its default, where
-    ftfy and beautifulsoup4 are installed, also takes out links, numbers and marks. As with
+    ftfy and beautifulsoup4 are installed, also takes out links, marks and HTML. As with
     use_resolution_binning=False: the very size that is asked for is drawn. Its default draws the nearest of a table
     of sizes and scales the image.
     """

@@ -99,7 +99,7 @@ def test_pixart_reads_prompts_in_lower_case_and_no_padding(pixart_pair: tuple[An
     with torch.no_grad():
         expected = theirs(prompt, negative_prompt=unwanted, **given, **told).images
     images = Pipeline(folder, threads=1)(prompt, negative_prompt=unwanted, seed=7, noise_source="torch", **given)
-    assert psnr(expected, images) > 50
+    assert psnr(expected, images) > 58  # 54 with height and width exchanged in the aspect ratio, 33 without the mask
 
 
 @pytest.mark.parametrize("seed", [7, [7, 2**32 + 1]], ids=["one generator", "a list of generators"])
