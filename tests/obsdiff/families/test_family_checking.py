@@ -1,8 +1,10 @@
 """The kit for authors of families: right ones pass, and each way of being wrong is found and named."""
 
 import copy
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -69,6 +71,13 @@ def test_a_group_that_forgets_columns_is_named(build_denoiser: Callable[..., Any
     found = problems(sd3_but(groups=groups_but(halved)), denoiser, onnx=False)
     assert any("rows, not" in problem for problem in found), found
     assert any("columns of" in problem for problem in found), found
+
+
+def test_the_page_s_lines_run() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "add-a-family.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert code is not None
+    exec(code[1], {})
 
 
 def test_the_denoiser_is_as_before(build_denoiser: Callable[..., Any]) -> None:
