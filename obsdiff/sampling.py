@@ -196,9 +196,9 @@ def velocity_of(denoiser: nn.Module, output: Any) -> Tensor:
     """
     first = output[0] if isinstance(output, tuple) else output.sample
     velocity = torch.stack(list(first)) if isinstance(first, list) else first
-    config: Any = denoiser.config
-    learned = velocity.ndim == 4 and velocity.shape[1] == 2 * config.in_channels
-    return velocity[:, : config.in_channels] if learned else velocity
+    channels = getattr(denoiser.config, "in_channels", None)
+    learned = channels is not None and velocity.ndim == 4 and velocity.shape[1] == 2 * channels
+    return velocity[:, :channels] if learned else velocity
 
 
 class VelocityErrors:
