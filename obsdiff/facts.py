@@ -1,7 +1,6 @@
 """What can be read off this machine and off a model: the environment, sizes, how many tokens a text has."""
 
 import datetime
-import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +15,7 @@ from obsdiff.families import Family
 from obsdiff.measurements import Counts, Environment, NotMeasured
 from obsdiff.recipe import Sampling
 from obsdiff_runtime.timing import machine
+from obsdiff_runtime.vitals import usable_cores
 
 PACKAGES: Final = (
     *("obsdiff", "torch", "diffusers", "transformers", "onnx", "onnxruntime", "onnxruntime-gpu"),
@@ -31,7 +31,7 @@ def environment(threads: int) -> Environment:
         python=platform.python_version(),
         platform=here.system,
         cpu=here.cpu,
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else here.logical_cores,
+        cores=usable_cores(),
         threads=threads,
         memory_bytes=psutil.virtual_memory().total,
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -13,6 +13,7 @@ import psutil
 
 from obsdiff.resources import existing_folder, free_bytes
 from obsdiff_export.caches import default_folder
+from obsdiff_runtime.vitals import usable_cores
 
 SETTINGS: Final = (
     *("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "NVIDIA_TF32_OVERRIDE"),
@@ -103,7 +104,7 @@ def read_host(output: Path, *, root: Path = Path("/"), environment: Mapping[str,
         machine=platform.machine(),
         python=platform.python_version(),
         cpu=_processor(root),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=usable_cores(),
         quota=_quota(root),
         memory_bytes=min(memory.total, limit or memory.total),
         available_bytes=min(memory.available, limit - (used or 0) if limit else memory.available),

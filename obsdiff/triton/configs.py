@@ -6,6 +6,7 @@ from typing import Final
 
 from obsdiff.triton.pbtxt import Enum, Message, parameters
 from obsdiff_runtime.bundle import ComponentEntry, EngineEntry, Manifest, TensorEntry
+from obsdiff_runtime.conditioning import kind_of
 from obsdiff_runtime.errors import CompatibilityError
 from obsdiff_runtime.server.options import Bounds
 from obsdiff_runtime.triton import DENOISER_ROWS, MAX_PIXELS, MAX_PROMPT, MAX_STEPS, is_bare, is_batched
@@ -146,7 +147,7 @@ def _port(component: str, port: TensorEntry, *, batched: bool) -> Message:
 def orchestrator_config(manifest: Manifest, choice: Choice) -> Message:
     """Of the model that takes prompts and gives images."""
     defaults = manifest.defaults
-    denoiser = manifest.components["transformer" if "transformer" in manifest.components else "unet"]
+    denoiser = manifest.components[kind_of(manifest.pipeline_class).denoiser]
     rows = largest_batch("denoiser", denoiser, servable(denoiser)[0], choice)
     limits = {
         MAX_STEPS: choice.bounds.steps,

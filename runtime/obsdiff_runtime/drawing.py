@@ -6,7 +6,7 @@ guidance, can share a run of the denoiser wherever their shapes agree.
 Shapes: c latent channels, h w latent height and width; r rows of a drawing: 2 under guidance, the negative one first.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -100,6 +100,23 @@ def companies(drawings: Sequence[Drawing], max_rows: int) -> Iterator[list[Drawi
                 company = []
             company.append(drawing)
         yield company
+
+
+def step_together(company: Sequence[Drawing], step: Callable[[Sequence[Drawing]], object]) -> None:
+    """One step of each; where a run fails, each is run alone, so that one cannot take the others with it.
+
+    Args:
+        company: drawings that go through the denoiser together; one that fails alone gets its `error`.
+        step: takes the step of so many.
+    """
+    try:
+        step(company)
+    except Exception as error:
+        if len(company) == 1:
+            company[0].error = error
+        else:
+            for drawing in company:
+                step_together([drawing], step)
 
 
 class Stepper:

@@ -137,6 +137,12 @@ def interleaved(
     return seconds
 
 
+def check_rounds(iterations: int, warmup: int) -> None:
+    """Raises ConfigError for a number of rounds that cannot be."""
+    if iterations < 1 or warmup < 0:
+        raise ConfigError(f"iterations should be at least 1 and warmup at least 0, not {iterations} and {warmup}")
+
+
 def turns(names: Iterable[str], iterations: int, warmup: int, progress: Progress) -> Iterator[tuple[int, str]]:
     """Whose turn it is, with the number of the round: below 0 where it is warm-up.
 
@@ -152,8 +158,7 @@ def turns(names: Iterable[str], iterations: int, warmup: int, progress: Progress
     order = list(names)
     if not order:
         raise ConfigError("there is nothing to time")
-    if iterations < 1 or warmup < 0:
-        raise ConfigError(f"iterations should be at least 1 and warmup at least 0, not {iterations} and {warmup}")
+    check_rounds(iterations, warmup)
     for index in range(-warmup, iterations):
         for name in order if index % 2 == 0 else reversed(order):
             yield index, name

@@ -20,7 +20,7 @@ import numpy as np
 
 from obsdiff_runtime.backends.numbers import DTYPES
 from obsdiff_runtime.bundle import Bundle, ComponentEntry, TensorEntry, open_bundle
-from obsdiff_runtime.drawing import Drawing, companies
+from obsdiff_runtime.drawing import Drawing, companies, step_together
 from obsdiff_runtime.errors import CancelledError, ConfigError, ObsdiffError, RunError
 from obsdiff_runtime.pipeline import Pipeline
 from obsdiff_runtime.server.options import Bounds
@@ -167,7 +167,7 @@ class Orchestrator:
         orders = [self._begin(request) for request in requests]
         while running := [order for order in orders if self._goes_on(order)]:
             for company in companies([each for order in running for each in order.drawings], self._denoiser_rows):
-                self._step(company)
+                step_together(company, self._pipeline.step)
         return [self._answer(order) for order in orders]
 
     def _begin(self, request: Any) -> _Order:
@@ -216,17 +216,6 @@ class Orchestrator:
         if order.error is None and order.is_cancelled:
             order.error = CancelledError("the request was cancelled")
         return order.error is None and any(not drawing.is_over for drawing in order.drawings)
-
-    def _step(self, company: Sequence[Drawing]) -> None:
-        """One step of each; where a run fails, each is run alone, so that one cannot take the others with it."""
-        try:
-            self._pipeline.step(company)
-        except Exception as error:
-            if len(company) == 1:
-                company[0].error = error
-            else:
-                for drawing in company:
-                    self._step([drawing])
 
     def _answer(self, order: _Order) -> Any:
         try:

@@ -20,7 +20,7 @@ from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.gpus import find_gpus
 from obsdiff_runtime.nvml import GpuVitals
 from obsdiff_runtime.progress import Progress, silent
-from obsdiff_runtime.timing import Comparison, compare, host_peak_bytes, machine
+from obsdiff_runtime.timing import Comparison, check_rounds, compare, host_peak_bytes, machine
 from obsdiff_runtime.vitals import CpuTime, CpuVitals, Sensors
 
 PROMPT: Final = "a large red circle above a small blue square"
@@ -110,8 +110,7 @@ def bench(
 def _check(iterations: int, warmup: int, num_images: int, candidates: tuple[object, ...]) -> None:
     if not candidates:
         raise ConfigError("there is nothing to measure; name a bundle")
-    if iterations < 1 or warmup < 0:
-        raise ConfigError(f"iterations should be at least 1 and warmup at least 0, not {iterations} and {warmup}")
+    check_rounds(iterations, warmup)
     if num_images < 1:
         raise ConfigError(f"num_images should be at least 1, not {num_images}")
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
-from obsdiff_runtime.drawing import Drawing, companies
+from obsdiff_runtime.drawing import Drawing, companies, step_together
 from obsdiff_runtime.errors import CancelledError, ObsdiffError
 from obsdiff_runtime.pipeline import Pipeline
 from obsdiff_runtime.server.options import Limits
@@ -125,7 +125,7 @@ class Batcher:
             self._for_each(self._begin)
             drawings = [drawing for ticket in self._running if not ticket.is_over for drawing in ticket.drawings]
             for company in companies(drawings, self.limits.max_rows):
-                self._step(company)
+                step_together(company, self._step)
             self._for_each(self._deliver)
             with self._changed:
                 self._running = [ticket for ticket in self._running if not ticket.is_over]
@@ -168,17 +168,9 @@ class Batcher:
                 ticket.drawings = self.pipeline.begin(**ticket.order.call)
 
     def _step(self, company: Sequence[Drawing]) -> None:
-        """One step of each; where a run fails, each is run alone, so that one cannot take the others with it."""
         present = [ticket for ticket in self._running if any(drawing in company for drawing in ticket.drawings)]
-        try:
-            with self._timed(present, "denoise", sum(drawing.rows for drawing in company)):
-                self.pipeline.step(company)
-        except Exception as error:
-            if len(company) == 1:
-                company[0].error = error
-            else:
-                for drawing in company:
-                    self._step([drawing])
+        with self._timed(present, "denoise", sum(drawing.rows for drawing in company)):
+            self.pipeline.step(company)
 
     def _deliver(self, ticket: Ticket) -> None:
         """Tells of the step that was taken, and decodes what is to be seen."""
