@@ -8,6 +8,7 @@ KIND:               the shipped pipeline
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -36,21 +37,15 @@ class Open(Protocol):
     def __call__(self, model: str | None, terms: Terms) -> Runner: ...
 
 
-def _diffusers(model: str | None, terms: Terms) -> Runner:
+def _in_torch(model: str | None, terms: Terms, *, compiled: bool) -> Runner:
     from obsdiff.pipeline_runner import PipelineRunner
 
-    return PipelineRunner(model, dtype=terms.dtype, device=terms.device, threads=terms.threads)
-
-
-def _compiled(model: str | None, terms: Terms) -> Runner:
-    from obsdiff.pipeline_runner import PipelineRunner
-
-    return PipelineRunner(model, compiled=True, dtype=terms.dtype, device=terms.device, threads=terms.threads)
+    return PipelineRunner(model, compiled=compiled, dtype=terms.dtype, device=terms.device, threads=terms.threads)
 
 
 KINDS: Final[dict[str, Open]] = {
-    "diffusers": _diffusers,
-    "compiled": _compiled,
+    "diffusers": partial(_in_torch, compiled=False),
+    "compiled": partial(_in_torch, compiled=True),
 }
 
 
@@ -60,8 +55,7 @@ def open_candidates(texts: Sequence[str], terms: Terms) -> list[Runner]:
     Raises:
         ConfigError: one names no kind, no backend, no bundle or no pipeline; a flag that none of them has a use for.
     """
-    runs = [text.partition(":")[0] in KINDS and ":" in text for text in texts]
-    if not any(runs):
+    if not any(_kind_and_model(text) for text in texts):
         for flag, value in (("--dtype", terms.dtype), ("--device", terms.device)):
             if value is not None:
                 raise ConfigError(f"{flag} {value} is for pipelines in torch, and none is named; a bundle has its own")
@@ -69,9 +63,16 @@ def open_candidates(texts: Sequence[str], terms: Terms) -> list[Runner]:
 
 
 def _open(text: str, terms: Terms) -> Runner:
+    named = _kind_and_model(text)
+    if named is None:
+        return open_runner(text, backend=terms.backend, threads=terms.threads)
+    kind, model = named
+    if kind not in KINDS:
+        raise ConfigError(f"{text}: there is no kind {kind!r}; there are {', '.join(KINDS)}, and bundles by folder")
+    return KINDS[kind](model or None, terms)
+
+
+def _kind_and_model(text: str) -> tuple[str, str] | None:
+    """None where the text names a folder."""
     kind, colon, model = text.partition(":")
-    if colon and not Path(text).exists():
-        if kind not in KINDS:
-            raise ConfigError(f"{text}: there is no kind {kind!r}; there are {', '.join(KINDS)}, and bundles by folder")
-        return KINDS[kind](model or None, terms)
-    return open_runner(text, backend=terms.backend, threads=terms.threads)
+    return (kind, model) if colon and not Path(text).exists() else None

@@ -13,7 +13,7 @@ import psutil
 
 from obsdiff.resources import existing_folder, free_bytes
 from obsdiff_export.caches import default_folder
-from obsdiff_runtime.vitals import usable_cores
+from obsdiff_runtime.vitals import text_of, usable_cores
 
 SETTINGS: Final = (
     *("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "NVIDIA_TF32_OVERRIDE"),
@@ -110,7 +110,7 @@ def read_host(output: Path, *, root: Path = Path("/"), environment: Mapping[str,
         available_bytes=min(memory.available, limit - (used or 0) if limit else memory.available),
         cuda_toolkit=_toolkit(root),
         container=_container(root, environment),
-        wsl="microsoft" in _text(root / "proc/version").lower(),
+        wsl="microsoft" in text_of(root / "proc/version").lower(),
         jetson=_jetson(root),
         settings={name: environment[name] for name in SETTINGS if environment.get(name)},
         hub_token=bool(environment.get("HF_TOKEN")) or (hub.parent / "token").is_file(),
@@ -142,13 +142,13 @@ def _disk(folder: Path) -> Disk:
 
 def _processor(root: Path) -> str:
     """The model's name; Arm's cores have none."""
-    found = re.search(r"^model name\s*:\s*(.+)$", _text(root / "proc/cpuinfo"), re.MULTILINE)
+    found = re.search(r"^model name\s*:\s*(.+)$", text_of(root / "proc/cpuinfo"), re.MULTILINE)
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def _quota(root: Path) -> float | None:
     """Cores' worth of time that the control group may use."""
-    share, _, period = _text(root / "sys/fs/cgroup/cpu.max").partition(" ")
+    share, _, period = text_of(root / "sys/fs/cgroup/cpu.max").partition(" ")
     return int(share) / int(period) if share.isdigit() and period.strip().isdigit() else None
 
 
@@ -163,13 +163,13 @@ def _container(root: Path, environment: Mapping[str, str]) -> str:
 
 
 def _jetson(root: Path) -> Jetson | None:
-    release = re.search(r"# R(\d+) \(release\), REVISION: ([\d.]+)", _text(root / "etc/nv_tegra_release"))
+    release = re.search(r"# R(\d+) \(release\), REVISION: ([\d.]+)", text_of(root / "etc/nv_tegra_release"))
     if release is None:
         return None
     major = int(release[1])
     pythons = (root / "usr/lib").glob("python3*/dist-packages/tensorrt/__init__.py")
     return Jetson(
-        model=_text(root / "proc/device-tree/model").strip("\0\n "),
+        model=text_of(root / "proc/device-tree/model").strip("\0\n "),
         l4t=f"{major}.{release[2]}",
         jetpack={32: 4, 34: 5, 35: 5, 36: 6, 38: 7}.get(major),
         tensorrt_pythons=tuple(sorted(path.parents[2].name.removeprefix("python") for path in pythons)),
@@ -177,17 +177,10 @@ def _jetson(root: Path) -> Jetson | None:
 
 
 def _toolkit(root: Path) -> str | None:
-    found = re.search(r'"cuda"\s*:\s*{[^}]*"version"\s*:\s*"([^"]+)"', _text(root / "usr/local/cuda/version.json"))
+    found = re.search(r'"cuda"\s*:\s*{[^}]*"version"\s*:\s*"([^"]+)"', text_of(root / "usr/local/cuda/version.json"))
     return found[1] if found else None
 
 
 def _number(path: Path) -> int | None:
-    text = _text(path).strip()
+    text = text_of(path).strip()
     return int(text) if text.isdigit() else None
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

@@ -49,6 +49,14 @@ class CpuVitals:
     governor: str | None
 
 
+def text_of(path: Path) -> str:
+    """What a file of the system holds; "" where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
 def usable_cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -88,19 +96,19 @@ def cpu_vitals(root: Path = Path("/")) -> CpuVitals:
     if clocks:
         mhz: float | None = sum(clocks) / len(clocks) / 1000
     else:
-        said = re.findall(r"^cpu MHz\s*:\s*([\d.]+)", _text(root / "proc/cpuinfo"), re.MULTILINE)
+        said = re.findall(r"^cpu MHz\s*:\s*([\d.]+)", text_of(root / "proc/cpuinfo"), re.MULTILINE)
         mhz = sum(map(float, said)) / len(said) if said else None
     fastest = [clock for core in cores if (clock := _number(core / "cpuinfo_max_freq")) is not None]
     return CpuVitals(
         mhz=mhz,
         max_mhz=max(fastest) / 1000 if fastest else None,
-        governor=_text(cores[0] / "scaling_governor").strip() or None if cores else None,
+        governor=text_of(cores[0] / "scaling_governor").strip() or None if cores else None,
     )
 
 
 def resident_bytes() -> int | None:
     """Memory of this process that is in RAM."""
-    fields = _text(Path("/proc/self/statm")).split()
+    fields = text_of(Path("/proc/self/statm")).split()
     return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") if fields else None
 
 
@@ -121,13 +129,5 @@ class Sensors:
 
 
 def _number(path: Path) -> float | None:
-    text = _text(path).strip()
+    text = text_of(path).strip()
     return float(text) if text.isdigit() else None
-
-
-def _text(path: Path) -> str:
-    """ "" where it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
