@@ -203,6 +203,8 @@ def test_a_loaded_shrunk_model_costs_what_was_planned() -> None:
 
 
 class FakeFamily:
+    described = True
+
     def __init__(self, specs: tuple[LinearSpec, ...]) -> None:
         self._specs = specs
 
