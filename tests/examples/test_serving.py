@@ -187,7 +187,7 @@ def test_what_the_client_asks_of_triton_is_what_the_repository_takes() -> None:
     manifest = Manifest(
         created_by="",
         family="sd3",
-        pipeline_class="",
+        pipeline_class="StableDiffusion3Pipeline",
         sparsity="dense",
         defaults=Defaults(height=64, width=64, num_inference_steps=4, guidance_scale=3.0),
         components={"transformer": component},
