@@ -8,39 +8,66 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.onnx.errors import OnnxExporterError
 
+from obsdiff_export.casting import emptied, inputs_in
 from obsdiff_export.component import Component
+from obsdiff_export.stored import values
 from obsdiff_export.translations import translations
 from obsdiff_runtime.errors import ExportError
 
 
-def lower(component: Component, inputs: dict[str, Tensor], opset: int) -> tuple[ir.Model, frozenset[str]]:
+def lower(component: Component, dtype: torch.dtype, opset: int) -> tuple[ir.Model, frozenset[str]]:
     """The graph, not optimised, and the names of its initializers that come from the module.
 
+    It is captured on the parameters' shapes alone: their values are read, and cast, one by one when they are saved.
+
     Args:
-        component: its module in the dtype to export.
-        inputs: its inputs, in that dtype.
+        component: its module is as before afterwards.
+        dtype: of the graph.
         opset: of the default domain.
 
     Raises:
         ExportError: the module could not be captured or translated.
     """
+    parameters = dict(component.module.named_parameters(remove_duplicate=False))
     with torch.no_grad(), _silence():
-        program = _capture(component, inputs)
+        program = _capture(component, dtype)
         weights = frozenset(program.state_dict) | frozenset(program.constants)
-        plain = program.__class__
-        try:
-            program.__class__ = _Decomposed
-            return _translate(component, program, opset), weights
-        except OnnxExporterError:
-            program.__class__ = plain
-        try:
-            return _translate(component, program, opset), weights
-        except OnnxExporterError as error:
-            raise ExportError(f"{component.name}: torch.onnx could not translate it: {_last_line(error)}") from error
+        model = _translated(component, program, opset)
+    for name, value in model.graph.initializers.items():
+        if name in parameters:
+            value.const_value = _read_later(name, parameters[name], dtype)
+    return model, weights
+
+
+def _translated(component: Component, program: ExportedProgram, opset: int) -> ir.Model:
+    plain = program.__class__
+    try:
+        program.__class__ = _Decomposed
+        return _translate(component, program, opset)
+    except OnnxExporterError:
+        program.__class__ = plain
+    try:
+        return _translate(component, program, opset)
+    except OnnxExporterError as error:
+        raise ExportError(f"{component.name}: torch.onnx could not translate it: {_last_line(error)}") from error
+
+
+def _read_later(name: str, parameter: Tensor, dtype: torch.dtype) -> ir.LazyTensor:
+    """A parameter's values as an initializer, read and cast each time they are asked for and never kept."""
+    stored = dtype if parameter.is_floating_point() else parameter.dtype
+
+    def read() -> ir.TensorProtocol:
+        return TorchTensor(values(parameter).detach().to("cpu", stored), name=name)
+
+    shape = ir.Shape(tuple(parameter.shape))
+    return ir.LazyTensor(read, dtype=from_torch_dtype(stored), shape=shape, name=name, cache=False)
 
 
 class _Decomposed(ExportedProgram):
@@ -58,28 +85,41 @@ class _Decomposed(ExportedProgram):
         return retraced
 
 
-def _capture(component: Component, inputs: dict[str, Tensor]) -> ExportedProgram:
+def _capture(component: Component, dtype: torch.dtype) -> ExportedProgram:
     """The module as a program with symbolic sizes.
 
     Sizes of 0 and 1 are treated as any other first; some masks (PixArt, Sana) can only be captured without that.
     """
-    shapes = {name: {axis: Dim.DYNAMIC for axis in component.dynamic_axes.get(name, {})} for name in inputs}
     failures: list[Exception] = []
     for oblivious in (True, False):
         try:
-            with torch.fx.experimental._config.patch(backed_size_oblivious=oblivious):  # type: ignore[attr-defined]
-                return torch.export.export(
-                    component.module,
-                    (),
-                    kwargs=inputs,
-                    dynamic_shapes=shapes,
-                    strict=False,
-                    prefer_deferred_runtime_asserts_over_guards=True,
-                )
+            return _exported(component, dtype, oblivious=oblivious)
         except Exception as error:
             failures.append(error)
     why = _last_line(failures[0])
     raise ExportError(f"{component.name}: torch.export could not capture it: {why}") from failures[0]
+
+
+def _exported(component: Component, dtype: torch.dtype, *, oblivious: bool) -> ExportedProgram:
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    inputs = {
+        name: mode.from_tensor(tensor, static_shapes=True)
+        for name, tensor in inputs_in(dtype, component.inputs).items()
+    }
+    with (
+        emptied(component.module, dtype, mode),
+        torch.fx.experimental._config.patch(backed_size_oblivious=oblivious),  # type: ignore[attr-defined]
+    ):
+        return torch.export.export(
+            component.module,
+            (),
+            kwargs=inputs,
+            dynamic_shapes={
+                name: {axis: Dim.DYNAMIC for axis in component.dynamic_axes.get(name, {})} for name in inputs
+            },
+            strict=False,
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
 
 
 def _translate(component: Component, program: ExportedProgram, opset: int) -> ir.Model:

@@ -18,7 +18,6 @@ import torch
 
 from obsdiff_export import passes
 from obsdiff_export.capture import lower
-from obsdiff_export.casting import cast_to, inputs_in
 from obsdiff_export.component import Component
 from obsdiff_export.ports import Port
 from obsdiff_export.quantizing import LEAST_OPSET, Quantization, insert
@@ -87,8 +86,7 @@ def export(
     quantized = quantization is not None and bool(quantization.linears)
     opset = checked_opset(dtype, opset, quantized=quantized)
     _check(component)
-    with cast_to(component.module, dtype):
-        model, weights = lower(component, inputs_in(dtype, component.inputs), opset)
+    model, weights = lower(component, dtype, opset)
     passes.simplify(model, weights)
     passes.drop_still_transposes(model)
     passes.fold_transposes(model)
