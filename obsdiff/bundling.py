@@ -27,6 +27,7 @@ from obsdiff.settings import Settings
 from obsdiff.sparsity import NM
 from obsdiff_export.quantizing import Quantization, imitated
 from obsdiff_export.requested import Served
+from obsdiff_export.stored import is_stored
 from obsdiff_runtime.bundle import Defaults as BundleDefaults
 from obsdiff_runtime.bundle import Manifest, write_manifest
 from obsdiff_runtime.errors import ConfigError
@@ -194,6 +195,15 @@ def deliver(
         delivery.copy_rest(pruned.pipeline, folder)
     denoiser = next(item for item in components if item.model.name == job.family.denoiser)
     what, built = served_by(job), None
+    if is_stored(dense):
+        written = denoiser.model.bytes
+        return Delivery(
+            dense_bytes=written,
+            pruned_bytes=written,
+            components=components,
+            latency=delivery.UNCOMPARED,
+            sizes=what.sizes,
+        )
     with tempfile.TemporaryDirectory(prefix="obsdiff-") as scratch:
         with stages("time"):
             before = delivery.export_denoiser(

@@ -21,11 +21,11 @@ from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from obsdiff import folders
+from obsdiff import folders, weights
 from obsdiff.families import Family
 from obsdiff.families.table import FAMILIES, family_of
 from obsdiff.folders import MANIFEST, new_folder
@@ -36,8 +36,6 @@ from obsdiff_runtime.version import __version__
 SCHEMA: Final = 1
 INDEX: Final = "model_index.json"
 DEFAULTS: Final = "obsdiff_defaults.json"
-
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def _none_for_nan(value: object) -> object:
@@ -295,59 +293,14 @@ def load_denoiser(folder: Path, *, dtype: torch.dtype | None = None) -> nn.Modul
         CompatibilityError: the manifest is of a newer schema.
     """
     denoiser = empty_denoiser(folder)
-    expected: dict[str, Tensor] = denoiser.state_dict()
-    state: dict[str, Tensor] = {}
-    for path, names in _weight_files(folder).items():
-        for name, tensor in _tensors(path):
-            if name not in expected:
-                raise BundleError(f"{path}: tensor {name} does not belong to this model")
-            if tensor.shape != expected[name].shape:
-                shapes = f"{tuple(tensor.shape)}, and the model takes {tuple(expected[name].shape)}"
-                raise BundleError(f"{path}: tensor {name} has shape {shapes}")
-            if name in state:
-                raise BundleError(f"{path}: tensor {name} is in another file too")
-            state[name] = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-        for name in names:
-            if name not in state:
-                raise BundleError(f"{path}: tensor {name} is missing")
-    absent = next((name for name in expected if name not in state), None)
-    if absent is not None:
-        raise BundleError(f"{folder}: tensor {absent} is in no weight file")
-    denoiser.load_state_dict(state, strict=True, assign=True)
+    denoiser.load_state_dict(weights.read(folder, denoiser.state_dict(), dtype=dtype), strict=True, assign=True)
     return denoiser
-
-
-def _weight_files(folder: Path) -> dict[Path, list[str]]:
-    """Each weight file, with the tensors that the index of a sharded checkpoint promises in it."""
-    index = folder / f"{_WEIGHTS}.index.json"
-    if not index.is_file():
-        return {folder / _WEIGHTS: []}
-    shards = _read_json(index).get("weight_map")
-    if not isinstance(shards, dict):
-        raise BundleError(f"{index}: has no weight_map")
-    files: dict[Path, list[str]] = {}
-    for name, shard in shards.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise BundleError(f"{index}: {name} is said to be in {shard!r}, which is no file beside it")
-        files.setdefault(folder / shard, []).append(name)
-    return files
-
-
-def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    if not path.is_file():
-        raise BundleError(f"{path} is missing")
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - no mapping
-                yield name, file.get_tensor(name)
-    except SafetensorError as error:
-        raise BundleError(f"{path} is truncated or altered: {error}") from None
 
 
 def _check_loads(folder: Path) -> None:
     """A last look before the folder gets its name: what was written must be readable."""
     expected = empty_denoiser(folder).state_dict()
-    written = {name: tensor.shape for path in _weight_files(folder) for name, tensor in _tensors(path)}
+    written = weights.shapes(folder)
     for name in expected.keys() | written.keys():
         if name not in written or name not in expected or written[name] != expected[name].shape:
             raise BundleError(f"{folder}: tensor {name} was not written as the manifest says; nothing was saved")
@@ -358,14 +311,14 @@ def _components(pipeline: DiffusionPipeline) -> list[tuple[str, Any]]:
 
 
 def _save_component(component: Any, target: Path, source: Path | None) -> None:
-    weights, others = folders.component_files(source) if source is not None and source.is_dir() else ([], [])
-    if not weights and (not others or isinstance(component, nn.Module)):
+    files, others = folders.component_files(source) if source is not None and source.is_dir() else ([], [])
+    if not files and (not others or isinstance(component, nn.Module)):
         component.save_pretrained(target)
         if (target / "config.json").is_file():
             _without_origin(target / "config.json")
         return
     target.mkdir()
-    for path in [*weights, *others]:
+    for path in [*files, *others]:
         folders.copy(path, target / path.name)
 
 

@@ -21,6 +21,7 @@ from obsdiff_export.component import Component
 from obsdiff_export.onnx import OnnxModel
 from obsdiff_export.pattern import PatternReport
 from obsdiff_export.quantizing import Quantization
+from obsdiff_export.stored import is_stored
 from obsdiff_runtime.backends.ort import open_graph
 from obsdiff_runtime.bundle import ComponentEntry, TensorEntry
 from obsdiff_runtime.errors import ConfigError
@@ -31,6 +32,8 @@ DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfl
 RUNS: Final = 40
 """Timed denoiser calls of each model."""
 
+UNCOMPARED: Final = NotMeasured(why="--low-memory runs nothing")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Delivered:
@@ -38,7 +41,7 @@ class Delivered:
 
     component: Component
     model: OnnxModel
-    max_error: float
+    max_error: float | NotMeasured
     patterns: tuple[PatternReport, ...]
     engines: tuple[Engine, ...] = ()
 
@@ -68,14 +71,17 @@ def in_words(model: OnnxModel) -> str:
     return model.dtype if model.precision == model.dtype else f"{model.precision} in {model.dtype}"
 
 
-def dtype_of(component: str, settings: Settings) -> torch.dtype:
+def dtype_of(component: str, settings: Settings, stored: nn.Module | None = None) -> torch.dtype:
     """The precision of a component's graph.
 
     auto: float16 where engines are built, because sparse kernels exist for it and not for float32; but the VAE
-    stays float32, because several overflow in float16.
+    stays float32, because several overflow in float16. Weights that go from file to file (`stored`) stay as they are.
     """
     asked = settings.dtype or "auto"
-    if asked == "auto":
+    if asked == "auto" and stored is not None:
+        kept = next(parameter.dtype for parameter in stored.parameters())
+        asked = next((name for name, dtype in DTYPES.items() if dtype == kept), "fp32")
+    elif asked == "auto":
         asked = "fp16" if settings.trt and not component.startswith("vae") else "fp32"
     if asked not in DTYPES:
         raise ConfigError(f"--dtype {asked}: there are auto, {', '.join(DTYPES)}")
@@ -114,12 +120,13 @@ def deliver(
     delivered = []
     for index, component in enumerate(components):
         progress("export", index, len(components), component.name)
-        dtype = dtype_of(component.name, settings)
+        left = is_stored(component.module)
+        dtype = dtype_of(component.name, settings, component.module if left else None)
         rounding = quantization if component.name == family.denoiser else None
         model = onnx.export(
             component, folder / component.name, dtype=dtype, opset=settings.opset, quantization=rounding
         )
-        error = parity.compare(component, model, quantization=rounding).max_relative_error
+        error = UNCOMPARED if left else parity.compare(component, model, quantization=rounding).max_relative_error
         reports: list[PatternReport] = []
         if component.name == family.denoiser and expected is not None:
             names = [f"{name}.weight" for name in pruned]

@@ -14,6 +14,7 @@ from obsdiff import costs
 from obsdiff.families import Family
 from obsdiff.measurements import Counts, Environment, NotMeasured
 from obsdiff.recipe import Sampling
+from obsdiff_export.stored import values
 from obsdiff_runtime.timing import machine
 from obsdiff_runtime.vitals import usable_cores
 
@@ -73,7 +74,7 @@ def counts(denoiser: nn.Module, macs: int, bytes_on_disk: int | NotMeasured) -> 
     """Size of a denoiser."""
     return Counts(
         parameters=costs.parameters(denoiser),
-        nonzero=sum(int(torch.count_nonzero(parameter)) for parameter in denoiser.parameters()),
+        nonzero=sum(int(torch.count_nonzero(values(parameter))) for parameter in denoiser.parameters()),
         macs=macs,
         bytes_on_disk=bytes_on_disk,
     )

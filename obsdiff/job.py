@@ -34,6 +34,7 @@ from obsdiff.recipe import Recipe, Sampling, select
 from obsdiff.resolving import resolve
 from obsdiff.resources import require_disk, require_memory
 from obsdiff.settings import Settings
+from obsdiff_export.stored import is_stored
 from obsdiff_runtime.conditioning import KINDS
 from obsdiff_runtime.errors import ConfigError, ModelError
 
@@ -161,21 +162,25 @@ def name_of(settings: Settings) -> str:
     return settings.model or "the shipped pipeline"
 
 
-def load(settings: Settings, *, offload: bool = False) -> LoadedPipeline:
+def load(settings: Settings, *, offload: bool = False, low_memory: bool = False) -> LoadedPipeline:
     """The pipeline that the settings name.
 
     Args:
         settings: model and device.
         offload: follow `settings.offload`, which `require_offloadable` has allowed.
+        low_memory: follow `settings.low_memory`, which `require_nothing_computed` has allowed.
 
     Raises:
-        ConfigError: the settings say offload where it is not followed, or name a device that torch cannot use here.
+        ConfigError: the settings say one of these where it is not followed, or name a device that torch cannot use
+            here.
         ModelError: see `load_pipeline`.
     """
     if settings.offload and not offload:
         raise ConfigError(
             "--offload: only obsdiff prune, which writes a folder, goes from block to block; leave it out"
         )
+    if settings.low_memory and not low_memory:
+        raise ConfigError("--low-memory: only obsdiff export, where nothing is pruned, needs no weights; leave it out")
     device = ranks.device_of(settings.device)
     disable_progress_bar()
     transformers_logging.disable_progress_bar()
@@ -189,6 +194,7 @@ def load(settings: Settings, *, offload: bool = False) -> LoadedPipeline:
         variant=settings.variant,
         device=device,
         offload=bool(settings.offload and offload),
+        low_memory=bool(settings.low_memory and low_memory),
     )
 
 
@@ -205,6 +211,19 @@ def require_offloadable(settings: Settings, recipe: Recipe) -> None:
             f"--offload cannot measure where sparsity costs least, as {recipe.sparsity} asks for; "
             "add --allocation uniform"
         )
+
+
+def require_nothing_computed(settings: Settings) -> None:
+    """Raises ConfigError where --low-memory is asked for together with something that runs the model."""
+    instead = {
+        "sparsity": "prune first (obsdiff prune MODEL --sparsity ... -o OUT), then export OUT",
+        "precision": "eight bits need calibration",
+        "trt": "export without it, then obsdiff build OUT",
+        "fail_if": "nothing is measured",
+    }
+    for name, why in instead.items():
+        if getattr(settings, name):
+            raise ConfigError(f"--low-memory runs no model, so --{name.replace('_', '-')} cannot go with it: {why}")
 
 
 def given(pipeline: DiffusionPipeline) -> LoadedPipeline:
@@ -235,11 +254,14 @@ def given(pipeline: DiffusionPipeline) -> LoadedPipeline:
 
 
 def computable(loaded: LoadedPipeline) -> torch.dtype:
-    """The dtype the denoiser is stored in; on a CPU the pipeline is widened to float32, which CPUs compute faster."""
+    """The dtype the denoiser is stored in; on a CPU the pipeline is widened to float32, which CPUs compute faster.
+
+    Networks whose weights stay in their files compute nothing and are left alone.
+    """
     stored: torch.dtype = next(loaded.denoiser.parameters()).dtype
-    if loaded.pipeline.device.type == "cpu":
+    if loaded.pipeline.device.type in ("cpu", "meta"):
         for component in loaded.pipeline.components.values():
-            if isinstance(component, nn.Module):
+            if isinstance(component, nn.Module) and not is_stored(component):
                 nn.Module.to(component, torch.float32)  # diffusers' own warns of modules it does not have
     return stored
 

@@ -8,22 +8,25 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import diffusers
 import torch
+import transformers
+from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from obsdiff import checkpoint, offloading
+from obsdiff import checkpoint, offloading, weights
 from obsdiff.checkpoint import DEFAULTS, INDEX
 from obsdiff.families import HELP, Family, parts
 from obsdiff.families.table import FAMILIES, family_of
 from obsdiff.folders import MANIFEST, is_variant
-from obsdiff_runtime.errors import ModelError, ResourceError
+from obsdiff_runtime.errors import BundleError, ModelError, ResourceError
 
 _DEFAULTS_KEY = Path(DEFAULTS).stem
 
@@ -101,6 +104,7 @@ def load_pipeline(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     offload: bool = False,
+    low_memory: bool = False,
     local_files_only: bool = False,
 ) -> LoadedPipeline:
     """The pipeline that a name means.
@@ -112,6 +116,7 @@ def load_pipeline(
         dtype: of all weights; None: as the denoiser is stored.
         device: where to put it.
         offload: leave what the device need not hold in the host's memory; see offloading.
+        low_memory: leave the weights of denoiser and text encoders in their files: they can be exported, not run.
         local_files_only: do not ask the Hub; HF_HUB_OFFLINE=1 does the same.
 
     Raises:
@@ -124,9 +129,12 @@ def load_pipeline(
         folder = _download(str(model), revision=revision, variant=variant, local_files_only=local_files_only)
     index = _index(folder)
     family = _family(folder, index)
-    manifest = None
-    if checkpoint.pruned_family(folder) is not None:
-        manifest = checkpoint.read_manifest(folder / family.denoiser)
+    manifest = checkpoint.pruned_manifest(folder)
+    if low_memory:
+        pipeline = _load_dense(
+            folder, index, family, variant=variant, dtype=dtype, given=_left(folder, index, family, variant)
+        )
+    elif manifest is not None:
         pipeline = checkpoint.load(folder, dtype=dtype)
     else:
         pipeline = _load_dense(folder, index, family, variant=variant, dtype=dtype)
@@ -144,6 +152,21 @@ def load_pipeline(
         defaults=defaults_of(folder, _configs(folder, index)),
         manifest=manifest,
     )
+
+
+def stored_denoiser(folder: Path, *, variant: str | None = None) -> nn.Module:
+    """The denoiser in a folder, pruned or not, with its weights left in their files; see weights.leave.
+
+    Raises:
+        BundleError: a file or tensor is missing, altered or superfluous; names it.
+    """
+    config = _json(folder / "config.json")
+    with init_empty_weights(include_buffers=False):
+        denoiser: nn.Module = getattr(diffusers, str(config["_class_name"])).from_config(config)
+    if (folder / MANIFEST).is_file():
+        checkpoint.replay(denoiser, checkpoint.read_manifest(folder), folder)
+    weights.leave(denoiser, folder, variant=variant)
+    return denoiser.eval()
 
 
 def load_configs(model: str | Path, *, revision: str | None = None, local_files_only: bool = False) -> ModelConfigs:
@@ -222,18 +245,44 @@ def _class_defaults(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _load_dense(
-    folder: Path, index: Mapping[str, Any], family: Family, *, variant: str | None, dtype: torch.dtype | None
+    folder: Path,
+    index: Mapping[str, Any],
+    family: Family,
+    *,
+    variant: str | None,
+    dtype: torch.dtype | None,
+    given: Mapping[str, nn.Module] = MappingProxyType({}),
 ) -> DiffusionPipeline:
     for name, entry in index.items():
         if isinstance(entry, list) and entry[0] is not None and not (folder / name).is_dir():
             raise ModelError(f"{folder}: {INDEX} lists {name}, but there is no such folder; is the copy complete?")
     try:
         stored = dtype or _stored_dtype(folder / family.denoiser, variant)
-        return checkpoint.assemble(folder, {}, dtype=stored, variant=variant)
+        return checkpoint.assemble(folder, given, dtype=stored, variant=variant)
     except SafetensorError as error:
         raise ModelError(f"{folder}: a weight file is truncated or altered: {error}") from None
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: cannot be loaded: {_first_line(error)}") from error
+
+
+def _left(folder: Path, index: Mapping[str, Any], family: Family, variant: str | None) -> dict[str, nn.Module]:
+    """Denoiser and text encoders whose weights stay in their files.
+
+    A text encoder whose files name their tensors otherwise than its class does (CLIP's, of older checkpoints) is left
+    out.
+    """
+    found = {family.denoiser: stored_denoiser(folder / family.denoiser, variant=variant)}
+    for name, entry in index.items():
+        if not name.startswith("text_encoder") or entry[0] != "transformers":
+            continue
+        kind = getattr(transformers, entry[1])
+        with init_empty_weights(include_buffers=False):
+            encoder = kind(kind.config_class.from_pretrained(folder / name, local_files_only=True))
+        encoder.tie_weights()
+        with contextlib.suppress(BundleError):
+            weights.leave(encoder, folder / name, stem=weights.TRANSFORMERS_STEM, variant=variant)
+            found[name] = encoder
+    return found
 
 
 def _stored_dtype(folder: Path, variant: str | None) -> torch.dtype:

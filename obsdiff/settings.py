@@ -34,6 +34,11 @@ class Settings:
         "the model lies in the host's memory, a GPU holds one block at a time; streamed, equal shares only",
     ] = None
 
+    low_memory: Annotated[
+        bool | None,
+        "for a model larger than the memory: weights go from file to file one by one; nothing is pruned, run or timed",
+    ] = None
+
     sparsity: Annotated[
         str | None, "2:4, any N:M (N of every M zero), 0.5 or 50%, structured:0.25, heads:0.2, ffn:0.3; joined with +"
     ] = None

@@ -43,6 +43,7 @@ from obsdiff.job import (
     remember_dtypes,
     require,
     require_disk_for,
+    require_nothing_computed,
     require_offloadable,
 )
 from obsdiff.job import load as load_model
@@ -218,6 +219,8 @@ def export(
     for part in ("denoiser", "vae"):
         quantized = format is not None and part == "denoiser"
         checked_opset(delivery.dtype_of(part, settings), settings.opset, quantized=quantized)
+    if settings.low_memory:
+        require_nothing_computed(settings)
     job = open_job(settings, sparsity_required=False)
     require_described(job.family, "obsdiff export")
     if order is not None:
@@ -229,16 +232,16 @@ def export(
         check_size(job.recipe.sampling)
     elif settings.fail_if:
         raise ConfigError("--fail-if: nothing is measured without prompts to compare on; raise --eval-prompts")
-    weights = require(job, output, copies=3)
+    weights = 0 if settings.low_memory else require(job, output, copies=3)
     journal = FolderJournal(output, job.recipe.digest(), resume=resume)
     stages = Stages()
     with stages("load"):
-        loaded = load_model(settings)
-        require_disk_for(loaded, output, 3 * weights)
+        loaded = load_model(settings, low_memory=True)
+        require_disk_for(loaded, output, 3 * weights or facts.weight_bytes(loaded.folder / loaded.family.denoiser))
         judges = judges_of(settings, obeys=obedience_of(loaded.defaults), device=loaded.pipeline.device)
         gates, scales = gates_of(settings, judges), scales_of(settings, judges)
         stored = computable(loaded)
-        dense = copy.deepcopy(loaded.denoiser)
+        dense = loaded.denoiser if settings.low_memory else copy.deepcopy(loaded.denoiser)
     with stages("calibrate and prune"):
         pruned = _prune(loaded, job, stored, journal, progress)
     rounding = None

@@ -113,15 +113,16 @@ def check(model_path: Path, n: int, m: int, expected: Collection[str] = ()) -> l
     return reports
 
 
-def stored_weights(model_path: Path) -> list[StoredWeight]:
-    """Every constant 2-D operand of a MatMul or Gemm, in graph order.
+def stored_weights(model_path: Path) -> Iterator[StoredWeight]:
+    """Every constant 2-D operand of a MatMul or Gemm, in graph order; mapped as it is asked for.
 
     Raises:
         ExportError: the graph or its weights cannot be read.
     """
     try:
         model = onnx.load(str(model_path), load_external_data=False)
-        return [_stored(operand, model_path.parent) for operand in _operands(model.graph)]
+        for operand in _operands(model.graph):
+            yield _stored(operand, model_path.parent)
     except Exception as error:  # protobuf's own among them
         raise ExportError(f"{model_path}: cannot be read as a graph with its weights: {error}") from error
 

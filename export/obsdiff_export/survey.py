@@ -44,10 +44,10 @@ def survey(model_path: Path, progress: Progress = silent) -> list[Survey]:
     Raises:
         ExportError: the graph or its weights cannot be read.
     """
-    found = stored_weights(model_path)
+    total = sum(1 for _ in stored_weights(model_path))
     entries = []
-    for index, weight in enumerate(found):
-        progress("weights", index, len(found), weight.name)
+    for index, weight in enumerate(stored_weights(model_path)):
+        progress("weights", index, total, weight.name)
         zeros, patterns = (None, ()) if weight.bits is None else holding(weight.bits, weight.mask)
         entries.append(
             Survey(
@@ -60,7 +60,7 @@ def survey(model_path: Path, progress: Progress = silent) -> list[Survey]:
                 patterns=patterns,
             )
         )
-    progress("weights", len(found), len(found))
+    progress("weights", total, total)
     return entries
 
 

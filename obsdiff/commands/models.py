@@ -34,7 +34,7 @@ MODEL_ARGUMENT = (
 )
 
 
-@verb("export", (*PRUNE, *DELIVER, *QUALITY, *SAMPLE, *MODEL), model=MODEL_ARGUMENT, **OUTPUT)
+@verb("export", (*PRUNE, *DELIVER, *QUALITY, *SAMPLE, *MODEL, "low_memory"), model=MODEL_ARGUMENT, **OUTPUT)
 def export(run: Run) -> None:
     """The main job: prune, shrink, export ONNX, build engines, verify, measure, bundle."""
     from obsdiff import verbs
