@@ -27,6 +27,7 @@ pipeline: str = ""
 protect: tuple[int, int] = (1, 1)
 negatives: bool = False
 described: bool = False
+text_mask: str | None = None
 
 _TIMED: Final = re.compile(r"norm|embed|time|mod(ulation)?$", flags=re.IGNORECASE)
 """In a part of a name: the linear reads the timestep, one row for an image."""
