@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from obsdiff import calibration, moments, padding, pruning, ranges, trajectories
-from obsdiff.families import pixart, sd3
+from obsdiff.families import generic, pixart, sd3
 from obsdiff.groups import LinearSpec, Write
 from obsdiff.job import given
 from obsdiff.methods import Layer
@@ -105,6 +105,34 @@ def test_streamed_moments_count_the_unpadded_tokens_alone(
         torch.testing.assert_close(layer.target.cross, y.T @ x / len(x), **CLOSE)
         torch.testing.assert_close(layer.target.mean, y.mean(0), **CLOSE)
         torch.testing.assert_close(layer.target.energy, y.square().mean(0), **CLOSE)
+
+
+@torch.no_grad()
+def test_a_cross_attention_that_no_family_describes_counts_unpadded_tokens_alone(
+    build_undescribed: Callable[[str], DiffusionPipeline],
+) -> None:
+    pipeline: Any = build_undescribed("sana")
+    recipe = recipe_for(pipeline, method="obsdiff", max_sequence_length=None, height=64, width=64)
+    prompts = calibration.encode(pipeline, generic, PROMPTS, recipe.sampling)
+    read: list[Tensor] = []
+
+    def see(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = pipeline.transformer.caption_projection(kwargs["encoder_hidden_states"])
+        texts = pipeline.transformer.caption_norm(x)
+        masks = kwargs["encoder_attention_mask"]
+        assert not masks.all()
+        read.extend(text[: int(mask.sum())].double() for text, mask in zip(texts, masks, strict=True))
+
+    handle = pipeline.transformer.register_forward_pre_hook(see, with_kwargs=True)
+    linears = generic.linears(pipeline.transformer)
+    grams = calibration.calibrate(pipeline, generic, linears, prompts, recipe.sampling, time_weights="uniform")
+    handle.remove()
+    x = torch.cat(read)
+    text = {linear.name for linear in linears if linear.tokens == "text"}
+    assert text == {f"transformer_blocks.{block}.attn2.to_{which}" for block in (0, 1) for which in "kv"}
+    for name in text:
+        assert grams[name].tokens == len(x)
+        torch.testing.assert_close(grams[name].matrix, x.T @ x / len(x), **CLOSE)
 
 
 def noisy(encode: Callable[..., dict[str, Tensor]], *args: Any, **options: Any) -> dict[str, Tensor]:
