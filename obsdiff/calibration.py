@@ -15,11 +15,12 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from obsdiff import offloading, ranks
+from obsdiff import offloading, padding, ranks
 from obsdiff.core import timesteps
 from obsdiff.core.gram import Gram, GramAccumulator
 from obsdiff.families import Family, guided
 from obsdiff.groups import LinearSpec
+from obsdiff.padding import Masks
 from obsdiff.recipe import Sampling
 from obsdiff.sampling import call_of, quiet
 from obsdiff_runtime.errors import CalibrationError
@@ -126,7 +127,7 @@ def calibrate(
         pipeline: in eval mode; its denoiser's weights are read as they are.
         family: of the denoiser.
         linears: the layers of this package.
-        prompts: encoded; conditional and unconditional rows both count.
+        prompts: encoded; conditional and unconditional rows both count, padding that is masked out does not.
         sampling: steps, guidance, size and seed.
         time_weights: a schedule of core.timesteps.
         progress: told after every denoiser call.
@@ -145,7 +146,7 @@ def calibrate(
     denoiser: nn.Module = getattr(pipeline, family.denoiser)
     weights = timesteps.weights(time_weights, sampling.num_inference_steps).tolist()
     steps = StepIndex(pipeline.scheduler, sampling.num_inference_steps)
-    collector = _Collector(denoiser, linears, weights)
+    collector = _Collector(denoiser, family, linears, weights)
     passes = ranks.share(list(batches(len(prompts.texts), sampling.batch_size)), "batches of prompts")
     total = len(passes) * sampling.num_inference_steps
 
@@ -164,8 +165,11 @@ def calibrate(
 class _Collector:
     """Hooks that gather grams while the pipeline runs."""
 
-    def __init__(self, denoiser: nn.Module, linears: Sequence[LinearSpec], weights: Sequence[float]) -> None:
+    def __init__(
+        self, denoiser: nn.Module, family: Family, linears: Sequence[LinearSpec], weights: Sequence[float]
+    ) -> None:
         self._denoiser = denoiser
+        self._family = family
         self._weights = weights
         self._linears = linears
         self._leaders: dict[str, str] = {}
@@ -174,6 +178,7 @@ class _Collector:
         self._accumulators: dict[str, GramAccumulator] = {}
         self._seen: dict[str, weakref.ref[Tensor]] = {}
         self._step = 0
+        self._masks: Masks = {}
         self.prompts = ""
         self.told: Callable[[int], None] = lambda step: None
 
@@ -181,6 +186,7 @@ class _Collector:
     def attached(self, steps: StepIndex) -> Iterator[None]:
         def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._step = steps.advance(kwargs["timestep"] if "timestep" in kwargs else args[1])
+            self._masks = padding.masks(self._family, kwargs)
             self.told(self._step)
 
         hooks = [self._denoiser.register_forward_pre_hook(count, with_kwargs=True)]
@@ -196,11 +202,12 @@ class _Collector:
 
     def _add(self, linear: LinearSpec, x: Tensor) -> None:
         self._seen[linear.reads] = weakref.ref(x)
-        rows = x.flatten(0, -2)  # (tokens, in)
         accumulator = self._accumulators.get(linear.reads)
         if accumulator is None:
-            accumulator = self._accumulators[linear.reads] = GramAccumulator(rows.shape[1], device=x.device)
+            accumulator = self._accumulators[linear.reads] = GramAccumulator(x.shape[-1], device=x.device)
+        mask = self._masks.get(linear.tokens)
         try:
+            rows = x.flatten(0, -2) if mask is None else padding.unpadded(x, mask)  # (tokens, in)
             accumulator.add(rows, self._weights[self._step])
         except CalibrationError as error:
             raise CalibrationError(f"{linear.name}: step {self._step + 1}, {self.prompts}: {error}") from None

@@ -9,20 +9,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from obsdiff import pausing, ranks
+from obsdiff import padding, pausing, ranks
 from obsdiff.core.gram import Gram, GramAccumulator, full_precision
 from obsdiff.groups import LinearSpec, TableGate
 from obsdiff.methods import Target
+from obsdiff.padding import Masks
 from obsdiff.pausing import Arguments
 from obsdiff_runtime.errors import CalibrationError
 
 TOKENS: Final = 256
-"""Tokens of a row that count, evenly spaced; all where there are no more."""
+"""Tokens of a row that count, evenly spaced; all where there are no more, and all that a mask shows."""
 
 
 class _Seen(Exception):  # noqa: N818
@@ -32,6 +34,8 @@ class _Seen(Exception):  # noqa: N818
 @dataclass(frozen=True, kw_only=True)
 class Glance:
     """What was seen of one run of a block, by linear, at the tokens that count.
+
+    Of linears whose sequence is masked, rows and tokens are one: (rows * tokens in the mask, width) each.
 
     Attributes:
         inputs: (rows, tokens, in).
@@ -56,6 +60,7 @@ def glance(
     *,
     streams: bool,
     whole: bool = False,
+    masks: Masks = MappingProxyType({}),
 ) -> tuple[Glance, Any]:
     """Runs a block until everything asked for has been computed.
 
@@ -66,6 +71,7 @@ def glance(
         arguments: of the call.
         streams: whether residual streams are wanted too.
         whole: whether to go on to the end of the block; its inputs are not kept then.
+        masks: of the denoiser's call.
 
     Returns:
         what was seen, and what the block gave, None where it was not run to its end.
@@ -73,7 +79,7 @@ def glance(
     Raises:
         CalibrationError: something was not reached.
     """
-    look = _Look(block, name, linears, streams=streams, whole=whole)
+    look = _Look(block, name, linears, streams=streams, whole=whole, masks=masks)
     result: Any = None
     with look.hooked(), suppress(_Seen):
         result = pausing.run(block, arguments)
@@ -84,10 +90,11 @@ class _Look:
     """Hooks on one run of a block."""
 
     def __init__(
-        self, block: nn.Module, name: str, linears: Sequence[LinearSpec], *, streams: bool, whole: bool
+        self, block: nn.Module, name: str, linears: Sequence[LinearSpec], *, streams: bool, whole: bool, masks: Masks
     ) -> None:
         self._block, self._name, self._linears, self._whole = block, name, linears, whole
         self._writes = {linear.name: linear.writes for linear in linears if streams and linear.writes is not None}
+        self._masks = {linear.name: masks[linear.tokens] for linear in linears if linear.tokens in masks}
         self._inputs: dict[str, Tensor] = {}
         self._outputs: dict[str, Tensor] = {}
         self._bases: dict[str, Tensor] = {}
@@ -125,25 +132,40 @@ class _Look:
         return self._block if name == self._name else self._block.get_submodule(name.removeprefix(f"{self._name}."))
 
     def _see_linear(self, name: str, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self._outputs[name] = _spaced(output)
+        self._outputs[name] = self._counted(name, output)
         if not self._whole:
-            self._inputs[name] = _spaced(args[0])
+            self._inputs[name] = self._counted(name, args[0])
             self._sources[name] = args[0].data_ptr(), args[0].shape
             if len(self._outputs) == len(self._linears):
                 raise _Seen
 
     def _see_stream(self, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._bases[name] = _spaced(args[0] if args else next(iter(kwargs.values())))
+        self._bases[name] = self._counted(name, args[0] if args else next(iter(kwargs.values())))
 
     def _see_gate(self, name: str, place: int, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        self._gates[name] = output[place].unsqueeze(1)
+        self._gates[name] = self._spread(name, output[place])
 
     def _see_table_gate(
         self, name: str, gate: TableGate, block: nn.Module, _: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         table = block.get_parameter(gate.table)
         told = kwargs[gate.told].unflatten(-1, table.shape)  # (rows, n, out)
-        self._gates[name] = (table + told)[:, gate.row].unsqueeze(1)
+        self._gates[name] = self._spread(name, (table + told)[:, gate.row])
+
+    def _counted(self, name: str, value: Tensor) -> Tensor:
+        """Of (rows, tokens, width) the tokens that count."""
+        if name not in self._masks:
+            return _spaced(value)
+        try:
+            return padding.unpadded(value, self._masks[name])
+        except CalibrationError as error:
+            raise CalibrationError(f"{name}: {error}") from None
+
+    def _spread(self, name: str, gate: Tensor) -> Tensor:
+        """A gate (rows, out) beside the tokens that count."""
+        if name not in self._masks:
+            return gate.unsqueeze(1)
+        return gate[self._masks[name].to(gate.device).nonzero()[:, 0]]
 
 
 @dataclass(frozen=True, kw_only=True)

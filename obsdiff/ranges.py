@@ -1,19 +1,21 @@
 """What goes into the linears, and comes out, over recorded calls: how far it reaches, and what clipping it costs.
 
-Linears that read the same tensor get one scale. Every token of every call counts, in two rounds: the first finds the
-largest magnitudes, the second what rounding by each candidate scale loses.
+Linears that read the same tensor get one scale. Every token of every call counts, but padding that is masked out, in
+two rounds: the first finds the largest magnitudes, the second what rounding by each candidate scale loses.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
 
+from obsdiff import padding
 from obsdiff.core import scales
 from obsdiff.groups import LinearSpec
+from obsdiff.padding import Masks
 from obsdiff.trajectories import Call
 from obsdiff_export.formats import Format, stored_scale
 from obsdiff_runtime.errors import CalibrationError
@@ -118,12 +120,17 @@ def observe(
     found = _streams(denoiser, linears, outputs)
     every = [*found.inputs.values(), *found.outputs.values()]
     where = ""
+    masks: Masks = {}
+
+    def counted(linear: LinearSpec, values: Tensor) -> Tensor:
+        mask = masks.get(linear.tokens)
+        return values.flatten(0, -2) if mask is None else padding.unpadded(values, mask)
 
     def run(take: Callable[[Stream, Tensor], None], before: int) -> None:
-        nonlocal where
-        with _watched(denoiser, linears, found, take):
+        nonlocal where, masks
+        with _watched(denoiser, linears, found, counted, take):
             for index, call in enumerate(calls):
-                where = f"step {call.step + 1}, {call.prompts}"
+                where, masks = f"step {call.step + 1}, {call.prompts}", call.masks
                 args, kwargs = call.arguments
                 denoiser(*args, **kwargs)
                 progress("find ranges", before + index + 1, 2 * len(calls))
@@ -156,21 +163,28 @@ def _streams(denoiser: nn.Module, linears: Sequence[LinearSpec], outputs: bool) 
 
 @contextmanager
 def _watched(
-    denoiser: nn.Module, linears: Sequence[LinearSpec], streams: Streams, take: Callable[[Stream, Tensor], None]
+    denoiser: nn.Module,
+    linears: Sequence[LinearSpec],
+    streams: Streams,
+    counted: Callable[[LinearSpec, Tensor], Tensor],
+    take: Callable[[Stream, Tensor], None],
 ) -> Iterator[None]:
-    handles: list[Any] = []
+    """Until the end, `take` is told what the linears read and give, (tokens, k): the tokens that are `counted`."""
+
+    def read(linear: LinearSpec, source: Stream) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda _, args: take(source, counted(linear, args[0]))
+
+    def write(linear: LinearSpec, sink: Stream) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        return lambda _, __, output: take(sink, counted(linear, output))
+
     leaders: set[str] = set()
-    for linear in linears:
-        module = denoiser.get_submodule(linear.name)
-        if linear.reads not in leaders:
-            leaders.add(linear.reads)
-            source = streams.inputs[linear.reads]
-            handles.append(module.register_forward_pre_hook(lambda _, args, s=source: take(s, args[0].flatten(0, -2))))
-        if linear.name in streams.outputs:
-            sink = streams.outputs[linear.name]
-            handles.append(module.register_forward_hook(lambda _, __, out, s=sink: take(s, out.flatten(0, -2))))
-    try:
+    with ExitStack() as stack:
+        for linear in linears:
+            module = denoiser.get_submodule(linear.name)
+            if linear.reads not in leaders:
+                leaders.add(linear.reads)
+                hook = read(linear, streams.inputs[linear.reads])
+                stack.callback(module.register_forward_pre_hook(hook).remove)
+            if linear.name in streams.outputs:
+                stack.callback(module.register_forward_hook(write(linear, streams.outputs[linear.name])).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -15,13 +15,14 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from obsdiff import pausing, ranks
+from obsdiff import padding, pausing, ranks
 from obsdiff.clusters import cluster
 from obsdiff.core.gram import Gram, GramAccumulator
 from obsdiff.core.solver import FAST
 from obsdiff.groups import Group, LinearSpec
 from obsdiff.methods import Layer, Method, Options
 from obsdiff.methods import Pruned as PrunedLayer
+from obsdiff.padding import Masks
 from obsdiff.pausing import PausedPass
 from obsdiff.residuals import block_modules
 from obsdiff.sampling import velocity_of
@@ -31,7 +32,7 @@ from obsdiff_runtime.errors import CalibrationError
 from obsdiff_runtime.progress import Progress, silent
 
 TOKENS: Final = 256
-"""Tokens of a row that count in a gram, evenly spaced; all where there are no more."""
+"""Tokens of a row that count in a gram, evenly spaced; all where there are no more, and all that a mask shows."""
 
 MOMENT_CALLS: Final = 16
 """Recorded calls that the candidates are solved on, at most."""
@@ -123,13 +124,14 @@ def measure(
         count = ranks.total(len(dense))
         chosen = spaced(calls, MOMENT_CALLS)
         stream = [PausedPass(denoiser, calls[index].arguments) for index in chosen]
+        counts, masks = [weights[index] for index in chosen], [calls[index].masks for index in chosen]
         solver = _Solver(denoiser, linears, method, options)
         ahead = dict(enumerate(blocks))
         for done in range(len(blocks)):
             index = pausing.next_block(stream[0], ahead, names)
             progress("measure sensitivities", done, len(blocks), names[index])
             wanted = {name for candidate in by_block[index] for name in candidate.linears}
-            grams = solver.grams(blocks[index], stream, [weights[place] for place in chosen], wanted)
+            grams = solver.grams(blocks[index], stream, counts, masks, wanted)
             found = torch.zeros(len(by_block[index]), dtype=torch.float64)
             for place, candidate in enumerate(by_block[index] if dense else ()):
                 with _changed(denoiser, solver.solve(candidate, grams)):
@@ -181,7 +183,12 @@ class _Solver:
         self._linears = {linear.name: linear for linear in linears}
 
     def grams(
-        self, block: nn.Module, stream: Sequence[PausedPass], weights: Sequence[float], wanted: set[str]
+        self,
+        block: nn.Module,
+        stream: Sequence[PausedPass],
+        weights: Sequence[float],
+        masks: Sequence[Masks],
+        wanted: set[str],
     ) -> dict[str, Gram]:
         """Moves the stream past a block and gives the grams of what these linears read, by LinearSpec.reads."""
         leaders = {self._linears[name].reads: name for name in sorted(wanted)}
@@ -192,20 +199,20 @@ class _Solver:
             for name in leaders.values()
         }
 
-        def add(name: str, weight: float) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def add(name: str, weight: float, mask: Tensor | None) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
                 try:
-                    sums[name].add(_tokens(args[0]), weight)
+                    sums[name].add(_tokens(args[0], mask), weight)
                 except CalibrationError as error:
                     raise CalibrationError(f"{name}: {error}") from None
 
             return hook
 
-        for waiting, weight in zip(stream, weights, strict=True):
+        for waiting, weight, shown in zip(stream, weights, masks, strict=True):
             with ExitStack() as stack:
                 for name in leaders.values():
-                    module = self._denoiser.get_submodule(name)
-                    stack.callback(module.register_forward_pre_hook(add(name, weight)).remove)
+                    module, mask = self._denoiser.get_submodule(name), shown.get(self._linears[name].tokens)
+                    stack.callback(module.register_forward_pre_hook(add(name, weight, mask)).remove)
                 waiting.resume(pausing.run(block, waiting.arguments))
         for each in sums.values():
             ranks.add_up(each.sums())
@@ -252,8 +259,10 @@ def _changed(denoiser: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[Non
             denoiser.get_parameter(name).data.copy_(value)
 
 
-def _tokens(x: Tensor) -> Tensor:
-    """(rows, tokens, in) -> (rows * TOKENS at most, in)."""
+def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+    """(rows, tokens, in) -> (rows * TOKENS at most, in), or those in the mask."""
+    if mask is not None:
+        return padding.unpadded(x, mask)
     if x.ndim < 3 or x.shape[-2] <= TOKENS:
         return x.flatten(0, -2)
     places = torch.linspace(0, x.shape[-2] - 1, TOKENS, device=x.device).round().long()

@@ -9,6 +9,7 @@ import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -205,9 +206,10 @@ class _Run:
         """Collects a tier's moments over all calls and solves it, on several ranks part by part."""
         sums = moments.TierMoments(tier, self._weight(tier[0].name).device, self._guidance)
         repair = self._recipe.repair
-        for before, after, weight in zip(self._dense, self._pruned, self._weights, strict=True):
-            wanted, output = moments.glance(dense, name, tier, before.arguments, streams=repair > 0, whole=last)
-            seen, _ = moments.glance(block, name, tier, after.arguments, streams=repair > 0)
+        for call, before, after, weight in zip(self._calls, self._dense, self._pruned, self._weights, strict=True):
+            look = partial(moments.glance, name=name, linears=tier, streams=repair > 0, masks=call.masks)
+            wanted, output = look(dense, arguments=before.arguments, whole=last)
+            seen, _ = look(block, arguments=after.arguments)
             sums.add(wanted, seen, weight)
             if last:
                 before.resume(output)

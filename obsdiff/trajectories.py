@@ -1,15 +1,16 @@
 """The denoiser's calls along the dense model's own trajectories: what streamed calibration looks at."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from obsdiff import ranks
+from obsdiff import padding, ranks
 from obsdiff.calibration import Prompts, StepIndex, batches, sample
 from obsdiff.families import Family
+from obsdiff.padding import Masks
 from obsdiff.pausing import Arguments
 from obsdiff.recipe import Sampling
 from obsdiff.sampling import quiet, velocity_of
@@ -25,11 +26,13 @@ class Call:
         step: of the sampler, 0 is the noisiest.
         arguments: what it is called with.
         prompts: whose it is, for messages.
+        masks: which tokens it looks at.
     """
 
     step: int
     arguments: Arguments
     prompts: str
+    masks: Masks = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -78,7 +81,8 @@ def record(
         if not bool(velocity_of(denoiser, output).isfinite().all()):
             raise CalibrationError(f"step {step + 1}, {texts}: the denoiser's output is not finite; are its weights?")
         if step in wanted_steps(sampling.num_inference_steps, kept_steps, place):
-            calls.append(Call(step=step, arguments=_copied(args, kwargs), prompts=texts))
+            masks = padding.masks(family, kwargs)
+            calls.append(Call(step=step, arguments=_copied(args, kwargs), prompts=texts, masks=masks))
         progress(stage, (place - own[0]) * sampling.num_inference_steps + step, total)
 
     handle = denoiser.register_forward_hook(keep, with_kwargs=True)

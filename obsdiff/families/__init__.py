@@ -25,6 +25,8 @@ class Family(Protocol):
         negatives: whether guidance runs every image twice, once on a negative prompt (classifier-free guidance); where
             not, it is distilled into the denoiser, which is told its scale.
         described: whether the denoiser's units, inputs and outputs are known; of `generic` only its linears are.
+        text_mask: keyword argument of the denoiser's forward, (rows, text tokens), 1 for text and 0 for padding that no
+            image token looks at; None: it looks at all of it.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Family(Protocol):
     protect: tuple[int, int]
     negatives: bool
     described: bool
+    text_mask: str | None
 
     def linears(self, denoiser: nn.Module) -> tuple[LinearSpec, ...]:
         """Every prunable linear, in forward order; works on the meta device and on shrunk models."""

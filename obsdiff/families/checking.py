@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from obsdiff import costs
+from obsdiff import costs, padding
 from obsdiff.families import Family
 from obsdiff.groups import Group
 from obsdiff.shrinking import columns, shrink
@@ -109,6 +109,30 @@ def _tokens(case: _Case) -> Iterator[str]:
                 f"{linear.name}: runs over {counted.get(linear.name, 0) // rows} tokens, but `tokens` says "
                 f"{said[linear.tokens]} of {linear.tokens}"
             )
+
+
+def _padding(case: _Case) -> Iterator[str]:
+    """What linears give at tokens that are masked out makes no difference."""
+    family = case.family
+    if family.text_mask is not None and family.text_mask not in case.arguments:
+        yield f"text_mask: {family.text_mask} is no argument of the denoiser"
+    masks = padding.masks(family, case.arguments)
+    if all(bool(mask.all()) for mask in masks.values()):
+        return
+    calm = case.run(case.denoiser)
+    for linear in family.linears(case.denoiser):
+        mask = masks.get(linear.tokens)
+        if mask is None:
+            continue
+
+        def disturb(_: nn.Module, __: tuple[Any, ...], output: Tensor, mask: Tensor = mask) -> Tensor:
+            return torch.where(mask[..., None], output, output + 1)
+
+        handle = case.denoiser.get_submodule(linear.name).register_forward_hook(disturb)
+        disturbed = case.run(case.denoiser)
+        handle.remove()
+        if not torch.equal(calm, disturbed):
+            yield f"{linear.name}: the denoiser looks at tokens that {family.text_mask} masks out"
 
 
 def _tiers(case: _Case) -> Iterator[str]:
@@ -220,7 +244,7 @@ def _parity(case: _Case) -> Iterator[str]:
 
 
 FACTS: Final[Sequence[Callable[[_Case], Iterator[str]]]] = (
-    *(_readers, _tokens, _tiers, _blocks),
+    *(_readers, _tokens, _padding, _tiers, _blocks),
     *(_groups, _shrunk, _component),
 )
 

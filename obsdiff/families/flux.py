@@ -42,6 +42,7 @@ pipeline: str = "FluxPipeline"
 protect: tuple[int, int] = (1, 1)
 negatives: bool = False
 described: bool = True
+text_mask: str | None = None
 
 _TIMESTEPS: Final = 1000
 """The denoiser is told timesteps as shares of so many."""

@@ -1,10 +1,12 @@
 """Any transformer that no other family describes: what can be pruned without knowing how it is put together.
 
 Its blocks are the children of the module lists that hang on the denoiser. Their linears can lose single weights, N:M or
-unstructured; each has a gram of its own, since nobody says which of them read the same tensor. Left alone are
-linears whose name says that they read the timestep: those in norms, modulations and embeddings. Which rows and columns
-would make up a head, how the denoiser is called and what the runtime would have to know is not said here, so units are
-not removed and nothing is exported; docs/add-a-family.md says how to describe it.
+unstructured; each has a gram of its own, since nobody says which of them read the same tensor. Left alone are linears
+whose name says that they read the timestep: those in norms, modulations and embeddings. Where the denoiser takes a mask
+of its text, keys and values of a cross-attention are taken to read that text, and padding does not count in them; where
+text and image are one sequence, it does. Which rows and columns would make up a head, how the denoiser is called and
+what the runtime would have to know is not said here, so units are not removed and nothing is exported;
+docs/add-a-family.md says how to describe it.
 """
 
 import inspect
@@ -27,11 +29,14 @@ pipeline: str = ""
 protect: tuple[int, int] = (1, 1)
 negatives: bool = False
 described: bool = False
+text_mask: str | None = "encoder_attention_mask"
 
 _TIMED: Final = re.compile(r"norm|embed|time|mod(ulation)?$", flags=re.IGNORECASE)
 """In a part of a name: the linear reads the timestep, one row for an image."""
 
 _PROJECTIONS: Final = frozenset({"to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"})
+_TEXT: Final = frozenset({"to_k", "to_v"})
+"""Of a cross-attention: they read the text."""
 
 
 def linears(denoiser: nn.Module) -> tuple[LinearSpec, ...]:
@@ -41,13 +46,15 @@ def linears(denoiser: nn.Module) -> tuple[LinearSpec, ...]:
         ModelError: there is none.
     """
     found: list[LinearSpec] = []
+    masked = text_mask in inspect.signature(denoiser.forward).parameters
     for block, prefix in enumerate(_blocks(denoiser)):
         tiers: dict[str, int] = {}
         for linear in _linears_of(denoiser.get_submodule(prefix)):
             parent, _, leaf = linear.rpartition(".")
             tier = tiers.setdefault(parent if leaf in _PROJECTIONS else linear, len(tiers))
             name = f"{prefix}.{linear}"
-            found.append(layers.linear(denoiser, name, block=block, tier=tier, reads=name, tokens="image"))
+            tokens = "text" if masked and leaf in _TEXT and _crosses(denoiser, f"{prefix}.{parent}") else "image"
+            found.append(layers.linear(denoiser, name, block=block, tier=tier, reads=name, tokens=tokens))
     if not found:
         raise ModelError(
             f"no family describes a {type(denoiser).__name__}, and it has no lists of blocks whose linears could be "
@@ -69,10 +76,11 @@ def groups(denoiser: nn.Module) -> tuple[Group, ...]:
 def tokens(
     config: Mapping[str, Any], *, height: int, width: int, text_tokens: int, vae_scale: int = 8
 ) -> dict[str, int]:
-    """See `Family.tokens`: "image", one token per patch, as an estimate for every linear."""
+    """See `Family.tokens`: "image", one token per patch, as an estimate for every linear, "text" too."""
     patch = config.get("patch_size") or 1
     side = vae_scale * int(patch if isinstance(patch, int) else patch[-1])
-    return {"image": max(1, height // side) * max(1, width // side)}
+    patches = max(1, height // side) * max(1, width // side)
+    return {"image": patches, "text": patches}
 
 
 def text_tokens(configs: Mapping[str, Mapping[str, Any]], max_sequence_length: int | None) -> int:
@@ -134,6 +142,10 @@ def _blocks(denoiser: nn.Module) -> Iterator[str]:
     for stage, modules in denoiser.named_children():
         if isinstance(modules, nn.ModuleList):
             yield from (f"{stage}.{child}" for child, module in modules.named_children() if any(_linears_of(module)))
+
+
+def _crosses(denoiser: nn.Module, attention: str) -> bool:
+    return bool(getattr(denoiser.get_submodule(attention), "is_cross_attention", False))
 
 
 def _linears_of(block: nn.Module) -> Iterator[str]:

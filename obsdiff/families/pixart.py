@@ -40,6 +40,7 @@ pipeline: str = "PixArtAlphaPipeline"
 protect: tuple[int, int] = (1, 1)
 negatives: bool = True
 described: bool = True
+text_mask: str | None = "encoder_attention_mask"
 
 _TEXT: Final = "encoder_hidden_states"
 _TEXT_TOKENS: Final = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}

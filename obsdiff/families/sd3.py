@@ -33,6 +33,7 @@ pipeline: str = "StableDiffusion3Pipeline"
 protect: tuple[int, int] = (1, 1)
 negatives: bool = True
 described: bool = True
+text_mask: str | None = None
 
 
 def linears(denoiser: nn.Module) -> tuple[LinearSpec, ...]:

@@ -31,6 +31,7 @@ pipeline: str = "StableDiffusionPipeline"
 protect: tuple[int, int] = (0, 0)
 negatives: bool = True
 described: bool = True
+text_mask: str | None = None
 
 _TEXT = "encoder_hidden_states"
 _TIME_IDS = 6

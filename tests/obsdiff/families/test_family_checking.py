@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from obsdiff.families import sd3
 from obsdiff.families.checking import problems
@@ -60,6 +61,26 @@ def test_nothing_is_wrong_with_a_family_of_ours(kind: str, build_denoiser: Calla
 )
 def test_what_is_wrong_is_named(changes: dict[str, Any], sentence: str, build_denoiser: Callable[..., Any]) -> None:
     found = problems(sd3_but(**changes), build_denoiser("sd3"), onnx=False)
+    assert any(sentence in problem for problem in found), found
+
+
+@pytest.mark.parametrize(
+    ("mask", "sentence"),
+    [("mask", "text_mask: mask is no argument"), ("padding", "looks at tokens that padding masks out")],
+)
+def test_a_mask_that_masks_nothing_is_named(
+    mask: str, sentence: str, build_denoiser: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    denoiser = build_denoiser("sd3")
+    forward = denoiser.forward
+
+    def deaf(*args: Any, padding: Any = None, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(denoiser, "forward", deaf)
+    padded = {"padding": torch.tensor([[1] * 10 + [0], [1] * 11])}
+    told = sd3_but(text_mask=mask, arguments=lambda inputs: {**sd3.arguments(inputs), **padded})
+    found = problems(told, denoiser, onnx=False)
     assert any(sentence in problem for problem in found), found
 
 

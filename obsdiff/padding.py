@@ -1,0 +1,47 @@
+"""Text that is padded to one length: where the denoiser masks its padding out, calibration leaves it out, too.
+
+rows    of a denoiser call
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from obsdiff.families import Family
+from obsdiff_runtime.errors import CalibrationError, ModelError
+
+Masks = Mapping[str, Tensor]
+"""By sequence, as LinearSpec.tokens names it: the tokens that a call looks at, (rows, tokens), bool. Of a sequence that
+is not in it, it looks at all."""
+
+
+def masks(family: Family, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The masks of a denoiser call, by its keyword arguments.
+
+    Raises:
+        ModelError: the argument holds something else than a token's 0 or 1.
+    """
+    mask = None if family.text_mask is None else arguments.get(family.text_mask)
+    if mask is None:
+        return {}
+    if mask.ndim != 2:
+        raise ModelError(
+            f"{family.text_mask} is not (rows, text tokens), 0 for padding, but {tuple(mask.shape)}; "
+            "which tokens count is not known"
+        )
+    return {"text": mask.bool()}
+
+
+def unpadded(values: Tensor, mask: Tensor) -> Tensor:
+    """(rows, tokens, width) -> (tokens in the mask, width).
+
+    Raises:
+        CalibrationError: the mask is of another sequence.
+    """
+    if values.shape[:-1] != mask.shape:
+        raise CalibrationError(
+            f"the text's mask is {tuple(mask.shape)}, but its tokens are {tuple(values.shape[:-1])}; "
+            "does this layer read the text?"
+        )
+    return values[mask.to(values.device)]

@@ -1,0 +1,241 @@
+"""Padded text, which the denoiser masks out: moments against those of the unpadded tokens alone, in float64."""
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from obsdiff import calibration, moments, padding, pruning, ranges, trajectories
+from obsdiff.families import generic, pixart, sd3
+from obsdiff.groups import LinearSpec, Write
+from obsdiff.job import given
+from obsdiff.methods import Layer
+from obsdiff.methods.table import METHODS
+from obsdiff.recipe import Recipe
+from obsdiff.resolving import resolve
+from obsdiff.settings import Settings
+from obsdiff_export.formats import FORMATS
+from obsdiff_runtime.errors import CalibrationError, ModelError
+
+PROMPTS = ["a red circle on a blue square", "dog", "a small cat"]
+KEYS = ("transformer_blocks.1.attn2.to_k", "transformer_blocks.1.attn2.to_v")
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+"""Products are taken in float32."""
+
+Build = Callable[..., DiffusionPipeline]
+LENGTHS = [("pixart", 40), ("pixart_sigma", 300)]
+"""Text tokens; 300 are more than count of a row that is not padded."""
+
+
+def recipe_for(pipeline: DiffusionPipeline, **settings: Any) -> Recipe:
+    loaded = given(pipeline)
+    small: dict[str, Any] = {"steps": 2, "height": 32, "width": 32, "batch_size": 2, "max_sequence_length": 40}
+    small |= {"sparsity": "2:4"} | ({"draws": 1} if settings.get("method", "streamed") == "streamed" else {})
+    return resolve(
+        Settings(**{**small, **settings}),
+        model="tiny",
+        family=loaded.family,
+        defaults=loaded.defaults,
+        prompts=PROMPTS,
+    )
+
+
+@torch.no_grad()
+def unpadded(pipeline: Any, prompts: calibration.Prompts) -> Tensor:
+    """What to_k and to_v read of the text, without padding, (tokens, width), float64.
+
+    It is the same in every step, so that the steps' weights make no difference.
+    """
+    projection = copy.deepcopy(pipeline.transformer.caption_projection).double()
+    found = []
+    for prefix in ("prompt", "negative_prompt"):
+        masks = prompts.embeddings[f"{prefix}_attention_mask"]
+        for text, mask in zip(prompts.embeddings[f"{prefix}_embeds"], masks, strict=True):
+            found.append(projection(text[: int(mask.sum())].double()))
+    lengths = [len(tokens) for tokens in found]
+    assert len(set(lengths)) > 2
+    assert max(lengths) < masks.shape[1]
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize(("kind", "length"), LENGTHS)
+def test_calibration_counts_the_unpadded_tokens_alone(kind: str, length: int, build_pipeline: Build) -> None:
+    pipeline: Any = build_pipeline(kind)
+    recipe = recipe_for(pipeline, method="obsdiff", max_sequence_length=length)
+    linears = pixart.linears(pipeline.transformer)
+    prompts = calibration.encode(pipeline, pixart, PROMPTS, recipe.sampling)
+    grams = calibration.calibrate(pipeline, pixart, linears, prompts, recipe.sampling, time_weights="log-decrease")
+    gram, x = grams["encoder_hidden_states"], unpadded(pipeline, prompts)
+    torch.testing.assert_close(gram.matrix, x.T @ x / len(x), **CLOSE)
+    torch.testing.assert_close(gram.mean, x.mean(0), **CLOSE)
+    assert gram.tokens == 2 * len(x)  # steps
+    assert grams["transformer_blocks.0.attn2"].tokens == 2 * 6 * 64  # of the image all count
+
+
+@pytest.mark.parametrize(("kind", "length"), LENGTHS)
+@torch.no_grad()
+def test_streamed_moments_count_the_unpadded_tokens_alone(
+    kind: str, length: int, build_pipeline: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline: Any = build_pipeline(kind)
+    recipe = recipe_for(pipeline, max_sequence_length=length, time_weights="uniform")
+    prompts = calibration.encode(pipeline, pixart, PROMPTS, recipe.sampling)
+    x = unpadded(pipeline, prompts)
+    dense = {name: copy.deepcopy(pipeline.transformer.get_submodule(name)).double() for name in KEYS}
+    seen: dict[str, Layer] = {}
+    solve = METHODS["streamed"].prune_weights
+
+    def keep(layers: Sequence[Layer], *args: Any) -> Any:
+        seen.update({layer.name: layer for layer in layers})
+        return solve(layers, *args)
+
+    monkeypatch.setattr(METHODS["streamed"], "prune_weights", keep)
+    pruning.prune(pipeline, pixart, recipe)
+    for name, linear in dense.items():
+        layer, y = seen[name], linear(x)
+        assert layer.gram is not None
+        assert layer.target is not None
+        torch.testing.assert_close(layer.gram, x.T @ x / len(x), **CLOSE)
+        torch.testing.assert_close(layer.mean, x.mean(0), **CLOSE)
+        torch.testing.assert_close(layer.target.cross, y.T @ x / len(x), **CLOSE)
+        torch.testing.assert_close(layer.target.mean, y.mean(0), **CLOSE)
+        torch.testing.assert_close(layer.target.energy, y.square().mean(0), **CLOSE)
+
+
+@torch.no_grad()
+def test_a_cross_attention_that_no_family_describes_counts_unpadded_tokens_alone(
+    build_undescribed: Callable[[str], DiffusionPipeline],
+) -> None:
+    pipeline: Any = build_undescribed("sana")
+    recipe = recipe_for(pipeline, method="obsdiff", max_sequence_length=None, height=64, width=64)
+    prompts = calibration.encode(pipeline, generic, PROMPTS, recipe.sampling)
+    read: list[Tensor] = []
+
+    def see(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = pipeline.transformer.caption_projection(kwargs["encoder_hidden_states"])
+        texts = pipeline.transformer.caption_norm(x)
+        masks = kwargs["encoder_attention_mask"]
+        assert not masks.all()
+        read.extend(text[: int(mask.sum())].double() for text, mask in zip(texts, masks, strict=True))
+
+    handle = pipeline.transformer.register_forward_pre_hook(see, with_kwargs=True)
+    linears = generic.linears(pipeline.transformer)
+    grams = calibration.calibrate(pipeline, generic, linears, prompts, recipe.sampling, time_weights="uniform")
+    handle.remove()
+    x = torch.cat(read)
+    text = {linear.name for linear in linears if linear.tokens == "text"}
+    assert text == {f"transformer_blocks.{block}.attn2.to_{which}" for block in (0, 1) for which in "kv"}
+    for name in text:
+        assert grams[name].tokens == len(x)
+        torch.testing.assert_close(grams[name].matrix, x.T @ x / len(x), **CLOSE)
+
+
+def noisy(encode: Callable[..., dict[str, Tensor]], *args: Any, **options: Any) -> dict[str, Tensor]:
+    """What `encode` gives, with noise for padding."""
+    given = encode(*args, **options)
+    for prefix in ("prompt", "negative_prompt"):
+        text, mask = given[f"{prefix}_embeds"], given[f"{prefix}_attention_mask"].bool()
+        noise = 30 * torch.randn(text.shape, generator=torch.Generator().manual_seed(1))
+        given[f"{prefix}_embeds"] = torch.where(mask[..., None], text, noise)
+    return given
+
+
+@pytest.mark.parametrize(
+    ("method", "sparsity"),
+    [
+        ("streamed", "2:4"),
+        ("streamed", "0.5"),
+        ("obsdiff", "2:4"),
+        ("sparsegpt", "2:4"),
+        ("wanda", "2:4"),
+        ("dsnot", "0.5"),
+    ],
+)
+def test_what_padding_holds_changes_no_bit(
+    method: str, sparsity: str, build_pipeline: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = []
+    for encode in (pixart.encode, partial(noisy, pixart.encode)):
+        monkeypatch.setattr(pixart, "encode", encode)
+        pipeline: Any = build_pipeline("pixart")
+        recipe = recipe_for(pipeline, method=method, sparsity=sparsity)
+        pruning.prune(pipeline, pixart, recipe)
+        weights.append(pipeline.transformer.state_dict())
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+@torch.no_grad()
+def test_ranges_are_those_of_the_unpadded_tokens(build_pipeline: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pixart, "encode", partial(noisy, pixart.encode))
+    pipeline: Any = build_pipeline("pixart")
+    recipe = recipe_for(pipeline)
+    prompts = calibration.encode(pipeline, pixart, PROMPTS, recipe.sampling)
+    calls = trajectories.record(pipeline, pixart, prompts, recipe.sampling, kept_steps=2)
+    linears = pixart.linears(pipeline.transformer)
+    streams = ranges.observe(
+        pipeline.transformer, linears, calls, format=FORMATS["int8"], dtype=torch.float32, outputs=True
+    )
+    x = unpadded(pipeline, prompts)
+    text = streams.inputs["encoder_hidden_states"]
+    assert text.tokens == 2 * len(x)
+    assert text.largest == pytest.approx(float(x.abs().max()), rel=1e-5)
+    torch.testing.assert_close(text.moment, 2 * x.square().sum(0), **CLOSE)
+    for name in KEYS:
+        y = copy.deepcopy(pipeline.transformer.get_submodule(name)).double()(x)
+        assert streams.outputs[name].largest == pytest.approx(float(y.abs().max()), rel=1e-5)
+    assert streams.inputs["transformer_blocks.0.attn2"].tokens == 2 * 6 * 64
+
+
+@torch.no_grad()
+def test_a_padded_stream_and_its_gates_are_left_out_too() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out, self.gate = nn.Linear(6, 6), Gate()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.gate(x)[1].unsqueeze(1) * self.out(x)
+
+    class Gate(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, torch.sigmoid(x[:, 0])
+
+    block, x = Residual(), torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(5) < torch.tensor([2, 5, 1])[:, None]
+    linear = LinearSpec(
+        name="block.out",
+        block=0,
+        tier=0,
+        reads="x",
+        in_features=6,
+        out_features=6,
+        tokens="text",
+        writes=Write(stream="block.gate", gate=("block.gate", 1)),
+    )
+    look, _ = moments.glance(block, "block", [linear], ((x,), {}), streams=True, masks={"text": mask})
+    assert torch.equal(look.inputs["block.out"], x[mask])
+    torch.testing.assert_close(look.outputs["block.out"], block.out(x[mask]))
+    assert torch.equal(look.bases["block.out"], x[mask])
+    gate = torch.sigmoid(x[:, 0])
+    assert torch.equal(torch.as_tensor(look.gates["block.out"]), gate[[0, 0, 1, 1, 1, 1, 1, 2]])
+
+
+def test_without_a_mask_every_token_counts() -> None:
+    assert padding.masks(sd3, {"encoder_attention_mask": torch.ones(1, 2)}) == {}
+    assert padding.masks(pixart, {"encoder_attention_mask": None}) == {}
+    assert padding.masks(pixart, {}) == {}
+
+
+def test_a_mask_that_is_a_bias_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"encoder_attention_mask .* \(2, 1, 7\)"):
+        padding.masks(pixart, {"encoder_attention_mask": torch.zeros(2, 1, 7)})
+
+
+def test_a_mask_of_another_sequence_is_an_error() -> None:
+    with pytest.raises(CalibrationError, match=r"\(2, 7\).*\(2, 9\)"):
+        padding.unpadded(torch.zeros(2, 9, 4), torch.ones(2, 7, dtype=torch.bool))
