@@ -102,7 +102,9 @@ def _write(config: Mapping[str, object], folder: Path, dtype: str) -> None:
         for name, tensor in shard.items():
             start = int(torch.randint(_RANDOM, (), generator=generator))
             repeated = numbers.roll(-start).repeat(-(-tensor.numel() // _RANDOM))
-            filled[name] = repeated[: tensor.numel()].view(tensor.shape).clone() if tensor.is_meta else tensor
+            filled[name] = (
+                repeated[: tensor.numel()].view(tensor.shape).clone() if tensor.is_meta else tensor.to(numbers.dtype)
+            )
             places[name] = file
         save_file(filled, folder / file)
     index_file = folder / "diffusion_pytorch_model.safetensors.index.json"
@@ -112,12 +114,12 @@ def _write(config: Mapping[str, object], folder: Path, dtype: str) -> None:
 def _export(source: Path, target: Path, dtype: str, pixels: int, threads: int) -> Run:
     import torch
 
+    from obsdiff.checkpoint import stored_denoiser
     from obsdiff.costs import parameters
     from obsdiff.delivery import DTYPES as TYPES
     from obsdiff.display import quiet_libraries
     from obsdiff.facts import weight_bytes
     from obsdiff.families.table import family_of
-    from obsdiff.loading import stored_denoiser
     from obsdiff_export import onnx
 
     quiet_libraries()

@@ -297,6 +297,23 @@ def load_denoiser(folder: Path, *, dtype: torch.dtype | None = None) -> nn.Modul
     return denoiser
 
 
+def stored_denoiser(folder: Path, *, variant: str | None = None) -> nn.Module:
+    """The denoiser in a folder, pruned or not, with its weights left in their files; see weights.leave.
+
+    Raises:
+        BundleError: a file or tensor is missing, altered or superfluous; names it.
+        CompatibilityError: it is a pruned one, and the manifest is of a newer schema.
+    """
+    if (folder / MANIFEST).is_file():
+        denoiser = empty_denoiser(folder)
+    else:
+        config = _read_json(folder / "config.json")
+        with init_empty_weights(include_buffers=False):
+            denoiser = getattr(diffusers, str(config["_class_name"])).from_config(config).eval()
+    weights.leave(denoiser, folder, variant=variant)
+    return denoiser
+
+
 def _check_loads(folder: Path) -> None:
     """A last look before the folder gets its name: what was written must be readable."""
     expected = empty_denoiser(folder).state_dict()

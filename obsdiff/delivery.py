@@ -32,7 +32,7 @@ DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfl
 RUNS: Final = 40
 """Timed denoiser calls of each model."""
 
-UNCOMPARED: Final = NotMeasured(why="--low-memory runs nothing")
+UNCOMPARED: Final = NotMeasured(why="--low-memory runs no network")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 
 import diffusers
 import torch
-import transformers
-from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
@@ -26,7 +24,7 @@ from obsdiff.checkpoint import DEFAULTS, INDEX
 from obsdiff.families import HELP, Family, parts
 from obsdiff.families.table import FAMILIES, family_of
 from obsdiff.folders import MANIFEST, is_variant
-from obsdiff_runtime.errors import BundleError, ModelError, ResourceError
+from obsdiff_runtime.errors import ModelError, ResourceError
 
 _DEFAULTS_KEY = Path(DEFAULTS).stem
 
@@ -154,21 +152,6 @@ def load_pipeline(
     )
 
 
-def stored_denoiser(folder: Path, *, variant: str | None = None) -> nn.Module:
-    """The denoiser in a folder, pruned or not, with its weights left in their files; see weights.leave.
-
-    Raises:
-        BundleError: a file or tensor is missing, altered or superfluous; names it.
-    """
-    config = _json(folder / "config.json")
-    with init_empty_weights(include_buffers=False):
-        denoiser: nn.Module = getattr(diffusers, str(config["_class_name"])).from_config(config)
-    if (folder / MANIFEST).is_file():
-        checkpoint.replay(denoiser, checkpoint.read_manifest(folder), folder)
-    weights.leave(denoiser, folder, variant=variant)
-    return denoiser.eval()
-
-
 def load_configs(model: str | Path, *, revision: str | None = None, local_files_only: bool = False) -> ModelConfigs:
     """A model's shape, from its configurations alone; no weights are read or fetched.
 
@@ -266,22 +249,12 @@ def _load_dense(
 
 
 def _left(folder: Path, index: Mapping[str, Any], family: Family, variant: str | None) -> dict[str, nn.Module]:
-    """Denoiser and text encoders whose weights stay in their files.
-
-    A text encoder whose files name their tensors otherwise than its class does (CLIP's, of older checkpoints) is left
-    out.
-    """
-    found = {family.denoiser: stored_denoiser(folder / family.denoiser, variant=variant)}
+    """Denoiser and text encoders whose weights stay in their files."""
+    found = {family.denoiser: checkpoint.stored_denoiser(folder / family.denoiser, variant=variant)}
     for name, entry in index.items():
-        if not name.startswith("text_encoder") or entry[0] != "transformers":
-            continue
-        kind = getattr(transformers, entry[1])
-        with init_empty_weights(include_buffers=False):
-            encoder = kind(kind.config_class.from_pretrained(folder / name, local_files_only=True))
-        encoder.tie_weights()
-        with contextlib.suppress(BundleError):
-            weights.leave(encoder, folder / name, stem=weights.TRANSFORMERS_STEM, variant=variant)
-            found[name] = encoder
+        if name.startswith("text_encoder") and entry[0] == "transformers":
+            encoder = weights.stored_encoder(folder / name, entry[1], variant=variant)
+            found |= {} if encoder is None else {name: encoder}
     return found
 
 

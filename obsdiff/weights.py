@@ -10,9 +10,11 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 import torch
+import transformers
+from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -63,6 +65,28 @@ def leave(module: nn.Module, folder: Path, *, stem: str = STEM, variant: str | N
             module.get_submodule(owner)._parameters[leaf] = stored[names[name]]
         else:
             module.get_submodule(owner)._buffers[leaf] = found[name][1].clone()
+
+
+def stored_encoder(folder: Path, kind: str, *, variant: str | None = None) -> nn.Module | None:
+    """A text encoder of transformers, with its weights left in their files.
+
+    Args:
+        folder: of the component.
+        kind: its class.
+        variant: of the files.
+
+    Returns:
+        None where its files name their tensors otherwise than its class does, as CLIP's of older checkpoints do.
+    """
+    made = getattr(transformers, kind)
+    with init_empty_weights(include_buffers=False):
+        encoder: Any = made(made.config_class.from_pretrained(folder, local_files_only=True))
+    encoder.tie_weights()
+    try:
+        leave(encoder, folder, stem=TRANSFORMERS_STEM, variant=variant)
+    except BundleError:
+        return None
+    return encoder.eval()  # type: ignore[no-any-return]
 
 
 def shapes(folder: Path) -> dict[str, torch.Size]:

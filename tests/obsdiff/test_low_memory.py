@@ -1,0 +1,151 @@
+"""Weights that go from file to file: the bundle is the usual one, byte by byte, and what cannot be had is refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from obsdiff import checkpoint, verbs, weights
+from obsdiff.delivery import dtype_of
+from obsdiff.loading import load_pipeline
+from obsdiff.settings import Settings
+from obsdiff_export.stored import StoredParameter, is_stored, values
+from obsdiff_runtime.errors import BundleError, ConfigError, ModelError
+
+SMALL: dict[str, Any] = {"height": 32, "width": 32, "steps": 2}
+
+
+@pytest.fixture(scope="module")
+def pruned(sd3_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("pruned") / "out"
+    settings = Settings(model=str(sd3_folder), sparsity="structured:0.25+2:4", method="magnitude", align=1, **SMALL)
+    verbs.prune_to_folder(settings, out)
+    return out
+
+
+def test_the_bundle_of_a_pruned_checkpoint_is_the_usual_one(pruned: Path, tmp_path: Path) -> None:
+    usual = verbs.export(pruned, tmp_path / "usual", **SMALL)
+    low = verbs.export(pruned, tmp_path / "low", low_memory=True, **SMALL)
+    files = sorted(path.relative_to(usual.folder) for path in usual.folder.glob("*/model.onnx*"))
+    assert len(files) == 10
+    for file in files:
+        assert (low.folder / file).read_bytes() == (usual.folder / file).read_bytes(), file
+    assert (low.report.pruned.parameters, low.report.pruned.nonzero) == (
+        usual.report.pruned.parameters,
+        usual.report.pruned.nonzero,
+    )
+    told = low.report.to_json()
+    assert told["latency"] == {"not_measured": "--low-memory runs no network"}
+    errors = {component["name"]: component["max_error"] for component in told["components"]}
+    assert errors["transformer"] == errors["text_encoder_2"] == {"not_measured": "--low-memory runs no network"}
+    assert errors["vae_decoder"] < 1e-4, "what is loaded is compared"
+
+
+def test_precision_is_as_stored_unless_it_is_asked_for(sd3_folder: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    load_pipeline(sd3_folder, dtype=torch.float16).pipeline.save_pretrained(half)
+    kept = verbs.export(half, tmp_path / "kept", low_memory=True, **SMALL)
+    dtypes = {item.name: item.dtype for item in kept.report.components}  # type: ignore[union-attr]
+    assert dtypes["transformer"] == dtypes["text_encoder"] == "float16"
+    assert dtypes["vae_decoder"] == "float32"
+    denoiser = checkpoint.stored_denoiser(half / "transformer")
+    assert dtype_of("transformer", Settings(), denoiser) is torch.float16
+    assert dtype_of("transformer", Settings(dtype="fp32"), denoiser) is torch.float32
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"sparsity": "2:4"}, "--sparsity cannot go with it: prune first"),
+        ({"precision": "int8"}, "--precision cannot go with it"),
+        ({"trt": True}, "then obsdiff build OUT"),
+        ({"fail_if": ["velocity_error>0.1"]}, "nothing is measured"),
+    ],
+)
+def test_what_runs_the_model_is_refused(more: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        verbs.export(output=tmp_path / "out", low_memory=True, **more)
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_export_knows_it(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--low-memory: only obsdiff export"):
+        verbs.prune(sparsity="2:4", low_memory=True)
+    with pytest.raises(ConfigError, match="--low-memory: only obsdiff export"):
+        verbs.prune_to_folder(Settings(sparsity="2:4", low_memory=True), tmp_path / "out")
+
+
+def test_parameters_lie_in_their_files_and_buffers_are_read(sd3_folder: Path) -> None:
+    folder = sd3_folder / "transformer"
+    denoiser = checkpoint.stored_denoiser(folder)
+    assert is_stored(denoiser)
+    state = load_file(folder / "diffusion_pytorch_model.safetensors")
+    for name, parameter in denoiser.named_parameters():
+        assert isinstance(parameter, StoredParameter), name
+        assert parameter.is_meta
+        assert torch.equal(values(parameter), state[name]), name
+    assert torch.equal(denoiser.get_buffer("pos_embed.pos_embed"), state["pos_embed.pos_embed"])
+
+
+def test_tied_weights_need_one_name_in_the_files(sd3_t5_folder: Path) -> None:
+    encoder = weights.stored_encoder(sd3_t5_folder / "text_encoder_3", "T5EncoderModel")
+    assert encoder is not None
+    names = [name for name, _ in encoder.named_parameters(remove_duplicate=False)]
+    assert {"shared.weight", "encoder.embed_tokens.weight"} <= set(names)
+    assert encoder.get_parameter("shared.weight") is encoder.get_parameter("encoder.embed_tokens.weight")
+
+
+def test_an_encoder_whose_files_name_tensors_otherwise_is_loaded_as_usual(sd15_folder: Path, tmp_path: Path) -> None:
+    copy = _copied(sd15_folder, tmp_path)
+    file = copy / "text_encoder" / "model.safetensors"
+    state = {f"text_model.{name}": tensor for name, tensor in load_file(file).items()}
+    save_file(state, file, metadata={"format": "pt"})
+    found = verbs.export(copy, tmp_path / "out", low_memory=True, **SMALL)
+    errors = {item.name: item.max_error for item in found.report.components}  # type: ignore[union-attr]
+    assert isinstance(errors["text_encoder"], float)
+    assert not isinstance(errors["unet"], float)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[:-9]), "is truncated or altered"),
+        (lambda file: file.unlink(), "is missing"),
+        (lambda file: _change(file, lambda state: state.pop("proj_out.bias")), "proj_out.bias is in no weight file"),
+        (lambda file: _change(file, lambda state: state.update(x=torch.ones(1))), "x does not belong to this model"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named(
+    sd3_folder: Path, tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    copy = _copied(sd3_folder, tmp_path)
+    damage(copy / "transformer" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises((BundleError, ModelError), match=message):
+        verbs.export(copy, tmp_path / "out", low_memory=True, **SMALL)
+    assert not (tmp_path / "out").exists()
+
+
+def test_shards_and_variants_are_found(sd3_folder: Path, tmp_path: Path) -> None:
+    pipeline = load_pipeline(sd3_folder, dtype=torch.float16).pipeline
+    folder = tmp_path / "transformer"
+    pipeline.transformer.save_pretrained(folder, variant="fp16", max_shard_size="20KB")
+    index = json.loads((folder / "diffusion_pytorch_model.safetensors.index.fp16.json").read_text())["weight_map"]
+    assert len(set(index.values())) > 2
+    denoiser = checkpoint.stored_denoiser(folder, variant="fp16")
+    state = pipeline.transformer.state_dict()
+    assert all(torch.equal(values(parameter), state[name]) for name, parameter in denoiser.named_parameters())
+
+
+def _copied(source: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(source, tmp_path / "copy"))
+
+
+def _change(file: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    state = load_file(file)
+    change(state)
+    save_file(state, file, metadata={"format": "pt"})
