@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from obsdiff.calibration import calibrate
     from obsdiff.settings import Settings
     from obsdiff.shrinking import shrink
-    from obsdiff.verbs import build, evaluate, export, load, plan, prune, save
+    from obsdiff.verbs import build, evaluate, export, load, lora, plan, prune, save
 
 _HOMES = {
     "Settings": "settings",
@@ -27,6 +27,7 @@ _HOMES = {
     "evaluate": "verbs",
     "export": "verbs",
     "load": "verbs",
+    "lora": "verbs",
     "plan": "verbs",
     "prune": "verbs",
     "save": "verbs",
@@ -40,6 +41,7 @@ __all__ = [
     "evaluate",
     "export",
     "load",
+    "lora",
     "plan",
     "prune",
     "save",

@@ -8,108 +8,30 @@ Loading builds the empty denoiser from its config, replays the cuts and fills it
 """
 
 import json
-import math
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Any, Final
 
 import diffusers
 import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from obsdiff import folders, weights
-from obsdiff.families import Family
 from obsdiff.families.table import FAMILIES, family_of
 from obsdiff.folders import MANIFEST, new_folder
+from obsdiff.manifest import PrunedManifest, read_json, read_manifest
 from obsdiff.shrinking import shrink
-from obsdiff_runtime.errors import BundleError, CompatibilityError
-from obsdiff_runtime.version import __version__
+from obsdiff_runtime.errors import BundleError
 
-SCHEMA: Final = 1
 INDEX: Final = "model_index.json"
 DEFAULTS: Final = "obsdiff_defaults.json"
-
-
-def _none_for_nan(value: object) -> object:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class GroupCut(_Strict):
-    """Which of a group's units are left, by their index in the dense model."""
-
-    units: int = Field(ge=1)
-    kept: tuple[int, ...] = Field(min_length=1)
-
-
-class LinearRecord(_Strict):
-    """What became of a linear.
-
-    Attributes:
-        pattern: of its zeros: "2:4", "0.5"; "dense" where it has none.
-        loss: tr(dW G dW^T) / tr(W G W^T) on the calibration tokens; None where no gram was taken.
-        zeros: share of its stored weights that are zero.
-        reason: why it stayed dense, where it did.
-    """
-
-    pattern: str
-    loss: Annotated[float | None, BeforeValidator(_none_for_nan)] = None
-    zeros: float = Field(default=0.0, ge=0, le=1)
-    reason: str | None = None
-
-
-class PrunedManifest(_Strict):
-    """The content of a denoiser's obsdiff.json.
-
-    Attributes:
-        schema_version: of this layout.
-        created_by: program and version.
-        family: a key of FAMILIES.
-        sparsity: as on the command line.
-        groups: by name, for the groups that lost units.
-        linears: by name, for the linears that were considered.
-        recipe: the resolved configuration of the run.
-        prompts_sha256: of the calibration prompts, joined by line feeds; empty where there were none.
-    """
-
-    schema_version: int = SCHEMA
-    created_by: str = f"obsdiff {__version__}"
-    family: str
-    sparsity: str
-    groups: dict[str, GroupCut] = {}
-    linears: dict[str, LinearRecord] = {}
-    recipe: dict[str, Any] = {}
-    prompts_sha256: str = ""
-
-    @property
-    def keep(self) -> dict[str, tuple[int, ...]]:
-        """As `shrink` takes it."""
-        return {name: cut.kept for name, cut in self.groups.items()}
-
-    def after(self, previous: "PrunedManifest | None") -> "PrunedManifest":
-        """This manifest, of a model that had been pruned before, told from the dense model on."""
-        if previous is None:
-            return self
-        groups = dict(previous.groups)
-        for name, cut in self.groups.items():
-            before = groups.get(name)
-            groups[name] = (
-                cut
-                if before is None
-                else GroupCut(units=before.units, kept=tuple(before.kept[unit] for unit in cut.kept))
-            )
-        return self.model_copy(update={"groups": groups, "linears": {**previous.linears, **self.linears}})
 
 
 def save(
@@ -173,9 +95,7 @@ def load(folder: Path, *, dtype: torch.dtype | None = None) -> DiffusionPipeline
         BundleError: a file or tensor is missing, altered or superfluous; names it.
         CompatibilityError: the manifest is of a newer schema.
     """
-    family = pruned_family(folder)
-    if family is None:
-        raise BundleError(f"{folder} holds no {MANIFEST} in its denoiser's folder; is it a pruned checkpoint?")
+    family = FAMILIES[require_manifest(folder).family]
     denoiser = load_denoiser(folder / family.denoiser, dtype=dtype)
     try:
         return assemble(folder, {family.denoiser: denoiser}, dtype=dtype or _dtype(denoiser))
@@ -190,7 +110,7 @@ def assemble(
 
     diffusers demands that null components without a default are passed as None. Its errors are passed on.
     """
-    index = _read_json(folder / INDEX)
+    index = read_json(folder / INDEX)
     absent = {name: None for name, entry in index.items() if isinstance(entry, list) and entry[0] is None}
     with _without_progress_bars():
         return DiffusionPipeline.from_pretrained(
@@ -217,34 +137,11 @@ def pruned_manifest(folder: Path) -> PrunedManifest | None:
     return read_manifest(folder / found[0].denoiser) if found else None
 
 
-def pruned_family(folder: Path) -> Family | None:
-    """The family of a pruned checkpoint; None where the folder is none."""
+def require_manifest(folder: Path) -> PrunedManifest:
+    """The manifest of a pruned checkpoint; BundleError where the folder is none."""
     manifest = pruned_manifest(folder)
-    return FAMILIES[manifest.family] if manifest is not None else None
-
-
-def read_manifest(folder: Path) -> PrunedManifest:
-    """The manifest in a denoiser's folder.
-
-    Raises:
-        BundleError: it is missing, is no manifest or names a family that does not exist.
-        CompatibilityError: it is of a newer schema.
-    """
-    path = folder / MANIFEST
-    data = _read_json(path)
-    version = data.get("schema_version")
-    if isinstance(version, int) and version > SCHEMA:
-        raise CompatibilityError(
-            f"{path} is of schema {version}, and this obsdiff {__version__} reads up to {SCHEMA}; update obsdiff"
-        )
-    try:
-        manifest = PrunedManifest.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise BundleError(f"{path}: {where}: {first['msg']}") from None
-    if manifest.family not in FAMILIES:
-        raise BundleError(f"{path}: unknown family {manifest.family}; known are {', '.join(FAMILIES)}")
+    if manifest is None:
+        raise BundleError(f"{folder} holds no {MANIFEST} in its denoiser's folder; is it a pruned checkpoint?")
     return manifest
 
 
@@ -255,7 +152,7 @@ def empty_denoiser(folder: Path) -> nn.Module:
         BundleError: the config is missing, or the manifest's cuts do not fit it.
     """
     manifest = read_manifest(folder)
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     family, name = FAMILIES[manifest.family], config.get("_class_name")
     if name is None or family_of(name) is not family:
         raise BundleError(f"{folder / 'config.json'}: {name} is no denoiser of family {manifest.family}")
@@ -307,7 +204,7 @@ def stored_denoiser(folder: Path, *, variant: str | None = None) -> nn.Module:
     if (folder / MANIFEST).is_file():
         denoiser = empty_denoiser(folder)
     else:
-        config = _read_json(folder / "config.json")
+        config = read_json(folder / "config.json")
         with init_empty_weights(include_buffers=False):
             denoiser = getattr(diffusers, str(config["_class_name"])).from_config(config).eval()
     weights.leave(denoiser, folder, variant=variant)
@@ -348,18 +245,6 @@ def _without_origin(path: Path) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     config.pop("_name_or_path", None)
     _write_json(path, config, sort=True)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BundleError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{path} is unreadable: {error}") from None
-    if not isinstance(data, dict):
-        raise BundleError(f"{path} is no JSON object")
-    return data
 
 
 def _write_json(path: Path, data: Mapping[str, Any], *, sort: bool = False) -> None:

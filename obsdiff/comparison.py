@@ -11,13 +11,13 @@ from typing import Any, Final
 
 from obsdiff import facts, gates, report
 from obsdiff.bundling import Delivery, Stages, compare, counts_of, gates_of, obedience_of, report_of, scales_of
-from obsdiff.checkpoint import PrunedManifest
 from obsdiff.evaluation import Evaluation, ImagePair
 from obsdiff.gates import Gate
 from obsdiff.job import computable, open_job, require_same_config
 from obsdiff.job import load as load_model
 from obsdiff.judges import Judge, Judges, judges_of
 from obsdiff.loading import LoadedPipeline, load_pipeline
+from obsdiff.manifest import PrunedManifest
 from obsdiff.measurements import NotMeasured, Report
 from obsdiff.pruning import Pruned
 from obsdiff.recipe import evaluation_prompts

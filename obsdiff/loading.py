@@ -24,6 +24,7 @@ from obsdiff.checkpoint import DEFAULTS, INDEX
 from obsdiff.families import HELP, Family, parts
 from obsdiff.families.table import FAMILIES, family_of
 from obsdiff.folders import MANIFEST, is_variant
+from obsdiff.manifest import PrunedManifest, read_manifest
 from obsdiff_runtime.errors import ModelError, ResourceError
 
 _DEFAULTS_KEY = Path(DEFAULTS).stem
@@ -66,7 +67,7 @@ class LoadedPipeline:
     family: Family
     folder: Path
     defaults: Defaults
-    manifest: checkpoint.PrunedManifest | None = None
+    manifest: PrunedManifest | None = None
 
     @property
     def denoiser(self) -> nn.Module:
@@ -352,7 +353,7 @@ def _empty(folder: Path, config: Mapping[str, Any]) -> nn.Module:
     except (TypeError, ValueError) as error:
         raise ModelError(f"{folder / 'config.json'}: {_first_line(error)}") from None
     if (folder / MANIFEST).is_file():
-        manifest = checkpoint.read_manifest(folder)
+        manifest = read_manifest(folder)
         checkpoint.replay(denoiser, manifest, folder)
     return denoiser.eval()
 

@@ -6,7 +6,7 @@ unstructured pattern follows, on what is left.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ class Pruned:
         pipeline: the pipeline given, with its denoiser pruned and shrunk in place.
         kept: group name -> kept units, sorted, for every group that lost some.
         units: group name -> how many units it had, for the same groups.
+        orders: group name -> which channel is at each place now, for groups whose channels changed places.
         layers: one record for each linear considered.
         sensitivities: what was measured to allocate the budget, where it was.
     """
@@ -50,6 +51,7 @@ class Pruned:
     kept: Mapping[str, tuple[int, ...]]
     units: Mapping[str, int]
     layers: tuple[LayerResult, ...]
+    orders: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     sensitivities: tuple[Sensitivity, ...] = ()
 
     @property
@@ -94,26 +96,27 @@ def prune(
     method = METHODS[recipe.method]
     denoiser: nn.Module = getattr(pipeline, family.denoiser)
     run = _Run(pipeline, family, recipe, method, stored, ranks.shared(journal), progress)
-    kept: dict[str, tuple[int, ...]] = {}
-    layers: list[LayerResult] = []
     units = {group.name: group.units for group in family.groups(denoiser)}
     if method.streams:
-        kept, layers = run.streamed()
-        shrink(denoiser, family, kept)
+        found = run.streamed()
+        shrink(denoiser, family, found.kept)
     else:
+        kept: dict[str, tuple[int, ...]] = {}
+        layers: list[LayerResult] = []
         if recipe.sparsity.structured:
-            kept, records = run.structured()
+            kept, layers = run.structured()
             shrink(denoiser, family, kept)
-            layers += records
         if recipe.sparsity.pattern is not None:
             layers += run.pattern(recipe.sparsity.pattern)
+        found = PackageResult(kept=kept, layers=tuple(layers))
     return Pruned(
         pipeline=pipeline,
         family=family,
         recipe=recipe,
-        kept=kept,
-        units={name: units[name] for name in kept},
-        layers=tuple(layers),
+        kept=found.kept,
+        units={name: units[name] for name in found.kept},
+        orders=found.orders,
+        layers=found.layers,
         sensitivities=run.sensitivities,
     )
 
@@ -144,22 +147,22 @@ class _Run:
         self._prompts: calibration.Prompts | None = None
         self.sensitivities: tuple[Sensitivity, ...] = ()
 
-    def streamed(self) -> tuple[dict[str, tuple[int, ...]], list[LayerResult]]:
-        """Prunes block by block along two streams, units and single weights in one go; returns the kept units."""
+    def streamed(self) -> PackageResult:
+        """Prunes block by block along two streams, units and single weights in one go."""
         subject = (self._denoiser, self._family, self._recipe)
         assignment = allocation.uniform(*subject)
         if not assignment.removals and not assignment.patterns:
-            return {}, self._left_dense(assignment)
+            return self._left_dense(assignment)
         stream_costs.check_budget(self._solved(assignment), self._recipe.gram_budget_bytes)
         calls = streaming.record(self._pipeline, self._family, self._recipe, self._progress)
         resources = (self._method, self._options, calls)
         if self._recipe.allocation != "uniform":
             assignment = allocation.measured(*subject, *resources, journal=self._journal, progress=self._progress)
         self.sensitivities = assignment.sensitivities
-        kept, pruned = streaming.prune(
+        pruned = streaming.prune(
             *subject, *resources, assignment, stored=self._stored, journal=self._journal, progress=self._progress
         )
-        return kept, [*self._left_dense(assignment), *pruned]
+        return merged([self._left_dense(assignment), pruned])
 
     def _solved(self, assignment: Assignment) -> list[LinearSpec]:
         """The linears of the uniform rule that will be solved for."""
@@ -167,13 +170,14 @@ class _Run:
         linears = self._family.linears(self._denoiser)
         return [linear for linear in linears if linear.name in assignment.patterns or linear.name in consumers]
 
-    def _left_dense(self, assignment: Assignment) -> list[LayerResult]:
+    def _left_dense(self, assignment: Assignment) -> PackageResult:
         for name, reason in assignment.dense.items():
             log.warning("%s stays dense: %s", name, reason)
-        return [
+        layers = (
             LayerResult(name=name, pattern="dense", loss=None, zeros=0.0, reason=reason)
             for name, reason in assignment.dense.items()
-        ]
+        )
+        return PackageResult(layers=tuple(layers))
 
     def structured(self) -> tuple[dict[str, tuple[int, ...]], list[LayerResult]]:
         """Chooses and masks units; returns the kept ones."""

@@ -67,18 +67,25 @@ class PackageResult:
     """What a package or a block changed: new tensors by parameter name, kept units by group, and the record.
 
     Attributes:
+        orders: of groups whose channels changed places: which channel is at each place now.
         errors: of what was only measured, by its key.
     """
 
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    orders: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     layers: tuple[LayerResult, ...] = ()
     errors: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """All but the weights."""
         layers = [asdict(layer) for layer in self.layers]
-        return {"kept": dict(self.kept), "layers": layers, "errors": dict(self.errors)}
+        return {
+            "kept": dict(self.kept),
+            "orders": dict(self.orders),
+            "layers": layers,
+            "errors": dict(self.errors),
+        }
 
     @classmethod
     def of_json(cls, record: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Self:
@@ -90,6 +97,7 @@ class PackageResult:
         return cls(
             weights=weights,
             kept={name: tuple(units) for name, units in record["kept"].items()},
+            orders={name: tuple(order) for name, order in record["orders"].items()},
             layers=tuple(LayerResult(**layer) for layer in record["layers"]),
             errors=record["errors"],
         )
@@ -99,14 +107,16 @@ def merged(parts: Iterable[PackageResult]) -> PackageResult:
     """One result of several that changed different things."""
     weights: dict[str, Tensor] = {}
     kept: dict[str, tuple[int, ...]] = {}
+    orders: dict[str, tuple[int, ...]] = {}
     errors: dict[str, float] = {}
     layers: list[LayerResult] = []
     for part in parts:
         weights.update(part.weights)
         kept.update(part.kept)
+        orders.update(part.orders)
         errors.update(part.errors)
         layers += part.layers
-    return PackageResult(weights=weights, kept=kept, layers=tuple(layers), errors=errors)
+    return PackageResult(weights=weights, kept=kept, orders=orders, layers=tuple(layers), errors=errors)
 
 
 class Journal(Protocol):

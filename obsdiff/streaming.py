@@ -84,19 +84,18 @@ def prune(
     stored: torch.dtype,
     journal: Journal | None,
     progress: Progress,
-) -> tuple[dict[str, tuple[int, ...]], list[LayerResult]]:
+) -> PackageResult:
     """Prunes the denoiser in place along recorded calls; removed units are zero columns, not yet cut.
 
     Returns:
-        kept units by group, and a record for each linear.
+        what was done, without the weights: the denoiser has them.
 
     Raises:
         CalibrationError: statistics that cannot be used; names the layer.
         ModelError: the denoiser does not run its blocks once each, in order.
     """
     run = _Run(denoiser, family, recipe, method, options, assignment, calls, stored)
-    kept: dict[str, tuple[int, ...]] = {}
-    records: list[LayerResult] = []
+    results: list[PackageResult] = []
     with torch.no_grad(), pausing.gated([denoiser.get_submodule(name) for name in run.blocks]):
         run.start()
         for done in range(len(run.blocks)):
@@ -106,11 +105,10 @@ def prune(
             result = run.block(index, name, result)
             if journal is not None:
                 journal.write(f"block-{index}", result)
-            kept.update(result.kept)
-            records += result.layers
+            results.append(replace(result, weights={}))
         run.finish()
         progress("prune blocks", len(run.blocks), len(run.blocks))
-    return kept, records
+    return merged(results)
 
 
 class _Run:
@@ -228,18 +226,18 @@ class _Run:
 
         def solved(part: Sequence[LinearSpec]) -> PackageResult:
             members = {linear.name: layers[linear.name] for linear in part}
-            moved = self._permute(members) if self._recipe.permute else {}
-            found = self._solved(part, members)
-            return replace(found, weights={**moved, **found.weights})
+            moved = self._permute(members) if self._recipe.permute else PackageResult()
+            return merged([moved, self._solved(part, members)])
 
         return merged(ranks.solve(_parts(tier, self._groups), solved))
 
-    def _permute(self, layers: dict[str, Layer]) -> dict[str, Tensor]:
+    def _permute(self, layers: dict[str, Layer]) -> PackageResult:
         """Reorders the channels between a producer and its consumers where N:M then costs less.
 
-        Changes `layers`, the consumers; returns the new tensors of the producers, by parameter name.
+        Changes `layers`, the consumers; returns the producers' new tensors, and the orders.
         """
         moved: dict[str, Tensor] = {}
+        orders: dict[str, tuple[int, ...]] = {}
         for group in self._groups:
             pattern = self._patterns.get(group.readers[0])
             free = [producer for producer in group.producers if producer.free]
@@ -255,6 +253,7 @@ class _Run:
             own = {consumer.name: slice(consumer.start, consumer.start + size) for consumer in group.consumers}
             scores = [_score(layers[name])[:, columns] for name, columns in own.items()]
             order = permute(scores, pattern, width=group.width if group.width > 1 else None)
+            orders[group.name] = tuple(order.tolist())
             for name, columns in own.items():
                 everything = torch.arange(layers[name].weight.shape[1], device=order.device)
                 everything[columns] = order + columns.start
@@ -265,7 +264,7 @@ class _Run:
                 bias = self._bias(producer.name)
                 if bias is not None:
                     moved[f"{producer.name}.bias"] = bias[rows]
-        return moved
+        return PackageResult(weights=moved, orders=orders)
 
     def _solved(self, tier: Sequence[LinearSpec], layers: Mapping[str, Layer]) -> PackageResult:
         solutions: dict[str, tuple[Pruned, str]] = {}

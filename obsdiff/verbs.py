@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from obsdiff import card, checkpoint, delivery, engines, facts, launch, pruning, ranks
+from obsdiff import adapters, card, checkpoint, delivery, engines, facts, launch, pruning, ranks
 from obsdiff.bundling import (
     Delivery,
     Stages,
@@ -49,7 +49,8 @@ from obsdiff.job import (
 from obsdiff.job import load as load_model
 from obsdiff.journal import FolderJournal
 from obsdiff.judges import judges_of
-from obsdiff.loading import LoadedPipeline
+from obsdiff.loading import LoadedPipeline, load_configs
+from obsdiff.manifest import GroupCut, LinearRecord, PrunedManifest
 from obsdiff.measurements import NotMeasured, Report
 from obsdiff.planning import Plan
 from obsdiff.precision import fitting, format_of, quantizable, quantize, separate
@@ -274,6 +275,75 @@ def export(
     return Exported(folder=output, report=found, gates=gates, required=required)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Adapted:
+    """A LoRA that was brought to a pruned model.
+
+    Attributes:
+        output: a safetensors file, or a folder.
+        layers: of the denoiser that it changes.
+        cut: of them, layers whose widths or channels are other ones now.
+        masked: of them, layers whose pattern of zeros was kept; none in a file.
+        left_out: tensors for other networks that were not merged.
+    """
+
+    output: Path
+    layers: int
+    cut: int
+    masked: int
+    left_out: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "output": str(self.output)}
+
+
+def lora(
+    pruned: Path | str, adapter: Path | str, output: Path | str, *, strength: float = 1.0, force: bool = False
+) -> Adapted:
+    """A LoRA of the dense model for a pruned one.
+
+    Args:
+        pruned: a folder that `save` or `obsdiff prune` wrote.
+        adapter: the LoRA's safetensors file.
+        output: NAME.safetensors: the LoRA, cut, for load_lora_weights() of the pipeline that `load` gives; a folder:
+            the checkpoint with the LoRA merged into its denoiser, its zeros still zeros.
+        strength: of the LoRA.
+        force: replace an earlier result.
+
+    Raises:
+        ModelError: it is no LoRA, or one of another model.
+        ConfigError: the output exists.
+        BundleError: `pruned` is no pruned checkpoint.
+    """
+    folder, output = Path(pruned), Path(output)
+    to_file = output.suffix == ".safetensors"
+    if not to_file:
+        check_free(output, force=force)
+    elif output.exists() and not force:
+        raise ConfigError(f"{output} exists; choose another name or replace it with --force")
+    manifest = checkpoint.require_manifest(folder)
+    configs = load_configs(folder)
+    with torch.device("meta"):
+        dense = type(configs.denoiser).from_config(configs.configs[configs.family.denoiser])  # type: ignore[attr-defined]
+    name = configs.family.denoiser
+    whole = adapters.read(adapter, configs.configs["model_index"]["_class_name"], name)
+    found = adapters.cut(whole, dense, configs.family, manifest)
+    masked = 0
+    if to_file:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        adapters.write(found, output, name, strength=strength)
+    else:
+        pipeline = checkpoint.load(folder)
+        masked = adapters.merge(getattr(pipeline, name), found, manifest, strength=strength)
+        checkpoint.save(pipeline, getattr(pipeline, name), output, manifest, source=folder, force=force)
+    changed = sum(
+        found.deltas[layer].up is not delta.up or found.deltas[layer].down is not delta.down
+        for layer, delta in whole.deltas.items()
+    )
+    left_out = 0 if to_file else len(whole.others)
+    return Adapted(output=output, layers=len(whole.deltas), cut=changed, masked=masked, left_out=left_out)
+
+
 def _asked(model: Settings | str | Path | None, more: dict[str, Any]) -> Settings:
     if isinstance(model, Settings):
         return given_as(model, more)
@@ -305,22 +375,21 @@ def _prune(loaded: LoadedPipeline, job: Job, stored: torch.dtype, journal: Folde
     return pruned
 
 
-def _manifest_after(pruned: Pruned, source: Path | None) -> checkpoint.PrunedManifest:
+def _manifest_after(pruned: Pruned, source: Path | None) -> PrunedManifest:
     """Of what was pruned, on top of what had been pruned of the source before."""
     manifest = _pruned_manifest(pruned)
     previous = checkpoint.pruned_manifest(source) if source is not None else None
     return manifest if previous is None else manifest.after(previous)
 
 
-def _pruned_manifest(pruned: Pruned) -> checkpoint.PrunedManifest:
-    return checkpoint.PrunedManifest(
+def _pruned_manifest(pruned: Pruned) -> PrunedManifest:
+    return PrunedManifest(
         family=pruned.family.name,
         sparsity=str(pruned.recipe.sparsity),
-        groups={name: checkpoint.GroupCut(units=pruned.units[name], kept=kept) for name, kept in pruned.kept.items()},
+        groups={name: GroupCut(units=pruned.units[name], kept=kept) for name, kept in pruned.kept.items()},
+        orders=dict(pruned.orders),
         linears={
-            layer.name: checkpoint.LinearRecord(
-                pattern=layer.pattern, loss=layer.loss, zeros=layer.zeros, reason=layer.reason
-            )
+            layer.name: LinearRecord(pattern=layer.pattern, loss=layer.loss, zeros=layer.zeros, reason=layer.reason)
             for layer in pruned.layers
         },
         recipe=pruned.recipe.to_json(),

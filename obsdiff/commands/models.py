@@ -97,6 +97,56 @@ def prune(run: Run) -> None:
     run.print_result({"folder": str(output), **result.to_json()}, show)
 
 
+@verb(
+    "lora",
+    (),
+    pruned=(Annotated[Path, typer.Argument(help="Pruned diffusers folder.")], ...),
+    adapter=(Annotated[Path, typer.Argument(help="The LoRA of the dense model, as safetensors.")], ...),
+    output=option(
+        Path,
+        "--output",
+        "-o",
+        text="NAME.safetensors: the LoRA cut to the pruned widths; a folder: the model with the LoRA merged into it.",
+        default=...,
+    ),
+    strength=option(float, "--strength", text="Of the LoRA.", default=1.0),
+    force=OUTPUT["force"],
+)
+def lora(run: Run) -> None:
+    """A LoRA of the dense model for a pruned one: cut to its widths, or merged with its zeros kept."""
+    from obsdiff import verbs
+
+    output: Path = run.options["output"]
+    found = verbs.lora(
+        run.options["pruned"],
+        run.options["adapter"],
+        output,
+        strength=run.options["strength"],
+        force=run.options["force"],
+    )
+
+    def show() -> None:
+        from rich.console import Console
+
+        console = Console()
+        if output.suffix == ".safetensors":
+            console.print(f"{output}: {found.layers} layers, {found.cut} of them cut or reordered", highlight=False)
+            console.print(
+                f"next    obsdiff.load({str(run.options['pruned'])!r}).load_lora_weights({str(output)!r})", style="dim"
+            )
+            return
+        console.print(
+            f"{output}: merged into {found.layers} layers, {found.cut} of them cut or reordered; "
+            f"{found.masked} keep their zeros, and lose what the LoRA adds there",
+            highlight=False,
+        )
+        if found.left_out:
+            console.print(f"[yellow]note[/] {found.left_out} tensors are for text encoders and were left out")
+        console.print(f"next    obsdiff export {output} --trt -o {output}-bundle", style="dim")
+
+    run.print_result(found.to_json(), show)
+
+
 @verb("plan", (*PRUNE, *SAMPLE, *MODEL), model=MODEL_ARGUMENT)
 def plan(run: Run) -> None:
     """Before anything runs: layers, parameters, MACs, memory, disk, calls. Works from config.json alone."""

@@ -17,7 +17,7 @@ from obsdiff_runtime.errors import BundleError
 from obsdiff_runtime.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from obsdiff.checkpoint import LinearRecord, PrunedManifest
+    from obsdiff.manifest import LinearRecord, PrunedManifest
 
 INDEX: Final = "model_index.json"
 DENOISERS: Final = ("transformer", "unet", "prior", "transformer_2")
@@ -205,7 +205,7 @@ def _told(linear: StoredLinear) -> str:
 def _manifest(folder: Path) -> "PrunedManifest | None":
     if not (folder / MANIFEST).is_file():
         return None
-    from obsdiff.checkpoint import read_manifest  # imports torch: only where there is something of ours
+    from obsdiff.manifest import read_manifest  # imports torch: only where there is something of ours
 
     return read_manifest(folder)
 

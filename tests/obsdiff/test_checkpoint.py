@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from obsdiff import checkpoint
-from obsdiff.checkpoint import GroupCut, LinearRecord, PrunedManifest
 from obsdiff.families.table import family_of
+from obsdiff.manifest import GroupCut, LinearRecord, PrunedManifest, read_manifest
 from obsdiff.shrinking import shrink
 from obsdiff_runtime.errors import BundleError, CompatibilityError, ConfigError
 
@@ -111,7 +111,7 @@ def test_another_family_s_cut_denoiser_comes_back_bit_by_bit(
 
 def test_saving_what_was_loaded_gives_the_same_bytes(saved: Path, tmp_path: Path) -> None:
     loaded = checkpoint.load(saved)
-    manifest = checkpoint.read_manifest(saved / "transformer")
+    manifest = read_manifest(saved / "transformer")
     checkpoint.save(loaded, loaded.transformer, tmp_path / "copied", manifest, source=saved)
     assert contents(tmp_path / "copied") == contents(saved)
     checkpoint.save(loaded, loaded.transformer, tmp_path / "anew", manifest)
@@ -291,7 +291,7 @@ def test_pruning_a_pruned_model_again_is_told_from_the_dense_one_on(
     saved: Path, denoise: Callable[[nn.Module], Tensor], tmp_path: Path
 ) -> None:
     pipeline = checkpoint.load(saved)
-    previous = checkpoint.read_manifest(saved / "transformer")
+    previous = read_manifest(saved / "transformer")
     cut = {HEADS: GroupCut(units=2, kept=(1,)), "transformer_blocks.0.attn.heads": GroupCut(units=4, kept=(0, 3))}
     again = PrunedManifest(family="sd3", sparsity="heads:0.5", groups=cut).after(previous)
     assert again.groups[HEADS] == GroupCut(units=4, kept=(2,))

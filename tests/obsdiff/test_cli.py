@@ -19,6 +19,7 @@ from obsdiff_runtime.version import __version__
 VERBS = (
     "export",
     "prune",
+    "lora",
     "plan",
     "build",
     "whatif",

@@ -13,8 +13,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from obsdiff import checkpoint, loading
-from obsdiff.checkpoint import GroupCut, PrunedManifest
 from obsdiff.loading import Defaults, load_configs, load_pipeline
+from obsdiff.manifest import GroupCut, PrunedManifest
 from obsdiff.shrinking import shrink
 from obsdiff_runtime.errors import ModelError
 
