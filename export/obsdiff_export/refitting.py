@@ -99,7 +99,7 @@ def _require_sparse_where_needed(known: Receipt, patterns: Sequence[PatternRepor
         more = f"; and {len(broken) - _SHOWN} more" if len(broken) > _SHOWN else ""
         raise BuildError(
             f"{len(broken)} linears of this engine run, or may run, on sparse kernels, and their new weights are not "
-            f"2:4: {shown}{more}. Merge the LoRA with obsdiff lora, which keeps zeros, or refit one without sparse kernels"
+            f"2:4: {shown}{more}. Merge the LoRA by obsdiff lora: it keeps zeros, or refit one without sparse kernels"
         )
 
 
