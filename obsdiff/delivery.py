@@ -137,10 +137,15 @@ def deliver(
 
 
 def copy_rest(pipeline: DiffusionPipeline, folder: Path) -> None:
-    """Writes what the runtime needs beside the networks: model_index.json, tokenizers, the scheduler."""
+    """Writes what the runtime needs beside the networks: model_index.json, tokenizers, the scheduler.
+
+    A tokenizer's side of padding is written, too, which transformers leaves to the class that reads it.
+    """
     pipeline.save_config(folder)
     for name, component in pipeline.components.items():
         if component is not None and (name.startswith("tokenizer") or name == "scheduler"):
+            if hasattr(component, "padding_side"):
+                component.init_kwargs["padding_side"] = component.padding_side
             component.save_pretrained(folder / name)
 
 

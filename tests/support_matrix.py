@@ -19,7 +19,7 @@ FAMILIES: Final = {
     "sd3": "`sd3`: SD3, SD3.5",
     "flux": "`flux`: FLUX.1",
     "pixart": "`pixart`: PixArt-alpha, PixArt-sigma",
-    "auraflow": "no family: AuraFlow",
+    "auraflow": "`auraflow`: AuraFlow",
     "lumina2": "no family: Lumina-2",
     "sana": "no family: Sana",
     "chroma": "no family: Chroma",

@@ -228,7 +228,7 @@ def _parallel(denoiser: nn.Module, prefix: str, block: int) -> tuple[Group, Grou
     )
     neurons = layers.neurons_between(
         f"{prefix}.mlp",
-        Producer(name=into),
+        (Producer(name=into),),
         Consumer(name=out, start=start),
         units=units,
         block=block,

@@ -139,17 +139,17 @@ def neurons(denoiser: nn.Module, name: str, *, block: int) -> Group:
     into, out = f"{name}.net.0.proj", f"{name}.net.2"
     units = size(denoiser.get_submodule(out), "in_features")
     parts = size(denoiser.get_submodule(into), "out_features") // units
-    return neurons_between(name, Producer(name=into, parts=parts), Consumer(name=out), units=units, block=block)
+    return neurons_between(name, (Producer(name=into, parts=parts),), Consumer(name=out), units=units, block=block)
 
 
 def neurons_between(
-    name: str, into: Producer, out: Consumer, *, units: int, block: int, sizes: tuple[Size, ...] = ()
+    name: str, into: tuple[Producer, ...], out: Consumer, *, units: int, block: int, sizes: tuple[Size, ...] = ()
 ) -> Group:
-    """The neurons between two linears.
+    """The neurons between linears.
 
     Args:
         name: of what they are part of.
-        into: gives them.
+        into: give them.
         out: reads them.
         units: how many there are.
         block: index of their block.
@@ -161,7 +161,7 @@ def neurons_between(
         block=block,
         units=units,
         width=1,
-        producers=(into,),
+        producers=into,
         consumers=(out,),
         sizes=sizes,
     )

@@ -183,7 +183,7 @@ def text_encoders(pipeline: DiffusionPipeline) -> list[Component]:
     """The text encoders that are present, in the pipeline's order.
 
     Raises:
-        ModelError: one is neither CLIP nor T5.
+        ModelError: one is neither CLIP nor T5, nor UMT5.
     """
     found = []
     for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
@@ -193,11 +193,12 @@ def text_encoders(pipeline: DiffusionPipeline) -> list[Component]:
         kind = type(model).__name__
         if kind in ("CLIPTextModel", "CLIPTextModelWithProjection"):
             found.append(_clip(name, model))
-        elif kind == "T5EncoderModel":
+        elif kind in ("T5EncoderModel", "UMT5EncoderModel"):
             found.append(_t5(name, model, masked=_masks_text(pipeline)))
         else:
             raise ModelError(
-                f"{name} is a {kind}; known are CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel"
+                f"{name} is a {kind}; known are CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel and "
+                "UMT5EncoderModel"
             )
     return found
 

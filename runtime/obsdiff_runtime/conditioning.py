@@ -5,6 +5,7 @@ Shapes: n prompts, t text tokens, d width of a text token, p pooled width.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isqrt
 from typing import Any, Final
 
 import numpy as np
@@ -155,6 +156,13 @@ def encode_pixart(networks: Networks, prompts: Sequence[str], negative: bool, se
     return told
 
 
+def encode_auraflow(networks: Networks, prompts: Sequence[str], negative: bool, settings: Settings) -> Conditions:
+    """T5, told what is padding; what it makes of padding is set to zero."""
+    ids, mask = networks.tokenizer("tokenizer").masked_ids(prompts, settings.max_sequence_length)
+    states = networks.run("text_encoder", {"input_ids": ids, "attention_mask": mask}, ["last_hidden_state"])
+    return {"encoder_hidden_states": states["last_hidden_state"] * mask[..., None].astype(np.float32)}
+
+
 def _clip(networks: Networks, suffix: str, prompts: Sequence[str], length: int, pooled: str | None) -> dict[str, Array]:
     """Penultimate hidden states (n, t, d) as "hidden", and the pooled output (n, p) if one is named."""
     encoder = f"text_encoder{suffix}"
@@ -238,6 +246,15 @@ PIXART: Final = Kind(
     largest=lambda config: None,
     skipped=_skipped_whole,  # diffusers has no pipeline of PixArt that changes an image; as Stable Diffusion's
 )
+AURAFLOW: Final = Kind(
+    denoiser="transformer",
+    noisy="hidden_states",
+    predicted="out_hidden_states",
+    encode=encode_auraflow,
+    patch=lambda config: int(config["patch_size"]),
+    largest=lambda config: isqrt(int(config["pos_embed_max_size"])) * int(config["patch_size"]),
+    skipped=_skipped_part,  # diffusers has no pipeline of AuraFlow that changes an image; as SD3's
+)
 KINDS: Final[dict[str, Kind]] = {
     "StableDiffusion3Pipeline": SD3,
     "StableDiffusionPipeline": SD,
@@ -245,6 +262,7 @@ KINDS: Final[dict[str, Kind]] = {
     "FluxPipeline": FLUX,
     "PixArtAlphaPipeline": PIXART,
     "PixArtSigmaPipeline": PIXART,
+    "AuraFlowPipeline": AURAFLOW,
 }
 
 

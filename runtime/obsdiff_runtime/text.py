@@ -30,11 +30,12 @@ class PromptTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._pad_id = self._pad(config)
+        self._pads_left = config.get("padding_side") == "left"
         limit = config.get("model_max_length")
         self.max_length: int | None = int(limit) if isinstance(limit, int | float) and limit <= LONGEST else None
 
     def ids(self, prompts: Sequence[str], length: int) -> NDArray[np.int64]:
-        """Token ids with special tokens, cut and padded to `length`.
+        """Token ids with special tokens, cut and padded to `length`, on the side that the tokenizer's config names.
 
         Returns:
             (len(prompts), length), int64.
@@ -52,8 +53,9 @@ class PromptTokenizer:
                 self._tokenizer.enable_truncation(length)  # keeps the special tokens at the ends
                 ids = self._tokenizer.encode(prompt).ids
                 self._tokenizer.no_truncation()
-            row[: len(ids)] = ids
-            told[: len(ids)] = 1
+            place = slice(length - len(ids), length) if self._pads_left else slice(0, len(ids))
+            row[place] = ids
+            told[place] = 1
         return rows, mask
 
     def _pad(self, config: dict[str, Any]) -> int:

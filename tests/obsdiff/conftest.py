@@ -44,11 +44,21 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from obsdiff.families import flux, pixart
 
 TEXT_TOKENS = 12
+T5_SIZES: dict[str, int] = {
+    "vocab_size": 32,
+    "d_model": 24,
+    "d_kv": 8,
+    "d_ff": 32,
+    "num_layers": 2,
+    "num_heads": 3,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -152,6 +162,20 @@ def pixart_sigma_transformer(**changes: Any) -> PixArtTransformer2DModel:
     return pixart_transformer(**{"use_additional_conditions": False, "interpolation_scale": 2, **changes})
 
 
+def auraflow_transformer(**changes: Any) -> AuraFlowTransformer2DModel:
+    config: dict[str, Any] = {
+        "sample_size": 16,
+        "num_mmdit_layers": 2,
+        "num_single_dit_layers": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 4,
+        "joint_attention_dim": 24,
+        "caption_projection_dim": 32,
+        "pos_embed_max_size": 256,
+    }
+    return AuraFlowTransformer2DModel(**config | changes)
+
+
 DENOISERS: dict[str, Callable[..., nn.Module]] = {
     "sd3": sd3_transformer,
     "sd35": sd35_transformer,
@@ -160,6 +184,7 @@ DENOISERS: dict[str, Callable[..., nn.Module]] = {
     "flux": flux_transformer,
     "pixart": pixart_transformer,
     "pixart_sigma": pixart_sigma_transformer,
+    "auraflow": auraflow_transformer,
 }
 
 
@@ -190,7 +215,7 @@ def t5() -> tuple[T5Tokenizer, T5EncoderModel]:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
     pieces += [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
     tokenizer = T5Tokenizer(vocab=pieces, extra_ids=0)
-    config = T5Config(vocab_size=32, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=3)
+    config = T5Config(**T5_SIZES)
     return tokenizer, T5EncoderModel(config).eval()
 
 
@@ -283,6 +308,19 @@ def pixart_pipeline(*, sigma: bool = False, **changes: Any) -> PixArtAlphaPipeli
     )
 
 
+def auraflow_pipeline(**changes: Any) -> AuraFlowPipeline:
+    torch.manual_seed(0)
+    tokenizer, _ = t5()
+    config = UMT5Config(**T5_SIZES)
+    return AuraFlowPipeline(
+        tokenizer=tokenizer,
+        text_encoder=UMT5EncoderModel(config).eval(),
+        vae=autoencoder().eval(),
+        transformer=auraflow_transformer(**changes).eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )
+
+
 PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "sd3": sd3_pipeline,
     "sd15": sd15_pipeline,
@@ -290,28 +328,8 @@ PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "flux": flux_pipeline,
     "pixart": pixart_pipeline,
     "pixart_sigma": partial(pixart_pipeline, sigma=True),
+    "auraflow": auraflow_pipeline,
 }
-
-
-def auraflow_pipeline() -> AuraFlowPipeline:
-    tokenizer, text_encoder = t5()
-    transformer = AuraFlowTransformer2DModel(
-        sample_size=16,
-        num_mmdit_layers=2,
-        num_single_dit_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=4,
-        joint_attention_dim=24,
-        caption_projection_dim=32,
-        pos_embed_max_size=256,
-    )
-    return AuraFlowPipeline(
-        tokenizer=tokenizer,
-        text_encoder=text_encoder,
-        vae=autoencoder().eval(),
-        transformer=transformer.eval(),
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-    )
 
 
 def lumina2_pipeline() -> Lumina2Pipeline:
@@ -397,7 +415,6 @@ def chroma_pipeline() -> ChromaPipeline:
 
 
 UNDESCRIBED: dict[str, Callable[[], DiffusionPipeline]] = {
-    "auraflow": auraflow_pipeline,
     "lumina2": lumina2_pipeline,
     "sana": sana_pipeline,
     "chroma": chroma_pipeline,
@@ -406,7 +423,7 @@ UNDESCRIBED: dict[str, Callable[[], DiffusionPipeline]] = {
 
 @pytest.fixture
 def build_undescribed() -> Callable[[str], DiffusionPipeline]:
-    """build_undescribed("auraflow" | "lumina2" | "sana" | "chroma"): a pipeline whose denoiser no family describes.
+    """build_undescribed("lumina2" | "sana" | "chroma"): a pipeline whose denoiser no family describes.
 
     T5 reads the prompts of all of them, whatever the real one has.
     """
@@ -470,6 +487,8 @@ def denoise() -> Callable[[nn.Module], torch.Tensor]:
                     "guidance": torch.tensor([3.5, 2.0]),
                 }
                 return denoiser(**flux.arguments(inputs), return_dict=False)[0]
+            if isinstance(denoiser, AuraFlowTransformer2DModel):
+                return denoiser(sample, noise(2, 7, config.joint_attention_dim), time / 1000, return_dict=False)[0]
             if isinstance(denoiser, PixArtTransformer2DModel):
                 shape = {"batch": 2, "size": (12, 16), "text_tokens": 7, "pixels": (24, 32)}
                 return denoiser(**pixart.arguments(pixart.example(denoiser, **shape)), return_dict=False)[0]

@@ -218,7 +218,7 @@ def test_a_residual_stream_that_is_not_finite_is_an_error_that_names_the_layer(p
         sums.add(dense, pruned, 1.0)
 
 
-@pytest.mark.parametrize("kind", ["sd3", "sd35", "sd15", "sdxl", "flux", "pixart"])
+@pytest.mark.parametrize("kind", ["sd3", "sd35", "sd15", "sdxl", "flux", "pixart", "auraflow"])
 @torch.no_grad()
 def test_a_glance_sees_what_hooks_on_the_whole_model_see(kind: str, build_denoiser: Callable[..., nn.Module]) -> None:
     denoiser: Any = build_denoiser(kind)
@@ -258,7 +258,7 @@ def _hooked(denoiser: nn.Module, names: list[str], call: pausing.Arguments) -> d
     return found
 
 
-@pytest.mark.parametrize("kind", ["sd3", "sd35", "sd15", "sdxl", "flux", "pixart"])
+@pytest.mark.parametrize("kind", ["sd3", "sd35", "sd15", "sdxl", "flux", "pixart", "auraflow"])
 @torch.no_grad()
 def test_the_stream_before_a_linear_does_not_depend_on_what_it_writes(
     kind: str, build_denoiser: Callable[..., nn.Module]
@@ -275,8 +275,9 @@ def test_the_stream_before_a_linear_does_not_depend_on_what_it_writes(
             block = denoiser.get_submodule(name)
             for linear in (linear for linear in linears if linear.block == index):
                 changed = copy.deepcopy(block)
-                bias = changed.get_submodule(linear.name.removeprefix(f"{name}.")).bias
-                bias += 0.5  # type: ignore[operator]
+                writer: Any = changed.get_submodule(linear.name.removeprefix(f"{name}."))
+                more = torch.full((writer.out_features,), 0.5, dtype=torch.float64)
+                writer.bias = nn.Parameter(more if writer.bias is None else writer.bias + more)
                 before, after = (
                     moments.glance(each, name, [linear], waiting.arguments, streams=True)[0]
                     for each in (block, changed)
@@ -301,6 +302,27 @@ def test_a_pixart_block_adds_gate_times_output_to_each_stream(build_denoiser: Ca
     after = [look.bases[each.name] + look.gates.get(each.name, 1.0) * look.outputs[each.name] for each in linears]
     for found, expected in zip(after, [*(look.bases[each.name] for each in linears[1:]), result], strict=True):
         torch.testing.assert_close(found, expected)
+
+
+@torch.no_grad()
+def test_an_auraflow_block_adds_gate_times_feed_forward_to_each_stream(
+    build_denoiser: Callable[..., nn.Module],
+) -> None:
+    denoiser: Any = build_denoiser("auraflow", num_mmdit_layers=1, num_single_dit_layers=1).double()
+    family = family_of(denoiser)
+    inputs = family.example(denoiser, batch=2, size=(12, 16), text_tokens=7, pixels=(24, 32))
+    names = block_modules(family.linears(denoiser))
+    with pausing.gated([denoiser.get_submodule(name) for name in names]):
+        waiting = PausedPass(denoiser, ((), {**family.arguments(inputs), "return_dict": False}))
+        for index, name in enumerate(names):
+            writers = [each for each in family.linears(denoiser) if each.block == index and each.writes is not None]
+            block = denoiser.get_submodule(name)
+            look, result = moments.glance(block, name, writers, waiting.arguments, streams=True, whole=True)
+            after = [look.bases[each.name] + look.gates[each.name] * look.outputs[each.name] for each in writers]
+            streams = reversed(result) if isinstance(result, tuple) else [result]
+            for found, expected in zip(after, streams, strict=True):
+                torch.testing.assert_close(found, expected)
+            waiting.resume(result)
 
 
 @torch.no_grad()

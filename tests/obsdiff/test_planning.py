@@ -62,6 +62,11 @@ INPUTS: dict[str, dict[str, Any]] = {
         "timestep": nothing(1),
         "added_cond_kwargs": {"resolution": nothing(1, 2), "aspect_ratio": nothing(1, 1)},
     },
+    "auraflow": {
+        "hidden_states": nothing(1, 4, 128, 128),
+        "encoder_hidden_states": nothing(1, 256, 2048),
+        "timestep": nothing(1),
+    },
 }
 
 
@@ -142,6 +147,19 @@ def test_pixart_has_its_published_size_and_fourteen_squares_a_patch_in_each_bloc
     lost = [(14 * width**2 + (4 + 4) * width) // 4, (2 * width**2 + 2 * width) // 4]  # a patch, a text token
     assert plan.parameters_before - plan.parameters_after == 28 * sum(lost)
     assert plan.macs_before - plan.macs_after == 28 * (lost[0] * image + lost[1] * text)
+
+
+def test_auraflow_has_its_published_size_and_twelve_squares_a_token_in_each_block() -> None:
+    """As FLUX's, but that neurons are 8/3 of the width, of three matrices; without biases."""
+    plan = planned("auraflow_v03", "structured:25%")
+    assert round(plan.parameters_before / 1e9, 1) == 6.9  # 6.8 B, says the model's card, of its first version
+    width, neurons, image, text = 3072, 8192, 4096, 256 + 8
+    weights = 4 * width**2 + 3 * width * neurons
+    blocks = (4 + 32) * weights * (image + text)
+    assert blocks < plan.macs_before < 1.003 * blocks
+    lost = weights // 4
+    assert plan.parameters_before - plan.parameters_after == (4 * 2 + 32) * lost
+    assert plan.macs_before - plan.macs_after == (4 + 32) * lost * (image + text)
 
 
 @pytest.mark.parametrize(("share", "billions", "tera"), [("15%", 2.24, 5.33), ("20%", 2.13, 5.12), ("30%", 1.91, 4.70)])
@@ -420,7 +438,13 @@ def test_a_plan_is_json() -> None:
 
 
 def test_tokens_of_the_family_agree_with_those_of_a_call() -> None:
-    for name, text in (("sd3_medium", 77), ("sdxl", 77), ("flux1_dev", 512), ("pixart_alpha_1024", 120)):
+    for name, text in (
+        ("sd3_medium", 77),
+        ("sdxl", 77),
+        ("flux1_dev", 512),
+        ("pixart_alpha_1024", 120),
+        ("auraflow_v03", 256),
+    ):
         denoiser, family, positions = model(name)
         tokens = family.tokens(denoiser.config, height=1024, width=1024, text_tokens=text)  # type: ignore[arg-type]
         for linear in family.linears(denoiser):

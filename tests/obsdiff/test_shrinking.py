@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from obsdiff.families.table import family_of
 from obsdiff.shrinking import columns, shrink
 
-KINDS = ["sd3", "sd35", "sd15", "sdxl", "flux", "pixart", "pixart_sigma"]
+KINDS = ["sd3", "sd35", "sd15", "sdxl", "flux", "pixart", "pixart_sigma", "auraflow"]
 Keep = dict[str, list[int]]
 
 

@@ -65,6 +65,18 @@ def t5_tokenizer() -> Any:
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
 
 
+def llama_tokenizer() -> Any:
+    """Llama's pads in front of the text."""
+    from transformers import LlamaTokenizer
+
+    words = sorted({piece for caption in CAPTIONS for piece in caption.split()})
+    letters = sorted({letter for word in words for letter in word})
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "</s>", "<unk>", "▁", *letters])}
+    return LlamaTokenizer(
+        vocab=vocabulary, merges=[], pad_token="<pad>", bos_token="</s>", add_bos_token=False, add_eos_token=True
+    )
+
+
 @seeded
 def clip(*, width: int, projection: bool) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -213,21 +225,10 @@ def sdxl_pipeline() -> Any:
 
 def flux_pipeline() -> Any:
     """With a schedule that depends on the size, as FLUX.1-dev's."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
-    transformer = FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=12,
-        axes_dims_rope=(2, 2, 4),
-        guidance_embeds=True,
-    )
     return FluxPipeline(
-        transformer=transformer.eval(),
+        transformer=flux_transformer(),
         scheduler=FlowMatchEulerDiscreteScheduler(
             shift=3.0, use_dynamic_shifting=True, base_image_seq_len=16, max_image_seq_len=128
         ),
@@ -237,6 +238,23 @@ def flux_pipeline() -> Any:
         text_encoder_2=t5_encoder(),
         tokenizer_2=t5_tokenizer(),
     )
+
+
+@seeded
+def flux_transformer() -> Any:
+    from diffusers import FluxTransformer2DModel
+
+    return FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=12,
+        axes_dims_rope=(2, 2, 4),
+        guidance_embeds=True,
+    ).eval()
 
 
 def pixart_pipeline(*, sigma: bool = False) -> Any:
@@ -271,6 +289,45 @@ def pixart_transformer(*, use_additional_conditions: bool) -> Any:
     ).eval()
 
 
+def auraflow_pipeline() -> Any:
+    """Its text is padded, and its T5 told where."""
+    from diffusers import AuraFlowPipeline, FlowMatchEulerDiscreteScheduler
+
+    return AuraFlowPipeline(
+        transformer=auraflow_transformer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
+        vae=vae(scaling_factor=0.13),
+        text_encoder=umt5_encoder(),
+        tokenizer=llama_tokenizer(),
+    )
+
+
+@seeded
+def auraflow_transformer() -> Any:
+    from diffusers import AuraFlowTransformer2DModel
+
+    return AuraFlowTransformer2DModel(
+        sample_size=16,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pos_embed_max_size=64,
+    ).eval()
+
+
+@seeded
+def umt5_encoder() -> Any:
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    config = UMT5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
+    )
+    return UMT5EncoderModel(config).eval()
+
+
 PIPELINES: dict[str, Callable[[], Any]] = {
     "sd3": sd3_pipeline,
     "sd3_t5": lambda: sd3_pipeline(t5=True),
@@ -279,11 +336,13 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "flux": flux_pipeline,
     "pixart_alpha": pixart_pipeline,
     "pixart_sigma": lambda: pixart_pipeline(sigma=True),
+    "auraflow": auraflow_pipeline,
 }
 
 
 def write_bundle(pipeline: Any, folder: Path, *, sparsity: str = "dense") -> Path:
     """What `obsdiff export` leaves, without engines."""
+    from obsdiff.delivery import copy_rest
     from obsdiff.families import parts
     from obsdiff.families.table import family_of
     from obsdiff_runtime.bundle import ComponentEntry, Defaults, Manifest, TensorEntry, write_manifest
@@ -300,10 +359,7 @@ def write_bundle(pipeline: Any, folder: Path, *, sparsity: str = "dense") -> Pat
         components[component.name] = ComponentEntry(
             onnx=f"{component.name}/model.onnx", dtype=model.dtype, inputs=inputs, outputs=outputs
         )
-    pipeline.save_config(folder)
-    for name in ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3"):
-        if getattr(pipeline, name, None) is not None:
-            getattr(pipeline, name).save_pretrained(folder / name)
+    copy_rest(pipeline, folder)
     write_manifest(
         folder,
         Manifest(
@@ -405,3 +461,8 @@ def make_clip_tokenizer() -> Callable[..., Any]:
 @pytest.fixture
 def make_t5_tokenizer() -> Callable[[], Any]:
     return t5_tokenizer
+
+
+@pytest.fixture
+def make_llama_tokenizer() -> Callable[[], Any]:
+    return llama_tokenizer

@@ -60,6 +60,18 @@ def test_t5_ids_are_transformers(make_t5_tokenizer: Any, tmp_path: Path, length:
     np.testing.assert_array_equal(ours.ids(prompts, length), ids)
 
 
+@pytest.mark.parametrize("length", [5, 64])
+def test_a_tokenizer_that_pads_in_front_is_followed(make_llama_tokenizer: Any, tmp_path: Path, length: int) -> None:
+    theirs = make_llama_tokenizer()
+    theirs.init_kwargs["padding_side"] = theirs.padding_side  # as delivery.copy_rest
+    ours = PromptTokenizer(bundle_of(tmp_path, theirs), "tokenizer")
+    expected = theirs(PROMPTS, padding="max_length", max_length=length, truncation=True, return_tensors="np")
+    ids, mask = ours.masked_ids(PROMPTS, length)
+    assert mask[:, -1].all()
+    np.testing.assert_array_equal(ids, expected.input_ids)
+    np.testing.assert_array_equal(mask, expected.attention_mask)
+
+
 def test_a_cut_prompt_is_told(make_clip_tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     ours = PromptTokenizer(bundle_of(tmp_path, make_clip_tokenizer()), "tokenizer")
     ours.ids(["a red circle"], 16)

@@ -19,6 +19,7 @@ CASES = [
     ("flux", {}),
     ("pixart", {}),
     ("pixart", {"sigma": True}),
+    ("auraflow", {}),
 ]
 
 
@@ -32,7 +33,7 @@ def latents(pipeline: Any, **call: Any) -> torch.Tensor:
 
 
 def options(kind: str) -> dict[str, int]:
-    return {"max_sequence_length": 6} if kind in ("sd3", "flux", "pixart") else {}
+    return {"max_sequence_length": 6} if kind in ("sd3", "flux", "pixart", "auraflow") else {}
 
 
 @pytest.mark.parametrize(("kind", "changes"), CASES)
