@@ -25,7 +25,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from math import isqrt
 from typing import Any, Final
 
-import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
@@ -97,13 +96,8 @@ def encode(
     *,
     max_sequence_length: int | None = None,
 ) -> dict[str, Tensor]:
-    """See `Family.encode`: T5's embeddings (n, text tokens, width), zero where they are padding, and which are text."""
-    parts.need(pipeline, "text_encoder", "tokenizer")
-    limit = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
-    with torch.no_grad():
-        encoded = pipeline.encode_prompt(list(prompts), list(negative) or None, bool(negative), **limit)
-    names = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
-    return {key: value for key, value in zip(names, encoded, strict=True) if value is not None}
+    """See `Family.encode`: T5's embeddings, zero where they are padding, and which are text."""
+    return parts.masked_text(pipeline, prompts, negative, max_sequence_length)
 
 
 def example(

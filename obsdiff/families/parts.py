@@ -179,6 +179,23 @@ def need(pipeline: DiffusionPipeline, *names: str) -> None:
         )
 
 
+def masked_text(
+    pipeline: DiffusionPipeline, prompts: Sequence[str], negative: Sequence[str], max_sequence_length: int | None
+) -> dict[str, Tensor]:
+    """`Family.encode` of one text encoder: embeddings (n, text tokens, width), and which are text, (n, text tokens)."""
+    need(pipeline, "text_encoder", "tokenizer")
+    limit = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
+    with torch.no_grad():
+        encoded = pipeline.encode_prompt(
+            prompt=list(prompts),
+            negative_prompt=list(negative),
+            do_classifier_free_guidance=bool(negative),
+            **limit,
+        )
+    names = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
+    return {key: value for key, value in zip(names, encoded, strict=True) if value is not None}
+
+
 def text_encoders(pipeline: DiffusionPipeline) -> list[Component]:
     """The text encoders that are present, in the pipeline's order.
 

@@ -96,12 +96,7 @@ def encode(
     max_sequence_length: int | None = None,
 ) -> dict[str, Tensor]:
     """See `Family.encode`: T5's embeddings (n, text tokens, width), and which of them are text, (n, text tokens)."""
-    parts.need(pipeline, "text_encoder", "tokenizer")
-    limit = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
-    with torch.no_grad():
-        encoded = pipeline.encode_prompt(list(prompts), bool(negative), negative_prompt=list(negative), **limit)
-    names = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
-    return {key: value for key, value in zip(names, encoded, strict=True) if value is not None}
+    return parts.masked_text(pipeline, prompts, negative, max_sequence_length)
 
 
 def example(
