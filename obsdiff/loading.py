@@ -157,7 +157,7 @@ def load_configs(model: str | Path, *, revision: str | None = None, local_files_
     """A model's shape, from its configurations alone; no weights are read or fetched.
 
     Args:
-        model: as for `load_pipeline`; also a denoiser's folder, or its config.json.
+        model: as for `load_pipeline`; also a denoiser's folder, or its configuration, a JSON file.
         revision: branch, tag or commit on the Hub.
         local_files_only: do not ask the Hub.
 
@@ -173,7 +173,8 @@ def load_configs(model: str | Path, *, revision: str | None = None, local_files_
     index = _index(path)
     family = _family(path, index)
     configs = _configs(path, index)
-    return ModelConfigs(_empty(path / family.denoiser, configs[family.denoiser]), family, configs)
+    file = path / family.denoiser / "config.json"
+    return ModelConfigs(_empty(file, configs[family.denoiser]), family, configs)
 
 
 def defaults_of(folder: Path | None, configs: Mapping[str, Mapping[str, Any]]) -> Defaults:
@@ -289,7 +290,7 @@ def _local(model: str | Path) -> Path | None:
     path = Path(model).expanduser()
     if not text:
         raise ModelError("the model's name is empty; name a diffusers folder or a model on the Hub")
-    if path.is_dir() or (path.name == "config.json" and path.is_file()):
+    if path.is_dir() or (path.suffix == ".json" and path.is_file()):
         return path
     if path.is_file():
         raise ModelError(
@@ -336,25 +337,24 @@ def _configs(folder: Path, index: Mapping[str, Any]) -> dict[str, dict[str, Any]
 
 def _bare(path: Path) -> ModelConfigs:
     """A denoiser without a pipeline."""
-    folder = path.parent if path.is_file() else path
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} is neither a diffusers pipeline ({INDEX}) nor a denoiser (config.json)")
-    config = _json(folder / "config.json")
+    file = path if path.is_file() else path / "config.json"
+    if not file.is_file():
+        raise ModelError(f"{path} is neither a diffusers pipeline ({INDEX}) nor a denoiser (config.json)")
+    config = _json(file)
     family = family_of(str(config.get("_class_name", "a model without _class_name")))
-    return ModelConfigs(_empty(folder, config), family, {family.denoiser: config})
+    return ModelConfigs(_empty(file, config), family, {family.denoiser: config})
 
 
-def _empty(folder: Path, config: Mapping[str, Any]) -> nn.Module:
-    """The denoiser on the meta device; cuts of a pruned one are replayed."""
+def _empty(file: Path, config: Mapping[str, Any]) -> nn.Module:
+    """The denoiser of this file's configuration on the meta device; cuts of a pruned one, beside it, are replayed."""
     name = str(config["_class_name"])
     try:
         with torch.device("meta"):
             denoiser: nn.Module = getattr(diffusers, name).from_config(dict(config))
     except (TypeError, ValueError) as error:
-        raise ModelError(f"{folder / 'config.json'}: {_first_line(error)}") from None
-    if (folder / MANIFEST).is_file():
-        manifest = read_manifest(folder)
-        checkpoint.replay(denoiser, manifest, folder)
+        raise ModelError(f"{file}: {_first_line(error)}") from None
+    if (file.parent / MANIFEST).is_file():
+        checkpoint.replay(denoiser, read_manifest(file.parent), file.parent)
     return denoiser.eval()
 
 

@@ -211,6 +211,13 @@ def test_a_bare_denoiser_is_enough_to_plan_with(name: str, sd3_folder: Path) -> 
     assert loading.vae_scale(configs) == 8
 
 
+def test_a_configuration_may_have_any_name(sd3_folder: Path, tmp_path: Path) -> None:
+    file = Path(shutil.copyfile(sd3_folder / "transformer" / "config.json", tmp_path / "sd3_small.json"))
+    assert load_configs(file).family.name == "sd3"
+    with pytest.raises(ModelError, match="it holds no model_index"):
+        load_pipeline(file)
+
+
 def test_a_folder_that_is_neither_pipeline_nor_denoiser_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="neither a diffusers pipeline"):
         load_configs(tmp_path)
