@@ -417,6 +417,12 @@ def sd3_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _pair("sd3", tmp_path_factory)[1]
 
 
+@pytest.fixture
+def make_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """make_bundle(a key of PIPELINES): its bundle."""
+    return lambda name: _pair(name, tmp_path_factory)[1]
+
+
 _PAIRS: dict[str, tuple[Any, Path]] = {}
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final, Protocol
 
-from obsdiff_runtime.backends import ort, trt
+from obsdiff_runtime.backends import openvino, ort, trt
 from obsdiff_runtime.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -60,6 +60,8 @@ class Backend(Protocol):
 BACKENDS: Final[dict[str, Backend]] = {
     "onnxruntime": ort.OnnxRuntime(ort.CPU),
     "onnxruntime_cuda": ort.OnnxRuntime(ort.CUDA),
+    "openvino": openvino.OpenVino("f32"),
+    "openvino_bf16": openvino.OpenVino("bf16"),
     trt.TENSORRT.package: trt.TENSORRT,
     trt.RTX.package: trt.RTX,
 }

@@ -17,6 +17,7 @@ from typing import Any, Final
 import numpy as np
 
 from obsdiff_runtime import shapes as profiles
+from obsdiff_runtime.backends.feeds import check_names
 from obsdiff_runtime.backends.numbers import DTYPES, from_device, storage, to_device
 from obsdiff_runtime.bundle import TensorEntry
 from obsdiff_runtime.cuda import Cuda, Stream
@@ -199,14 +200,7 @@ class TrtSession:
         return addresses
 
     def _feeds(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        names = [entry.name for entry in self.inputs]
-        missing = [name for name in names if name not in inputs]
-        unknown = [name for name in inputs if name not in names]
-        if missing or unknown:
-            raise ConfigError(
-                f"{self._name} takes {', '.join(names)}; "
-                f"missing: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}"
-            )
+        check_names(self._name, [entry.name for entry in self.inputs], inputs)
         return {entry.name: to_device(inputs[entry.name], entry.dtype) for entry in self.inputs}
 
     def _wanted(self, outputs: Sequence[str] | None) -> list[TensorEntry]:

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from obsdiff_runtime.backends.feeds import check_names
 from obsdiff_runtime.bundle import Bundle, TensorEntry
 from obsdiff_runtime.errors import CompatibilityError, ConfigError, MissingPackageError
 
@@ -43,7 +44,7 @@ class OrtSession:
         self._dtypes = {entry.name: np.dtype(entry.dtype) for entry in self.inputs}
 
     def run(self, inputs: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-        self._check_names(inputs)
+        check_names(self._name, list(self._dtypes), inputs)
         names = [entry.name for entry in self.outputs] if outputs is None else list(outputs)
         feeds = {name: np.ascontiguousarray(array, dtype=self._dtypes[name]) for name, array in inputs.items()}
         try:
@@ -55,15 +56,6 @@ class OrtSession:
             name: array.astype(np.float32) if array.dtype == np.float16 else array
             for name, array in zip(names, arrays, strict=True)
         }
-
-    def _check_names(self, inputs: Mapping[str, np.ndarray]) -> None:
-        missing = [name for name in self._dtypes if name not in inputs]
-        unknown = [name for name in inputs if name not in self._dtypes]
-        if missing or unknown:
-            raise ConfigError(
-                f"{self._name} takes {', '.join(self._dtypes)}; "
-                f"missing: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}"
-            )
 
 
 @dataclass(frozen=True)
