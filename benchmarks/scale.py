@@ -96,11 +96,11 @@ def _once(text: str, stage: str, steps: int) -> Run:
     from obsdiff import pruning
     from obsdiff.job import computable, given
 
-    depth, width, pixels = _parsed(text)
+    depth, width, pixels = parsed(text)
     with tempfile.TemporaryDirectory() as folder:
         job = None if stage == "export" else _job(Path(folder), depth, width, pixels, steps, METHODS[stage])
         planned = None if job is None else job.plan().estimates
-        pipeline = _pipeline(depth, width, pixels)
+        pipeline = random_pipeline(depth, width, pixels)
         parameters = sum(parameter.numel() for parameter in pipeline.transformer.parameters())
         started = time.perf_counter()
         if job is None:
@@ -120,7 +120,7 @@ def _once(text: str, stage: str, steps: int) -> Run:
     )
 
 
-def _parsed(text: str) -> tuple[int, int, int]:
+def parsed(text: str) -> tuple[int, int, int]:
     match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)
     if match is None:
         raise typer.BadParameter(f"{text}: not DEPTHxWIDTHxPIXELS")
@@ -156,7 +156,7 @@ def _vae() -> Any:
     return AutoencoderKL(
         latent_channels=16, block_out_channels=(8, 8, 8, 8), norm_num_groups=4,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        use_quant_conv=False, use_post_quant_conv=False,
+        use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0,
     )  # fmt: skip
 
 
@@ -180,7 +180,7 @@ def _job(folder: Path, depth: int, width: int, pixels: int, steps: int, asked: d
     return open_job(Settings(model=str(folder), prompts_file=str(folder / "prompts.txt"), **common, **asked))
 
 
-def _pipeline(depth: int, width: int, pixels: int) -> Any:
+def random_pipeline(depth: int, width: int, pixels: int) -> Any:
     """Random weights behind the shipped tokenizers, small text encoders and no T5."""
     import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline

@@ -45,7 +45,8 @@ def hyphenated(arguments: Sequence[str]) -> list[str]:
 BACKEND: Final = Flag(
     name="--backend",
     kind=str,
-    text="What runs it: onnxruntime, onnxruntime_cuda, openvino, openvino_bf16; tensorrt or tensorrt_rtx (their engines).",
+    text="What runs it: onnxruntime, onnxruntime_cuda, openvino, openvino_bf16, or the engines of tensorrt or "
+    "tensorrt_rtx.",
     default="onnxruntime",
 )
 THREADS: Final = Flag(name="--threads", kind=int, text="Threads of the host; default: all cores.")
