@@ -11,12 +11,17 @@ from obsdiff.core.gram import BYTES_PER_ENTRY
 from obsdiff.core.solver import LEAN
 from obsdiff.estimates import Estimates, Streams, Workload
 from obsdiff.groups import LinearSpec
+from obsdiff.residuals import block_modules
 
 STREAM_COPIES: Final = 3
 """Of a kept call's hidden states: one in each stream, and what the call was recorded with."""
 
 WIDE_PRODUCTS: Final = 8
 """Products of float64 around a solve, counted twice: the best dense weight, and losses."""
+
+
+WEIGHT_COPIES: Final = 8
+"""Of the weights that are solved for together, as float64: the target, the solution, and what the solver goes by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +112,10 @@ def estimate_streams(
     macs: int,
     parameters_after: int,
 ) -> Estimates:
-    """`estimate` for a streamed method; `found` is what `plan_streams` gives of the same arguments."""
+    """`estimate` for a streamed method; `found` is what `plan_streams` gives of the same arguments.
+
+    Beside what any method holds there are the largest block's dense copy, and the weights that are being solved for.
+    """
     plain = estimates.estimate(
         denoiser,
         replace(workload, calibrates=False),
@@ -136,6 +144,7 @@ def estimate_streams(
         )
     return replace(
         plain,
+        memory_bytes=plain.memory_bytes + _block_bytes(denoiser, everything) + _solved_bytes(solved),
         calibration_seconds=(networks + products) / workload.flops_per_second + modules * estimates.MODULE_SECONDS,
         solver_seconds=sum(_solver_operations(tier) for tier in _tiers(solved)) / workload.flops_per_second,
     )
@@ -153,6 +162,20 @@ def _solver_operations(tier: Sequence[LinearSpec]) -> float:
     factors = sum((2 + len(LEAN.penalties)) * 8 / 3 * width**3 for width in estimates.gram_widths(tier).values())
     products = sum(2 * (rounds + WIDE_PRODUCTS) * linear.out_features * linear.in_features**2 for linear in tier)
     return factors + products
+
+
+def _block_bytes(denoiser: nn.Module, linears: Sequence[LinearSpec]) -> int:
+    """Of the largest block: a dense copy of it runs beside the pruned one."""
+    blocks = (denoiser.get_submodule(name) for name in block_modules(linears))
+    return max((sum(each.numel() * each.element_size() for each in block.parameters()) for block in blocks), default=0)
+
+
+def _solved_bytes(solved: Sequence[LinearSpec]) -> int:
+    """Of the weights that read one tensor, where they are most."""
+    sizes: dict[str, int] = {}
+    for linear in solved:
+        sizes[linear.reads] = sizes.get(linear.reads, 0) + linear.in_features * linear.out_features
+    return WEIGHT_COPIES * BYTES_PER_ENTRY * max(sizes.values(), default=0)
 
 
 def _hidden(linears: Sequence[LinearSpec], positions: Mapping[str, int]) -> int:
