@@ -19,9 +19,9 @@ FAMILIES: Final = {
     "sd3": "`sd3`: SD3, SD3.5",
     "flux": "`flux`: FLUX.1",
     "pixart": "`pixart`: PixArt-alpha, PixArt-sigma",
+    "sana": "`sana`: Sana",
     "auraflow": "no family: AuraFlow",
     "lumina2": "no family: Lumina-2",
-    "sana": "no family: Sana",
     "chroma": "no family: Chroma",
 }
 STAGES: Final = {

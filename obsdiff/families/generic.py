@@ -25,6 +25,7 @@ denoiser: str = "transformer"
 classes: tuple[str, ...] = ()
 pipeline: str = ""
 protect: tuple[int, int] = (1, 1)
+vae_scale: int = parts.VAE_SCALE
 negatives: bool = False
 described: bool = False
 

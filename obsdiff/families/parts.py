@@ -24,7 +24,7 @@ from obsdiff_runtime.errors import ModelError
 Size = tuple[int, int]
 
 VAE_SCALE: Final = 8
-"""Pixels per side of a latent pixel where there is no VAE to ask."""
+"""Pixels per side of a latent pixel of most autoencoders."""
 
 CLIP_TOKENS: Final = 77
 
@@ -97,10 +97,10 @@ def vae_scale(config: Mapping[str, Any]) -> int:
     return VAE_SCALE if levels is None else int(2 ** (len(levels) - 1))
 
 
-def vae_scale_of(pipeline: DiffusionPipeline) -> int:
-    """Pixels per side of a latent pixel; 8 where the pipeline has no VAE."""
+def vae_scale_of(pipeline: DiffusionPipeline, family: Family) -> int:
+    """Pixels per side of a latent pixel; the family's where the pipeline has no VAE."""
     vae = getattr(pipeline, "vae", None)
-    return VAE_SCALE if vae is None else vae_scale(vae.config)
+    return family.vae_scale if vae is None else vae_scale(vae.config)
 
 
 def clip_tokens(configs: Mapping[str, Mapping[str, Any]]) -> int:
@@ -123,7 +123,7 @@ def components(family: Family, pipeline: DiffusionPipeline, *, height: int, widt
         ModelError: a component of a class that is not known, or with inputs that are not exported.
     """
     model: nn.Module = getattr(pipeline, family.denoiser)
-    denoiser = family.component(model, height=height, width=width, vae_scale=vae_scale_of(pipeline))
+    denoiser = family.component(model, height=height, width=width, vae_scale=vae_scale_of(pipeline, family))
     return (*text_encoders(pipeline), denoiser, *autoencoder(pipeline, height=height, width=width))
 
 
@@ -177,6 +177,12 @@ def need(pipeline: DiffusionPipeline, *names: str) -> None:
             f"this {type(pipeline).__name__} has no {', '.join(absent)}, so it cannot read prompts; "
             "load it with its text encoders"
         )
+
+
+def instruction(pipeline: DiffusionPipeline) -> list[str]:
+    """The lines that the pipeline's call puts before prompts, not negative ones, by default; none where it has none."""
+    told = inspect.signature(type(pipeline).__call__).parameters.get("complex_human_instruction")
+    return [] if told is None or not told.default else list(told.default)
 
 
 def text_encoders(pipeline: DiffusionPipeline) -> list[Component]:

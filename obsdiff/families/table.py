@@ -5,7 +5,7 @@ from typing import Final
 import diffusers
 from torch import nn
 
-from obsdiff.families import Family, flux, generic, pixart, sd3, unet
+from obsdiff.families import Family, flux, generic, pixart, sana, sd3, unet
 from obsdiff_runtime.errors import ModelError
 
 FAMILIES: Final[dict[str, Family]] = {
@@ -13,6 +13,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "unet": unet,
     "flux": flux,
     "pixart": pixart,
+    "sana": sana,
     "generic": generic,
 }
 
