@@ -28,6 +28,10 @@ VAE_SCALE: Final = 8
 
 CLIP_TOKENS: Final = 77
 
+INSTRUCTION: Final = "complex_human_instruction"
+"""Argument of a pipeline's call, and where it is written in the text encoder's configuration for the runtime."""
+
+_SPECIAL: Final = 2  # tokens at the ends of a text that the instruction is not counted to have
 _LARGEST_EXAMPLE = 256
 _SEED = 0
 
@@ -181,15 +185,21 @@ def need(pipeline: DiffusionPipeline, *names: str) -> None:
 
 def instruction(pipeline: DiffusionPipeline) -> list[str]:
     """The lines that the pipeline's call puts before prompts, not negative ones, by default; none where it has none."""
-    told = inspect.signature(type(pipeline).__call__).parameters.get("complex_human_instruction")
+    told = inspect.signature(type(pipeline).__call__).parameters.get(INSTRUCTION)
     return [] if told is None or not told.default else list(told.default)
+
+
+def instruction_tokens(pipeline: DiffusionPipeline) -> int:
+    """Tokens by which a prompt's sequence is longer for that instruction, as SanaPipeline counts them."""
+    lines, tokenizer = instruction(pipeline), getattr(pipeline, "tokenizer", None)
+    return len(tokenizer.encode("\n".join(lines))) - _SPECIAL if lines and tokenizer is not None else 0
 
 
 def text_encoders(pipeline: DiffusionPipeline) -> list[Component]:
     """The text encoders that are present, in the pipeline's order.
 
     Raises:
-        ModelError: one is neither CLIP nor T5.
+        ModelError: one is none of CLIP, T5 and Gemma-2.
     """
     found = []
     for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
@@ -200,10 +210,13 @@ def text_encoders(pipeline: DiffusionPipeline) -> list[Component]:
         if kind in ("CLIPTextModel", "CLIPTextModelWithProjection"):
             found.append(_clip(name, model))
         elif kind == "T5EncoderModel":
-            found.append(_t5(name, model, masked=_masks_text(pipeline)))
+            found.append(_sequence(name, model, _T5(model), masked=_masks_text(pipeline)))
+        elif kind == "Gemma2Model":
+            told = {INSTRUCTION: instruction(pipeline)}
+            found.append(_sequence(name, model, _Gemma2(model), masked=True, told=told))
         else:
             raise ModelError(
-                f"{name} is a {kind}; known are CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel"
+                f"{name} is a {kind}; known are CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel, Gemma2Model"
             )
     return found
 
@@ -253,6 +266,15 @@ class _T5(Flat):
         return states
 
 
+class _Gemma2(Flat):
+    """Tokens (b, l), and 0 where they are padding, (b, l), to the last hidden state (b, l, width)."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        found = self.source(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        states: Tensor = found.last_hidden_state
+        return states
+
+
 def _masks_text(pipeline: DiffusionPipeline) -> bool:
     """Whether the pipeline tells its text encoder what is padding: then it also gives the mask to its denoiser."""
     encode = getattr(pipeline, "encode_prompt", None)
@@ -264,7 +286,8 @@ def padded(batch: int, length: int, *, dtype: torch.dtype) -> Tensor:
     return (torch.arange(length) < (length - torch.arange(batch)[:, None]).clamp_min(1)).to(dtype)
 
 
-def _t5(name: str, model: Any, *, masked: bool) -> Component:
+def _sequence(name: str, model: Any, flat: Flat, *, masked: bool, told: Mapping[str, Any] | None = None) -> Component:
+    """A text encoder of any length; `told` is written beside its configuration."""
     generator = torch.Generator().manual_seed(_SEED)
     examples = [
         {"input_ids": torch.randint(2, model.config.vocab_size, (batch, length), generator=generator)}
@@ -274,11 +297,11 @@ def _t5(name: str, model: Any, *, masked: bool) -> Component:
         example["attention_mask"] = padded(*example["input_ids"].shape, dtype=torch.int64)
     return Component(
         name=name,
-        module=_T5(model),
+        module=flat,
         inputs=examples[0],
         dynamic_axes={key: {0: "batch", 1: "sequence"} for key in examples[0]},
         outputs=("last_hidden_state",),
-        config=config_of(model),
+        config={**config_of(model), **(told or {})},
         more_inputs=tuple(examples[1:]),
     )
 
@@ -288,7 +311,7 @@ class _Decoder(nn.Module):
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
-        self.post_quant_conv = vae.post_quant_conv
+        self.post_quant_conv = getattr(vae, "post_quant_conv", None)
         self.decoder = vae.decoder
 
     def forward(self, latent_sample: Tensor) -> Tensor:
@@ -299,12 +322,15 @@ class _Decoder(nn.Module):
 
 
 class _Encoder(nn.Module):
-    """Pixels (b, 3, h s, w s) to the posterior's mean and log-variance, (b, 2 channels, h, w)."""
+    """Pixels (b, 3, h s, w s) to the posterior's mean and log-variance, (b, 2 channels, h, w).
+
+    AutoencoderDC has no posterior and gives the latents, (b, channels, h, w).
+    """
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.encoder = vae.encoder
-        self.quant_conv = vae.quant_conv
+        self.quant_conv = getattr(vae, "quant_conv", None)
 
     def forward(self, sample: Tensor) -> Tensor:
         parameters: Tensor = self.encoder(sample)
@@ -315,13 +341,13 @@ def autoencoder(pipeline: DiffusionPipeline, *, height: int, width: int) -> list
     """The VAE's decoder and encoder; nothing where the pipeline has none.
 
     Raises:
-        ModelError: it is no AutoencoderKL.
+        ModelError: it is neither AutoencoderKL nor AutoencoderDC.
     """
     vae = getattr(pipeline, "vae", None)
     if vae is None:
         return []
-    if type(vae).__name__ != "AutoencoderKL":
-        raise ModelError(f"the vae is a {type(vae).__name__}; known is AutoencoderKL")
+    if type(vae).__name__ not in ("AutoencoderKL", "AutoencoderDC"):
+        raise ModelError(f"the vae is a {type(vae).__name__}; known are AutoencoderKL and AutoencoderDC")
     scale, dtype, config = vae_scale(vae.config), vae.dtype, config_of(vae)
     sizes = rows(latent_sizes(height, width, vae_scale=scale, multiple=1))
     latents = [noise(b, vae.config.latent_channels, h, w, dtype=dtype) for b, _, (h, w) in sizes]
