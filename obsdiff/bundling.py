@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from obsdiff import card, costs, delivery, engines, facts, gates, report
 from obsdiff.engines import Engines, Order
 from obsdiff.evaluation import Evaluation, ImagePair, figure_names
 from obsdiff.evaluation import evaluate as run_pairs
+from obsdiff.families import parts
 from obsdiff.gates import Gate
 from obsdiff.guidance import GuidanceScore, parse_guidance, sweep_guidance
 from obsdiff.job import Job
@@ -194,7 +196,7 @@ def deliver(
         )
         delivery.copy_rest(pruned.pipeline, folder)
     denoiser = next(item for item in components if item.model.name == job.family.denoiser)
-    what, built = served_by(job), None
+    what, built = served_by(job, pruned.pipeline), None
     if is_stored(dense):
         written = denoiser.model.bytes
         return Delivery(
@@ -249,13 +251,17 @@ def deliver(
     )
 
 
-def served_by(job: Job) -> Served:
-    """What the job's engines are for."""
+def served_by(job: Job, pipeline: DiffusionPipeline | None = None) -> Served:
+    """What the job's engines are for; without its pipeline, what the denoiser's are for."""
     sizes = engines.sizes_of(
-        job.recipe.sampling, rows=job.rows, text_tokens=job.text_tokens, vae_scale=vae_scale(job.configs)
+        job.recipe.sampling,
+        rows=job.rows,
+        text_tokens=job.text_tokens,
+        vae_scale=vae_scale(job.configs),
+        instruction_tokens=0 if pipeline is None else parts.instruction_tokens(pipeline),
     )
-    pipeline = str(job.configs.get("model_index", {}).get("_class_name", job.family.pipeline))
-    return engines.served(sizes, pipeline, job.configs[job.family.denoiser])
+    name = str(job.configs.get("model_index", {}).get("_class_name", job.family.pipeline))
+    return engines.served(sizes, name, job.configs[job.family.denoiser])
 
 
 def counts_of(job: Job, denoiser: nn.Module, bytes_on_disk: int | NotMeasured) -> Counts:

@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from obsdiff import offloading, padding, ranks
+from obsdiff import offloading, padding, pointwise, ranks
 from obsdiff.core import timesteps
 from obsdiff.core.gram import Gram, GramAccumulator
 from obsdiff.families import Family, guided
@@ -193,15 +193,16 @@ class _Collector:
         for linear in self._linears:
             module = self._denoiser.get_submodule(linear.name)
             take = self._add if self._leaders[linear.reads] == linear.name else self._check
-            hooks.append(module.register_forward_pre_hook(lambda _, args, s=linear, t=take: t(s, args[0])))
+            hooks.append(module.register_forward_pre_hook(lambda m, args, s=linear, t=take: t(s, m, args[0])))
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _add(self, linear: LinearSpec, x: Tensor) -> None:
+    def _add(self, linear: LinearSpec, module: nn.Module, x: Tensor) -> None:
         self._seen[linear.reads] = weakref.ref(x)
+        x = pointwise.tokens(module, x)
         accumulator = self._accumulators.get(linear.reads)
         if accumulator is None:
             accumulator = self._accumulators[linear.reads] = GramAccumulator(x.shape[-1], device=x.device)
@@ -212,7 +213,7 @@ class _Collector:
         except CalibrationError as error:
             raise CalibrationError(f"{linear.name}: step {self._step + 1}, {self.prompts}: {error}") from None
 
-    def _check(self, linear: LinearSpec, x: Tensor) -> None:
+    def _check(self, linear: LinearSpec, _: nn.Module, x: Tensor) -> None:
         reference = self._seen.get(linear.reads)
         first = reference() if reference is not None else None
         same = first is x or (first is not None and first.data_ptr() == x.data_ptr() and first.shape == x.shape)

@@ -161,7 +161,7 @@ def export_denoiser(
 ) -> OnnxModel:
     """Writes the graph of another denoiser than the pipeline's, the dense one say, to `folder`."""
     component = family.component(
-        denoiser, height=sampling.height, width=sampling.width, vae_scale=parts.vae_scale_of(pipeline)
+        denoiser, height=sampling.height, width=sampling.width, vae_scale=parts.vae_scale_of(pipeline, family)
     )
     return onnx.export(component, folder, dtype=getattr(torch, dtype), opset=opset)
 

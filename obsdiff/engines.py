@@ -159,8 +159,15 @@ def order_of(settings: Settings) -> Order:
     )
 
 
-def sizes_of(sampling: Sampling, *, rows: int, text_tokens: int, vae_scale: int) -> dict[str, Size]:
-    """What every dynamic axis is at the served size: one image, of so many rows of the denoiser, or up to four."""
+def sizes_of(
+    sampling: Sampling, *, rows: int, text_tokens: int, vae_scale: int, instruction_tokens: int = 0
+) -> dict[str, Size]:
+    """What every dynamic axis is at the served size: one image, of so many rows of the denoiser, or up to four.
+
+    Prompts, not negative ones, may stand behind an instruction.
+    """
+    length = sampling.max_sequence_length or 256
+    longest = length + instruction_tokens
     return {
         "batch": (1, rows, IMAGES[1] * rows),
         "height": sampling.height // vae_scale,
@@ -168,7 +175,7 @@ def sizes_of(sampling: Sampling, *, rows: int, text_tokens: int, vae_scale: int)
         "image_height": sampling.height,
         "image_width": sampling.width,
         "text_tokens": text_tokens,
-        "sequence": sampling.max_sequence_length or 256,
+        "sequence": (length, longest, longest) if instruction_tokens else length,
     }
 
 

@@ -17,7 +17,7 @@ class TableGate:
     Attributes:
         block: the module.
         table: its parameter, (n, out).
-        told: its keyword argument, (rows, n out).
+        told: an argument of its forward, (rows, n out).
         row: of the table and of what is told, counted from 0.
     """
 
@@ -43,7 +43,7 @@ class Write:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearSpec:
-    """One prunable linear.
+    """One prunable linear; a convolution of one pixel is one over channels, with a token for each pixel.
 
     Attributes:
         name: the module's name inside the denoiser.
@@ -67,7 +67,7 @@ class LinearSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Producer:
-    """A linear (or a norm's vector) that loses the rows of a removed unit.
+    """A linear (or a norm's vector, or a convolution of each channel alone) that loses the rows of a removed unit.
 
     Attributes:
         name: module name; its weight (and bias, where there is one) loses rows.

@@ -134,7 +134,7 @@ def open_job(settings: Settings, *, sparsity_required: bool = True) -> Job:
 def check_size_of(loaded: LoadedPipeline, sampling: Sampling) -> None:
     """`check_size` of a pipeline in memory."""
     vae = getattr(loaded.pipeline, "vae", None)
-    scale = vae_scale({} if vae is None else {"vae": dict(vae.config)})
+    scale = loaded.family.vae_scale if vae is None else vae_scale({"vae": dict(vae.config)})
     check_size(type(loaded.pipeline).__name__, dict(loaded.denoiser.config), scale, sampling)  # type: ignore[arg-type]
 
 

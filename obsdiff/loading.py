@@ -198,13 +198,18 @@ def defaults_of(folder: Path | None, configs: Mapping[str, Mapping[str, Any]]) -
 
 
 def vae_scale(configs: Mapping[str, Mapping[str, Any]]) -> int:
-    """Pixels per side of a latent pixel; 8 where there is no VAE."""
-    return parts.vae_scale(configs["vae"]) if "vae" in configs else parts.VAE_SCALE
+    """Pixels per side of a latent pixel; the denoiser's family's where there is no VAE."""
+    return parts.vae_scale(configs["vae"]) if "vae" in configs else _family_of(configs).vae_scale
+
+
+def _family_of(configs: Mapping[str, Mapping[str, Any]]) -> Family:
+    denoiser = next(configs[family.denoiser] for family in FAMILIES.values() if family.denoiser in configs)
+    return family_of(str(denoiser["_class_name"]))
 
 
 def _class_defaults(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    denoiser = next(configs[family.denoiser] for family in FAMILIES.values() if family.denoiser in configs)
-    family = family_of(str(denoiser["_class_name"]))
+    family = _family_of(configs)
+    denoiser = configs[family.denoiser]
     name = configs.get("model_index", {}).get("_class_name") or family.pipeline
     if not name:
         raise ModelError(

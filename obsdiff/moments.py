@@ -5,6 +5,7 @@ x        a linear's input in the pruned stream, (tokens, in)
 y        what it should compute: its output in the dense stream, (tokens, out), and what closes the streams' gap
 """
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from obsdiff import padding, pausing, ranks
+from obsdiff import padding, pausing, pointwise, ranks
 from obsdiff.core.gram import Gram, GramAccumulator, full_precision
 from obsdiff.groups import LinearSpec, TableGate
 from obsdiff.methods import Target
@@ -131,10 +132,10 @@ class _Look:
     def _module(self, name: str) -> nn.Module:
         return self._block if name == self._name else self._block.get_submodule(name.removeprefix(f"{self._name}."))
 
-    def _see_linear(self, name: str, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self._outputs[name] = self._counted(name, output)
+    def _see_linear(self, name: str, linear: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        self._outputs[name] = self._counted(name, pointwise.tokens(linear, output))
         if not self._whole:
-            self._inputs[name] = self._counted(name, args[0])
+            self._inputs[name] = self._counted(name, pointwise.tokens(linear, args[0]))
             self._sources[name] = args[0].data_ptr(), args[0].shape
             if len(self._outputs) == len(self._linears):
                 raise _Seen
@@ -146,10 +147,11 @@ class _Look:
         self._gates[name] = self._spread(name, output[place])
 
     def _see_table_gate(
-        self, name: str, gate: TableGate, block: nn.Module, _: tuple[Any, ...], kwargs: dict[str, Any]
+        self, name: str, gate: TableGate, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         table = block.get_parameter(gate.table)
-        told = kwargs[gate.told].unflatten(-1, table.shape)  # (rows, n, out)
+        given = inspect.signature(type(block).forward).bind(block, *args, **kwargs).arguments
+        told = given[gate.told].unflatten(-1, table.shape)  # (rows, n, out)
         self._gates[name] = self._spread(name, (table + told)[:, gate.row])
 
     def _counted(self, name: str, value: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from obsdiff import costs, estimates, stream_costs
+from obsdiff import costs, estimates, pointwise, stream_costs
 from obsdiff.core.gram import BYTES_PER_ENTRY
 from obsdiff.estimates import Estimates, Streams, Workload
 from obsdiff.families import HELP, Family
@@ -290,6 +290,7 @@ def _savings(
             matrix = bool(rest)
             width = rest[0] if matrix else 1
             gone = height * width - (height - rows[name]) * (width - (columns[name] if matrix else 0))
+            gone *= pointwise.size_behind(parameter)
             parameters += gone
             macs += gone * positions.get(name, 0)
     return parameters, macs

@@ -147,7 +147,8 @@ def quantize(
     """
     denoiser: nn.Module = getattr(pipeline, family.denoiser)
     every = family.linears(denoiser)
-    chosen = quantizable(every, recipe.keep_float)
+    named = quantizable(every, recipe.keep_float)
+    chosen = tuple(linear for linear in named if isinstance(denoiser.get_submodule(linear.name), nn.Linear))
     _check_weights(denoiser, chosen)
     calls = streaming.record(pipeline, family, dataclasses.replace(recipe, draws=1), progress)
     streams = ranges.observe(
@@ -155,11 +156,16 @@ def quantize(
     )
     found = round_weights(denoiser, chosen, streams, format, dtype=dtype, rule=rule)
     records = {record.name: record for record in found.linears}
-    left = "matches --keep-float"
+    convolved = {linear.name for linear in named} - records.keys()
     return dataclasses.replace(
         found,
         linears=tuple(
-            records.get(linear.name) or QuantizedLinear(name=linear.name, precision="float", reason=left)
+            records.get(linear.name)
+            or QuantizedLinear(
+                name=linear.name,
+                precision="float",
+                reason="is a convolution" if linear.name in convolved else "matches --keep-float",
+            )
             for linear in every
         ),
     )

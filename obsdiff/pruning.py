@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from obsdiff import allocation, calibration, planning, ranks, stream_costs, streaming
+from obsdiff import allocation, calibration, planning, pointwise, ranks, stream_costs, streaming
 from obsdiff.clusters import Cluster, clusters
 from obsdiff.core import solver
 from obsdiff.core.gram import Gram
@@ -281,7 +281,7 @@ class _Run:
             solved += pieces(package)
             self._progress(f"prune {kind}", solved, total)
             for name, weight in result.weights.items():
-                self._denoiser.get_parameter(name).data.copy_(weight)
+                pointwise.write(self._denoiser.get_parameter(name), weight)
             results.append(replace(result, weights={}))  # the denoiser holds them now
         return results
 
@@ -310,9 +310,7 @@ class _Run:
         return Layer(name=linear.name, weight=weight, gram=gram.matrix, mean=gram.mean)
 
     def _weight(self, name: str) -> Tensor:
-        weight: Any = self._denoiser.get_submodule(name).weight
-        tensor: Tensor = weight.data
-        return tensor
+        return pointwise.matrix(self._denoiser.get_parameter(f"{name}.weight").data)
 
 
 def _loss(loss: float) -> float | None:

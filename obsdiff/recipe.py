@@ -209,8 +209,13 @@ def select(
     A group stays where all its consumers stay and none of its producers is excluded.
 
     Raises:
-        ConfigError: a pattern or a range that matches nothing, or nothing left.
+        ConfigError: a pattern or a range that matches nothing, or nothing left; or heads are to go, and none can.
     """
+    if recipe.sparsity.heads and groups and all(group.kind != "heads" for group in groups):
+        raise ConfigError(
+            f"--sparsity {recipe.sparsity}: no head of this denoiser can go without changing the others (its queries "
+            "and keys are normalised over all heads at once); ffn:0.25 removes FFN neurons alone"
+        )
     names = [linear.name for linear in linears]
     for flag, patterns in (("--include", recipe.include), ("--exclude", recipe.exclude)):
         for pattern in patterns:

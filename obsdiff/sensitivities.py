@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from obsdiff import padding, pausing, ranks
+from obsdiff import padding, pausing, pointwise, ranks
 from obsdiff.clusters import cluster
 from obsdiff.core.gram import Gram, GramAccumulator
 from obsdiff.core.solver import FAST
@@ -200,9 +200,9 @@ class _Solver:
         }
 
         def add(name: str, weight: float, mask: Tensor | None) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
                 try:
-                    sums[name].add(_tokens(args[0], mask), weight)
+                    sums[name].add(_tokens(pointwise.tokens(module, args[0]), mask), weight)
                 except CalibrationError as error:
                     raise CalibrationError(f"{name}: {error}") from None
 
@@ -242,7 +242,7 @@ class _Solver:
         module = self._denoiser.get_submodule(name)
         gram = grams[self._linears[name].reads]
         bias = module.bias.data if isinstance(module.bias, Tensor) else None
-        weight: Any = module.weight.data
+        weight = pointwise.matrix(self._denoiser.get_parameter(f"{name}.weight").data)
         return Layer(name=name, weight=weight, gram=gram.matrix, mean=gram.mean, bias=bias)
 
 
@@ -252,7 +252,7 @@ def _changed(denoiser: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[Non
     before = {name: denoiser.get_parameter(name).data.clone() for name in tensors}
     try:
         for name, value in tensors.items():
-            denoiser.get_parameter(name).data.copy_(value)
+            pointwise.write(denoiser.get_parameter(name), value)
         yield
     finally:
         for name, value in before.items():

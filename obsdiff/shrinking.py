@@ -12,6 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from obsdiff import pointwise
 from obsdiff.families import Family
 from obsdiff.groups import Group
 
@@ -78,13 +79,11 @@ def _cut(denoiser: nn.Module, gone: Sequence[tuple[Group, Sequence[int]]]) -> No
         module = denoiser.get_submodule(name)
         _take(module, "weight", 0, left)
         _take(module, "bias", 0, left)
-        if isinstance(module, nn.Linear):
-            module.out_features = int(left.sum())
     for name, left in across.items():
         module = denoiser.get_submodule(name)
         _take(module, "weight", 1, left)
-        if isinstance(module, nn.Linear):
-            module.in_features = int(left.sum())
+    for name in {**rows, **across}:
+        pointwise.resize(denoiser.get_submodule(name))
 
 
 def _all(denoiser: nn.Module, name: str, *, dim: int) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from obsdiff import calibration, moments, offloading, pausing, ranks, trajectories
+from obsdiff import calibration, moments, offloading, pausing, pointwise, ranks, trajectories
 from obsdiff.clusters import clusters
 from obsdiff.core import timesteps
 from obsdiff.core.permutation import permute
@@ -238,6 +238,7 @@ class _Run:
         """
         moved: dict[str, Tensor] = {}
         orders: dict[str, tuple[int, ...]] = {}
+        every = {linear.name for linear in self._linears}
         for group in self._groups:
             pattern = self._patterns.get(group.readers[0])
             free = [producer for producer in group.producers if producer.free]
@@ -246,7 +247,7 @@ class _Run:
                 or not layers.keys() >= set(group.readers)
                 or not can_move(group, pattern)
                 or any(name in self._cluster_of for name in group.readers)
-                or any(each.name not in self._patterns for each in free)
+                or any(each.name in every and each.name not in self._patterns for each in free)
             ):
                 continue
             size = group.units * group.width
@@ -304,10 +305,10 @@ class _Run:
 
     def _write(self, weights: Mapping[str, Tensor]) -> None:
         for name, value in weights.items():
-            self._denoiser.get_parameter(name).data.copy_(value)
+            pointwise.write(self._denoiser.get_parameter(name), value)
 
     def _weight(self, name: str) -> Tensor:
-        return self._denoiser.get_parameter(f"{name}.weight").data
+        return pointwise.matrix(self._denoiser.get_parameter(f"{name}.weight").data)
 
     def _bias(self, name: str) -> Tensor | None:
         bias = self._denoiser.get_submodule(name).bias

@@ -20,8 +20,8 @@ FAMILIES: Final = {
     "flux": "`flux`: FLUX.1",
     "pixart": "`pixart`: PixArt-alpha, PixArt-sigma",
     "auraflow": "`auraflow`: AuraFlow",
+    "sana": "`sana`: Sana",
     "lumina2": "no family: Lumina-2",
-    "sana": "no family: Sana",
     "chroma": "no family: Chroma",
 }
 STAGES: Final = {

@@ -156,17 +156,18 @@ def _force_tensor(tensor: TensorProto, weight: Weight, folder: Path, n: int, m: 
         raise ExportError(f"{tensor.name}: weights in {kind} cannot be forced; known are {', '.join(_TYPES)}")
     dtype, magnitude = np.dtype(known[0]), known[1]
     shape = tuple(tensor.dims)
+    flat = shape[:2]
     if tensor.data_location == TensorProto.EXTERNAL:
         place = {entry.key: entry.value for entry in tensor.external_data}
         path, offset = folder / place["location"], int(place.get("offset", 0))
         if path.stat().st_size < offset + dtype.itemsize * int(np.prod(shape)):
             raise ExportError(f"{path}: is too short for {tensor.name}; export it again")
-        stored: _Array = np.memmap(path, dtype=dtype, mode="r+", offset=offset, shape=shape)
+        stored: _Array = np.memmap(path, dtype=dtype, mode="r+", offset=offset, shape=flat)
         zero_smallest(stored.T if weight.axis == 0 else stored, magnitude, n, m)
         return
     if not tensor.raw_data:
         array = np.ascontiguousarray(onnx.numpy_helper.to_array(tensor)).view(dtype)
         tensor.CopyFrom(helper.make_tensor(tensor.name, tensor.data_type, shape, array.tobytes(), raw=True))
-    inline = np.frombuffer(tensor.raw_data, dtype=dtype).reshape(shape).copy()
+    inline = np.frombuffer(tensor.raw_data, dtype=dtype).reshape(flat).copy()
     zero_smallest(inline.T if weight.axis == 0 else inline, magnitude, n, m)
     tensor.raw_data = inline.tobytes()

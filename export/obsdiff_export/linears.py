@@ -5,7 +5,7 @@
     n    outputs
 
 Weights are found by the names that `onnx.export` gives them: `<linear>.weight`, laid out (n, k), and
-`<linear>.weight::T`, laid out (k, n).
+`<linear>.weight::T`, laid out (k, n); of a convolution of one pixel (n, k, 1, 1).
 """
 
 from collections.abc import Iterable, Mapping
@@ -64,6 +64,8 @@ def grouped(shapes: Mapping[str, Shape]) -> dict[Shape, tuple[str, ...]]:
 def weights_of(path: Path) -> dict[str, Weight]:
     """Linear -> its weight, of every matrix in a graph that bears a linear's name; the weights are not read.
 
+    Weights of one pixel count as matrices.
+
     Raises:
         ExportError: the file is absent or no graph.
     """
@@ -80,7 +82,7 @@ def weights_in(initializers: Iterable[onnx.TensorProto]) -> dict[str, Weight]:
     for tensor in initializers:
         turned = tensor.name.endswith(TRANSPOSED)
         name = tensor.name.removesuffix(TRANSPOSED)
-        if len(tensor.dims) != 2 or not name.endswith(WEIGHT):
+        if len(tensor.dims) < 2 or any(side != 1 for side in tensor.dims[2:]) or not name.endswith(WEIGHT):
             continue
         axis = 0 if turned else 1
         found[name.removesuffix(WEIGHT)] = Weight(

@@ -3,7 +3,8 @@
     k      width of the reduction: the axis along which every m consecutive weights must hold n zeros
     n_out  the other axis
 
-Every MatMul and Gemm with a constant 2-D operand is looked at, through Transpose, Cast, Identity and Q/DQ. Weights are
+Every MatMul and Gemm with a constant 2-D operand is looked at, through Transpose, Cast, Identity and Q/DQ, and every
+Conv whose weight is constant and of one pixel over all channels, (n_out, k, 1, 1): it is a product too. Weights are
 compared as bits, so float16, bfloat16, float8 and int8 need no conversion and -0.0 is a zero. The data file is mapped.
 """
 
@@ -40,7 +41,7 @@ class PatternReport:
 
     Attributes:
         name: the weight's, as in the module.
-        node: the MatMul or Gemm that reads it.
+        node: the MatMul, Gemm or Conv that reads it.
         k, n_out: widths.
         holds: whether every m consecutive weights along k hold at least n zeros.
         zeros: share of the weights that are zero.
@@ -65,7 +66,7 @@ class PatternReport:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredWeight:
-    """A constant operand of a MatMul or Gemm as it lies in the file.
+    """A constant operand of a product as it lies in the file.
 
     Attributes:
         name, node, dtype, reads: as in PatternReport.
@@ -94,7 +95,7 @@ class _Operand:
 
 
 def check(model_path: Path, n: int, m: int, expected: Collection[str] = ()) -> list[PatternReport]:
-    """One report per constant weight of a MatMul or Gemm, in graph order.
+    """One report per constant weight of a product, in graph order.
 
     Args:
         model_path: the graph, its data beside it.
@@ -114,7 +115,7 @@ def check(model_path: Path, n: int, m: int, expected: Collection[str] = ()) -> l
 
 
 def stored_weights(model_path: Path) -> Iterator[StoredWeight]:
-    """Every constant 2-D operand of a MatMul or Gemm, in graph order; mapped as it is asked for.
+    """Every constant operand of a product, in graph order; mapped as it is asked for.
 
     Raises:
         ExportError: the graph or its weights cannot be read.
@@ -135,7 +136,7 @@ def _require(path: Path, reports: list[PatternReport], pattern: str, expected: C
     for name in expected:
         named = found.get(name, []) or found.get(f"{name}.weight", [])
         if not named:
-            broken.append(f"{name}: no MatMul or Gemm reads it")
+            broken.append(f"{name}: no MatMul, Gemm or Conv of one pixel reads it")
         broken += [f"{report.name}: {report.reason}" for report in named if not report.holds]
     if broken:
         shown = "; ".join(broken[:3]) + (f"; and {len(broken) - 3} more" if len(broken) > 3 else "")
@@ -143,10 +144,14 @@ def _require(path: Path, reports: list[PatternReport], pattern: str, expected: C
 
 
 def _operands(graph: onnx.GraphProto) -> Iterator[_Operand]:
-    """Constant 2-D operands of MatMul and Gemm, with the axis of the stored tensor that is reduced."""
+    """Constant operands of products, with the axis of the stored tensor that is reduced."""
     constants = {tensor.name: tensor for tensor in graph.initializer}
     producers = {output: node for node in graph.node for output in node.output}
     for node in graph.node:
+        if node.op_type == "Conv":
+            traced = _trace(node.input[1], constants, producers)
+            if traced is not None and not traced[1] and _reads_a_pixel(node, traced[0]):
+                yield _Operand(traced[0], node.name or node.output[0], 1, _source(node.input[0], producers))
         if node.op_type not in ("MatMul", "Gemm"):
             continue
         flags = {attribute.name: attribute.i for attribute in node.attribute}
@@ -156,6 +161,12 @@ def _operands(graph: onnx.GraphProto) -> Iterator[_Operand]:
                 tensor, turned = traced
                 reads = _source(node.input[1 - side], producers)
                 yield _Operand(tensor, node.name or node.output[0], reduced ^ turned, reads)
+
+
+def _reads_a_pixel(node: onnx.NodeProto, weight: TensorProto) -> bool:
+    """Whether a Conv is a product over all channels of each pixel."""
+    groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
+    return len(weight.dims) > 2 and all(side == 1 for side in weight.dims[2:]) and groups == 1
 
 
 def _source(name: str, producers: dict[str, onnx.NodeProto]) -> str:
@@ -214,7 +225,7 @@ def _stored(operand: _Operand, folder: Path) -> StoredWeight:
         reads=operand.reads,
         k=tensor.dims[axis],
         n_out=tensor.dims[1 - axis],
-        bits=bits if bits is None or axis == 1 else bits.T,
+        bits=None if bits is None else bits.T if axis == 0 else bits.reshape(tensor.dims[0], -1),
         mask=_BITS[tensor.data_type][1] if bits is not None else 0,
     )
 

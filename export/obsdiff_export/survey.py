@@ -21,7 +21,7 @@ class Survey:
 
     Attributes:
         name: the weight's, as in the module.
-        node: the MatMul or Gemm that reads it, "" where there is no graph.
+        node: the MatMul, Gemm or Conv that reads it, "" where there is no graph.
         k, n_out: widths; the patterns run along k.
         dtype: of the stored weights, as numpy calls it.
         zeros: share of the weights that are zero; None for a type that is not known here.
@@ -39,7 +39,7 @@ class Survey:
 
 
 def survey(model_path: Path, progress: Progress = silent) -> list[Survey]:
-    """One entry for each constant weight of a MatMul or Gemm, in graph order.
+    """One entry for each constant weight of a product, in graph order.
 
     Raises:
         ExportError: the graph or its weights cannot be read.

@@ -22,6 +22,7 @@ class Family(Protocol):
         classes: diffusers classes of the denoiser.
         pipeline: diffusers class of the pipeline that a denoiser on its own is taken to belong to.
         protect: blocks at the start and at the end that keep all their units unless asked otherwise; the paper's.
+        vae_scale: pixels per side of a latent pixel where there is no VAE to ask.
         negatives: whether guidance runs every image twice, once on a negative prompt (classifier-free guidance); where
             not, it is distilled into the denoiser, which is told its scale.
         described: whether the denoiser's units, inputs and outputs are known; of `generic` only its linears are.
@@ -34,6 +35,7 @@ class Family(Protocol):
     classes: tuple[str, ...]
     pipeline: str
     protect: tuple[int, int]
+    vae_scale: int
     negatives: bool
     described: bool
     text_mask: str | None

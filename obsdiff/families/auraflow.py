@@ -40,6 +40,7 @@ protect: tuple[int, int] = (1, 1)
 negatives: bool = True
 described: bool = True
 text_mask: str | None = None
+vae_scale: int = parts.VAE_SCALE
 
 _TIMESTEPS: Final = 1000
 """The denoiser is told timesteps as shares of so many."""

@@ -40,6 +40,7 @@ denoiser: str = "transformer"
 classes: tuple[str, ...] = ("FluxTransformer2DModel",)
 pipeline: str = "FluxPipeline"
 protect: tuple[int, int] = (1, 1)
+vae_scale: int = parts.VAE_SCALE
 negatives: bool = False
 described: bool = True
 text_mask: str | None = None

@@ -27,6 +27,7 @@ denoiser: str = "transformer"
 classes: tuple[str, ...] = ()
 pipeline: str = ""
 protect: tuple[int, int] = (1, 1)
+vae_scale: int = parts.VAE_SCALE
 negatives: bool = False
 described: bool = False
 text_mask: str | None = "encoder_attention_mask"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 from torch import nn
 
+from obsdiff import pointwise
 from obsdiff.groups import Consumer, Group, LinearSpec, Producer, Size, Write
 from obsdiff_runtime.errors import ModelError
 
@@ -14,24 +15,25 @@ from obsdiff_runtime.errors import ModelError
 def linear(
     denoiser: nn.Module, name: str, *, block: int, tier: int, reads: str, tokens: str, writes: Write | None = None
 ) -> LinearSpec:
-    """The prunable linear of that name.
+    """The prunable linear of that name, or the convolution of one pixel, which is one.
 
     Raises:
         ModelError: the module is no plain torch linear, as after adding LoRA adapters or quantising.
     """
     module = denoiser.get_submodule(name)
-    if type(module) is not nn.Linear:
+    if type(module) is not nn.Linear and not pointwise.is_pointwise(module):
         raise ModelError(
             f"{name} is a {type(module).__name__}, not a plain linear; "
             "merge adapters (pipeline.fuse_lora(), then unload_lora_weights()) and load the model without quantisation"
         )
+    width, height = pointwise.widths(module)
     return LinearSpec(
         name=name,
         block=block,
         tier=tier,
         reads=reads,
-        in_features=module.in_features,
-        out_features=module.out_features,
+        in_features=width,
+        out_features=height,
         tokens=tokens,
         writes=writes,
     )

@@ -24,10 +24,14 @@ from obsdiff_runtime.errors import ModelError
 Size = tuple[int, int]
 
 VAE_SCALE: Final = 8
-"""Pixels per side of a latent pixel where there is no VAE to ask."""
+"""Pixels per side of a latent pixel of most autoencoders."""
 
 CLIP_TOKENS: Final = 77
 
+INSTRUCTION: Final = "complex_human_instruction"
+"""Argument of a pipeline's call, and where it is written in the text encoder's configuration for the runtime."""
+
+_SPECIAL: Final = 2  # tokens at the ends of a text that the instruction is not counted to have
 _LARGEST_EXAMPLE = 256
 _SEED = 0
 
@@ -97,10 +101,10 @@ def vae_scale(config: Mapping[str, Any]) -> int:
     return VAE_SCALE if levels is None else int(2 ** (len(levels) - 1))
 
 
-def vae_scale_of(pipeline: DiffusionPipeline) -> int:
-    """Pixels per side of a latent pixel; 8 where the pipeline has no VAE."""
+def vae_scale_of(pipeline: DiffusionPipeline, family: Family) -> int:
+    """Pixels per side of a latent pixel; the family's where the pipeline has no VAE."""
     vae = getattr(pipeline, "vae", None)
-    return VAE_SCALE if vae is None else vae_scale(vae.config)
+    return family.vae_scale if vae is None else vae_scale(vae.config)
 
 
 def clip_tokens(configs: Mapping[str, Mapping[str, Any]]) -> int:
@@ -123,7 +127,7 @@ def components(family: Family, pipeline: DiffusionPipeline, *, height: int, widt
         ModelError: a component of a class that is not known, or with inputs that are not exported.
     """
     model: nn.Module = getattr(pipeline, family.denoiser)
-    denoiser = family.component(model, height=height, width=width, vae_scale=vae_scale_of(pipeline))
+    denoiser = family.component(model, height=height, width=width, vae_scale=vae_scale_of(pipeline, family))
     return (*text_encoders(pipeline), denoiser, *autoencoder(pipeline, height=height, width=width))
 
 
@@ -180,7 +184,11 @@ def need(pipeline: DiffusionPipeline, *names: str) -> None:
 
 
 def masked_text(
-    pipeline: DiffusionPipeline, prompts: Sequence[str], negative: Sequence[str], max_sequence_length: int | None
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str],
+    negative: Sequence[str],
+    max_sequence_length: int | None,
+    **more: Any,
 ) -> dict[str, Tensor]:
     """`Family.encode` of one text encoder: embeddings (n, text tokens, width), and which are text, (n, text tokens)."""
     need(pipeline, "text_encoder", "tokenizer")
@@ -191,16 +199,29 @@ def masked_text(
             negative_prompt=list(negative),
             do_classifier_free_guidance=bool(negative),
             **limit,
+            **more,
         )
     names = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
     return {key: value for key, value in zip(names, encoded, strict=True) if value is not None}
+
+
+def instruction(pipeline: DiffusionPipeline) -> list[str]:
+    """The lines that the pipeline's call puts before prompts, not negative ones, by default; none where it has none."""
+    told = inspect.signature(type(pipeline).__call__).parameters.get(INSTRUCTION)
+    return [] if told is None or not told.default else list(told.default)
+
+
+def instruction_tokens(pipeline: DiffusionPipeline) -> int:
+    """Tokens by which a prompt's sequence is longer for that instruction, as SanaPipeline counts them."""
+    lines, tokenizer = instruction(pipeline), getattr(pipeline, "tokenizer", None)
+    return len(tokenizer.encode("\n".join(lines))) - _SPECIAL if lines and tokenizer is not None else 0
 
 
 def text_encoders(pipeline: DiffusionPipeline) -> list[Component]:
     """The text encoders that are present, in the pipeline's order.
 
     Raises:
-        ModelError: one is neither CLIP nor T5, nor UMT5.
+        ModelError: one is none of CLIP, T5, UMT5 and Gemma-2.
     """
     found = []
     for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
@@ -211,11 +232,14 @@ def text_encoders(pipeline: DiffusionPipeline) -> list[Component]:
         if kind in ("CLIPTextModel", "CLIPTextModelWithProjection"):
             found.append(_clip(name, model))
         elif kind in ("T5EncoderModel", "UMT5EncoderModel"):
-            found.append(_t5(name, model, masked=_masks_text(pipeline)))
+            found.append(_sequence(name, model, _T5(model), masked=_masks_text(pipeline)))
+        elif kind == "Gemma2Model":
+            told = {INSTRUCTION: instruction(pipeline)}
+            found.append(_sequence(name, model, _Gemma2(model), masked=True, told=told))
         else:
             raise ModelError(
-                f"{name} is a {kind}; known are CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel and "
-                "UMT5EncoderModel"
+                f"{name} is a {kind}; known are CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel, "
+                "UMT5EncoderModel and Gemma2Model"
             )
     return found
 
@@ -265,6 +289,15 @@ class _T5(Flat):
         return states
 
 
+class _Gemma2(Flat):
+    """Tokens (b, l), and 0 where they are padding, (b, l), to the last hidden state (b, l, width)."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        found = self.source(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        states: Tensor = found.last_hidden_state
+        return states
+
+
 def _masks_text(pipeline: DiffusionPipeline) -> bool:
     """Whether the pipeline tells its text encoder what is padding: then it also gives the mask to its denoiser."""
     encode = getattr(pipeline, "encode_prompt", None)
@@ -276,7 +309,8 @@ def padded(batch: int, length: int, *, dtype: torch.dtype) -> Tensor:
     return (torch.arange(length) < (length - torch.arange(batch)[:, None]).clamp_min(1)).to(dtype)
 
 
-def _t5(name: str, model: Any, *, masked: bool) -> Component:
+def _sequence(name: str, model: Any, flat: Flat, *, masked: bool, told: Mapping[str, Any] | None = None) -> Component:
+    """A text encoder of any length; `told` is written beside its configuration."""
     generator = torch.Generator().manual_seed(_SEED)
     examples = [
         {"input_ids": torch.randint(2, model.config.vocab_size, (batch, length), generator=generator)}
@@ -286,11 +320,11 @@ def _t5(name: str, model: Any, *, masked: bool) -> Component:
         example["attention_mask"] = padded(*example["input_ids"].shape, dtype=torch.int64)
     return Component(
         name=name,
-        module=_T5(model),
+        module=flat,
         inputs=examples[0],
         dynamic_axes={key: {0: "batch", 1: "sequence"} for key in examples[0]},
         outputs=("last_hidden_state",),
-        config=config_of(model),
+        config={**config_of(model), **(told or {})},
         more_inputs=tuple(examples[1:]),
     )
 
@@ -300,7 +334,7 @@ class _Decoder(nn.Module):
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
-        self.post_quant_conv = vae.post_quant_conv
+        self.post_quant_conv = getattr(vae, "post_quant_conv", None)
         self.decoder = vae.decoder
 
     def forward(self, latent_sample: Tensor) -> Tensor:
@@ -311,12 +345,15 @@ class _Decoder(nn.Module):
 
 
 class _Encoder(nn.Module):
-    """Pixels (b, 3, h s, w s) to the posterior's mean and log-variance, (b, 2 channels, h, w)."""
+    """Pixels (b, 3, h s, w s) to the posterior's mean and log-variance, (b, 2 channels, h, w).
+
+    AutoencoderDC has no posterior and gives the latents, (b, channels, h, w).
+    """
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.encoder = vae.encoder
-        self.quant_conv = vae.quant_conv
+        self.quant_conv = getattr(vae, "quant_conv", None)
 
     def forward(self, sample: Tensor) -> Tensor:
         parameters: Tensor = self.encoder(sample)
@@ -327,13 +364,13 @@ def autoencoder(pipeline: DiffusionPipeline, *, height: int, width: int) -> list
     """The VAE's decoder and encoder; nothing where the pipeline has none.
 
     Raises:
-        ModelError: it is no AutoencoderKL.
+        ModelError: it is neither AutoencoderKL nor AutoencoderDC.
     """
     vae = getattr(pipeline, "vae", None)
     if vae is None:
         return []
-    if type(vae).__name__ != "AutoencoderKL":
-        raise ModelError(f"the vae is a {type(vae).__name__}; known is AutoencoderKL")
+    if type(vae).__name__ not in ("AutoencoderKL", "AutoencoderDC"):
+        raise ModelError(f"the vae is a {type(vae).__name__}; known are AutoencoderKL and AutoencoderDC")
     scale, dtype, config = vae_scale(vae.config), vae.dtype, config_of(vae)
     sizes = rows(latent_sizes(height, width, vae_scale=scale, multiple=1))
     latents = [noise(b, vae.config.latent_channels, h, w, dtype=dtype) for b, _, (h, w) in sizes]

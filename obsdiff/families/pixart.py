@@ -27,6 +27,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from obsdiff.families import layers, parts
+from obsdiff.families.places import Patches
 from obsdiff.groups import Group, LinearSpec, TableGate, Write
 from obsdiff_export.component import Component
 from obsdiff_runtime.errors import ModelError
@@ -38,6 +39,7 @@ classes: tuple[str, ...] = ("PixArtTransformer2DModel", "Transformer2DModel")
 
 pipeline: str = "PixArtAlphaPipeline"
 protect: tuple[int, int] = (1, 1)
+vae_scale: int = parts.VAE_SCALE
 negatives: bool = True
 described: bool = True
 text_mask: str | None = "encoder_attention_mask"
@@ -45,7 +47,6 @@ text_mask: str | None = "encoder_attention_mask"
 _TEXT: Final = "encoder_hidden_states"
 _TEXT_TOKENS: Final = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
 _ADDED: Final = ("resolution", "aspect_ratio")
-_LONGEST_PERIOD: Final = 10000  # of the places' sines, over 2 pi, in steps of the size that the model was trained on
 
 
 def linears(denoiser: nn.Module) -> tuple[LinearSpec, ...]:
@@ -126,41 +127,12 @@ def arguments(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
     return {**plain, "added_cond_kwargs": {key: inputs.get(key) for key in _ADDED}}
 
 
-class _Patches(nn.Module):
-    """diffusers' PatchEmbed at any size: the places are computed in the graph, not cached for the size of training.
-
-    A token in column x and row y of a grid of (h, w) has sines and cosines of x S / w f, then of y S / h f. S is the
-    side of the grid in training over the model's interpolation scale, f from 1 down to 1 / _LONGEST_PERIOD.
-    """
-
-    def __init__(self, source: Any) -> None:
-        super().__init__()
-        self.proj = source.proj
-        self._span = source.base_size / source.interpolation_scale
-        self._frequencies = _frequencies(source.proj.out_channels // 4)
-
-    def forward(self, latent: Tensor) -> Tensor:
-        patches: Tensor = self.proj(latent)  # (b, width, h, w)
-        rows, columns = patches.shape[-2:]
-        across, down = self._waves(columns, latent.device), self._waves(rows, latent.device)
-        half = across.shape[-1]
-        grid = torch.cat([across.expand(rows, columns, half), down[:, None].expand(rows, columns, half)], dim=-1)
-        return (patches.flatten(2).transpose(1, 2) + grid.flatten(0, 1)).to(patches.dtype)  # (b, tokens, width)
-
-    def _waves(self, places: int, device: torch.device) -> Tensor:
-        """(places, width / 2), float32 whatever the model is in."""
-        frequencies = torch.tensor(self._frequencies, dtype=torch.float32, device=device)
-        steps = torch.arange(places, dtype=torch.float32, device=device) * self._span / places
-        angles = steps[:, None] * frequencies
-        return torch.cat([angles.sin(), angles.cos()], dim=-1)
-
-
 class _Flat(parts.Flat):
     """The transformer, without options; (b, channels, h, w) to the same."""
 
     def __init__(self, source: Any) -> None:
         view = copy.copy(source)
-        view._modules = {**source._modules, "pos_embed": _Patches(source.pos_embed)}
+        view._modules = {**source._modules, "pos_embed": Patches(source.pos_embed)}
         super().__init__(view)
 
     def forward(
@@ -233,7 +205,3 @@ def _writes(prefix: str, linear: str) -> Write | None:
 
 def _gate(prefix: str, row: int) -> TableGate:
     return TableGate(block=prefix, table="scale_shift_table", told="timestep", row=row)
-
-
-def _frequencies(count: int) -> tuple[float, ...]:
-    return tuple(float(_LONGEST_PERIOD ** (-index / count)) for index in range(count))

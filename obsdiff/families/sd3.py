@@ -31,6 +31,7 @@ denoiser: str = "transformer"
 classes: tuple[str, ...] = ("SD3Transformer2DModel",)
 pipeline: str = "StableDiffusion3Pipeline"
 protect: tuple[int, int] = (1, 1)
+vae_scale: int = parts.VAE_SCALE
 negatives: bool = True
 described: bool = True
 text_mask: str | None = None

@@ -29,6 +29,7 @@ denoiser: str = "unet"
 classes: tuple[str, ...] = ("UNet2DConditionModel",)
 pipeline: str = "StableDiffusionPipeline"
 protect: tuple[int, int] = (0, 0)
+vae_scale: int = parts.VAE_SCALE
 negatives: bool = True
 described: bool = True
 text_mask: str | None = None

@@ -151,8 +151,8 @@ class _Weighed:
                 self.unknown.append(f"{tensor.name}: {tensor.dtype} is not known here, so its zeros are not counted")
             return
         name = tensor.name.removesuffix(".weight")
-        if tensor.bits.ndim == 2 and name != tensor.name:
-            linear = _linear(tensor, tensor.bits, records.get(name))
+        if name != tensor.name and (tensor.bits.ndim == 2 or name in records):
+            linear = _linear(tensor, tensor.bits.reshape(len(tensor.bits), -1), records.get(name))
             self.zeros += round((linear.zeros or 0) * tensor.bits.size)
             self.linears.append(linear)
         else:

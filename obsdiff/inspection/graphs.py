@@ -27,7 +27,7 @@ class GraphContent:
         ops: how many nodes of each operator; those of another domain as "domain.Operator".
         parameters: numbers in the initializers.
         dtypes: how many of them in each number format.
-        weights: which patterns each constant weight of a MatMul or Gemm holds.
+        weights: which patterns each constant weight of a product holds.
     """
 
     path: str

@@ -26,7 +26,8 @@ class Autoencoder:
 
     def __init__(self, networks: Networks, config: Mapping[str, Any]) -> None:
         self._networks, self._config = networks, config
-        self.scale: int = 2 ** (len(config["block_out_channels"]) - 1)
+        levels = config.get("block_out_channels") or config["encoder_block_out_channels"]
+        self.scale: int = 2 ** (len(levels) - 1)
 
     def decode(self, sample: Array) -> Pixels:
         """(c, h, w) -> (height, width, 3).
@@ -49,11 +50,15 @@ class Autoencoder:
     def encode(self, picture: Pixels) -> tuple[Array, Array]:
         """Mean and standard deviation, (c, h, w) each, of the latents of a picture (height, width, 3).
 
+        AutoencoderDC gives the latents themselves.
+
         Raises:
             RunError: they were not finite.
         """
         pixels = (picture.transpose(2, 0, 1).astype(np.float32) / np.float32(127.5) - np.float32(1))[None]
         found = self._networks.run("vae_encoder", {"sample": pixels}, ["latent_parameters"])["latent_parameters"][0]
+        if len(found) == self._config["latent_channels"]:
+            return found, np.zeros_like(found)
         mean, log_variance = np.split(found, 2)
         return mean, np.exp(np.float32(0.5) * np.clip(log_variance, *LOG_VARIANCES))
 

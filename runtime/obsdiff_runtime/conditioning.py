@@ -15,6 +15,7 @@ from obsdiff_runtime.networks import Array, Networks
 
 FLUX_PATCH: Final = 2  # latent pixels a side of a token, which the pipeline packs; the denoiser's patch_size is 1
 PIXART_ADDED: Final = 128  # sample_size of a denoiser that is told the image's size where its config does not say
+SANA_INSTRUCTION: Final = "complex_human_instruction"  # in the configuration of its text encoder: lines
 
 Conditions = dict[str, Array]
 
@@ -163,6 +164,28 @@ def encode_auraflow(networks: Networks, prompts: Sequence[str], negative: bool, 
     return {"encoder_hidden_states": states["last_hidden_state"] * mask[..., None].astype(np.float32)}
 
 
+def encode_sana(networks: Networks, prompts: Sequence[str], negative: bool, settings: Settings) -> Conditions:
+    """Gemma-2, told what is padding, and which tokens are not.
+
+    Prompts, not negative ones, stand behind the instruction that the bundle has of diffusers' pipeline. Of its tokens
+    the first is kept, and of the prompt's all but the first: as many as negative ones have. The rest is as PixArt's.
+    """
+    written, length = [prompt.lower().strip() for prompt in prompts], settings.max_sequence_length
+    tokenizer, longest = networks.tokenizer("tokenizer"), length
+    instruction = "\n".join(networks.bundle.config("text_encoder").get(SANA_INSTRUCTION) or ())
+    if instruction and not negative:
+        written = [instruction + prompt for prompt in written]
+        longest = tokenizer.length(instruction) + length - 2
+    ids, mask = tokenizer.masked_ids(written, longest)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    states = networks.run("text_encoder", inputs, ["last_hidden_state"])["last_hidden_state"]
+    kept = [0, *range(1 - length, 0)]
+    return {
+        "encoder_hidden_states": states[:, kept],
+        "encoder_attention_mask": mask[:, kept].astype(np.float32),
+    }
+
+
 def _clip(networks: Networks, suffix: str, prompts: Sequence[str], length: int, pooled: str | None) -> dict[str, Array]:
     """Penultimate hidden states (n, t, d) as "hidden", and the pooled output (n, p) if one is named."""
     encoder = f"text_encoder{suffix}"
@@ -255,6 +278,15 @@ AURAFLOW: Final = Kind(
     largest=lambda config: isqrt(int(config["pos_embed_max_size"])) * int(config["patch_size"]),
     skipped=_skipped_part,  # diffusers has no pipeline of AuraFlow that changes an image; as SD3's
 )
+SANA: Final = Kind(
+    denoiser="transformer",
+    noisy="hidden_states",
+    predicted="out_hidden_states",
+    encode=encode_sana,
+    patch=lambda config: int(config["patch_size"]),
+    largest=lambda config: None,
+    skipped=_skipped_whole,  # as PixArt's
+)
 KINDS: Final[dict[str, Kind]] = {
     "StableDiffusion3Pipeline": SD3,
     "StableDiffusionPipeline": SD,
@@ -263,6 +295,7 @@ KINDS: Final[dict[str, Kind]] = {
     "PixArtAlphaPipeline": PIXART,
     "PixArtSigmaPipeline": PIXART,
     "AuraFlowPipeline": AURAFLOW,
+    "SanaPipeline": SANA,
 }
 
 

@@ -42,6 +42,10 @@ class PromptTokenizer:
         """
         return self.masked_ids(prompts, length)[0]
 
+    def length(self, text: str) -> int:
+        """Tokens of a text, with special tokens."""
+        return len(self._tokenizer.encode(text).ids)
+
     def masked_ids(self, prompts: Sequence[str], length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The ids, and 1 where they are no padding, both (len(prompts), length), int64."""
         rows = np.full((len(prompts), length), self._pad_id, dtype=np.int64)

@@ -203,6 +203,7 @@ def test_the_builders_words_for_a_type(words, dtype):
         ("[ONNX Layer: a]\x1f[ONNX Layer: b]", ("a", "b")),
         ("[ONNX Layer: a][ONNX Layer: a]", ("a",)),
         ("[ONNX Layer: /x/[0]/MatMul | f (F) | g (G)]", ("/x/[0]/MatMul",)),
+        ("[ONNX Layer: a]__gemm_from_conv1x1\x1f[ONNX Layer: b]", ("a", "b")),
         ("[ONNX Layer: cut", ()),
         ("", ()),
     ],

@@ -137,3 +137,18 @@ def test_shapes_are_grouped_by_what_they_cost_together() -> None:
     assert list(grouped({"a": large, "b": small, "c": small}).items()) == [(large, ("a",)), (small, ("b", "c"))]
     many = {f"s{i}": small for i in range(9)}
     assert next(iter(grouped({"a": large} | many))) == small
+
+
+@pytest.mark.parametrize("external", [True, False])
+def test_a_convolution_of_one_pixel_is_forced_along_its_channels(tmp_path: Path, external: bool) -> None:
+    weight = np.random.default_rng(0).standard_normal((8, 12, 1, 1)).astype(np.float32)
+    x, y = [onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "xy"]
+    node = onnx.helper.make_node("Conv", ["x", "up.weight"], ["y"])
+    graph = onnx.helper.make_graph([node], "g", [x], [y], [numpy_helper.from_array(weight, "up.weight")])
+    (tmp_path / "dense").mkdir()
+    path = tmp_path / "dense" / "model.onnx"
+    onnx.save(onnx.helper.make_model(graph), path, save_as_external_data=external, location="w", size_threshold=0)
+    assert force(path, tmp_path / "forced", 2, 4) == ("up",)
+    (forced,) = onnx.load(tmp_path / "forced" / "model.onnx").graph.initializer
+    expected = smallest_zeroed(weight[:, :, 0, 0].astype(np.float64), 2, 4)
+    assert np.array_equal(numpy_helper.to_array(forced)[:, :, 0, 0].astype(np.float64), expected)

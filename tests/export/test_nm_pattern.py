@@ -12,7 +12,7 @@ from obsdiff_export.pattern import PatternReport, check
 from obsdiff_runtime.errors import ConfigError, ExportError
 
 KINDS = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
-LAYOUTS = ("matmul", "gemm", "transpose", "cast", "left", "dequantize")
+LAYOUTS = ("matmul", "gemm", "transpose", "cast", "left", "dequantize", "conv")
 
 
 def two_of_four(n_out: int, k: int, seed: int = 0) -> np.ndarray:
@@ -45,7 +45,7 @@ def tensor_of(array: np.ndarray, name: str, dtype: str) -> TensorProto:
 
 
 def save(folder: Path, weight: np.ndarray, layout: str, dtype: str = "float32", *, external: bool = True) -> Path:
-    """A graph of one linear over weight (n_out, k), written the way `layout` says."""
+    """A graph of one linear over weight (n_out, k), written the way `layout` says; a convolution's is of one pixel."""
     kind = KINDS[dtype]
     x, y = [helper.make_tensor_value_info(name, kind, None) for name in "xy"]
     nodes, stored, extra = [], weight, []
@@ -56,6 +56,9 @@ def save(folder: Path, weight: np.ndarray, layout: str, dtype: str = "float32", 
         nodes = [helper.make_node("Gemm", ["x", "w"], ["y"], name="linear", transB=1)]
     elif layout == "left":
         nodes = [helper.make_node("MatMul", ["w", "x"], ["y"], name="linear")]
+    elif layout == "conv":
+        stored = weight[:, :, None, None]
+        nodes = [helper.make_node("Conv", ["x", "w"], ["y"], name="linear")]
     elif layout == "transpose":
         turn = helper.make_node("Transpose", ["w"], ["t"], perm=[1, 0])
         nodes = [turn, helper.make_node("MatMul", ["x", "t"], ["y"], name="linear")]
@@ -125,6 +128,15 @@ def test_the_verdict_is_that_of_the_definition(tmp_path_factory, n_out, k, patte
     assert report.zeros == pytest.approx(float((weight == 0).mean()))
 
 
+@pytest.mark.parametrize(("weight", "groups"), [((8, 32, 3, 3), 1), ((8, 16, 1, 1), 2)])
+def test_a_conv_that_reads_neighbours_or_some_channels_is_no_product(tmp_path, weight, groups):
+    x, y = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "xy"]
+    node = helper.make_node("Conv", ["x", "w"], ["y"], group=groups)
+    graph = helper.make_graph([node], "g", [x], [y], [tensor_of(np.zeros(weight), "w", "float32")])
+    onnx.save(helper.make_model(graph), tmp_path / "model.onnx")
+    assert check(tmp_path / "model.onnx", 2, 4) == []
+
+
 def test_the_broken_group_is_named(tmp_path):
     weight = two_of_four(24, 32)
     weight[7, 12:16] = 1
@@ -145,7 +157,7 @@ def test_an_expected_linear_that_does_not_hold_is_an_error_that_names_it(tmp_pat
 
 def test_an_expected_linear_that_is_not_in_the_graph_is_an_error(tmp_path):
     path = save(tmp_path, two_of_four(8, 32), "matmul")
-    with pytest.raises(ExportError, match=r"blocks\.0\.to_q: no MatMul or Gemm reads it"):
+    with pytest.raises(ExportError, match=r"blocks\.0\.to_q: no MatMul, Gemm or Conv of one pixel reads it"):
         check(path, 2, 4, ["w", "blocks.0.to_q"])
 
 

@@ -41,6 +41,9 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -48,7 +51,7 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from obsdiff.families import flux, pixart
+from obsdiff.families import flux, pixart, sana
 
 TEXT_TOKENS = 12
 T5_SIZES: dict[str, int] = {
@@ -176,6 +179,23 @@ def auraflow_transformer(**changes: Any) -> AuraFlowTransformer2DModel:
     return AuraFlowTransformer2DModel(**config | changes)
 
 
+def sana_transformer(**changes: Any) -> SanaTransformer2DModel:
+    """Three blocks of 6 heads of 8 over the image and 4 of 12 over the text, and 120 neurons."""
+    config: dict[str, Any] = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_attention_heads": 6,
+        "attention_head_dim": 8,
+        "num_layers": 3,
+        "num_cross_attention_heads": 4,
+        "cross_attention_head_dim": 12,
+        "cross_attention_dim": 48,
+        "caption_channels": 24,
+        "sample_size": 16,
+    }
+    return SanaTransformer2DModel(**{**config, **changes})
+
+
 DENOISERS: dict[str, Callable[..., nn.Module]] = {
     "sd3": sd3_transformer,
     "sd35": sd35_transformer,
@@ -185,6 +205,7 @@ DENOISERS: dict[str, Callable[..., nn.Module]] = {
     "pixart": pixart_transformer,
     "pixart_sigma": pixart_sigma_transformer,
     "auraflow": auraflow_transformer,
+    "sana": sana_transformer,
 }
 
 
@@ -217,6 +238,39 @@ def t5() -> tuple[T5Tokenizer, T5EncoderModel]:
     tokenizer = T5Tokenizer(vocab=pieces, extra_ids=0)
     config = T5Config(**T5_SIZES)
     return tokenizer, T5EncoderModel(config).eval()
+
+
+def gemma2() -> tuple[GemmaTokenizer, Gemma2Model]:
+    """One token a letter; what is none of them is unknown."""
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\u2581", *"abcdefghijklmnopqrstuvwxyz"]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=[], add_bos_token=True)
+    config = Gemma2Config(
+        vocab_size=len(tokens),
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=16,
+    )
+    return tokenizer, Gemma2Model(config).eval()
+
+
+def deep_autoencoder() -> AutoencoderDC:
+    """Two levels: a latent pixel is two pixels wide."""
+    levels: dict[str, Any] = {
+        f"{side}_{name}": value
+        for side in ("encoder", "decoder")
+        for name, value in {
+            "block_types": ("ResBlock", "EfficientViTBlock"),
+            "block_out_channels": (16, 32),
+            "qkv_multiscales": ((), (5,)),
+            "layers_per_block": (1, 1),
+        }.items()
+    }
+    return AutoencoderDC(latent_channels=4, attention_head_dim=8, scaling_factor=0.41, **levels)
 
 
 def autoencoder(shift_factor: float | None = None) -> AutoencoderKL:
@@ -321,6 +375,18 @@ def auraflow_pipeline(**changes: Any) -> AuraFlowPipeline:
     )
 
 
+def sana_pipeline(**changes: Any) -> SanaPipeline:
+    torch.manual_seed(0)
+    tokenizer, text_encoder = gemma2()
+    return SanaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=deep_autoencoder().eval(),
+        transformer=sana_transformer(**changes).eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
 PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "sd3": sd3_pipeline,
     "sd15": sd15_pipeline,
@@ -329,6 +395,7 @@ PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "pixart": pixart_pipeline,
     "pixart_sigma": partial(pixart_pipeline, sigma=True),
     "auraflow": auraflow_pipeline,
+    "sana": sana_pipeline,
 }
 
 
@@ -357,40 +424,6 @@ def lumina2_pipeline() -> Lumina2Pipeline:
     )
 
 
-def sana_pipeline() -> SanaPipeline:
-    """Linear attention, and feed-forwards of convolutions."""
-    tokenizer, text_encoder = t5()
-    transformer = SanaTransformer2DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=4,
-        attention_head_dim=8,
-        num_layers=2,
-        num_cross_attention_heads=4,
-        cross_attention_head_dim=8,
-        cross_attention_dim=32,
-        caption_channels=24,
-        sample_size=16,
-    )
-    levels: dict[str, Any] = {
-        f"{side}_{name}": value
-        for side in ("encoder", "decoder")
-        for name, value in {
-            "block_types": ("ResBlock", "EfficientViTBlock"),
-            "block_out_channels": (16, 32),
-            "qkv_multiscales": ((), (5,)),
-            "layers_per_block": (1, 1),
-        }.items()
-    }
-    return SanaPipeline(
-        tokenizer=tokenizer,
-        text_encoder=text_encoder,
-        vae=AutoencoderDC(latent_channels=4, attention_head_dim=8, **levels).eval(),
-        transformer=transformer.eval(),
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-    )
-
-
 def chroma_pipeline() -> ChromaPipeline:
     tokenizer, text_encoder = t5()
     transformer = ChromaTransformer2DModel(
@@ -416,14 +449,13 @@ def chroma_pipeline() -> ChromaPipeline:
 
 UNDESCRIBED: dict[str, Callable[[], DiffusionPipeline]] = {
     "lumina2": lumina2_pipeline,
-    "sana": sana_pipeline,
     "chroma": chroma_pipeline,
 }
 
 
 @pytest.fixture
 def build_undescribed() -> Callable[[str], DiffusionPipeline]:
-    """build_undescribed("lumina2" | "sana" | "chroma"): a pipeline whose denoiser no family describes.
+    """build_undescribed("lumina2" | "chroma"): a pipeline whose denoiser no family describes.
 
     T5 reads the prompts of all of them, whatever the real one has.
     """
@@ -489,9 +521,10 @@ def denoise() -> Callable[[nn.Module], torch.Tensor]:
                 return denoiser(**flux.arguments(inputs), return_dict=False)[0]
             if isinstance(denoiser, AuraFlowTransformer2DModel):
                 return denoiser(sample, noise(2, 7, config.joint_attention_dim), time / 1000, return_dict=False)[0]
-            if isinstance(denoiser, PixArtTransformer2DModel):
+            if isinstance(denoiser, PixArtTransformer2DModel | SanaTransformer2DModel):
+                family = pixart if isinstance(denoiser, PixArtTransformer2DModel) else sana
                 shape = {"batch": 2, "size": (12, 16), "text_tokens": 7, "pixels": (24, 32)}
-                return denoiser(**pixart.arguments(pixart.example(denoiser, **shape)), return_dict=False)[0]
+                return denoiser(**family.arguments(family.example(denoiser, **shape)), return_dict=False)[0]
             added = {"text_embeds": noise(2, 16), "time_ids": torch.ones(2, 6)}
             text = noise(2, 7, config.cross_attention_dim)
             return denoiser(sample, time, text, added_cond_kwargs=added, return_dict=False)[0]

@@ -25,7 +25,7 @@ from obsdiff.trajectories import Call
 from obsdiff_runtime.errors import CalibrationError, ConfigError
 from obsdiff_runtime.progress import silent
 
-KINDS = ["sd3", "sd15", "flux", "pixart"]
+KINDS = ["sd3", "sd15", "flux", "pixart", "sana"]
 PROMPTS = ["a red circle", "a blue square", "a dog"]
 ALIGNED: dict[str, Any] = {"align": 8}
 

@@ -98,7 +98,7 @@ def test_a_cut_and_masked_pipeline_comes_back_bit_by_bit(
 @pytest.mark.stage("saved")
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [("sd15", "unet"), ("sdxl", "unet"), *((kind, "transformer") for kind in ("flux", "pixart", "auraflow"))],
+    [("sd15", "unet"), ("sdxl", "unet"), *((kind, "transformer") for kind in ("flux", "pixart", "auraflow", "sana"))],
 )
 def test_another_family_s_cut_denoiser_comes_back_bit_by_bit(
     kind: str, name: str, build_pipeline: Callable[..., Any], denoise: Callable[[nn.Module], Tensor], tmp_path: Path
@@ -213,7 +213,7 @@ HEADS = "transformer_blocks.1.attn.heads"
         (lambda data: data["groups"][HEADS].update(units=6), "has 4 units in the config, not 6"),
         (lambda data: data["groups"].update(nowhere={"units": 2, "kept": [0]}), "nowhere: the model has no such group"),
         (lambda data: data["groups"].pop(HEADS), r"tensor transformer_blocks.1.attn.* has shape"),
-        (lambda data: data.update(family="sana"), "unknown family sana; known are sd3, unet"),
+        (lambda data: data.update(family="nothing"), "unknown family nothing; known are sd3, unet"),
         (lambda data: data.update(family="unet"), "SD3Transformer2DModel is no denoiser of family unet"),
         (lambda data: data.update(surprise=1), "surprise: Extra inputs"),
         (lambda data: data.pop("sparsity"), "sparsity: Field required"),

@@ -218,6 +218,11 @@ def test_a_configuration_may_have_any_name(sd3_folder: Path, tmp_path: Path) -> 
         load_pipeline(file)
 
 
+def test_a_bare_sana_stands_for_thirty_two_pixels_a_side(build_denoiser: Callable[..., Any], tmp_path: Path) -> None:
+    build_denoiser("sana").save_config(tmp_path)
+    assert loading.vae_scale(load_configs(tmp_path).configs) == 32
+
+
 def test_a_folder_that_is_neither_pipeline_nor_denoiser_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="neither a diffusers pipeline"):
         load_configs(tmp_path)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from obsdiff import moments, pausing
+from obsdiff import moments, pausing, pointwise
 from obsdiff.families.table import family_of
 from obsdiff.groups import LinearSpec, Write
 from obsdiff.moments import TOKENS, Glance, TierMoments
@@ -218,7 +218,7 @@ def test_a_residual_stream_that_is_not_finite_is_an_error_that_names_the_layer(p
         sums.add(dense, pruned, 1.0)
 
 
-@pytest.mark.parametrize("kind", ["sd3", "sd35", "sd15", "sdxl", "flux", "pixart", "auraflow"])
+@pytest.mark.parametrize("kind", ["sd3", "sd35", "sd15", "sdxl", "flux", "pixart", "auraflow", "sana"])
 @torch.no_grad()
 def test_a_glance_sees_what_hooks_on_the_whole_model_see(kind: str, build_denoiser: Callable[..., nn.Module]) -> None:
     denoiser: Any = build_denoiser(kind)
@@ -236,8 +236,10 @@ def test_a_glance_sees_what_hooks_on_the_whole_model_see(kind: str, build_denois
                 mine = [linear for linear in linears if (linear.block, linear.tier) == (index, tier)]
                 look, _ = moments.glance(copy.deepcopy(block), name, mine, waiting.arguments, streams=True)
                 for linear in mine:
-                    assert torch.equal(look.inputs[linear.name], expected[linear.name][0])
-                    assert torch.equal(look.outputs[linear.name], expected[linear.name][1])
+                    module = denoiser.get_submodule(linear.name)
+                    read, given = (pointwise.tokens(module, value) for value in expected[linear.name])
+                    assert torch.equal(look.inputs[linear.name], read)
+                    assert torch.equal(look.outputs[linear.name], given)
                 writers = {linear.name for linear in mine if linear.writes is not None}
                 assert look.bases.keys() == writers
                 assert all(look.bases[each].shape == look.outputs[each].shape for each in writers)
@@ -258,7 +260,7 @@ def _hooked(denoiser: nn.Module, names: list[str], call: pausing.Arguments) -> d
     return found
 
 
-@pytest.mark.parametrize("kind", ["sd3", "sd35", "sd15", "sdxl", "flux", "pixart", "auraflow"])
+@pytest.mark.parametrize("kind", ["sd3", "sd35", "sd15", "sdxl", "flux", "pixart", "auraflow", "sana"])
 @torch.no_grad()
 def test_the_stream_before_a_linear_does_not_depend_on_what_it_writes(
     kind: str, build_denoiser: Callable[..., nn.Module]
@@ -276,8 +278,8 @@ def test_the_stream_before_a_linear_does_not_depend_on_what_it_writes(
             for linear in (linear for linear in linears if linear.block == index):
                 changed = copy.deepcopy(block)
                 writer: Any = changed.get_submodule(linear.name.removeprefix(f"{name}."))
-                more = torch.full((writer.out_features,), 0.5, dtype=torch.float64)
-                writer.bias = nn.Parameter(more if writer.bias is None else writer.bias + more)
+                bias = writer.weight.new_zeros(len(writer.weight)) if writer.bias is None else writer.bias
+                writer.bias = nn.Parameter(bias + 0.5)
                 before, after = (
                     moments.glance(each, name, [linear], waiting.arguments, streams=True)[0]
                     for each in (block, changed)

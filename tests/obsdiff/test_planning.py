@@ -67,6 +67,12 @@ INPUTS: dict[str, dict[str, Any]] = {
         "encoder_hidden_states": nothing(1, 256, 2048),
         "timestep": nothing(1),
     },
+    "sana": {
+        "hidden_states": nothing(1, 32, 32, 32),
+        "encoder_hidden_states": nothing(1, 300, 2304),
+        "encoder_attention_mask": nothing(1, 300),
+        "timestep": nothing(1),
+    },
 }
 
 
@@ -160,6 +166,30 @@ def test_auraflow_has_its_published_size_and_twelve_squares_a_token_in_each_bloc
     lost = weights // 4
     assert plan.parameters_before - plan.parameters_after == (4 * 2 + 32) * lost
     assert plan.macs_before - plan.macs_after == (4 + 32) * lost * (image + text)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "width", "blocks", "heads"),
+    [
+        ("sana_600m_1024", 591_747_872, 1152, 28, (9 * 32, 4 * 72)),
+        ("sana_1600m_1024", 1_604_462_752, 2240, 20, (18 * 32, 5 * 112)),  # 17.5 of 70 heads are 18
+    ],
+)
+def test_sana_has_its_published_size_and_thirteen_squares_and_a_half_a_pixel_in_each_block(
+    name: str, parameters: int, width: int, blocks: int, heads: tuple[int, int]
+) -> None:
+    """Self-attention 4, queries and output of the other 2, the feed-forward 7.5; keys and values 2 a text token."""
+    plan = planned(name, "structured:25%")
+    assert plan.parameters_before == parameters  # 592 M and 1604 M, says the paper
+    image, text = 1024, 300
+    products = blocks * width**2 * (13.5 * image + 2 * text)
+    assert products < plan.macs_before < 1.02 * products  # beside them filters of 3 x 3, embeddings, once a row
+    own, other = heads
+    neurons = 5 * width // 8  # a quarter of 2.5 widths
+    a_pixel = 4 * width * own + (2 * width + 1) * other + (3 * width + 2 + 2 * (9 + 1)) * neurons
+    a_token = 2 * (width + 1) * other
+    assert plan.parameters_before - plan.parameters_after == blocks * (a_pixel + a_token)
+    assert plan.macs_before - plan.macs_after == blocks * (a_pixel * image + a_token * text)
 
 
 @pytest.mark.parametrize(("share", "billions", "tera"), [("15%", 2.24, 5.33), ("20%", 2.13, 5.12), ("30%", 1.91, 4.70)])
@@ -438,15 +468,12 @@ def test_a_plan_is_json() -> None:
 
 
 def test_tokens_of_the_family_agree_with_those_of_a_call() -> None:
-    for name, text in (
-        ("sd3_medium", 77),
-        ("sdxl", 77),
-        ("flux1_dev", 512),
-        ("pixart_alpha_1024", 120),
-        ("auraflow_v03", 256),
-    ):
+    texts = {"sd3_medium": 77, "sdxl": 77, "flux1_dev": 512, "pixart_alpha_1024": 120}
+    texts |= {"auraflow_v03": 256, "sana_600m_1024": 300}
+    for name, text in texts.items():
         denoiser, family, positions = model(name)
-        tokens = family.tokens(denoiser.config, height=1024, width=1024, text_tokens=text)  # type: ignore[arg-type]
+        config: Any = denoiser.config
+        tokens = family.tokens(config, height=1024, width=1024, text_tokens=text, vae_scale=family.vae_scale)
         for linear in family.linears(denoiser):
             assert positions[linear.name] == tokens[linear.tokens], linear.name
 

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 import obsdiff
-from obsdiff import allocation, calibration, pruning, streaming
+from obsdiff import allocation, calibration, pointwise, pruning, streaming
 from obsdiff.core import permutation
 from obsdiff.families.table import family_of
 from obsdiff.groups import Group, Producer
@@ -25,7 +25,7 @@ from obsdiff.settings import Settings
 from obsdiff_runtime.errors import ModelError
 
 PROMPTS = ["a red circle", "a blue square", "a dog"]
-KINDS = ["sd3", "sd15", "sdxl", "flux", "pixart", "auraflow"]
+KINDS = ["sd3", "sd15", "sdxl", "flux", "pixart", "auraflow", "sana"]
 SPARSITIES = ["2:4", "0.5", "structured:0.25", "structured:0.25+2:4"]
 WHOLE = {"protect_first": 0, "protect_last": 0, "align": 4}
 """Every block may lose units; what is kept of a feed-forward fits 2:4."""
@@ -115,7 +115,7 @@ def changed(before: nn.Module, after: nn.Module) -> set[str]:
 
 
 def holds(weight: Tensor) -> bool:
-    return bool(((weight.unflatten(1, (-1, 4)) == 0).sum(-1) >= 2).all())
+    return bool(((pointwise.matrix(weight).unflatten(1, (-1, 4)) == 0).sum(-1) >= 2).all())
 
 
 def masked_before_the_cut(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
@@ -242,7 +242,7 @@ def test_a_journal_on_disk_serves_as_well(prune: Prune, tmp_path: Path) -> None:
     assert not changed(first.denoiser, again.denoiser)
 
 
-@pytest.mark.parametrize("kind", ["sd3", "sd35", "sd15", "sdxl", "flux", "pixart", "auraflow"])
+@pytest.mark.parametrize("kind", ["sd3", "sd35", "sd15", "sdxl", "flux", "pixart", "auraflow", "sana"])
 def test_reordered_channels_change_nothing_of_a_dense_model(
     kind: str, build_denoiser: Callable[..., nn.Module], denoise: Denoise
 ) -> None:
@@ -276,7 +276,7 @@ def _move_rows(module: nn.Module, producer: Producer, order: Tensor) -> None:
         parameter.data = parameter.data[rows]
 
 
-@pytest.mark.parametrize("kind", ["sd3", "sd15"])
+@pytest.mark.parametrize("kind", ["sd3", "sd15", "sana"])
 def test_permutation_moves_channels_and_spares_error(kind: str, prune: Prune, monkeypatch: pytest.MonkeyPatch) -> None:
     orders: list[Tensor] = []
     permute = permutation.permute
@@ -320,9 +320,13 @@ def test_what_is_left_out_keeps_its_bytes(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_linears_that_are_reported_change(kind: str, shared: Shared, dense: Callable[[str], nn.Module]) -> None:
+    """And, where channels changed places, what filters each of them by itself."""
     pruned, _ = shared(kind, "2:4")
     touched = {name.rpartition(".")[0] for name in changed(dense(kind), pruned.denoiser)}
-    assert touched == {layer.name for layer in pruned.layers}
+    linears = {linear.name for linear in pruned.family.linears(pruned.denoiser)}
+    groups = pruned.family.groups(pruned.denoiser)
+    filters = {producer.name for group in groups for producer in group.producers} - linears
+    assert touched - filters == {layer.name for layer in pruned.layers}
 
 
 @pytest.mark.parametrize(

@@ -328,6 +328,80 @@ def umt5_encoder() -> Any:
     return UMT5EncoderModel(config).eval()
 
 
+def sana_pipeline() -> Any:
+    """With the sampler and the autoencoder of Sana, and a denoiser of 2048 pixels, which is told places."""
+    from diffusers import DPMSolverMultistepScheduler, SanaPipeline
+
+    return SanaPipeline(
+        transformer=sana_transformer(),
+        scheduler=DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        vae=deep_vae(),
+        text_encoder=gemma2(),
+        tokenizer=gemma_tokenizer(),
+    )
+
+
+@seeded
+def sana_transformer() -> Any:
+    from diffusers import SanaTransformer2DModel
+
+    return SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=3,
+        attention_head_dim=8,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=12,
+        cross_attention_dim=24,
+        caption_channels=32,
+        sample_size=16,
+        interpolation_scale=1.0,
+    ).eval()
+
+
+@seeded
+def deep_vae() -> Any:
+    from diffusers import AutoencoderDC
+
+    levels: dict[str, Any] = {
+        f"{side}_{name}": value
+        for side in ("encoder", "decoder")
+        for name, value in {
+            "block_types": ("ResBlock", "EfficientViTBlock"),
+            "block_out_channels": (16, 32),
+            "qkv_multiscales": ((), (5,)),
+            "layers_per_block": (1, 1),
+        }.items()
+    }
+    return AutoencoderDC(latent_channels=4, attention_head_dim=8, scaling_factor=0.41, **levels).eval()
+
+
+def gemma_tokenizer() -> Any:
+    """One token a letter; what is none is unknown."""
+    from transformers import GemmaTokenizer
+
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\u2581", *"abcdefghijklmnopqrstuvwxyz"]
+    return GemmaTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[], add_bos_token=True)
+
+
+@seeded
+def gemma2() -> Any:
+    from transformers import Gemma2Config, Gemma2Model
+
+    config = Gemma2Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=16,
+    )
+    return Gemma2Model(config).eval()
+
+
 PIPELINES: dict[str, Callable[[], Any]] = {
     "sd3": sd3_pipeline,
     "sd3_t5": lambda: sd3_pipeline(t5=True),
@@ -337,6 +411,7 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "pixart_alpha": pixart_pipeline,
     "pixart_sigma": lambda: pixart_pipeline(sigma=True),
     "auraflow": auraflow_pipeline,
+    "sana": sana_pipeline,
 }
 
 
@@ -410,6 +485,11 @@ def sd_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
 @pytest.fixture(scope="session")
 def pixart_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return _pair("pixart_alpha", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def sana_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    return _pair("sana", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

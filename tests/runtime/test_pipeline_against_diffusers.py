@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from obsdiff_runtime.autoencoder import Autoencoder
 from obsdiff_runtime.bundle import Bundle
 from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.pipeline import Images, Pipeline
@@ -27,15 +28,19 @@ def is_pixart(pipeline: Any) -> bool:
     return type(pipeline).__name__.startswith("PixArt")
 
 
+def is_sana(pipeline: Any) -> bool:
+    return type(pipeline).__name__.startswith("Sana")
+
+
 def length_of(pipeline: Any) -> dict[str, int]:
-    """The argument that a pipeline with T5 takes."""
-    has_t5 = type(pipeline).__name__.startswith(("AuraFlow", "Flux", "PixArt", "StableDiffusion3"))
-    return {"max_sequence_length": 5} if has_t5 else {}
+    """The argument that a pipeline with T5 or Gemma takes."""
+    has_it = type(pipeline).__name__.startswith(("AuraFlow", "Flux", "PixArt", "Sana", "StableDiffusion3"))
+    return {"max_sequence_length": 5} if has_it else {}
 
 
 def exact(pipeline: Any) -> dict[str, bool]:
     """What diffusers is told to draw the prompt and the size that it is asked for; see `encode_pixart`."""
-    return {"clean_caption": False, "use_resolution_binning": False} if is_pixart(pipeline) else {}
+    return {"clean_caption": False, "use_resolution_binning": False} if is_pixart(pipeline) or is_sana(pipeline) else {}
 
 
 def both(pair: tuple[Any, Path], *, height: int = 32, width: int = 32, **options: Any) -> tuple[np.ndarray, Images]:
@@ -80,8 +85,9 @@ def test_sizes_steps_and_negative_prompts_are_what_diffusers_makes_of_them(pair:
     if is_flux(pair[0]):
         with pytest.raises(ConfigError, match="takes no negative prompt"):
             Pipeline(pair[1], threads=1)(PROMPTS, **negative)
-    expected, images = both(pair, height=24, width=32, num_inference_steps=6, **given)
-    assert images.arrays.shape == (2, 24, 32, 3)
+    height = 64 if is_sana(pair[0]) else 24  # diffusers' Sana takes multiples of 32
+    expected, images = both(pair, height=height, width=32, num_inference_steps=6, **given)
+    assert images.arrays.shape == (2, height, 32, 3)
     assert psnr(expected, images) > 50
 
 
@@ -100,6 +106,17 @@ def test_pixart_reads_prompts_in_lower_case_and_no_padding(pixart_pair: tuple[An
         expected = theirs(prompt, negative_prompt=unwanted, **given, **told).images
     images = Pipeline(folder, threads=1)(prompt, negative_prompt=unwanted, seed=7, noise_source="torch", **given)
     assert psnr(expected, images) > 58  # 54 with height and width exchanged in the aspect ratio, 33 without the mask
+
+
+def test_sana_reads_prompts_behind_its_instruction_and_negative_ones_without(sana_pair: tuple[Any, Path]) -> None:
+    theirs, folder = sana_pair
+    prompt, unwanted = "  a large RED circle\t", "Two yellow stars"
+    given = {"num_inference_steps": 3, "guidance_scale": 4.0, "height": 32, "width": 64, "max_sequence_length": 12}
+    told = {"generator": torch.Generator().manual_seed(7), "output_type": "np", **exact(theirs)}
+    with torch.no_grad():
+        expected = theirs(prompt, negative_prompt=unwanted, **given, **told).images
+    images = Pipeline(folder, threads=1)(prompt, negative_prompt=unwanted, seed=7, noise_source="torch", **given)
+    assert psnr(expected, images) > 58
 
 
 @pytest.mark.parametrize("seed", [7, [7, 2**32 + 1]], ids=["one generator", "a list of generators"])
@@ -167,11 +184,23 @@ def changed(pair: tuple[Any, Path], strength: float, steps: int) -> tuple[np.nda
 
 @pytest.mark.parametrize(("strength", "steps"), [(0.5, 5), (0.8, 4), (1.0, 3)])
 def test_an_image_is_changed_as_diffusers_changes_it(pair: tuple[Any, Path], strength: float, steps: int) -> None:
-    if type(pair[0]).__name__.startswith(("AuraFlow", "PixArt")):
-        pytest.skip("diffusers has no pipeline of AuraFlow or PixArt that changes an image")
+    if type(pair[0]).__name__.startswith(("AuraFlow", "PixArt", "Sana")):
+        pytest.skip("diffusers has no pipeline of AuraFlow, PixArt or Sana that changes an image")
     expected, images = changed(pair, strength, steps)
     assert images.arrays.shape == (1, 32, 24, 3)
     assert psnr(expected, images) > 50
+
+
+def test_a_deep_autoencoder_gives_an_image_s_latents_without_drawing_them(sana_pair: tuple[Any, Path]) -> None:
+    theirs, folder = sana_pair
+    ours = Pipeline(folder, threads=1)
+    vae = Autoencoder(ours.networks, ours.bundle.config("vae_encoder"))
+    pixels = torch.from_numpy(picture(32, 48)).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        expected = theirs.vae.encode(pixels).latent[0] * theirs.vae.config.scaling_factor
+    found = vae.sample(vae.encode(picture(32, 48)), lambda shape: np.ones(shape, np.float32))
+    assert np.abs(found - expected.numpy()).max() < 1e-4 * np.abs(found).max()
+    assert ours("red", image=picture(32, 64), strength=0.5, max_sequence_length=5).arrays.shape == (1, 32, 64, 3)
 
 
 def test_a_strength_of_no_step_is_explained(sd_pair: tuple[Any, Path]) -> None:

@@ -97,8 +97,8 @@ def test_no_threads_and_an_unknown_backend_are_errors(sd3_bundle: Path) -> None:
 
 
 def test_an_unknown_pipeline_lists_the_known() -> None:
-    with pytest.raises(CompatibilityError, match=r"cannot sample a SanaPipeline; it can StableDiffusion3Pipeline"):
-        kind_of("SanaPipeline")
+    with pytest.raises(CompatibilityError, match=r"cannot sample a ChromaPipeline; it can StableDiffusion3Pipeline"):
+        kind_of("ChromaPipeline")
 
 
 @pytest.mark.parametrize(("component", "output"), [("transformer", "out_hidden_states"), ("vae_decoder", "sample")])

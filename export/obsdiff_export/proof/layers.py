@@ -36,7 +36,7 @@ _HEADER: Final = re.compile(r"^(?:\[[^\]]*\]\s*)*Layers:\s*$", re.MULTILINE)
 _TENSOR: Final = re.compile(
     r"\{ *Name: (?P<name>.*?), (?:Location: \w+, )?Dimensions: \[(?P<dims>[-\d, ]*)\](?P<rest>[^{}]*)\}"
 )
-_NODE: Final = re.compile(r"\[ONNX Layer: (?P<name>.*?)(?: \| .*?)?\](?=[\s,;\x1e\x1f\[]|$)")
+_NODE: Final = re.compile(r"\[ONNX Layer: (?P<name>.*?)(?: \| .*?)?\](?=[\s,;\x1e\x1f\[]|__|$)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,10 @@ def layers_of_inspector(text: str) -> tuple[EngineLayer, ...]:
 
 
 def nodes_of(metadata: str) -> tuple[str, ...]:
-    """Names of ONNX nodes in a layer's metadata: "[ONNX Layer: name | function (...)]", one after the other."""
+    """Names of ONNX nodes in a layer's metadata: "[ONNX Layer: name | function (...)]", one after the other.
+
+    What the builder made of a node may follow its name: "[ONNX Layer: name]__gemm_from_conv1x1".
+    """
     return tuple(dict.fromkeys(match["name"] for match in _NODE.finditer(metadata) if match["name"]))
 
 

@@ -28,6 +28,7 @@ _KINDS: Final = frozenset(
         "matrix_multiply",
         "fullyconnected",
         "convolution",
+        "correlation",
         "myelin",
         "caskgemmmatrixmultiply",
         "caskgemmconvolution",

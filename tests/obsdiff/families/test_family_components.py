@@ -19,7 +19,7 @@ from obsdiff_export.parity import compare
 from obsdiff_runtime.errors import ModelError
 
 CASES = [("sd3", {"with_t5": True}), ("sd15", {}), ("sdxl", {}), ("flux", {}), ("flux", {"guidance_embeds": False})]
-CASES += [("pixart", {}), ("pixart", {"sigma": True}), ("auraflow", {})]
+CASES += [("pixart", {}), ("pixart", {"sigma": True}), ("auraflow", {}), ("sana", {})]
 NAMES = {
     "sd3": ["text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae_decoder", "vae_encoder"],
     "sd15": ["text_encoder", "unet", "vae_decoder", "vae_encoder"],
@@ -27,6 +27,7 @@ NAMES = {
     "flux": ["text_encoder", "text_encoder_2", "transformer", "vae_decoder", "vae_encoder"],
     "pixart": ["text_encoder", "transformer", "vae_decoder", "vae_encoder"],
     "auraflow": ["text_encoder", "transformer", "vae_decoder", "vae_encoder"],
+    "sana": ["text_encoder", "transformer", "vae_decoder", "vae_encoder"],
 }
 
 
@@ -138,6 +139,17 @@ def test_the_vae_halves_are_those_of_diffusers(build_pipeline: Callable[..., Any
     assert torch.equal(run(encoder, encoder.inputs)[0], posterior.parameters)
 
 
+def test_the_halves_of_a_deep_autoencoder_are_those_of_diffusers(build_pipeline: Callable[..., Any]) -> None:
+    pipeline = build_pipeline("sana")
+    components = of(pipeline, "sana")
+    decoder, encoder = components["vae_decoder"], components["vae_encoder"]
+    with torch.no_grad():
+        pixels = pipeline.vae.decode(decoder.inputs["latent_sample"]).sample
+        latents = pipeline.vae.encode(encoder.inputs["sample"]).latent
+    assert torch.equal(run(decoder, decoder.inputs)[0], pixels)
+    assert torch.equal(run(encoder, encoder.inputs)[0], latents)
+
+
 def test_the_last_example_has_the_asked_size_up_to_256_pixels() -> None:
     sizes = parts.latent_sizes(1024, 192, vae_scale=8, multiple=2, limit=192)
     assert sizes[-1] == (32, 24)
@@ -193,8 +205,40 @@ def test_the_graph_of_a_shrunk_pixart_takes_any_size(build_pipeline: Callable[..
     assert compare(replace(component, more_inputs=tuple(others)), model).max_relative_error < 1e-4
 
 
-def test_padding_changes_nothing_where_t5_and_the_denoiser_are_told_of_it(build_pipeline: Callable[..., Any]) -> None:
-    components = of(build_pipeline("pixart"), "pixart")
+@pytest.mark.parametrize("scale", [None, 2.0])
+def test_the_graphs_of_a_shrunk_sana_take_any_size(
+    scale: float | None, build_pipeline: Callable[..., Any], tmp_path: Path
+) -> None:
+    """With sines of places, as of 2048 and 4096 pixels, or without."""
+    pipeline, family = build_pipeline("sana", num_layers=1, interpolation_scale=scale), FAMILIES["sana"]
+    shrink(pipeline.transformer, family, {"transformer_blocks.0.ff.neurons": [1, 4, 6]})
+    others = [
+        family.example(pipeline.transformer, batch=batch, size=size, text_tokens=length, pixels=(64, 96))
+        for batch, length, size in ((1, 1, (2, 2)), (3, 9, (64, 64)), (2, 5, (6, 50)))
+    ]
+    with torch.no_grad():
+        for inputs in others:
+            expected = pipeline.transformer(**family.arguments(inputs)).sample
+            found = run(of(pipeline, "sana")["transformer"], inputs)[0]
+            # the places are float32 sines: see PixArt's
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    component = replace(of(pipeline, "sana")["transformer"], more_inputs=tuple(others))
+    assert compare(component, export(component, tmp_path, dtype=torch.float32)).max_relative_error < 1e-4
+
+
+def test_gemma_is_told_the_instruction_of_the_pipelines_call(build_pipeline: Callable[..., Any]) -> None:
+    pipeline = build_pipeline("sana")
+    lines = of(pipeline, "sana")["text_encoder"].config["complex_human_instruction"]
+    assert lines[-1] == "User Prompt: "
+    assert parts.instruction_tokens(pipeline) == len(pipeline.tokenizer.encode("\n".join(lines))) - 2
+    assert parts.instruction_tokens(build_pipeline("pixart")) == 0
+
+
+@pytest.mark.parametrize("kind", ["pixart", "sana"])
+def test_padding_changes_nothing_where_the_networks_are_told_of_it(
+    kind: str, build_pipeline: Callable[..., Any]
+) -> None:
+    components = of(build_pipeline(kind), kind)
     for name, changed in (("text_encoder", "input_ids"), ("transformer", "encoder_hidden_states")):
         component = components[name]
         mask = "attention_mask" if name == "text_encoder" else "encoder_attention_mask"

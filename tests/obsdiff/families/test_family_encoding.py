@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import SanaPipeline
 
 from obsdiff.families.table import FAMILIES
 from obsdiff.sampling import exactly
@@ -20,20 +21,23 @@ CASES = [
     ("pixart", {}),
     ("pixart", {"sigma": True}),
     ("auraflow", {}),
+    ("sana", {}),
 ]
 
 
 def latents(pipeline: Any, **call: Any) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     exact = exactly(pipeline, embedded="prompt" not in call)
+    size = (32, 64) if isinstance(pipeline, SanaPipeline) else (16, 24)  # Sana's are multiples of 32
+    sized = dict(zip(("height", "width"), size, strict=True))
     found: torch.Tensor = pipeline(
-        num_inference_steps=2, height=16, width=24, generator=generator, output_type="latent", **(exact | call)
+        num_inference_steps=2, generator=generator, output_type="latent", **(sized | exact | call)
     ).images
     return found
 
 
 def options(kind: str) -> dict[str, int]:
-    return {"max_sequence_length": 6} if kind in ("sd3", "flux", "pixart", "auraflow") else {}
+    return {"max_sequence_length": 6} if kind in ("sd3", "flux", "pixart", "auraflow", "sana") else {}
 
 
 @pytest.mark.parametrize(("kind", "changes"), CASES)

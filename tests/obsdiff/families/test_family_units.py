@@ -10,9 +10,14 @@ from torch import nn
 
 from obsdiff.families import layers
 from obsdiff.families.table import FAMILIES, family_of
-from obsdiff_runtime.errors import ModelError
+from obsdiff.loading import Defaults
+from obsdiff.recipe import select
+from obsdiff.resolving import resolve
+from obsdiff.settings import Settings
+from obsdiff.shrinking import shrink
+from obsdiff_runtime.errors import ConfigError, ModelError
 
-KINDS = ["sd3", "sd35", "sd15", "sdxl", "flux", "pixart", "pixart_sigma"]
+KINDS = ["sd3", "sd35", "sd15", "sdxl", "flux", "pixart", "pixart_sigma", "sana"]
 
 
 def test_an_sd3_block_has_eight_inputs_and_the_last_one_five(build_denoiser: Callable[..., Any]) -> None:
@@ -47,6 +52,34 @@ def test_a_single_flux_block_reads_heads_and_neurons_side_by_side(build_denoiser
         "single_transformer_blocks.0.attn.heads": 0,
         "single_transformer_blocks.0.mlp.neurons": denoiser.config.num_attention_heads * 8,
     }
+
+
+def test_a_sana_neuron_takes_two_filters_with_it(build_denoiser: Callable[..., Any]) -> None:
+    denoiser = build_denoiser("sana")
+    group = next(group for group in FAMILIES["sana"].groups(denoiser) if group.kind == "ffn")
+    assert {producer.name.rpartition(".")[2]: producer.parts for producer in group.producers} == {
+        "conv_inverted": 2,
+        "conv_depth": 2,
+    }
+    shrink(denoiser, FAMILIES["sana"], {group.name: [3, 5, 8]})
+    filters = denoiser.get_submodule("transformer_blocks.0.ff.conv_depth")
+    assert (filters.groups, filters.in_channels, filters.out_channels) == (6, 6, 6)
+    assert filters.weight.shape == (6, 1, 3, 3)
+
+
+def test_heads_whose_queries_are_normalised_together_are_no_units(build_denoiser: Callable[..., Any]) -> None:
+    """One that goes would change the norm of the others: Sana 1.5."""
+    sana, denoiser = FAMILIES["sana"], build_denoiser("sana", qk_norm="rms_norm_across_heads")
+    assert {group.kind for group in sana.groups(denoiser)} == {"ffn"}
+    defaults = Defaults(height=32, width=32, num_inference_steps=2, guidance_scale=1.0)
+    recipe = resolve(Settings(sparsity="structured:0.25"), model="", family=sana, defaults=defaults, prompts=["a cat"])
+    with pytest.raises(ConfigError, match=r"no head of this denoiser can go.*ffn:0\.25 removes"):
+        select(recipe, sana.linears(denoiser), sana.groups(denoiser))
+
+
+def test_a_sana_that_is_told_its_guidance_is_refused(build_denoiser: Callable[..., Any]) -> None:
+    with pytest.raises(ModelError, match=r"told its guidance \(Sana-Sprint\)"):
+        FAMILIES["sana"].linears(build_denoiser("sana", guidance_embeds=True))
 
 
 def test_geglu_holds_a_neuron_twice(build_denoiser: Callable[..., Any]) -> None:

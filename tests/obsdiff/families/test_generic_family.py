@@ -44,7 +44,7 @@ def test_it_is_the_family_of_what_no_other_one_describes(build_undescribed: Call
     ("kind", "method"),
     [
         ("lumina2", "streamed"),
-        ("sana", "obsdiff"),
+        ("lumina2", "obsdiff"),
         ("chroma", "streamed"),
         ("chroma", "wanda"),
     ],
@@ -117,7 +117,7 @@ def test_eval_compares_it_with_the_dense_one(
 def test_plan_says_that_its_macs_are_an_estimate(
     build_undescribed: Callable[[str], DiffusionPipeline], tmp_path: Path
 ) -> None:
-    build_undescribed("sana").save_pretrained(tmp_path / "dense")
+    build_undescribed("auraflow").save_pretrained(tmp_path / "dense")
     plan = verbs.plan(Settings(model=str(tmp_path / "dense"), sparsity="2:4", height=64, width=64))
     assert any("MACs are an estimate" in note for note in plan.notes)
     assert plan.macs_before > 0
@@ -126,7 +126,7 @@ def test_plan_says_that_its_macs_are_an_estimate(
 @pytest.mark.stage("structured", refused=True)
 @pytest.mark.parametrize(
     ("kind", "sparsity"),
-    [("lumina2", "structured:0.2+2:4"), ("sana", "ffn:0.3"), ("chroma", "structured:0.25")],
+    [("lumina2", "structured:0.2+2:4"), ("lumina2", "heads:0.5"), ("chroma", "ffn:0.3")],
 )
 def test_units_are_refused_and_the_page_is_named(
     kind: str, sparsity: str, build_undescribed: Callable[[str], DiffusionPipeline]
@@ -137,7 +137,7 @@ def test_units_are_refused_and_the_page_is_named(
 
 @pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # of diffusers' Chroma
 @pytest.mark.stage("engine", "runtime", refused=True)
-@pytest.mark.parametrize("kind", ["lumina2", "sana", "chroma"])
+@pytest.mark.parametrize("kind", ["lumina2", "chroma"])
 def test_export_refuses_before_anything_runs(
     kind: str, build_undescribed: Callable[[str], DiffusionPipeline], tmp_path: Path
 ) -> None:
@@ -154,6 +154,6 @@ def test_a_denoiser_without_lists_of_blocks_is_an_error() -> None:
 def test_its_configuration_alone_is_not_enough_for_a_plan(
     build_undescribed: Callable[[str], DiffusionPipeline], tmp_path: Path
 ) -> None:
-    build_undescribed("sana").transformer.save_config(tmp_path)
+    build_undescribed("auraflow").transformer.save_config(tmp_path)
     with pytest.raises(ModelError, match="name its pipeline's folder"):
         verbs.plan(Settings(model=str(tmp_path), sparsity="2:4"))

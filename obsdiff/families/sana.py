@@ -1,0 +1,214 @@
+"""Sana: `SanaTransformer2DModel`, a transformer over the image whose own attention is linear in its tokens.
+
+A block reads seven distinct tensors:
+
+    norm1              attn1.to_q, to_k, to_v    (linear self-attention)
+    heads              attn1.to_out.0
+    the stream         attn2.to_q                (cross-attention; there is no norm in front of it)
+    the text           attn2.to_k, to_v          projected once: the very same tensor in all blocks of the model
+    heads              attn2.to_out.0
+    norm2, as pixels   ff.conv_inverted          (the feed-forward is a GLU-MBConv)
+    neurons, as pixels ff.conv_point
+
+`ff.conv_inverted` and `ff.conv_point` are convolutions of one pixel and pruned as the linears over channels that they
+are. Between them `ff.conv_depth` filters each channel by itself, 3 x 3 weights a channel. Those stay whole, one of a
+channel that goes apart: a neuron is a channel and its gate, so it takes two rows of `conv_inverted`, two filters of
+`conv_depth` and a column of `conv_point` with it.
+
+Where queries and keys are normalised over all heads at once (Sana 1.5), a head that goes would change the others, so
+only neurons are removed there. Sana-Sprint, which is told its guidance, is refused.
+
+Scales, shifts and gates of all blocks come from one projection of the timestep; a block adds a table of its own.
+
+Text is read as the pipeline does with clean_caption=False (lower case, without spaces at its ends), behind the
+instruction that the pipeline's call has by default; a size is drawn as it is asked for, as with
+use_resolution_binning=False.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from obsdiff.families import layers, parts
+from obsdiff.families.places import Patches
+from obsdiff.groups import Consumer, Group, LinearSpec, Producer, TableGate, Write
+from obsdiff_export.component import Component
+from obsdiff_runtime.errors import ModelError
+
+name: str = "sana"
+denoiser: str = "transformer"
+classes: tuple[str, ...] = ("SanaTransformer2DModel",)
+pipeline: str = "SanaPipeline"
+protect: tuple[int, int] = (1, 1)
+vae_scale: int = 32
+negatives: bool = True
+described: bool = True
+text_mask: str | None = "encoder_attention_mask"
+
+TEXT_TOKENS: Final = 300
+
+_TEXT: Final = "encoder_hidden_states"
+
+
+def linears(denoiser: nn.Module) -> tuple[LinearSpec, ...]:
+    """See `Family.linears`. Tiers: attn1 in, attn1 out, attn2 in, attn2 out, into the neurons, out of them."""
+    blocks = ((block, prefix, _INPUTS) for block, prefix in enumerate(_blocks(denoiser)))
+    return layers.of_blocks(denoiser, blocks, _writes, common=(_TEXT,))
+
+
+def output(denoiser: nn.Module) -> LinearSpec | None:
+    """See `Family.output`."""
+    return layers.output(denoiser, "proj_out", blocks=sum(1 for _ in _blocks(denoiser)))
+
+
+def groups(denoiser: nn.Module) -> tuple[Group, ...]:
+    """See `Family.groups`."""
+    found: list[Group] = []
+    for block, prefix in enumerate(_blocks(denoiser)):
+        for attention in (f"{prefix}.attn1", f"{prefix}.attn2"):
+            if not layers.present(denoiser.get_submodule(attention), "norm_q", "norm_k"):
+                found.append(layers.heads(denoiser, attention, block=block))
+        found.append(_neurons(denoiser, f"{prefix}.ff", block=block))
+    return tuple(found)
+
+
+def tokens(
+    config: Mapping[str, Any], *, height: int, width: int, text_tokens: int, vae_scale: int = 8
+) -> dict[str, int]:
+    """See `Family.tokens`: "image", one token per patch of the latents, and "text"."""
+    patch = config["patch_size"]
+    return {"image": (height // vae_scale // patch) * (width // vae_scale // patch), "text": text_tokens}
+
+
+def text_tokens(configs: Mapping[str, Mapping[str, Any]], max_sequence_length: int | None) -> int:
+    """See `Family.text_tokens`: those of Gemma-2's that the pipeline keeps."""
+    return TEXT_TOKENS if max_sequence_length is None else max_sequence_length
+
+
+def latent_size(config: Mapping[str, Any]) -> tuple[int, int]:
+    """See `Family.latent_size`."""
+    return parts.sample_size(config)
+
+
+def encode(
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str],
+    negative: Sequence[str],
+    *,
+    max_sequence_length: int | None = None,
+) -> dict[str, Tensor]:
+    """See `Family.encode`: Gemma-2's embeddings (n, text tokens, width), and which of them are text, (n, text tokens).
+
+    Prompts, not negative ones, stand behind the instruction that is the default of the pipeline's call.
+    """
+    told = {parts.INSTRUCTION: parts.instruction(pipeline)}
+    return parts.masked_text(pipeline, prompts, negative, max_sequence_length, **told)
+
+
+def example(
+    denoiser: nn.Module, *, batch: int, size: tuple[int, int], text_tokens: int, pixels: tuple[int, int]
+) -> dict[str, Tensor]:
+    """See `Family.example`."""
+    config: Any = denoiser.config
+    dtype: Any = denoiser.dtype
+    return {
+        "hidden_states": parts.noise(batch, config.in_channels, *size, dtype=dtype),
+        "encoder_hidden_states": parts.noise(batch, text_tokens, config.caption_channels, dtype=dtype),
+        "encoder_attention_mask": parts.padded(batch, text_tokens, dtype=dtype),
+        "timestep": parts.timesteps(batch, dtype=dtype),
+    }
+
+
+class _Flat(parts.Flat):
+    """The transformer, without options; (b, channels, h, w) to the same, told the scheduler's timesteps."""
+
+    def __init__(self, source: Any) -> None:
+        view = copy.copy(source)
+        if source.patch_embed.pos_embed is not None:
+            view._modules = {**source._modules, "patch_embed": Patches(source.patch_embed)}
+        super().__init__(view)
+
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor, timestep: Tensor
+    ) -> Tensor:
+        velocity: Tensor = self.source(
+            hidden_states,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            timestep=timestep * self.source.config.timestep_scale,
+            return_dict=False,
+        )[0]
+        return velocity[:, : hidden_states.shape[1]]
+
+
+def arguments(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """See `Family.arguments`; timesteps are as published models take them, unscaled."""
+    return dict(inputs)
+
+
+def component(denoiser: nn.Module, *, height: int, width: int, vae_scale: int = 8) -> Component:
+    """See `Family.component`."""
+    config: Any = denoiser.config
+    return parts.denoiser_component(
+        _Flat(denoiser),
+        example,
+        name="transformer",
+        output="out_hidden_states",
+        latents="hidden_states",
+        sizes=parts.latent_sizes(height, width, vae_scale=vae_scale, multiple=config.patch_size),
+        pixels=(height, width),
+        text=("encoder_hidden_states", "encoder_attention_mask"),
+    )
+
+
+_INPUTS: Final[layers.Inputs] = (
+    (0, "norm1", "image", ("attn1.to_q", "attn1.to_k", "attn1.to_v")),
+    (1, "attn1.to_out.0", "image", ("attn1.to_out.0",)),
+    (2, "attn2", "image", ("attn2.to_q",)),
+    (2, _TEXT, "text", ("attn2.to_k", "attn2.to_v")),
+    (3, "attn2.to_out.0", "image", ("attn2.to_out.0",)),
+    (4, "norm2", "image", ("ff.conv_inverted",)),
+    (5, "ff.conv_point", "image", ("ff.conv_point",)),
+)
+
+
+def _blocks(denoiser: nn.Module) -> Iterator[str]:
+    config: Any = denoiser.config
+    if config.guidance_embeds:
+        raise ModelError(
+            "this SanaTransformer2DModel is told its guidance (Sana-Sprint), and obsdiff knows only those that are not"
+        )
+    for child, _ in denoiser.get_submodule("transformer_blocks").named_children():
+        yield f"transformer_blocks.{child}"
+
+
+def _neurons(denoiser: nn.Module, name: str, *, block: int) -> Group:
+    """The channels between the convolutions; both of the first two hold each twice, the second one is its gate."""
+    return Group(
+        name=f"{name}.neurons",
+        kind="ffn",
+        block=block,
+        units=layers.size(denoiser.get_submodule(f"{name}.conv_point"), "in_channels"),
+        width=1,
+        producers=(Producer(name=f"{name}.conv_inverted", parts=2), Producer(name=f"{name}.conv_depth", parts=2)),
+        consumers=(Consumer(name=f"{name}.conv_point"),),
+    )
+
+
+def _writes(prefix: str, linear: str) -> Write | None:
+    """The gates are the third and the sixth row of shift, scale, gate of the attention and of the feed-forward."""
+    match linear:
+        case "attn1.to_out.0":
+            return Write(stream=f"{prefix}.norm1", gate=_gate(prefix, 2))
+        case "attn2.to_out.0":
+            return Write(stream=f"{prefix}.attn2")
+        case "ff.conv_point":
+            return Write(stream=f"{prefix}.norm2", gate=_gate(prefix, 5))
+    return None
+
+
+def _gate(prefix: str, row: int) -> TableGate:
+    return TableGate(block=prefix, table="scale_shift_table", told="timestep", row=row)
