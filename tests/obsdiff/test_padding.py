@@ -109,9 +109,9 @@ def test_streamed_moments_count_the_unpadded_tokens_alone(
 
 @torch.no_grad()
 def test_a_cross_attention_that_no_family_describes_counts_unpadded_tokens_alone(
-    build_undescribed: Callable[[str], DiffusionPipeline],
+    build_pipeline: Callable[..., DiffusionPipeline],
 ) -> None:
-    pipeline: Any = build_undescribed("sana")
+    pipeline: Any = build_pipeline("sana")
     recipe = recipe_for(pipeline, method="obsdiff", max_sequence_length=None, height=64, width=64)
     prompts = calibration.encode(pipeline, generic, PROMPTS, recipe.sampling)
     read: list[Tensor] = []
@@ -129,7 +129,7 @@ def test_a_cross_attention_that_no_family_describes_counts_unpadded_tokens_alone
     handle.remove()
     x = torch.cat(read)
     text = {linear.name for linear in linears if linear.tokens == "text"}
-    assert text == {f"transformer_blocks.{block}.attn2.to_{which}" for block in (0, 1) for which in "kv"}
+    assert text == {f"transformer_blocks.{block}.attn2.to_{which}" for block in range(3) for which in "kv"}
     for name in text:
         assert grams[name].tokens == len(x)
         torch.testing.assert_close(grams[name].matrix, x.T @ x / len(x), **CLOSE)

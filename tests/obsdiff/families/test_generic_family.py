@@ -117,7 +117,7 @@ def test_eval_compares_it_with_the_dense_one(
 def test_plan_says_that_its_macs_are_an_estimate(
     build_undescribed: Callable[[str], DiffusionPipeline], tmp_path: Path
 ) -> None:
-    build_undescribed("auraflow").save_pretrained(tmp_path / "dense")
+    build_undescribed("lumina2").save_pretrained(tmp_path / "dense")
     plan = verbs.plan(Settings(model=str(tmp_path / "dense"), sparsity="2:4", height=64, width=64))
     assert any("MACs are an estimate" in note for note in plan.notes)
     assert plan.macs_before > 0
@@ -154,6 +154,6 @@ def test_a_denoiser_without_lists_of_blocks_is_an_error() -> None:
 def test_its_configuration_alone_is_not_enough_for_a_plan(
     build_undescribed: Callable[[str], DiffusionPipeline], tmp_path: Path
 ) -> None:
-    build_undescribed("auraflow").transformer.save_config(tmp_path)
+    build_undescribed("lumina2").transformer.save_config(tmp_path)
     with pytest.raises(ModelError, match="name its pipeline's folder"):
         verbs.plan(Settings(model=str(tmp_path), sparsity="2:4"))
