@@ -130,7 +130,7 @@ def quantize(
     """Finds the scales of the denoiser's linears on the recipe's prompts, and rounds their weights in place.
 
     Ranges come from the denoiser as it is, pruned, on trajectories of its own over the prompts and steps that pruning
-    was calibrated with.
+    was calibrated with. Convolutions stay in float.
 
     Args:
         pipeline: with the pruned denoiser, in eval mode.
@@ -149,6 +149,8 @@ def quantize(
     every = family.linears(denoiser)
     named = quantizable(every, recipe.keep_float)
     chosen = tuple(linear for linear in named if isinstance(denoiser.get_submodule(linear.name), nn.Linear))
+    if not chosen:
+        raise ConfigError("--keep-float leaves convolutions alone to quantise, and those stay in float")
     _check_weights(denoiser, chosen)
     calls = streaming.record(pipeline, family, dataclasses.replace(recipe, draws=1), progress)
     streams = ranges.observe(

@@ -176,7 +176,7 @@ def encode_sana(networks: Networks, prompts: Sequence[str], negative: bool, sett
     if instruction and not negative:
         written = [instruction + prompt for prompt in written]
         longest = tokenizer.length(instruction) + length - 2
-    ids, mask = tokenizer.masked_ids(written, longest)
+    ids, mask = tokenizer.masked_ids(written, longest, pads_left=False)  # as the pipeline, whatever its tokenizer does
     inputs = {"input_ids": ids, "attention_mask": mask}
     states = networks.run("text_encoder", inputs, ["last_hidden_state"])["last_hidden_state"]
     kept = [0, *range(1 - length, 0)]

@@ -46,8 +46,17 @@ class PromptTokenizer:
         """Tokens of a text, with special tokens."""
         return len(self._tokenizer.encode(text).ids)
 
-    def masked_ids(self, prompts: Sequence[str], length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The ids, and 1 where they are no padding, both (len(prompts), length), int64."""
+    def masked_ids(
+        self, prompts: Sequence[str], length: int, *, pads_left: bool | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The ids, and 1 where they are no padding, both (len(prompts), length), int64.
+
+        Args:
+            prompts: texts.
+            length: of all rows.
+            pads_left: whether padding stands in front of the text; None: as the tokenizer's config says.
+        """
+        pads_left = self._pads_left if pads_left is None else pads_left
         rows = np.full((len(prompts), length), self._pad_id, dtype=np.int64)
         mask = np.zeros_like(rows)
         for row, told, prompt in zip(rows, mask, prompts, strict=True):
@@ -57,7 +66,7 @@ class PromptTokenizer:
                 self._tokenizer.enable_truncation(length)  # keeps the special tokens at the ends
                 ids = self._tokenizer.encode(prompt).ids
                 self._tokenizer.no_truncation()
-            place = slice(length - len(ids), length) if self._pads_left else slice(0, len(ids))
+            place = slice(length - len(ids), length) if pads_left else slice(0, len(ids))
             row[place] = ids
             told[place] = 1
         return rows, mask

@@ -90,6 +90,21 @@ def test_keep_float_must_match_something_and_leave_something(build_denoiser):
         quantizable(linears, ["*"])
 
 
+def test_convolutions_stay_in_float(build_pipeline):
+    pipeline = build_pipeline("sana")
+    family, denoiser = family_of(denoiser_of(pipeline)), denoiser_of(pipeline)
+    convolutions = {linear.name for linear in family.linears(denoiser) if ".ff." in linear.name}
+    before = copy.deepcopy(denoiser)
+    found = quantize(pipeline, family, recipe_for(pipeline), FORMATS["int8"], dtype=torch.float16)
+    left = {linear.name: linear.reason for linear in found.linears if linear.precision == "float"}
+    assert left == dict.fromkeys(convolutions, "is a convolution")
+    for name in convolutions:
+        assert torch.equal(denoiser.get_submodule(name).weight, before.get_submodule(name).weight)
+    attention = dataclasses.replace(recipe_for(pipeline), keep_float=("*.attn*",))
+    with pytest.raises(ConfigError, match="leaves convolutions alone to quantise"):
+        quantize(pipeline, family, attention, FORMATS["int8"], dtype=torch.float16)
+
+
 @pytest.mark.parametrize(("kind", "format"), [("sd3", FORMATS["int8"]), ("sd15", FORMATS["fp8"])])
 def test_weights_are_codes_times_scales_and_zeros_stay(build_pipeline, kind, format):
     pipeline = build_pipeline(kind)
