@@ -314,7 +314,7 @@ def auraflow_transformer() -> Any:
         num_attention_heads=2,
         joint_attention_dim=32,
         caption_projection_dim=16,
-        pos_embed_max_size=64,
+        pos_embed_max_size=17**2,  # an odd side, whose middle is not between two places
     ).eval()
 
 
@@ -490,6 +490,11 @@ def pixart_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
 @pytest.fixture(scope="session")
 def sana_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return _pair("sana", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def auraflow_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    return _pair("auraflow", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

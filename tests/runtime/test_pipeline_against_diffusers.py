@@ -11,6 +11,7 @@ from PIL import Image
 
 from obsdiff_runtime.autoencoder import Autoencoder
 from obsdiff_runtime.bundle import Bundle
+from obsdiff_runtime.conditioning import AURAFLOW, Settings
 from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.pipeline import Images, Pipeline
 
@@ -117,6 +118,31 @@ def test_sana_reads_prompts_behind_its_instruction_and_negative_ones_without(san
         expected = theirs(prompt, negative_prompt=unwanted, **given, **told).images
     images = Pipeline(folder, threads=1)(prompt, negative_prompt=unwanted, seed=7, noise_source="torch", **given)
     assert psnr(expected, images) > 58
+
+
+def test_auraflow_is_told_what_diffusers_tells_it_and_zeros_for_padding(auraflow_pair: tuple[Any, Path]) -> None:
+    """Told of padding or not, a small random denoiser draws the same to 0.01 dB, so embeddings are compared."""
+    theirs, folder = auraflow_pair
+    told = Settings(height=32, width=32, num_inference_steps=1, guidance_scale=3.0, max_sequence_length=48, guided=True)
+    found = AURAFLOW.encode(Pipeline(folder, threads=1).networks, PROMPTS, False, told)["encoder_hidden_states"]
+    with torch.no_grad():
+        expected = theirs.encode_prompt(PROMPTS, None, False, max_sequence_length=48)[0].numpy()
+    assert not expected[1, 0].any()  # padded in front
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_auraflow_draws_up_to_the_size_of_its_places(auraflow_pair: tuple[Any, Path]) -> None:
+    theirs, folder = auraflow_pair
+    prompt, unwanted = "a large red circle", "two yellow stars, left of a purple ring"
+    given = {"num_inference_steps": 3, "guidance_scale": 4.0, "height": 68, "width": 36, "max_sequence_length": 48}
+    told = {"generator": torch.Generator().manual_seed(7), "output_type": "np"}
+    with torch.no_grad():
+        expected = theirs(prompt, negative_prompt=unwanted, **given, **told).images
+    ours = Pipeline(folder, threads=1)
+    images = ours(prompt, negative_prompt=unwanted, seed=7, noise_source="torch", **given)
+    assert psnr(expected, images) > 58
+    with pytest.raises(ConfigError, match="height should be at most 68"):
+        ours(prompt, height=72, width=36)
 
 
 @pytest.mark.parametrize("seed", [7, [7, 2**32 + 1]], ids=["one generator", "a list of generators"])

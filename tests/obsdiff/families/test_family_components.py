@@ -205,6 +205,33 @@ def test_the_graph_of_a_shrunk_pixart_takes_any_size(build_pipeline: Callable[..
     assert compare(replace(component, more_inputs=tuple(others)), model).max_relative_error < 1e-4
 
 
+@pytest.mark.parametrize("side", [11, 12])
+@pytest.mark.parametrize("size", [(2, 22), (6, 14), (22, 22)])
+def test_auraflow_takes_the_places_from_the_middle_as_diffusers_does(
+    side: int, size: tuple[int, int], build_denoiser: Callable[..., Any]
+) -> None:
+    family, denoiser = FAMILIES["auraflow"], build_denoiser("auraflow", pos_embed_max_size=side**2)
+    inputs = family.example(denoiser, batch=2, size=size, text_tokens=7, pixels=(size[0] * 8, size[1] * 8))
+    with torch.no_grad():
+        expected = denoiser(**family.arguments(inputs)).sample
+    assert torch.equal(run(family.component(denoiser, height=64, width=64), inputs)[0], expected)
+
+
+def test_the_graph_of_a_shrunk_auraflow_takes_any_size(build_denoiser: Callable[..., Any], tmp_path: Path) -> None:
+    """On a grid of an odd side, up to all of it."""
+    family = FAMILIES["auraflow"]
+    denoiser = build_denoiser("auraflow", num_mmdit_layers=1, num_single_dit_layers=1, pos_embed_max_size=11**2)
+    kept = {"joint_transformer_blocks.0.attn.heads": [1], "single_transformer_blocks.0.ff.neurons": list(range(9))}
+    shrink(denoiser, family, kept)
+    others = [
+        family.example(denoiser, batch=batch, size=size, text_tokens=length, pixels=(64, 96))
+        for batch, length, size in ((1, 1, (2, 2)), (3, 9, (22, 22)), (2, 5, (6, 20)))
+    ]
+    component = family.component(denoiser, height=64, width=64)
+    model = export(component, tmp_path / "transformer", dtype=torch.float32)
+    assert compare(replace(component, more_inputs=tuple(others)), model).max_relative_error < 1e-4
+
+
 @pytest.mark.parametrize("scale", [None, 2.0])
 def test_the_graphs_of_a_shrunk_sana_take_any_size(
     scale: float | None, build_pipeline: Callable[..., Any], tmp_path: Path
