@@ -122,6 +122,11 @@ def example(
     }
 
 
+def arguments(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """See `Family.arguments`; of a model with another `timestep_scale` than 1 the timesteps are scaled already."""
+    return dict(inputs)
+
+
 class _Flat(parts.Flat):
     """The transformer, without options; (b, channels, h, w) to the same, told the scheduler's timesteps."""
 
@@ -142,11 +147,6 @@ class _Flat(parts.Flat):
             return_dict=False,
         )[0]
         return velocity[:, : hidden_states.shape[1]]
-
-
-def arguments(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-    """See `Family.arguments`; timesteps are as published models take them, unscaled."""
-    return dict(inputs)
 
 
 def component(denoiser: nn.Module, *, height: int, width: int, vae_scale: int = 8) -> Component:

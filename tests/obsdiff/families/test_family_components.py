@@ -253,6 +253,17 @@ def test_the_graphs_of_a_shrunk_sana_take_any_size(
     assert compare(component, export(component, tmp_path, dtype=torch.float32)).max_relative_error < 1e-4
 
 
+def test_sana_on_the_scheduler_s_timesteps_is_diffusers_on_scaled_ones(build_pipeline: Callable[..., Any]) -> None:
+    pipeline, family = build_pipeline("sana", timestep_scale=0.25, out_channels=8), FAMILIES["sana"]
+    component = of(pipeline, "sana")["transformer"]
+    inputs = dict(component.inputs)
+    found = run(component, inputs)[0]
+    inputs["timestep"] = inputs["timestep"] * 0.25
+    with torch.no_grad():
+        expected = pipeline.transformer(**family.arguments(inputs)).sample
+    assert torch.equal(found, expected[:, :4])  # the other half is a variance, which no sampler reads
+
+
 def test_gemma_is_told_the_instruction_of_the_pipelines_call(build_pipeline: Callable[..., Any]) -> None:
     pipeline = build_pipeline("sana")
     lines = of(pipeline, "sana")["text_encoder"].config["complex_human_instruction"]
