@@ -42,6 +42,20 @@ def test_nothing_is_wrong_with_a_family_of_ours(kind: str, build_denoiser: Calla
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [
+        {"interpolation_scale": 2.0},
+        {"qk_norm": "rms_norm_across_heads"},
+        {"patch_size": 2, "attention_bias": True, "norm_elementwise_affine": True, "mlp_ratio": 3.0},
+    ],
+)
+def test_nothing_is_wrong_with_other_sanas(changes: dict[str, Any], build_denoiser: Callable[..., Any]) -> None:
+    """Of 2048 pixels and more; Sana 1.5, whose heads are no units; with what no published one has."""
+    denoiser = build_denoiser("sana", num_layers=2, **changes)
+    assert problems(family_of(denoiser), denoiser, onnx=False) == []
+
+
+@pytest.mark.parametrize(
     ("changes", "sentence"),
     [
         ({"linears": linears_but("0.attn.to_k", reads="mine")}, "attn.to_k: reads the tensor of"),
