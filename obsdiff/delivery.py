@@ -66,6 +66,14 @@ class Delivered:
         )
 
 
+def notes(delivered: Sequence[Delivered]) -> tuple[str, ...]:
+    """What a user should know of components that were not compared with torch."""
+    names = [each.model.name for each in delivered if isinstance(each.max_error, NotMeasured)]
+    if not names:
+        return ()
+    return (f"--low-memory: the graphs of {', '.join(names)} were not compared with torch, and nothing was timed",)
+
+
 def in_words(model: OnnxModel) -> str:
     """What a graph computes in: "float16", or "fp8 in float16" where only its linears have eight bits."""
     return model.dtype if model.precision == model.dtype else f"{model.precision} in {model.dtype}"
