@@ -332,6 +332,8 @@ def _configs(folder: Path, index: Mapping[str, Any]) -> dict[str, dict[str, Any]
         for file in ("config.json", "scheduler_config.json"):
             if (folder / name / file).is_file():
                 configs[name] = _json(folder / name / file)
+    if "vae" in index and "vae" not in configs and (folder / "vae_decoder" / "config.json").is_file():  # of a bundle
+        configs["vae"] = _json(folder / "vae_decoder" / "config.json")
     if (folder / DEFAULTS).is_file():
         configs[_DEFAULTS_KEY] = _json(folder / DEFAULTS)
     family = _family(folder, index)

@@ -223,6 +223,14 @@ def test_a_bare_sana_stands_for_thirty_two_pixels_a_side(build_denoiser: Callabl
     assert loading.vae_scale(load_configs(tmp_path).configs) == 32
 
 
+def test_a_bundle_s_autoencoder_says_how_many_pixels_a_latent_pixel_stands_for(
+    sd3_folder: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(sd3_folder, tmp_path / "bundle"))
+    (folder / "vae").rename(folder / "vae_decoder")
+    assert loading.vae_scale(load_configs(folder).configs) == loading.vae_scale(load_configs(sd3_folder).configs) == 2
+
+
 def test_a_folder_that_is_neither_pipeline_nor_denoiser_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="neither a diffusers pipeline"):
         load_configs(tmp_path)
