@@ -171,7 +171,7 @@ def places(dense: nn.Module, family: Family, manifest: PrunedManifest) -> tuple[
         for producer in group.producers:
             for part in range(producer.parts):
                 channels = moved if producer.free else kept
-                rows.setdefault(producer.name, []).append((part * size, size, channels))
+                rows.setdefault(producer.name, []).append((producer.start + part * size, size, channels))
         for consumer in group.consumers:
             columns.setdefault(consumer.name, []).append((consumer.start, size, moved))
     lengths = {name: dense.get_parameter(f"{name}.weight").shape for name in (*rows, *columns)}

@@ -45,7 +45,7 @@ def encode(
     pipeline: DiffusionPipeline, family: Family, texts: Sequence[str], sampling: Sampling, *, negative: str = ""
 ) -> Prompts:
     """Runs the text encoders once over all prompts, in batches."""
-    negatives = guided(family, sampling.guidance_scale)
+    negatives = guided(family, getattr(pipeline, family.denoiser), sampling.guidance_scale)
     options = {} if sampling.max_sequence_length is None else {"max_sequence_length": sampling.max_sequence_length}
     parts: list[dict[str, Tensor]] = []
     with offloading.borrowed(offloading.encoders(pipeline), pipeline.device):

@@ -199,7 +199,7 @@ def time_denoisers(
     """
     if pruned.dtype == "bfloat16":
         return NotMeasured(why="ONNX Runtime has no bfloat16 kernels on the CPU; build engines and time those")
-    images = rows(family, sampling.guidance_scale)
+    images = rows(family, denoiser, sampling.guidance_scale)
     size = (sampling.height // vae_scale, sampling.width // vae_scale)
     sessions = {"dense": open_graph(dense.path), "pruned": open_graph(pruned.path)}
     example = family.example(

@@ -253,7 +253,7 @@ def evaluate(
         blocks=block_modules(family.linears(dense)),
         fid_clip=_fid(judges, features),
         sampling=sampling,
-        negative=negative if guided(family, sampling.guidance_scale) else "",
+        negative=negative if guided(family, dense, sampling.guidance_scale) else "",
         scheduler=type(pipeline.scheduler).__name__,
     )
     return evaluation, tuple(pairs)

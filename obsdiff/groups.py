@@ -11,20 +11,20 @@ from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
-class TableGate:
-    """A gate that a block adds up of a table of its own and of what it is told (adaLN-single).
+class ToldGate:
+    """A gate that a block is told, to which it may add a table of its own (adaLN-single).
 
     Attributes:
         block: the module.
-        table: its parameter, (n, out).
         told: an argument of its forward, (rows, n out).
-        row: of the table and of what is told, counted from 0.
+        row: of what is told and of the table, counted from 0.
+        table: a parameter of the block, (n, out); None: it adds nothing.
     """
 
     block: str
-    table: str
     told: str
     row: int
+    table: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +33,12 @@ class Write:
 
     Attributes:
         stream: module whose first input is the stream before it; it runs before the linear does.
-        gate: module whose output holds the gate, (rows, out), and the gate's place in it, or a TableGate; None: the
+        gate: module whose output holds the gate, (rows, out), and the gate's place in it, or a ToldGate; None: the
             gate is 1.
     """
 
     stream: str
-    gate: tuple[str, int] | TableGate | None = None
+    gate: tuple[str, int] | ToldGate | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +72,13 @@ class Producer:
     Attributes:
         name: module name; its weight (and bias, where there is one) loses rows.
         parts: the output holds this many stacked copies of the unit axis, all cut alike (GEGLU: 2).
+        start: its first row of the units, where it gives something else before them.
         free: whether its rows may change places inside a unit (neurons: among all) if the consumers' columns do.
     """
 
     name: str
     parts: int = 1
+    start: int = 0
     free: bool = True
 
 
@@ -120,7 +122,8 @@ class Group:
         block: index of its block, in forward order.
         units: how many there are.
         width: columns of a unit in each consumer: the head size, or 1 for a neuron.
-        producers: linears that lose rows.
+        producers: linears that lose rows. A linear that gives several groups side by side is a producer of each, from
+            another row on; one whose rows are free in part only (queries, keys and values in one) is there twice.
         consumers: linears that lose columns; one, or two where two streams share the heads. A linear that reads several
             groups side by side is a consumer of each, from another column on.
         sizes: numbers in modules that follow.

@@ -57,7 +57,7 @@ class Job:
     @property
     def rows(self) -> int:
         """Rows of the denoiser's batch for one image."""
-        return rows(self.family, self.recipe.sampling.guidance_scale)
+        return rows(self.family, self.denoiser, self.recipe.sampling.guidance_scale)
 
     def positions(self, denoiser: nn.Module) -> dict[str, int]:
         return facts.positions(

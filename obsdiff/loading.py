@@ -25,6 +25,7 @@ from obsdiff.families import HELP, Family, parts
 from obsdiff.families.table import FAMILIES, family_of
 from obsdiff.folders import MANIFEST, is_variant
 from obsdiff.manifest import PrunedManifest, read_manifest
+from obsdiff_runtime.conditioning import IS_DISTILLED
 from obsdiff_runtime.errors import ModelError, ResourceError
 
 _DEFAULTS_KEY = Path(DEFAULTS).stem
@@ -41,6 +42,7 @@ class Defaults:
         guidance_scale: of classifier-free guidance.
         max_sequence_length: text tokens of T5, or of the zeros in its place; None where the pipeline has no such thing.
         prompts: name of the prompt set the pipeline was made for; None for general ones.
+        takes_guidance: whether a guidance scale above 1 makes a difference; not where a pipeline's steps are distilled.
     """
 
     height: int
@@ -49,6 +51,7 @@ class Defaults:
     guidance_scale: float
     max_sequence_length: int | None = None
     prompts: str | None = None
+    takes_guidance: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +213,8 @@ def _family_of(configs: Mapping[str, Mapping[str, Any]]) -> Family:
 def _class_defaults(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     family = _family_of(configs)
     denoiser = configs[family.denoiser]
-    name = configs.get("model_index", {}).get("_class_name") or family.pipeline
+    index = configs.get("model_index", {})
+    name = index.get("_class_name") or family.pipeline
     if not name:
         raise ModelError(
             f"no family describes a {denoiser['_class_name']}, so its configuration alone is not enough; "
@@ -219,6 +223,7 @@ def _class_defaults(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     signature = inspect.signature(getattr(diffusers, name).__call__).parameters
     rows, columns = family.latent_size(denoiser)
     scale = vae_scale(configs)
+    distilled = bool(index.get(IS_DISTILLED))
 
     def default(argument: str, otherwise: Any) -> Any:
         found = signature[argument].default if argument in signature else None
@@ -228,9 +233,10 @@ def _class_defaults(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "height": default("height", rows * scale),
         "width": default("width", columns * scale),
         "num_inference_steps": default("num_inference_steps", 50),
-        "guidance_scale": default("guidance_scale", 1.0),
+        "guidance_scale": 1.0 if distilled else default("guidance_scale", 1.0),
         "max_sequence_length": default("max_sequence_length", None),
         "prompts": None,
+        "takes_guidance": not distilled,
     }
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from obsdiff import padding, pausing, pointwise, ranks
 from obsdiff.core.gram import Gram, GramAccumulator, full_precision
-from obsdiff.groups import LinearSpec, TableGate
+from obsdiff.groups import LinearSpec, ToldGate
 from obsdiff.methods import Target
 from obsdiff.padding import Masks
 from obsdiff.pausing import Arguments
@@ -113,8 +113,8 @@ class _Look:
                 stack.callback(
                     module.register_forward_pre_hook(partial(self._see_stream, name), with_kwargs=True).remove
                 )
-                if isinstance(write.gate, TableGate):
-                    module, see = self._module(write.gate.block), partial(self._see_table_gate, name, write.gate)
+                if isinstance(write.gate, ToldGate):
+                    module, see = self._module(write.gate.block), partial(self._see_told_gate, name, write.gate)
                     stack.callback(module.register_forward_pre_hook(see, with_kwargs=True).remove)
                 elif write.gate is not None:
                     module, place = self._module(write.gate[0]), write.gate[1]
@@ -146,13 +146,14 @@ class _Look:
     def _see_gate(self, name: str, place: int, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         self._gates[name] = self._spread(name, output[place])
 
-    def _see_table_gate(
-        self, name: str, gate: TableGate, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    def _see_told_gate(
+        self, name: str, gate: ToldGate, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        table = block.get_parameter(gate.table)
         given = inspect.signature(type(block).forward).bind(block, *args, **kwargs).arguments
-        told = given[gate.told].unflatten(-1, table.shape)  # (rows, n, out)
-        self._gates[name] = self._spread(name, (table + told)[:, gate.row])
+        told = given[gate.told].unflatten(-1, (-1, pointwise.widths(self._module(name))[1]))  # (rows, n, out)
+        if gate.table is not None:
+            told = block.get_parameter(gate.table) + told
+        self._gates[name] = self._spread(name, told[:, gate.row])
 
     def _counted(self, name: str, value: Tensor) -> Tensor:
         """Of (rows, tokens, width) the tokens that count."""

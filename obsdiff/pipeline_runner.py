@@ -209,7 +209,7 @@ class PipelineRunner:
             stack.enter_context(self._watched(laps))
             before, start = self._allocated(reset=True), clock.mark()
             images = pipeline(
-                request.prompt,
+                prompt=request.prompt,
                 height=request.height,
                 width=request.width,
                 num_inference_steps=request.num_inference_steps,

@@ -31,10 +31,11 @@ class Clock:
 
 
 def block_modules(linears: Sequence[LinearSpec]) -> tuple[str, ...]:
-    """Name of each block's module, in forward order: what the names of its linears have in common."""
+    """Name of each block's module, in forward order: what its linears and the streams they write to lie in."""
     paths: dict[int, list[list[str]]] = defaultdict(list)
     for linear in linears:
-        paths[linear.block].append(linear.name.split(".")[:-1])
+        inside = [linear.name] if linear.writes is None else [linear.name, linear.writes.stream]
+        paths[linear.block] += [name.split(".")[:-1] for name in inside]
     return tuple(".".join(_common(names)) for _, names in sorted(paths.items()))
 
 

@@ -135,6 +135,8 @@ def sampling(settings: Settings, defaults: Defaults) -> Sampling:
     guidance = defaults.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
     if not 0 <= guidance < math.inf:
         raise ConfigError(f"--guidance-scale {guidance:g}: must be a finite number and not negative")
+    if guidance > 1 and not defaults.takes_guidance:
+        raise ConfigError(f"--guidance-scale {guidance:g}: this pipeline's steps are distilled; give 1 or leave it out")
     if settings.max_sequence_length is not None and defaults.max_sequence_length is None:
         raise ConfigError(f"--max-sequence-length {settings.max_sequence_length}: this pipeline has no such length")
     return Sampling(

@@ -137,7 +137,9 @@ def batches(sampler: Sampler, prompts: Sequence[str], negative: str) -> Iterator
 
     Prompt i's noise comes from a generator seeded with the sampling's seed + i, whatever the batch size.
     """
-    sampling, negatives = sampler.sampling, guided(sampler.family, sampler.sampling.guidance_scale)
+    sampling = sampler.sampling
+    denoiser = getattr(sampler.pipeline, sampler.family.denoiser)
+    negatives = guided(sampler.family, denoiser, sampling.guidance_scale)
     options = {} if sampling.max_sequence_length is None else {"max_sequence_length": sampling.max_sequence_length}
     for start in range(0, len(prompts), sampling.batch_size):
         texts = prompts[start : start + sampling.batch_size]

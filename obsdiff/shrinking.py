@@ -71,7 +71,7 @@ def _cut(denoiser: nn.Module, gone: Sequence[tuple[Group, Sequence[int]]]) -> No
         for producer in group.producers:
             left = rows.setdefault(producer.name, _all(denoiser, producer.name, dim=0))
             for part in range(producer.parts):
-                left[columns(group, removed, part * size)] = False
+                left[columns(group, removed, producer.start + part * size)] = False
         for consumer in group.consumers:
             left = across.setdefault(consumer.name, _all(denoiser, consumer.name, dim=1))
             left[columns(group, removed, consumer.start)] = False

@@ -139,7 +139,7 @@ class _Run:
         self._weights = [weights[call.step] for call in calls]
         self._recipe = recipe
         scale = recipe.sampling.guidance_scale
-        combined = recipe.guided and guided(family, scale)
+        combined = recipe.guided and guided(family, denoiser, scale)
         self._guidance = moments.Guidance(scale=scale, weight=recipe.guided) if combined else None
         self._groups = family.groups(denoiser)
         losing = [group for group in assignment.groups if assignment.removals.get(group.name)]
@@ -260,11 +260,10 @@ class _Run:
                 everything[columns] = order + columns.start
                 layers[name] = _reduced(layers[name], everything)
             for producer in free:
-                rows = torch.cat([order + part * size for part in range(producer.parts)])
-                moved[f"{producer.name}.weight"] = self._weight(producer.name)[rows]
-                bias = self._bias(producer.name)
-                if bias is not None:
-                    moved[f"{producer.name}.bias"] = bias[rows]
+                rows = torch.cat([order + part * size for part in range(producer.parts)]) + producer.start
+                for key, tensor in self._tensors(producer.name).items():
+                    moved[key] = moved.get(key, tensor).clone()
+                    moved[key][producer.start : producer.start + len(rows)] = tensor[rows]
         return PackageResult(weights=moved, orders=orders)
 
     def _solved(self, tier: Sequence[LinearSpec], layers: Mapping[str, Layer]) -> PackageResult:
@@ -306,6 +305,11 @@ class _Run:
     def _write(self, weights: Mapping[str, Tensor]) -> None:
         for name, value in weights.items():
             pointwise.write(self._denoiser.get_parameter(name), value)
+
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        """A linear's weight and, where it has one, its bias, by name in the denoiser."""
+        bias = self._bias(name)
+        return {f"{name}.weight": self._weight(name)} | ({} if bias is None else {f"{name}.bias": bias})
 
     def _weight(self, name: str) -> Tensor:
         return pointwise.matrix(self._denoiser.get_parameter(f"{name}.weight").data)

@@ -1,6 +1,6 @@
 """The denoiser's calls along the dense model's own trajectories: what streamed calibration looks at."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from obsdiff import padding, ranks
 from obsdiff.calibration import Prompts, StepIndex, batches, sample
-from obsdiff.families import Family
+from obsdiff.families import Family, guided
 from obsdiff.padding import Masks
 from obsdiff.pausing import Arguments
 from obsdiff.recipe import Sampling
@@ -50,7 +50,8 @@ def record(
 
     Batch b keeps every (steps / kept_steps)-th step, beginning b steps in, so that together the batches see every
     step. Inputs of one trajectory resemble one another: more prompts are worth more than more steps of each. Each rank
-    runs and keeps its share of the batches.
+    runs and keeps its share of the batches. Where guidance calls the denoiser on negative prompts by themselves, behind
+    the others, both calls are kept as one.
 
     Args:
         pipeline: in eval mode.
@@ -72,7 +73,9 @@ def record(
     passes = list(batches(len(prompts.texts), sampling.batch_size))
     own = ranks.share(range(len(passes)), "batches of prompts")
     total = len(own) * sampling.num_inference_steps
+    combined = guided(family, denoiser, sampling.guidance_scale)
     calls: list[Call] = []
+    waiting: list[Call] = []
     place = own[0]
 
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -82,7 +85,13 @@ def record(
             raise CalibrationError(f"step {step + 1}, {texts}: the denoiser's output is not finite; are its weights?")
         if step in wanted_steps(sampling.num_inference_steps, kept_steps, place):
             masks = padding.masks(family, kwargs)
-            calls.append(Call(step=step, arguments=_copied(args, kwargs), prompts=texts, masks=masks))
+            call = Call(step=step, arguments=_copied(args, kwargs), prompts=texts, masks=masks)
+            if not combined or len(velocity_of(denoiser, output)) != len(passes[place]):
+                calls.append(call)
+            elif waiting:
+                calls.append(_joined(call, waiting.pop()))
+            else:
+                waiting.append(call)
         progress(stage, (place - own[0]) * sampling.num_inference_steps + step, total)
 
     handle = denoiser.register_forward_hook(keep, with_kwargs=True)
@@ -101,6 +110,20 @@ def wanted_steps(steps: int, kept: int, batch: int) -> frozenset[int]:
     """The steps that a batch keeps: evenly spaced, shifted from batch to batch."""
     kept = min(kept, steps)
     return frozenset((batch + index * steps // kept) % steps for index in range(kept))
+
+
+def _joined(negative: Call, positive: Call) -> Call:
+    """Two calls of a step as one of twice the rows, the negative prompts first, as other pipelines make it."""
+
+    def both(without: Any, given: Any) -> Any:
+        return torch.cat([without, given]) if isinstance(given, Tensor) and given.ndim else given
+
+    args, kwargs = positive.arguments
+    others, more = negative.arguments
+    joined = tuple(both(*pair) for pair in zip(others, args, strict=True))
+    masks = {name: both(negative.masks[name], mask) for name, mask in positive.masks.items()}
+    named = {name: both(more[name], value) for name, value in kwargs.items()}
+    return replace(positive, arguments=(joined, named), masks=masks)
 
 
 def _copied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:

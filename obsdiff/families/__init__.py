@@ -24,7 +24,8 @@ class Family(Protocol):
         protect: blocks at the start and at the end that keep all their units unless asked otherwise; the paper's.
         vae_scale: pixels per side of a latent pixel where there is no VAE to ask.
         negatives: whether guidance runs every image twice, once on a negative prompt (classifier-free guidance); where
-            not, it is distilled into the denoiser, which is told its scale.
+            not, it is distilled into the denoiser, which is told its scale. A denoiser whose configuration has
+            `guidance_embeds` is told it in any family.
         described: whether the denoiser's units, inputs and outputs are known; of `generic` only its linears are.
         text_mask: keyword argument of the denoiser's forward, (rows, text tokens), 1 for text and 0 for padding that no
             image token looks at; None: it looks at all of it.
@@ -130,11 +131,12 @@ def require_described(family: Family, what: str) -> None:
         )
 
 
-def guided(family: Family, guidance_scale: float) -> bool:
+def guided(family: Family, denoiser: nn.Module, guidance_scale: float) -> bool:
     """Whether every image is run twice, the first time on its negative prompt."""
-    return family.negatives and guidance_scale > 1
+    config: Any = denoiser.config
+    return family.negatives and not config.get("guidance_embeds") and guidance_scale > 1
 
 
-def rows(family: Family, guidance_scale: float) -> int:
+def rows(family: Family, denoiser: nn.Module, guidance_scale: float) -> int:
     """Rows of the denoiser's batch for one image."""
-    return 2 if guided(family, guidance_scale) else 1
+    return 2 if guided(family, denoiser, guidance_scale) else 1

@@ -168,16 +168,19 @@ def _blocks(case: _Case) -> Iterator[str]:
 def _groups(case: _Case) -> Iterator[str]:
     """A group's producers and consumers have exactly its units, and the units of a consumer lie side by side."""
     linears = {linear.name: linear for linear in case.family.linears(case.denoiser)}
+    given: dict[str, list[int]] = {}
     read: dict[str, list[int]] = {}
     for group in case.family.groups(case.denoiser):
+        size = group.units * group.width
         for producer in group.producers:
-            rows = producer.parts * group.units * group.width
-            found = len(case.denoiser.get_parameter(f"{producer.name}.weight"))
-            if found != rows:
-                yield f"{group.name}: {producer.name} gives {found} rows, not {rows}"
+            rows = range(producer.start, producer.start + producer.parts * size)
+            given.setdefault(producer.name, []).extend(rows)
         for consumer in group.consumers:
-            size = group.units * group.width
             read.setdefault(consumer.name, []).extend(range(consumer.start, consumer.start + size))
+    for name, places in given.items():
+        found = len(case.denoiser.get_parameter(f"{name}.weight"))
+        if sorted(places) != list(range(found)):
+            yield f"groups: {name} gives {found} rows, not those {len(places)} that groups name"
     for name, places in read.items():
         if name not in linears:
             yield f"groups: {name} is none of the linears"

@@ -16,15 +16,20 @@ from typing import Any, Final
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from obsdiff.families import Family
 from obsdiff_export.component import Component
+from obsdiff_runtime.conditioning import PROMPT_TEMPLATE
 from obsdiff_runtime.errors import ModelError
 
 Size = tuple[int, int]
 
 VAE_SCALE: Final = 8
 """Pixels per side of a latent pixel of most autoencoders."""
+
+PATCH: Final = 2
+"""Latent pixels per side of a patch of FLUX.2's autoencoder; its pipelines fix it."""
 
 CLIP_TOKENS: Final = 77
 
@@ -98,7 +103,8 @@ def vae_scale(config: Mapping[str, Any]) -> int:
     if "temperal_downsample" in config:  # of video autoencoders, spelled so: those of Qwen-Image and Wan
         return int(2 ** len(config["temperal_downsample"]))
     levels = config.get("block_out_channels") or config.get("encoder_block_out_channels")
-    return VAE_SCALE if levels is None else int(2 ** (len(levels) - 1))
+    patch = config.get("patch_size") or (1,)  # of FLUX.2's, whose latents are patches
+    return VAE_SCALE if levels is None else int(2 ** (len(levels) - 1) * patch[0])
 
 
 def vae_scale_of(pipeline: DiffusionPipeline, family: Family) -> int:
@@ -221,7 +227,7 @@ def text_encoders(pipeline: DiffusionPipeline) -> list[Component]:
     """The text encoders that are present, in the pipeline's order.
 
     Raises:
-        ModelError: one is none of CLIP, T5, UMT5 and Gemma-2.
+        ModelError: one is none of CLIP, T5, UMT5, Gemma-2 and Qwen3.
     """
     found = []
     for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
@@ -236,10 +242,14 @@ def text_encoders(pipeline: DiffusionPipeline) -> list[Component]:
         elif kind == "Gemma2Model":
             told = {INSTRUCTION: instruction(pipeline)}
             found.append(_sequence(name, model, _Gemma2(model), masked=True, told=told))
+        elif kind == "Qwen3ForCausalLM":
+            told = {PROMPT_TEMPLATE: prompt_template(pipeline)}
+            flat = _Layers(model, read_layers(pipeline))
+            found.append(_sequence(name, model, flat, masked=True, told=told, output="prompt_embeds"))
         else:
             raise ModelError(
                 f"{name} is a {kind}; known are CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel, "
-                "UMT5EncoderModel and Gemma2Model"
+                "UMT5EncoderModel, Gemma2Model and Qwen3ForCausalLM"
             )
     return found
 
@@ -298,6 +308,41 @@ class _Gemma2(Flat):
         return states
 
 
+class _Layers(Flat):
+    """Tokens (b, l), and 0 where they are padding, (b, l), to hidden states side by side, (b, l, layers * width).
+
+    Layers behind the last one that is read are none of its graph.
+    """
+
+    def __init__(self, source: nn.Module, layers: Sequence[int]) -> None:
+        super().__init__(source)
+        self._layers = tuple(layers)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        found = self.source.model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, output_hidden_states=True
+        )
+        return torch.cat([found.hidden_states[layer] for layer in self._layers], dim=-1)
+
+
+def read_layers(pipeline: DiffusionPipeline) -> tuple[int, ...]:
+    """The hidden states of its text encoder that a pipeline reads: 0 is the embedding."""
+    layers = inspect.signature(type(pipeline).__call__).parameters["text_encoder_out_layers"].default
+    return tuple(layers)
+
+
+def prompt_template(pipeline: DiffusionPipeline) -> list[str]:
+    """What a chat model's tokenizer puts before and behind a prompt to be answered without thinking aloud."""
+    need(pipeline, "tokenizer")
+    place = "{prompt}"
+    tokenizer: Any = pipeline.tokenizer
+    written = tokenizer.apply_chat_template(
+        [{"role": "user", "content": place}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
+    before, _, behind = written.partition(place)
+    return [before, behind]
+
+
 def _masks_text(pipeline: DiffusionPipeline) -> bool:
     """Whether the pipeline tells its text encoder what is padding: then it also gives the mask to its denoiser."""
     encode = getattr(pipeline, "encode_prompt", None)
@@ -309,7 +354,15 @@ def padded(batch: int, length: int, *, dtype: torch.dtype) -> Tensor:
     return (torch.arange(length) < (length - torch.arange(batch)[:, None]).clamp_min(1)).to(dtype)
 
 
-def _sequence(name: str, model: Any, flat: Flat, *, masked: bool, told: Mapping[str, Any] | None = None) -> Component:
+def _sequence(
+    name: str,
+    model: Any,
+    flat: Flat,
+    *,
+    masked: bool,
+    told: Mapping[str, Any] | None = None,
+    output: str = "last_hidden_state",
+) -> Component:
     """A text encoder of any length; `told` is written beside its configuration."""
     generator = torch.Generator().manual_seed(_SEED)
     examples = [
@@ -323,21 +376,28 @@ def _sequence(name: str, model: Any, flat: Flat, *, masked: bool, told: Mapping[
         module=flat,
         inputs=examples[0],
         dynamic_axes={key: {0: "batch", 1: "sequence"} for key in examples[0]},
-        outputs=("last_hidden_state",),
+        outputs=(output,),
         config={**config_of(model), **(told or {})},
         more_inputs=tuple(examples[1:]),
     )
 
 
 class _Decoder(nn.Module):
-    """Latents (b, channels, h, w) to pixels (b, 3, h s, w s)."""
+    """Latents (b, channels, h, w) to pixels (b, 3, h s, w s).
+
+    Those of AutoencoderKLFlux2 are patches, and of unit variance.
+    """
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.post_quant_conv = getattr(vae, "post_quant_conv", None)
+        self.bn = getattr(vae, "bn", None)
         self.decoder = vae.decoder
 
     def forward(self, latent_sample: Tensor) -> Tensor:
+        if self.bn is not None:
+            mean, deviation = _statistics(self.bn)
+            latent_sample = pixel_shuffle(latent_sample * deviation + mean, PATCH)
         if self.post_quant_conv is not None:
             latent_sample = self.post_quant_conv(latent_sample)
         pixels: Tensor = self.decoder(latent_sample)
@@ -347,33 +407,50 @@ class _Decoder(nn.Module):
 class _Encoder(nn.Module):
     """Pixels (b, 3, h s, w s) to the posterior's mean and log-variance, (b, 2 channels, h, w).
 
-    AutoencoderDC has no posterior and gives the latents, (b, channels, h, w).
+    AutoencoderDC has no posterior and gives the latents, (b, channels, h, w); AutoencoderKLFlux2 gives those of the
+    mean, as its pipelines read it.
     """
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.encoder = vae.encoder
         self.quant_conv = getattr(vae, "quant_conv", None)
+        self.bn = getattr(vae, "bn", None)
 
     def forward(self, sample: Tensor) -> Tensor:
         parameters: Tensor = self.encoder(sample)
-        return parameters if self.quant_conv is None else self.quant_conv(parameters)
+        if self.quant_conv is not None:
+            parameters = self.quant_conv(parameters)
+        if self.bn is None:
+            return parameters
+        mean, deviation = _statistics(self.bn)
+        return (pixel_unshuffle(parameters.chunk(2, dim=1)[0], PATCH) - mean) / deviation
+
+
+def _statistics(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of patches of latents, (channels, 1, 1) each."""
+    if norm.running_mean is None or norm.running_var is None:
+        raise ModelError("the vae keeps no statistics of its latents; load it as its configuration says")
+    return norm.running_mean[:, None, None], (norm.running_var[:, None, None] + norm.eps).sqrt()
 
 
 def autoencoder(pipeline: DiffusionPipeline, *, height: int, width: int) -> list[Component]:
     """The VAE's decoder and encoder; nothing where the pipeline has none.
 
     Raises:
-        ModelError: it is neither AutoencoderKL nor AutoencoderDC.
+        ModelError: it is none of AutoencoderKL, AutoencoderDC and AutoencoderKLFlux2.
     """
     vae = getattr(pipeline, "vae", None)
     if vae is None:
         return []
-    if type(vae).__name__ not in ("AutoencoderKL", "AutoencoderDC"):
-        raise ModelError(f"the vae is a {type(vae).__name__}; known are AutoencoderKL and AutoencoderDC")
+    if type(vae).__name__ not in ("AutoencoderKL", "AutoencoderDC", "AutoencoderKLFlux2"):
+        raise ModelError(
+            f"the vae is a {type(vae).__name__}; known are AutoencoderKL, AutoencoderDC and AutoencoderKLFlux2"
+        )
     scale, dtype, config = vae_scale(vae.config), vae.dtype, config_of(vae)
+    channels = vae.bn.num_features if hasattr(vae, "bn") else vae.config.latent_channels
     sizes = rows(latent_sizes(height, width, vae_scale=scale, multiple=1))
-    latents = [noise(b, vae.config.latent_channels, h, w, dtype=dtype) for b, _, (h, w) in sizes]
+    latents = [noise(b, channels, h, w, dtype=dtype) for b, _, (h, w) in sizes]
     pixels = [noise(b, vae.config.in_channels, h * scale, w * scale, dtype=dtype) for b, _, (h, w) in sizes]
     decoder = Component(
         name="vae_decoder",

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from obsdiff.families import layers, parts
 from obsdiff.families.places import Patches
-from obsdiff.groups import Group, LinearSpec, TableGate, Write
+from obsdiff.groups import Group, LinearSpec, ToldGate, Write
 from obsdiff_export.component import Component
 from obsdiff_runtime.errors import ModelError
 
@@ -203,5 +203,5 @@ def _writes(prefix: str, linear: str) -> Write | None:
     return None
 
 
-def _gate(prefix: str, row: int) -> TableGate:
-    return TableGate(block=prefix, table="scale_shift_table", told="timestep", row=row)
+def _gate(prefix: str, row: int) -> ToldGate:
+    return ToldGate(block=prefix, told="timestep", row=row, table="scale_shift_table")

@@ -5,13 +5,14 @@ from typing import Final
 import diffusers
 from torch import nn
 
-from obsdiff.families import Family, auraflow, flux, generic, pixart, sana, sd3, unet
+from obsdiff.families import Family, auraflow, flux, flux2, generic, pixart, sana, sd3, unet
 from obsdiff_runtime.errors import ModelError
 
 FAMILIES: Final[dict[str, Family]] = {
     "sd3": sd3,
     "unet": unet,
     "flux": flux,
+    "flux2": flux2,
     "pixart": pixart,
     "auraflow": auraflow,
     "sana": sana,

@@ -27,7 +27,8 @@ class Autoencoder:
     def __init__(self, networks: Networks, config: Mapping[str, Any]) -> None:
         self._networks, self._config = networks, config
         levels = config.get("block_out_channels") or config["encoder_block_out_channels"]
-        self.scale: int = 2 ** (len(levels) - 1)
+        patch = config.get("patch_size") or (1,)  # of FLUX.2's, whose latents are patches
+        self.scale: int = 2 ** (len(levels) - 1) * patch[0]
 
     def decode(self, sample: Array) -> Pixels:
         """(c, h, w) -> (height, width, 3).
@@ -50,14 +51,14 @@ class Autoencoder:
     def encode(self, picture: Pixels) -> tuple[Array, Array]:
         """Mean and standard deviation, (c, h, w) each, of the latents of a picture (height, width, 3).
 
-        AutoencoderDC gives the latents themselves.
+        AutoencoderDC and FLUX.2's give the latents themselves.
 
         Raises:
             RunError: they were not finite.
         """
         pixels = (picture.transpose(2, 0, 1).astype(np.float32) / np.float32(127.5) - np.float32(1))[None]
         found = self._networks.run("vae_encoder", {"sample": pixels}, ["latent_parameters"])["latent_parameters"][0]
-        if len(found) == self._config["latent_channels"]:
+        if len(found) != 2 * self._config["latent_channels"]:
             return found, np.zeros_like(found)
         mean, log_variance = np.split(found, 2)
         return mean, np.exp(np.float32(0.5) * np.clip(log_variance, *LOG_VARIANCES))
@@ -71,7 +72,7 @@ class Autoencoder:
 
     def _affine(self) -> tuple[Array, Array]:
         """(factor, shift), which take the denoiser's latents to the decoder's; they broadcast over (c, h, w)."""
-        factor = np.float32(1) / np.float32(self._config["scaling_factor"])
+        factor = np.float32(1) / np.float32(self._config.get("scaling_factor", 1))
         mean, deviation = self._config.get("latents_mean"), self._config.get("latents_std")
         if mean is not None and deviation is not None:
             deviations, means = (np.array(values, np.float32).reshape(-1, 1, 1) for values in (deviation, mean))

@@ -4,7 +4,7 @@ Shapes: n prompts, t text tokens, d width of a text token, p pooled width.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isqrt
 from typing import Any, Final
 
@@ -16,6 +16,9 @@ from obsdiff_runtime.networks import Array, Networks
 FLUX_PATCH: Final = 2  # latent pixels a side of a token, which the pipeline packs; the denoiser's patch_size is 1
 PIXART_ADDED: Final = 128  # sample_size of a denoiser that is told the image's size where its config does not say
 SANA_INSTRUCTION: Final = "complex_human_instruction"  # in the configuration of its text encoder: lines
+
+PROMPT_TEMPLATE: Final = "prompt_template"  # in the configuration of a chat model that encodes: what is around a prompt
+IS_DISTILLED: Final = "is_distilled"  # in the index of a pipeline whose steps are distilled: it takes no guidance
 
 Conditions = dict[str, Array]
 
@@ -49,6 +52,8 @@ class Kind:
         skipped: steps of so many that are left out where an image is changed by a strength.
         negatives: whether guidance runs an image on its negative prompt too; if not, the denoiser is told its scale.
         even_sigmas: whether diffusers' pipeline gives the scheduler its noise levels; see `make_scheduler`.
+        shift: mu of a shift that depends on the image's tokens and the steps, where the pipeline says it and not the
+            scheduler.
     """
 
     denoiser: str
@@ -61,6 +66,7 @@ class Kind:
     channels: Callable[[Mapping[str, Any]], int] = lambda config: int(config["in_channels"])
     negatives: bool = True
     even_sigmas: bool = False
+    shift: Callable[[int, int], float] | None = None
 
 
 def encode_sd3(networks: Networks, prompts: Sequence[str], negative: bool, settings: Settings) -> Conditions:
@@ -186,6 +192,21 @@ def encode_sana(networks: Networks, prompts: Sequence[str], negative: bool, sett
     }
 
 
+def encode_flux2(networks: Networks, prompts: Sequence[str], negative: bool, settings: Settings) -> Conditions:
+    """Hidden states of a chat model, told what is padding, though the denoiser looks at it.
+
+    Where the denoiser is distilled with guidance, also its scale.
+    """
+    before, behind = networks.bundle.config("text_encoder")[PROMPT_TEMPLATE]
+    written = [f"{before}{prompt}{behind}" for prompt in prompts]
+    ids, mask = networks.tokenizer("tokenizer").masked_ids(written, settings.max_sequence_length)
+    states = networks.run("text_encoder", {"input_ids": ids, "attention_mask": mask}, ["prompt_embeds"])
+    told = {"encoder_hidden_states": states["prompt_embeds"]}
+    if networks.bundle.config("transformer")["guidance_embeds"]:
+        told["guidance"] = np.full(len(prompts), settings.guidance_scale, dtype=np.float32)
+    return told
+
+
 def _clip(networks: Networks, suffix: str, prompts: Sequence[str], length: int, pooled: str | None) -> dict[str, Array]:
     """Penultimate hidden states (n, t, d) as "hidden", and the pooled output (n, p) if one is named."""
     encoder = f"text_encoder{suffix}"
@@ -211,6 +232,15 @@ def _max_length(networks: Networks, tokenizer: str) -> int:
 
 def _unet_patch(config: Mapping[str, Any]) -> int:
     return int(2 ** (len(config["block_out_channels"]) - 1))
+
+
+def _flux2_shift(image_tokens: int, steps: int) -> float:
+    """Lines over the tokens for 10 and for 200 steps, and between them a line over the steps; diffusers' numbers."""
+    at_200 = 0.00016927 * image_tokens + 0.45666666
+    if image_tokens > 4300:
+        return at_200
+    at_10 = 8.73809524e-05 * image_tokens + 1.89833333
+    return at_200 + (at_10 - at_200) / 190 * (200 - steps)
 
 
 def _skipped_part(steps: int, strength: float) -> int:
@@ -287,6 +317,18 @@ SANA: Final = Kind(
     largest=lambda config: None,
     skipped=_skipped_whole,  # as PixArt's
 )
+FLUX2_KLEIN: Final = Kind(
+    denoiser="transformer",
+    noisy="hidden_states",
+    predicted="out_hidden_states",
+    encode=encode_flux2,
+    patch=lambda config: 1,  # its latents are patches already
+    largest=lambda config: None,
+    skipped=_skipped_part,  # diffusers has no pipeline of FLUX.2 that changes an image by a strength; as FLUX.1's
+    even_sigmas=True,
+    shift=_flux2_shift,
+)
+FLUX2: Final = replace(FLUX2_KLEIN, negatives=False)
 KINDS: Final[dict[str, Kind]] = {
     "StableDiffusion3Pipeline": SD3,
     "StableDiffusionPipeline": SD,
@@ -296,6 +338,8 @@ KINDS: Final[dict[str, Kind]] = {
     "PixArtSigmaPipeline": PIXART,
     "AuraFlowPipeline": AURAFLOW,
     "SanaPipeline": SANA,
+    "Flux2KleinPipeline": FLUX2_KLEIN,
+    "Flux2Pipeline": FLUX2,
 }
 
 

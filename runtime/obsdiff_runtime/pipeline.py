@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from obsdiff_runtime.autoencoder import Autoencoder, Pixels
 from obsdiff_runtime.backends import Backend
 from obsdiff_runtime.bundle import Bundle, open_bundle
-from obsdiff_runtime.conditioning import Conditions, Kind, Settings, kind_of
+from obsdiff_runtime.conditioning import IS_DISTILLED, Conditions, Kind, Settings, kind_of
 from obsdiff_runtime.drawing import Drawing, Stepper
 from obsdiff_runtime.errors import CancelledError, ConfigError
 from obsdiff_runtime.networks import Array, Networks
@@ -253,6 +253,8 @@ class Pipeline:
             raise ConfigError(f"max_sequence_length should be at least 1, not {settings.max_sequence_length}")
         if not np.isfinite(settings.guidance_scale):
             raise ConfigError(f"guidance_scale should be a finite number, not {settings.guidance_scale}")
+        if scale > 1 and self.bundle.index().get(IS_DISTILLED):
+            raise ConfigError(f"guidance_scale should be at most 1, not {scale:g}: this pipeline's steps are distilled")
         for name, axis, pixels in (("height", 2, settings.height), ("width", 3, settings.width)):
             self._check_size(name, axis, pixels)
         if image is None:
@@ -326,12 +328,14 @@ class Pipeline:
 
     def _scheduler(self, settings: Settings, noise: Noise) -> Scheduler:
         tokens = (settings.height // self.size_step) * (settings.width // self.size_step)
+        shift = self._kind.shift
         return make_scheduler(
             self.bundle.scheduler(),
             settings.num_inference_steps,
             tokens,
             noise,
             even_sigmas=self._kind.even_sigmas,
+            mu=None if shift is None else shift(tokens, settings.num_inference_steps),
         )
 
 

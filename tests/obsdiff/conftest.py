@@ -13,11 +13,14 @@ from diffusers import (
     AuraFlowTransformer2DModel,
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     ChromaPipeline,
     ChromaTransformer2DModel,
     DDIMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     Lumina2Pipeline,
@@ -44,6 +47,9 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -51,9 +57,14 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from obsdiff.families import flux, pixart, sana
+from obsdiff.families import flux
+from obsdiff.families.table import family_of
 
 TEXT_TOKENS = 12
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n"
+)
 T5_SIZES: dict[str, int] = {
     "vocab_size": 32,
     "d_model": 24,
@@ -147,6 +158,22 @@ def flux_transformer(**changes: Any) -> FluxTransformer2DModel:
     return FluxTransformer2DModel(**{**config, **changes})
 
 
+def flux2_transformer(**changes: Any) -> Flux2Transformer2DModel:
+    """Two joint and two single blocks of 4 heads of 8, as klein's; dev's is distilled with guidance."""
+    config: dict[str, Any] = {
+        "in_channels": 16,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 4,
+        "joint_attention_dim": 24,
+        "timestep_guidance_channels": 16,
+        "axes_dims_rope": (2, 2, 2, 2),
+        "guidance_embeds": False,
+    }
+    return Flux2Transformer2DModel(**{**config, **changes})
+
+
 def pixart_transformer(**changes: Any) -> PixArtTransformer2DModel:
     """Three blocks of 4 heads of 12, told its resolution, as alpha's at 1024 pixels."""
     config: dict[str, Any] = {
@@ -202,6 +229,7 @@ DENOISERS: dict[str, Callable[..., nn.Module]] = {
     "sd15": sd15_unet,
     "sdxl": sdxl_unet,
     "flux": flux_transformer,
+    "flux2": flux2_transformer,
     "pixart": pixart_transformer,
     "pixart_sigma": pixart_sigma_transformer,
     "auraflow": auraflow_transformer,
@@ -256,6 +284,41 @@ def gemma2() -> tuple[GemmaTokenizer, Gemma2Model]:
         sliding_window=16,
     )
     return tokenizer, Gemma2Model(config).eval()
+
+
+def qwen3() -> tuple[Qwen2Tokenizer, Qwen3ForCausalLM]:
+    """One token a letter, and a layer more than FLUX.2 reads."""
+    marks = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*letters, *marks])}
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], additional_special_tokens=marks[:2])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    config = Qwen3Config(
+        vocab_size=len(vocabulary),
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=28,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+    )
+    return tokenizer, Qwen3ForCausalLM(config).eval()
+
+
+def patch_autoencoder() -> AutoencoderKLFlux2:
+    """Two levels of 2 x 2 patches: a latent pixel is four pixels wide."""
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        latent_channels=4,
+        norm_num_groups=4,
+        layers_per_block=1,
+        sample_size=32,
+    )
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    return vae
 
 
 def deep_autoencoder() -> AutoencoderDC:
@@ -349,6 +412,18 @@ def flux_pipeline(**changes: Any) -> FluxPipeline:
     )
 
 
+def flux2_pipeline(**changes: Any) -> Flux2KleinPipeline:
+    torch.manual_seed(0)
+    tokenizer, text_encoder = qwen3()
+    return Flux2KleinPipeline(
+        transformer=flux2_transformer(**changes).eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=patch_autoencoder().eval(),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+    )
+
+
 def pixart_pipeline(*, sigma: bool = False, **changes: Any) -> PixArtAlphaPipeline | PixArtSigmaPipeline:
     torch.manual_seed(0)
     tokenizer, text_encoder = t5()
@@ -392,6 +467,7 @@ PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "sd15": sd15_pipeline,
     "sdxl": sdxl_pipeline,
     "flux": flux_pipeline,
+    "flux2": flux2_pipeline,
     "pixart": pixart_pipeline,
     "pixart_sigma": partial(pixart_pipeline, sigma=True),
     "auraflow": auraflow_pipeline,
@@ -521,8 +597,8 @@ def denoise() -> Callable[[nn.Module], torch.Tensor]:
                 return denoiser(**flux.arguments(inputs), return_dict=False)[0]
             if isinstance(denoiser, AuraFlowTransformer2DModel):
                 return denoiser(sample, noise(2, 7, config.joint_attention_dim), time / 1000, return_dict=False)[0]
-            if isinstance(denoiser, PixArtTransformer2DModel | SanaTransformer2DModel):
-                family = pixart if isinstance(denoiser, PixArtTransformer2DModel) else sana
+            if isinstance(denoiser, Flux2Transformer2DModel | PixArtTransformer2DModel | SanaTransformer2DModel):
+                family = family_of(denoiser)
                 shape = {"batch": 2, "size": (12, 16), "text_tokens": 7, "pixels": (24, 32)}
                 return denoiser(**family.arguments(family.example(denoiser, **shape)), return_dict=False)[0]
             added = {"text_embeds": noise(2, 16), "time_ids": torch.ones(2, 6)}

@@ -67,7 +67,13 @@ SCHEDULERS: Final[dict[str, Callable[[Mapping[str, Any], int, int, Noise], Sched
 
 
 def make_scheduler(
-    config: Mapping[str, Any], steps: int, image_tokens: int, noise: Noise, *, even_sigmas: bool = False
+    config: Mapping[str, Any],
+    steps: int,
+    image_tokens: int,
+    noise: Noise,
+    *,
+    even_sigmas: bool = False,
+    mu: float | None = None,
 ) -> Scheduler:
     """A scheduler ready for one call.
 
@@ -77,6 +83,7 @@ def make_scheduler(
         image_tokens: tokens of the denoiser's image sequence, for schedules that depend on it.
         noise: asked once per call by stochastic samplers, never by others.
         even_sigmas: whether the pipeline gives the noise levels before shifting: even steps from 1 to 1 / steps.
+        mu: of a shift that depends on the image's size, where the pipeline gives it; only with even_sigmas.
 
     Raises:
         CompatibilityError: a class or an option that is not supported; names it.
@@ -94,4 +101,4 @@ def make_scheduler(
         raise CompatibilityError(
             f"scheduler {name} is not supported with this pipeline; supported is FlowMatchEulerDiscreteScheduler"
         )
-    return FlowMatchEuler(config, steps, image_tokens, noise, even_sigmas=True)
+    return FlowMatchEuler(config, steps, image_tokens, noise, even_sigmas=True, mu=mu)

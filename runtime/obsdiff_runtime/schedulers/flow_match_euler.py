@@ -32,20 +32,28 @@ class FlowMatchEuler:
     """x <- x + (sigma_next - sigma) v. The model is told sigma times the number of training timesteps.
 
     With stochastic_sampling the clean sample x - sigma v gets new noise at each step. With even_sigmas the levels that
-    are shifted are given, even steps from 1 to 1 / steps, as Flux's pipeline does; else they are even timesteps.
+    are shifted are given, even steps from 1 to 1 / steps, as Flux's pipeline does; else they are even timesteps. With
+    mu the pipeline says how far a dynamic shift goes.
     """
 
     order = 1
     initial_sigma = 1.0
 
     def __init__(
-        self, config: Mapping[str, Any], steps: int, image_tokens: int, noise: Noise, *, even_sigmas: bool = False
+        self,
+        config: Mapping[str, Any],
+        steps: int,
+        image_tokens: int,
+        noise: Noise,
+        *,
+        even_sigmas: bool = False,
+        mu: float | None = None,
     ) -> None:
         refuse(config, "use_beta_sigmas")
         given = options(config, DEFAULTS)
         choose(config, "time_shift_type", given["time_shift_type"], "exponential", "linear")
         even = np.linspace(1, 1 / steps, steps).astype(np.float32) if even_sigmas else None
-        sigmas = flow_sigmas(given, steps, image_tokens, even)
+        sigmas = flow_sigmas(given, steps, image_tokens, even, mu)
         if given["invert_sigmas"]:
             sigmas = np.float32(1) - sigmas
         self._noise = noise if given["stochastic_sampling"] else None
@@ -71,12 +79,12 @@ def flow_noised(clean: Floats, noise: Floats, sigma: float) -> Floats:
 
 
 def flow_sigmas(
-    given: Mapping[str, Any], steps: int, image_tokens: int, levels: Floats | None = None
+    given: Mapping[str, Any], steps: int, image_tokens: int, levels: Floats | None = None, mu: float | None = None
 ) -> NDArray[np.float32]:
     """(steps,), from high to low; `given` has every option of DEFAULTS, `levels` (steps,) are not shifted yet."""
     sigmas = shifted(
         _levels(given, steps) if levels is None else levels,
-        dynamic_shift(given, image_tokens) if given["use_dynamic_shifting"] else given["shift"],
+        dynamic_shift(given, image_tokens, mu) if given["use_dynamic_shifting"] else given["shift"],
     )
     return _respaced(given, sigmas, steps).astype(np.float32)
 
@@ -105,10 +113,11 @@ def shifted(sigmas: Floats, shift: float) -> Floats:
     return np.asarray(shift * sigmas / (1 + (shift - 1) * sigmas))
 
 
-def dynamic_shift(given: Mapping[str, Any], image_tokens: int) -> float:
-    """Grows with the image's tokens: e^mu, mu linear in them; or mu itself."""
-    slope = (given["max_shift"] - given["base_shift"]) / (given["max_image_seq_len"] - given["base_image_seq_len"])
-    mu = image_tokens * slope + given["base_shift"] - slope * given["base_image_seq_len"]
+def dynamic_shift(given: Mapping[str, Any], image_tokens: int, mu: float | None = None) -> float:
+    """Grows with the image's tokens: e^mu, mu linear in them unless it is given; or mu itself."""
+    if mu is None:
+        slope = (given["max_shift"] - given["base_shift"]) / (given["max_image_seq_len"] - given["base_image_seq_len"])
+        mu = image_tokens * slope + given["base_shift"] - slope * given["base_image_seq_len"]
     return math.exp(mu) if given["time_shift_type"] == "exponential" else float(mu)
 
 
