@@ -218,7 +218,7 @@ def test_a_residual_stream_that_is_not_finite_is_an_error_that_names_the_layer(p
         sums.add(dense, pruned, 1.0)
 
 
-@pytest.mark.parametrize("kind", ["sd3", "sd35", "sd15", "sdxl", "flux", "pixart", "auraflow", "sana"])
+@pytest.mark.parametrize("kind", ["sd3", "sd35", "sd15", "sdxl", "flux", "flux2", "pixart", "auraflow", "sana"])
 @torch.no_grad()
 def test_a_glance_sees_what_hooks_on_the_whole_model_see(kind: str, build_denoiser: Callable[..., nn.Module]) -> None:
     denoiser: Any = build_denoiser(kind)
@@ -260,7 +260,7 @@ def _hooked(denoiser: nn.Module, names: list[str], call: pausing.Arguments) -> d
     return found
 
 
-@pytest.mark.parametrize("kind", ["sd3", "sd35", "sd15", "sdxl", "flux", "pixart", "auraflow", "sana"])
+@pytest.mark.parametrize("kind", ["sd3", "sd35", "sd15", "sdxl", "flux", "flux2", "pixart", "auraflow", "sana"])
 @torch.no_grad()
 def test_the_stream_before_a_linear_does_not_depend_on_what_it_writes(
     kind: str, build_denoiser: Callable[..., nn.Module]
@@ -323,6 +323,30 @@ def test_an_auraflow_block_adds_gate_times_feed_forward_to_each_stream(
             after = [look.bases[each.name] + look.gates[each.name] * look.outputs[each.name] for each in writers]
             streams = reversed(result) if isinstance(result, tuple) else [result]
             for found, expected in zip(after, streams, strict=True):
+                torch.testing.assert_close(found, expected)
+            waiting.resume(result)
+
+
+@torch.no_grad()
+def test_a_flux2_block_adds_gates_that_it_is_told_times_output_to_each_stream(
+    build_denoiser: Callable[..., nn.Module],
+) -> None:
+    denoiser: Any = build_denoiser("flux2", num_layers=1, num_single_layers=1).double()
+    family = family_of(denoiser)
+    inputs = family.example(denoiser, batch=2, size=(12, 16), text_tokens=7, pixels=(24, 32))
+    names = block_modules(family.linears(denoiser))
+    assert names == ("transformer_blocks.0", "single_transformer_blocks.0")
+    with pausing.gated([denoiser.get_submodule(name) for name in names]):
+        waiting = PausedPass(denoiser, ((), {**family.arguments(inputs), "return_dict": False}))
+        for index, name in enumerate(names):
+            writers = [each for each in family.linears(denoiser) if each.block == index and each.writes is not None]
+            block = denoiser.get_submodule(name)
+            look, result = moments.glance(block, name, writers, waiting.arguments, streams=True, whole=True)
+            after = [look.bases[each.name] + look.gates[each.name] * look.outputs[each.name] for each in writers]
+            streams = (*reversed(result),) if isinstance(result, tuple) else (result,)
+            for found, expected in zip(
+                after, [*(look.bases[each.name] for each in writers[2:]), *streams], strict=True
+            ):
                 torch.testing.assert_close(found, expected)
             waiting.resume(result)
 

@@ -76,13 +76,26 @@ INPUTS: dict[str, dict[str, Any]] = {
 }
 
 
+def _inputs(family: Family, config: dict[str, Any]) -> dict[str, Any]:
+    """Widths of text differ between the models of FLUX.2."""
+    if family.name != "flux2":
+        return INPUTS[family.name]
+    return {
+        "hidden_states": nothing(1, 4096, 128),
+        "encoder_hidden_states": nothing(1, 512, config["joint_attention_dim"]),
+        "timestep": nothing(1),
+        "img_ids": nothing(4096, 4),
+        "txt_ids": nothing(512, 4),
+    }
+
+
 @functools.cache
 def model(name: str) -> tuple[nn.Module, Family, dict[str, int]]:
     config = json.loads((CONFIGS / f"{name}.json").read_text())
     with torch.device("meta"):
         denoiser: nn.Module = getattr(diffusers, config["_class_name"]).from_config(config)
     family = family_of(denoiser)
-    inputs = INPUTS[family.name] | ({"guidance": nothing(1)} if config.get("guidance_embeds") else {})
+    inputs = _inputs(family, config) | ({"guidance": nothing(1)} if config.get("guidance_embeds") else {})
     return denoiser, family, costs.positions(denoiser, inputs)
 
 
@@ -138,6 +151,28 @@ def test_flux_has_its_published_size_and_twelve_squares_a_token_in_each_block(na
     lost = (weights + (3 + 4) * 3072) // 4  # the biases are those of q, k, v and of the neurons
     assert plan.parameters_before - plan.parameters_after == (19 * 2 + 38) * lost
     assert plan.macs_before - plan.macs_after == (19 + 38) * lost * tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "width", "double", "single"),
+    [
+        ("flux2_klein_4b", 3.9, 3072, 5, 20),
+        ("flux2_klein_9b", 9.1, 4096, 8, 24),
+        ("flux2_dev", 32.2, 6144, 8, 48),
+    ],
+)
+def test_flux2_has_its_published_size_and_thirteen_squares_a_token_in_each_block(
+    name: str, billions: float, width: int, double: int, single: int
+) -> None:
+    """Both streams of a joint block and a single block: 4 of attention, 9 of the gated feed-forward; no biases."""
+    plan = planned(name, "structured:25%")
+    assert round(plan.parameters_before / 1e9, 1) == billions  # 4, 9 and 32 B, say the model cards
+    weights, tokens = 13 * width**2, 4096 + 512
+    blocks = (double + single) * weights * tokens
+    assert blocks < plan.macs_before < 1.01 * blocks  # beside them embeddings, and what a row needs once
+    lost = weights // 4
+    assert plan.parameters_before - plan.parameters_after == (double * 2 + single) * lost
+    assert plan.macs_before - plan.macs_after == (double + single) * lost * tokens
 
 
 @pytest.mark.parametrize(
@@ -469,7 +504,7 @@ def test_a_plan_is_json() -> None:
 
 def test_tokens_of_the_family_agree_with_those_of_a_call() -> None:
     texts = {"sd3_medium": 77, "sdxl": 77, "flux1_dev": 512, "pixart_alpha_1024": 120}
-    texts |= {"auraflow_v03": 256, "sana_600m_1024": 300}
+    texts |= {"flux2_klein_4b": 512, "auraflow_v03": 256, "sana_600m_1024": 300}
     for name, text in texts.items():
         denoiser, family, positions = model(name)
         config: Any = denoiser.config

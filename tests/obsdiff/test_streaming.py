@@ -25,7 +25,7 @@ from obsdiff.settings import Settings
 from obsdiff_runtime.errors import ModelError
 
 PROMPTS = ["a red circle", "a blue square", "a dog"]
-KINDS = ["sd3", "sd15", "sdxl", "flux", "pixart", "auraflow", "sana"]
+KINDS = ["sd3", "sd15", "sdxl", "flux", "flux2", "pixart", "auraflow", "sana"]
 SPARSITIES = ["2:4", "0.5", "structured:0.25", "structured:0.25+2:4"]
 WHOLE = {"protect_first": 0, "protect_last": 0, "align": 4}
 """Every block may lose units; what is kept of a feed-forward fits 2:4."""
@@ -242,7 +242,7 @@ def test_a_journal_on_disk_serves_as_well(prune: Prune, tmp_path: Path) -> None:
     assert not changed(first.denoiser, again.denoiser)
 
 
-@pytest.mark.parametrize("kind", ["sd3", "sd35", "sd15", "sdxl", "flux", "pixart", "auraflow", "sana"])
+@pytest.mark.parametrize("kind", ["sd3", "sd35", "sd15", "sdxl", "flux", "flux2", "pixart", "auraflow", "sana"])
 def test_reordered_channels_change_nothing_of_a_dense_model(
     kind: str, build_denoiser: Callable[..., nn.Module], denoise: Denoise
 ) -> None:
@@ -271,9 +271,9 @@ def _order(group: Group, generator: torch.Generator) -> Tensor:
 
 
 def _move_rows(module: nn.Module, producer: Producer, order: Tensor) -> None:
-    rows = torch.cat([order + part * len(order) for part in range(producer.parts)])
+    rows = producer.start + torch.cat([order + part * len(order) for part in range(producer.parts)])
     for parameter in module.parameters(recurse=False):
-        parameter.data = parameter.data[rows]
+        parameter.data[producer.start : producer.start + len(rows)] = parameter.data[rows]
 
 
 @pytest.mark.parametrize("kind", ["sd3", "sd15", "sana"])
@@ -336,6 +336,7 @@ def test_only_linears_that_are_reported_change(kind: str, shared: Shared, dense:
         ("sd15", "2:4"),
         ("sdxl", "0.5"),
         ("flux", "structured:0.25"),
+        ("flux2", "structured:0.25+2:4"),
         ("pixart", "structured:0.25+2:4"),
         ("auraflow", "structured:0.25+2:4"),
     ],

@@ -257,6 +257,95 @@ def flux_transformer() -> Any:
     ).eval()
 
 
+def flux2_klein_pipeline(**options: Any) -> Any:
+    """Of a text encoder that reads its first three layers, not the 9th, 18th and 27th: those take long to export."""
+    import diffusers
+
+    class Flux2KleinPipeline(diffusers.Flux2KleinPipeline):
+        def __call__(self, *args: Any, text_encoder_out_layers: Any = (1, 2, 3), **given: Any) -> Any:
+            return super().__call__(*args, text_encoder_out_layers=text_encoder_out_layers, **given)
+
+    return Flux2KleinPipeline(
+        transformer=flux2_transformer(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=patch_vae(),
+        text_encoder=qwen3(),
+        tokenizer=qwen_tokenizer(),
+        **options,
+    )
+
+
+@seeded
+def flux2_transformer(**options: Any) -> Any:
+    from diffusers import Flux2Transformer2DModel
+
+    return Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(2, 2, 2, 2),
+        **{"guidance_embeds": False, **options},
+    ).eval()
+
+
+@seeded
+def patch_vae() -> Any:
+    from diffusers import AutoencoderKLFlux2
+
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=32,
+    ).eval()
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    return vae
+
+
+def qwen_tokenizer() -> Any:
+    """One token a byte, and the template of Qwen3 for a prompt that is to be answered without thinking."""
+    from tokenizers import pre_tokenizers
+    from transformers import Qwen2Tokenizer
+
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+    tokenizer = Qwen2Tokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[])
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens[-3:-1]})
+    tokenizer.chat_template = (
+        "{%- for message in messages %}"
+        "{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+        "{%- endfor %}"
+        "{%- if add_generation_prompt %}"
+        "{{- '<|im_start|>assistant\n' }}"
+        "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}"
+        "{%- endif %}"
+    )
+    return tokenizer
+
+
+@seeded
+def qwen3() -> Any:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=264,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    return Qwen3ForCausalLM(config).eval()
+
+
 def pixart_pipeline(*, sigma: bool = False) -> Any:
     """Alpha's is told the image's size; sigma's is not."""
     from diffusers import (
@@ -408,6 +497,7 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "sd": sd_pipeline,
     "sdxl": sdxl_pipeline,
     "flux": flux_pipeline,
+    "flux2": flux2_klein_pipeline,
     "pixart_alpha": pixart_pipeline,
     "pixart_sigma": lambda: pixart_pipeline(sigma=True),
     "auraflow": auraflow_pipeline,
@@ -490,6 +580,11 @@ def pixart_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
 @pytest.fixture(scope="session")
 def sana_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return _pair("sana", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def flux2_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    return _pair("flux2", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from obsdiff.families import parts
 from obsdiff_runtime.autoencoder import Autoencoder
 from obsdiff_runtime.bundle import Bundle
 from obsdiff_runtime.conditioning import AURAFLOW, Settings
@@ -22,7 +23,11 @@ PROMPTS = ["a large red circle above a small blue square", "a small green triang
 
 
 def is_flux(pipeline: Any) -> bool:
-    return type(pipeline).__name__.startswith("Flux")
+    return type(pipeline).__name__ == "FluxPipeline"
+
+
+def is_flux2(pipeline: Any) -> bool:
+    return type(pipeline).__name__.startswith("Flux2")
 
 
 def is_pixart(pipeline: Any) -> bool:
@@ -34,7 +39,9 @@ def is_sana(pipeline: Any) -> bool:
 
 
 def length_of(pipeline: Any) -> dict[str, int]:
-    """The argument that a pipeline with T5 or Gemma takes."""
+    """The argument that a pipeline with T5, Gemma or Qwen takes."""
+    if is_flux2(pipeline):
+        return {"max_sequence_length": 80}  # 52 of them are around the prompt
     has_it = type(pipeline).__name__.startswith(("AuraFlow", "Flux", "PixArt", "Sana", "StableDiffusion3"))
     return {"max_sequence_length": 5} if has_it else {}
 
@@ -49,20 +56,30 @@ def both(pair: tuple[Any, Path], *, height: int = 32, width: int = 32, **options
     theirs, folder = pair
     ours = Pipeline(folder, threads=1)
     count = len(PROMPTS) * options.get("num_images", 1)
-    noise = np.random.default_rng(1).standard_normal((count, 4, height // 2, width // 2), dtype=np.float32)
+    channels, pixels = (16, 4) if is_flux2(theirs) else (4, 2)  # the latents of FLUX.2 are patches
+    shape = (count, channels, height // pixels, width // pixels)
+    noise = np.random.default_rng(1).standard_normal(shape, dtype=np.float32)
     latents = torch.from_numpy(noise)
     if is_flux(theirs):
         latents = theirs._pack_latents(latents, count, 4, height // 2, width // 2)
     given = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": height, "width": width}
     given |= length_of(theirs) | options
     with torch.no_grad():
+        told = {name: value for name, value in given.items() if name != "num_images"}
+        if is_flux2(theirs) and "negative_prompt" in told:  # its call takes no such texts, only what was read of them
+            embeds = theirs.encode_prompt(
+                told.pop("negative_prompt"),
+                max_sequence_length=told["max_sequence_length"],
+                text_encoder_out_layers=parts.read_layers(theirs),
+            )[0]
+            told["negative_prompt_embeds"] = embeds
         expected = theirs(
-            PROMPTS,
+            prompt=PROMPTS,
             num_images_per_prompt=given.get("num_images", 1),
             latents=latents,
             output_type="np",
             **exact(theirs),
-            **{name: value for name, value in given.items() if name != "num_images"},
+            **told,
         ).images
     return expected, ours(PROMPTS, latents=noise, **given)
 
@@ -152,7 +169,7 @@ def test_a_seed_of_diffusers_draws_the_same_image(pair: tuple[Any, Path], seed: 
     given = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": 32, "width": 32} | length_of(theirs)
     with torch.no_grad():
         expected = theirs(
-            PROMPTS,
+            prompt=PROMPTS,
             generator=seeded if isinstance(seed, list) else seeded[0],
             output_type="np",
             **given,
@@ -210,8 +227,8 @@ def changed(pair: tuple[Any, Path], strength: float, steps: int) -> tuple[np.nda
 
 @pytest.mark.parametrize(("strength", "steps"), [(0.5, 5), (0.8, 4), (1.0, 3)])
 def test_an_image_is_changed_as_diffusers_changes_it(pair: tuple[Any, Path], strength: float, steps: int) -> None:
-    if type(pair[0]).__name__.startswith(("AuraFlow", "PixArt", "Sana")):
-        pytest.skip("diffusers has no pipeline of AuraFlow, PixArt or Sana that changes an image")
+    if type(pair[0]).__name__.startswith(("AuraFlow", "Flux2", "PixArt", "Sana")):
+        pytest.skip("diffusers has no pipeline of AuraFlow, FLUX.2, PixArt or Sana that changes an image by a strength")
     expected, images = changed(pair, strength, steps)
     assert images.arrays.shape == (1, 32, 24, 3)
     assert psnr(expected, images) > 50

@@ -19,12 +19,20 @@ from obsdiff_export.parity import compare
 from obsdiff_runtime.errors import ModelError
 
 CASES = [("sd3", {"with_t5": True}), ("sd15", {}), ("sdxl", {}), ("flux", {}), ("flux", {"guidance_embeds": False})]
-CASES += [("pixart", {}), ("pixart", {"sigma": True}), ("auraflow", {}), ("sana", {})]
+CASES += [
+    ("flux2", {}),
+    ("flux2", {"guidance_embeds": True}),
+    ("pixart", {}),
+    ("pixart", {"sigma": True}),
+    ("auraflow", {}),
+    ("sana", {}),
+]
 NAMES = {
     "sd3": ["text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae_decoder", "vae_encoder"],
     "sd15": ["text_encoder", "unet", "vae_decoder", "vae_encoder"],
     "sdxl": ["text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder"],
     "flux": ["text_encoder", "text_encoder_2", "transformer", "vae_decoder", "vae_encoder"],
+    "flux2": ["text_encoder", "transformer", "vae_decoder", "vae_encoder"],
     "pixart": ["text_encoder", "transformer", "vae_decoder", "vae_encoder"],
     "auraflow": ["text_encoder", "transformer", "vae_decoder", "vae_encoder"],
     "sana": ["text_encoder", "transformer", "vae_decoder", "vae_encoder"],

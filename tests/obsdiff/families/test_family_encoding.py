@@ -18,6 +18,7 @@ CASES = [
     ("sd15", {}),
     ("sdxl", {}),
     ("flux", {}),
+    ("flux2", {}),
     ("pixart", {}),
     ("pixart", {"sigma": True}),
     ("auraflow", {}),
@@ -37,7 +38,8 @@ def latents(pipeline: Any, **call: Any) -> torch.Tensor:
 
 
 def options(kind: str) -> dict[str, int]:
-    return {"max_sequence_length": 6} if kind in ("sd3", "flux", "pixart", "auraflow", "sana") else {}
+    lengths = dict.fromkeys(("sd3", "flux", "pixart", "auraflow", "sana"), 6) | {"flux2": 30}  # its template is 20 long
+    return {"max_sequence_length": lengths[kind]} if kind in lengths else {}
 
 
 @pytest.mark.parametrize(("kind", "changes"), CASES)
@@ -49,7 +51,9 @@ def test_a_call_with_embeddings_equals_a_call_with_prompts(
     family = FAMILIES.get(kind, FAMILIES["unet"])
     unwanted = (negative or ["", ""]) if family.negatives else []
     encoded = family.encode(pipeline, PROMPTS, unwanted, **options(kind))
-    given = {} if negative is None else {"negative_prompt": negative}
+    given: dict[str, Any] = {} if negative is None else {"negative_prompt": negative}
+    if given and kind == "flux2":  # whose call has no negative texts
+        given = {"negative_prompt_embeds": pipeline.encode_prompt(negative, **options(kind))[0]}
     expected = latents(pipeline, prompt=PROMPTS, guidance_scale=4.0, **given, **options(kind))
     assert torch.equal(latents(pipeline, guidance_scale=4.0, **encoded), expected)
     assert all(tensor.shape[0] == len(PROMPTS) and not tensor.requires_grad for tensor in encoded.values())
@@ -84,6 +88,11 @@ def test_the_length_of_the_text_is_honoured(build_pipeline: Callable[..., Any]) 
 def test_flux_takes_no_negative_prompt(build_pipeline: Callable[..., Any]) -> None:
     with pytest.raises(ConfigError, match="takes no negative prompts"):
         FAMILIES["flux"].encode(build_pipeline("flux"), PROMPTS, ["ugly", ""])
+
+
+def test_flux2_dev_takes_no_negative_prompt(build_pipeline: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError, match=r"FLUX\.2-dev takes no negative prompts"):
+        FAMILIES["flux2"].encode(build_pipeline("flux2", guidance_embeds=True), PROMPTS, ["ugly", ""])
 
 
 def test_a_pipeline_without_text_encoders_is_an_error(build_pipeline: Callable[..., Any]) -> None:

@@ -33,13 +33,14 @@ SIZES = {"batch": (1, 2, 4), "height": 8, "width": 8, "text_tokens": (1, 7, 20)}
         ("pixart", "pixart", "attn2.to_k.weight", "attn2.to_v.weight"),
         ("auraflow", "auraflow", "single_transformer_blocks.0.ff.linear_1.weight", "ff.linear_2.weight"),
         ("sana", "sana", "attn2.to_k.weight", "attn2.to_v.weight"),
+        ("flux2", "flux2", "transformer_blocks.0.attn.to_q.weight", "transformer_blocks.0.attn.to_k.weight"),
         ("flux", "flux", "single_transformer_blocks.0.attn.to_q.weight", "single_transformer_blocks.0.proj_mlp.weight"),
     ],
 )
 def test_every_linear_is_in_the_real_engine_and_linears_of_one_input_are_merged(
     kind: str, family: str, one: str, other: str, build_pipeline: Callable[..., DiffusionPipeline], tmp_path: Path
 ) -> None:
-    pipeline = build_pipeline(kind, **({"num_layers": 1, "num_single_layers": 1} if kind == "flux" else {}))
+    pipeline = build_pipeline(kind, **({"num_layers": 1, "num_single_layers": 1} if kind in ("flux", "flux2") else {}))
     component = FAMILIES[family].component(getattr(pipeline, FAMILIES[family].denoiser), height=64, width=64)
     model = export(component, tmp_path / component.name, dtype=torch.float16)
     engine = build(

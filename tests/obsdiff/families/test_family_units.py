@@ -17,7 +17,7 @@ from obsdiff.settings import Settings
 from obsdiff.shrinking import shrink
 from obsdiff_runtime.errors import ConfigError, ModelError
 
-KINDS = ["sd3", "sd35", "sd15", "sdxl", "flux", "pixart", "pixart_sigma", "sana"]
+KINDS = ["sd3", "sd35", "sd15", "sdxl", "flux", "flux2", "pixart", "pixart_sigma", "sana"]
 
 
 def test_an_sd3_block_has_eight_inputs_and_the_last_one_five(build_denoiser: Callable[..., Any]) -> None:
@@ -52,6 +52,24 @@ def test_a_single_flux_block_reads_heads_and_neurons_side_by_side(build_denoiser
         "single_transformer_blocks.0.attn.heads": 0,
         "single_transformer_blocks.0.mlp.neurons": denoiser.config.num_attention_heads * 8,
     }
+
+
+def test_a_single_flux2_block_gives_heads_and_neurons_by_one_linear(build_denoiser: Callable[..., Any]) -> None:
+    """Queries and keys, which must stay in their places, then values, then both halves of the neurons."""
+    denoiser = build_denoiser("flux2")
+    into, out = (f"single_transformer_blocks.0.attn.{name}" for name in ("to_qkv_mlp_proj", "to_out"))
+    heads, neurons = (group for group in FAMILIES["flux2"].groups(denoiser) if out in group.readers)
+    assert [(each.name, each.start, each.parts, each.free) for each in (*heads.producers, *neurons.producers)] == [
+        (into, 0, 2, False),
+        (into, 64, 1, True),
+        (into, 96, 2, True),
+    ]
+    assert (heads.start(out), neurons.start(out)) == (0, 32)
+    shrink(denoiser, FAMILIES["flux2"], {heads.name: [1, 3], neurons.name: list(range(10))})
+    attention = denoiser.get_submodule("single_transformer_blocks.0.attn")
+    assert (attention.heads, attention.inner_dim, attention.mlp_hidden_dim) == (2, 16, 10)
+    assert attention.to_qkv_mlp_proj._tp_packed_col_blocks == [16, 16, 16, 10, 10]
+    assert attention.to_out._tp_packed_row_blocks == [16, 10]
 
 
 def test_a_sana_neuron_takes_two_filters_with_it(build_denoiser: Callable[..., Any]) -> None:
