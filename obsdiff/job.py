@@ -232,7 +232,7 @@ def given(pipeline: DiffusionPipeline) -> LoadedPipeline:
     Raises:
         ModelError: it has no denoiser, or one of no known family.
     """
-    index = {"_class_name": type(pipeline).__name__}
+    index = {**pipeline.config, "_class_name": type(pipeline).__name__}
     configs: dict[str, dict[str, Any]] = {
         name: dict(component.config)
         for name, component in pipeline.components.items()

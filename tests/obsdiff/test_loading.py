@@ -223,6 +223,15 @@ def test_a_bare_sana_stands_for_thirty_two_pixels_a_side(build_denoiser: Callabl
     assert loading.vae_scale(load_configs(tmp_path).configs) == 32
 
 
+def test_a_bare_flux2_stands_for_patches_of_sixteen_pixels_a_side(
+    build_denoiser: Callable[..., Any], tmp_path: Path
+) -> None:
+    build_denoiser("flux2").save_config(tmp_path)
+    configs = load_configs(tmp_path).configs
+    assert loading.vae_scale(configs) == 16
+    assert (loading.defaults_of(None, configs).height, loading.defaults_of(None, configs).width) == (1024, 1024)
+
+
 def test_a_bundle_s_autoencoder_says_how_many_pixels_a_latent_pixel_stands_for(
     sd3_folder: Path, tmp_path: Path
 ) -> None:

@@ -26,6 +26,24 @@ def recipe(build_pipeline: Callable[..., DiffusionPipeline]) -> Callable[..., Re
     return resolved
 
 
+def test_a_pipeline_whose_steps_are_distilled_takes_no_guidance(
+    build_pipeline: Callable[..., DiffusionPipeline],
+) -> None:
+    pipeline = build_pipeline("flux2")
+    assert given(pipeline).defaults.guidance_scale == 4.0
+    pipeline.register_to_config(is_distilled=True)
+    loaded = given(pipeline)
+    assert loaded.defaults.guidance_scale == 1.0
+
+    def resolved(**settings: Any) -> Recipe:
+        asked = Settings(sparsity="2:4", **settings)
+        return resolve(asked, model="tiny", family=loaded.family, defaults=loaded.defaults, prompts=["a dog"])
+
+    assert resolved().sampling.guidance_scale == 1.0
+    with pytest.raises(ConfigError, match="--guidance-scale 4: this pipeline's steps are distilled"):
+        resolved(guidance_scale=4.0)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_time_weights_are_the_method_s_unless_given(method: str, recipe: Callable[..., Recipe]) -> None:
     assert recipe(method=method).time_weights == ("uniform" if method == "sparsegpt" else "log-decrease")

@@ -1,6 +1,7 @@
 """What streamed calibration keeps of the sampler's calls."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -105,6 +106,26 @@ def test_a_scheduler_that_calls_twice_at_a_timestep_keeps_both_calls(build_pipel
     pipeline.scheduler = FlowMatchHeunDiscreteScheduler()
     calls = recorded("sd3", pipeline, kept=4, batch_size=3)
     assert [call.step for call in calls] == [0, 1, 1, 2, 2, 3, 3]
+
+
+@torch.no_grad()
+def test_prompts_and_negative_ones_that_are_run_by_themselves_are_one_call(build_pipeline: Build) -> None:
+    pipeline: Any = build_pipeline("flux2")
+    family = family_of(pipeline.transformer)
+    runs = replace(sampling("flux2"), max_sequence_length=30)
+    prompts = calibration.encode(pipeline, family, PROMPTS, runs)
+    calls = trajectories.record(pipeline, family, prompts, runs, kept_steps=4)
+    assert [call.step for call in calls] == [0, 1, 2, 3] * 2
+    text = calls[-1].arguments[1]["encoder_hidden_states"]  # of the last batch, of one prompt
+    torch.testing.assert_close(text[0], prompts.embeddings["negative_prompt_embeds"][2])
+    torch.testing.assert_close(text[1], prompts.embeddings["prompt_embeds"][2])
+    args, kwargs = calls[-1].arguments
+    assert {len(value) for value in tensors((args, kwargs))} == {2}
+    both = pipeline.transformer(*args, **kwargs)[0]
+    alone = pipeline.transformer(*args, **{**kwargs, "encoder_hidden_states": text.flip(0)})[0]
+    torch.testing.assert_close(both, alone.flip(0))
+    unguided = trajectories.record(pipeline, family, prompts, replace(runs, guidance_scale=1.0), kept_steps=4)
+    assert [len(call.arguments[1]["hidden_states"]) for call in unguided] == [2] * 4 + [1] * 4
 
 
 def test_a_repeated_prompt_gets_noise_of_its_own(build_pipeline: Build) -> None:

@@ -7,12 +7,13 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.configuration_utils import FrozenDict
 from PIL import Image
 
 from obsdiff.families import parts
 from obsdiff_runtime.autoencoder import Autoencoder
 from obsdiff_runtime.bundle import Bundle
-from obsdiff_runtime.conditioning import AURAFLOW, Settings
+from obsdiff_runtime.conditioning import AURAFLOW, FLUX2_KLEIN, Settings
 from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.pipeline import Images, Pipeline
 
@@ -135,6 +136,47 @@ def test_sana_reads_prompts_behind_its_instruction_and_negative_ones_without(san
         expected = theirs(prompt, negative_prompt=unwanted, **given, **told).images
     images = Pipeline(folder, threads=1)(prompt, negative_prompt=unwanted, seed=7, noise_source="torch", **given)
     assert psnr(expected, images) > 58
+
+
+@pytest.mark.parametrize("length", [20, 60, 120])
+def test_flux2_reads_prompts_in_the_template_of_its_tokenizer(flux2_pair: tuple[Any, Path], length: int) -> None:
+    """Cut behind a part of it, or padded; a small random denoiser draws nearly the same of all."""
+    theirs, folder = flux2_pair
+    told = {"height": 32, "width": 32, "num_inference_steps": 1, "guidance_scale": 3.0, "guided": True}
+    networks = Pipeline(folder, threads=1).networks
+    found = FLUX2_KLEIN.encode(networks, PROMPTS, False, Settings(**told, max_sequence_length=length))
+    layers = parts.read_layers(theirs)
+    with torch.no_grad():
+        expected = theirs.encode_prompt(PROMPTS, max_sequence_length=length, text_encoder_out_layers=layers)[0]
+    assert found.keys() == {"encoder_hidden_states"}
+    np.testing.assert_allclose(found["encoder_hidden_states"], expected.numpy(), atol=1e-5)
+
+
+def test_flux2_gives_an_image_s_latents_as_its_pipeline_reads_them(flux2_pair: tuple[Any, Path]) -> None:
+    theirs, folder = flux2_pair
+    ours = Pipeline(folder, threads=1)
+    vae = Autoencoder(ours.networks, ours.bundle.config("vae_encoder"))
+    pixels = torch.from_numpy(picture(32, 48)).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        expected = theirs._encode_vae_image(pixels, None)[0]
+    found = vae.sample(vae.encode(picture(32, 48)), lambda shape: np.ones(shape, np.float32))
+    assert found.shape == (16, 8, 12)
+    assert np.abs(found - expected.numpy()).max() < 1e-4 * np.abs(found).max()
+    drawn = ours("red", image=picture(32, 48), strength=0.5, max_sequence_length=60)
+    assert drawn.arrays.shape == (1, 32, 48, 3)
+
+
+def test_a_pipeline_whose_steps_are_distilled_takes_no_guidance(
+    flux2_pair: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = Bundle.index
+    monkeypatch.setattr(Bundle, "index", lambda self: index(self) | {"is_distilled": True})
+    distilled = FrozenDict({**flux2_pair[0].config, "is_distilled": True})
+    monkeypatch.setattr(flux2_pair[0], "_internal_dict", distilled)
+    expected, images = both(flux2_pair, guidance_scale=1.0)
+    assert psnr(expected, images) > 50
+    with pytest.raises(ConfigError, match=r"guidance_scale should be at most 1, not 3: .* distilled"):
+        Pipeline(flux2_pair[1], threads=1)("red", guidance_scale=3.0)
 
 
 def test_auraflow_is_told_what_diffusers_tells_it_and_zeros_for_padding(auraflow_pair: tuple[Any, Path]) -> None:

@@ -8,7 +8,9 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
+from obsdiff_runtime.conditioning import FLUX2_KLEIN
 from obsdiff_runtime.errors import CompatibilityError, ConfigError
 from obsdiff_runtime.noise import Noise, noise_sources
 from obsdiff_runtime.schedulers import SCHEDULERS, Scheduler, make_scheduler
@@ -312,6 +314,19 @@ def test_even_sigmas_are_shifted_as_flux_s_pipeline_has_it(config: dict[str, Any
     np.testing.assert_allclose(ours.timesteps, theirs.timesteps.numpy(), rtol=1e-5, atol=1e-4)
     theirs.set_begin_index(0)
     assert_steps_agree((FLOW, config), theirs, ours, normal((2, 4, 8, 6)), 0)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 50, 200])
+@pytest.mark.parametrize("tokens", [256, 4096, 4300, 4301, 16384])
+def test_flux2_s_pipeline_says_how_far_the_shift_goes(tokens: int, steps: int) -> None:
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    theirs.set_timesteps(steps, sigmas=np.linspace(1.0, 1 / steps, steps), mu=compute_empirical_mu(tokens, steps))
+    assert FLUX2_KLEIN.shift is not None
+    mu = FLUX2_KLEIN.shift(tokens, steps)
+    assert mu == pytest.approx(compute_empirical_mu(tokens, steps))
+    config = dict(theirs.config) | {"_class_name": FLOW}
+    ours = make_scheduler(config, steps, tokens, no_noise, even_sigmas=True, mu=mu)
+    np.testing.assert_allclose(ours.timesteps, theirs.timesteps.numpy(), rtol=1e-5, atol=1e-4)
 
 
 def test_a_scheduler_that_takes_no_even_sigmas_is_named() -> None:
