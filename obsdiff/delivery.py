@@ -152,8 +152,9 @@ def copy_rest(pipeline: DiffusionPipeline, folder: Path) -> None:
     pipeline.save_config(folder)
     for name, component in pipeline.components.items():
         if component is not None and (name.startswith("tokenizer") or name == "scheduler"):
-            if hasattr(component, "padding_side"):
-                component.init_kwargs["padding_side"] = component.padding_side
+            tokenizer = getattr(component, "tokenizer", component)  # of a processor, which reads images, too
+            if hasattr(tokenizer, "padding_side"):
+                tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side
             component.save_pretrained(folder / name)
 
 

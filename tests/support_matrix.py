@@ -32,7 +32,13 @@ STAGES: Final = {
     "engine": "TensorRT-RTX engine",
     "runtime": "ONNX, runtime",
 }
-ALIASES: Final = {"sd": "sd15", "sd3_t5": "sd3", "pixart_alpha": "pixart", "pixart_sigma": "pixart"}
+ALIASES: Final = {
+    "sd": "sd15",
+    "flux2_dev": "flux2",
+    "sd3_t5": "sd3",
+    "pixart_alpha": "pixart",
+    "pixart_sigma": "pixart",
+}
 CELL: Final = "cell of docs/families.md"
 
 Cells = dict[tuple[str, str], str]

@@ -227,7 +227,7 @@ def text_encoders(pipeline: DiffusionPipeline) -> list[Component]:
     """The text encoders that are present, in the pipeline's order.
 
     Raises:
-        ModelError: one is none of CLIP, T5, UMT5, Gemma-2 and Qwen3.
+        ModelError: one is none of CLIP, T5, UMT5, Gemma-2, Qwen3 and Mistral-3.
     """
     found = []
     for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
@@ -242,14 +242,14 @@ def text_encoders(pipeline: DiffusionPipeline) -> list[Component]:
         elif kind == "Gemma2Model":
             told = {INSTRUCTION: instruction(pipeline)}
             found.append(_sequence(name, model, _Gemma2(model), masked=True, told=told))
-        elif kind == "Qwen3ForCausalLM":
+        elif kind in ("Qwen3ForCausalLM", "Mistral3ForConditionalGeneration"):
             told = {PROMPT_TEMPLATE: prompt_template(pipeline)}
             flat = _Layers(model, read_layers(pipeline))
             found.append(_sequence(name, model, flat, masked=True, told=told, output="prompt_embeds"))
         else:
             raise ModelError(
                 f"{name} is a {kind}; known are CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel, "
-                "UMT5EncoderModel, Gemma2Model and Qwen3ForCausalLM"
+                "UMT5EncoderModel, Gemma2Model, Qwen3ForCausalLM and Mistral3ForConditionalGeneration"
             )
     return found
 
@@ -319,7 +319,7 @@ class _Layers(Flat):
         self._layers = tuple(layers)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        found = self.source.model(
+        found = self.source.get_decoder()(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False, output_hidden_states=True
         )
         return torch.cat([found.hidden_states[layer] for layer in self._layers], dim=-1)
@@ -332,13 +332,22 @@ def read_layers(pipeline: DiffusionPipeline) -> tuple[int, ...]:
 
 
 def prompt_template(pipeline: DiffusionPipeline) -> list[str]:
-    """What a chat model's tokenizer puts before and behind a prompt to be answered without thinking aloud."""
+    """What a chat model's tokenizer puts before and behind a prompt.
+
+    It is to be answered without thinking aloud, or, where the pipeline has a message of the system, stands behind that.
+    """
     need(pipeline, "tokenizer")
     place = "{prompt}"
     tokenizer: Any = pipeline.tokenizer
-    written = tokenizer.apply_chat_template(
-        [{"role": "user", "content": place}], tokenize=False, add_generation_prompt=True, enable_thinking=False
-    )
+    system = getattr(pipeline, "system_message", None)
+    if system is None:
+        told: Any = [{"role": "user", "content": place}]
+        options = {"add_generation_prompt": True, "enable_thinking": False}
+    else:
+        texts = {"system": system, "user": place}
+        told = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in texts.items()]
+        options = {"add_generation_prompt": False}
+    written = tokenizer.apply_chat_template(told, tokenize=False, **options)
     before, _, behind = written.partition(place)
     return [before, behind]
 
@@ -364,9 +373,9 @@ def _sequence(
     output: str = "last_hidden_state",
 ) -> Component:
     """A text encoder of any length; `told` is written beside its configuration."""
-    generator = torch.Generator().manual_seed(_SEED)
+    generator, tokens = torch.Generator().manual_seed(_SEED), model.get_input_embeddings().num_embeddings
     examples = [
-        {"input_ids": torch.randint(2, model.config.vocab_size, (batch, length), generator=generator)}
+        {"input_ids": torch.randint(2, tokens, (batch, length), generator=generator)}
         for batch, length in ((2, 11), (3, 7), (1, 13))
     ]
     for example in examples if masked else ():

@@ -193,18 +193,18 @@ def encode_sana(networks: Networks, prompts: Sequence[str], negative: bool, sett
 
 
 def encode_flux2(networks: Networks, prompts: Sequence[str], negative: bool, settings: Settings) -> Conditions:
-    """Hidden states of a chat model, told what is padding, though the denoiser looks at it.
-
-    Where the denoiser is distilled with guidance, also its scale.
-    """
+    """Hidden states of a chat model, told what is padding, though the denoiser looks at it."""
     before, behind = networks.bundle.config("text_encoder")[PROMPT_TEMPLATE]
     written = [f"{before}{prompt}{behind}" for prompt in prompts]
-    ids, mask = networks.tokenizer("tokenizer").masked_ids(written, settings.max_sequence_length)
+    ids, mask = networks.tokenizer("tokenizer").masked_ids(written, settings.max_sequence_length, special=False)
     states = networks.run("text_encoder", {"input_ids": ids, "attention_mask": mask}, ["prompt_embeds"])
-    told = {"encoder_hidden_states": states["prompt_embeds"]}
-    if networks.bundle.config("transformer")["guidance_embeds"]:
-        told["guidance"] = np.full(len(prompts), settings.guidance_scale, dtype=np.float32)
-    return told
+    return {"encoder_hidden_states": states["prompt_embeds"]}
+
+
+def encode_flux2_dev(networks: Networks, prompts: Sequence[str], negative: bool, settings: Settings) -> Conditions:
+    """As klein's, of prompts without the mark that stands for an image, and the guidance scale."""
+    told = encode_flux2(networks, [prompt.replace("[IMG]", "") for prompt in prompts], negative, settings)
+    return {**told, "guidance": np.full(len(prompts), settings.guidance_scale, dtype=np.float32)}
 
 
 def _clip(networks: Networks, suffix: str, prompts: Sequence[str], length: int, pooled: str | None) -> dict[str, Array]:
@@ -328,7 +328,7 @@ FLUX2_KLEIN: Final = Kind(
     even_sigmas=True,
     shift=_flux2_shift,
 )
-FLUX2: Final = replace(FLUX2_KLEIN, negatives=False)
+FLUX2: Final = replace(FLUX2_KLEIN, encode=encode_flux2_dev, negatives=False)
 KINDS: Final[dict[str, Kind]] = {
     "StableDiffusion3Pipeline": SD3,
     "StableDiffusionPipeline": SD,

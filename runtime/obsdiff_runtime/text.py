@@ -47,7 +47,7 @@ class PromptTokenizer:
         return len(self._tokenizer.encode(text).ids)
 
     def masked_ids(
-        self, prompts: Sequence[str], length: int, *, pads_left: bool | None = None
+        self, prompts: Sequence[str], length: int, *, pads_left: bool | None = None, special: bool = True
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The ids, and 1 where they are no padding, both (len(prompts), length), int64.
 
@@ -55,16 +55,17 @@ class PromptTokenizer:
             prompts: texts.
             length: of all rows.
             pads_left: whether padding stands in front of the text; None: as the tokenizer's config says.
+            special: whether to put special tokens around the text; not where it has them, by a template.
         """
         pads_left = self._pads_left if pads_left is None else pads_left
         rows = np.full((len(prompts), length), self._pad_id, dtype=np.int64)
         mask = np.zeros_like(rows)
         for row, told, prompt in zip(rows, mask, prompts, strict=True):
-            ids = self._tokenizer.encode(prompt).ids
+            ids = self._tokenizer.encode(prompt, add_special_tokens=special).ids
             if len(ids) > length:
                 logger.warning("%s: %d of %d tokens are used of a prompt", self._name, length, len(ids))
                 self._tokenizer.enable_truncation(length)  # keeps the special tokens at the ends
-                ids = self._tokenizer.encode(prompt).ids
+                ids = self._tokenizer.encode(prompt, add_special_tokens=special).ids
                 self._tokenizer.no_truncation()
             place = slice(length - len(ids), length) if pads_left else slice(0, len(ids))
             row[place] = ids

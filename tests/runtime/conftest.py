@@ -257,26 +257,31 @@ def flux_transformer() -> Any:
     ).eval()
 
 
-def flux2_klein_pipeline(**options: Any) -> Any:
-    """Of a text encoder that reads its first three layers, not the 9th, 18th and 27th: those take long to export."""
+def flux2_pipeline(*, dev: bool = False) -> Any:
+    """Of a text encoder that reads its first three layers, not such as the 27th: those take long to export."""
     import diffusers
 
-    class Flux2KleinPipeline(diffusers.Flux2KleinPipeline):
+    kind: Any = diffusers.Flux2Pipeline if dev else diffusers.Flux2KleinPipeline
+
+    class Early(kind):
         def __call__(self, *args: Any, text_encoder_out_layers: Any = (1, 2, 3), **given: Any) -> Any:
             return super().__call__(*args, text_encoder_out_layers=text_encoder_out_layers, **given)
 
-    return Flux2KleinPipeline(
-        transformer=flux2_transformer(),
+    Early.__name__ = kind.__name__
+    pipeline = Early(
+        transformer=flux2_transformer(guidance_embeds=dev),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=patch_vae(),
-        text_encoder=qwen3(),
-        tokenizer=qwen_tokenizer(),
-        **options,
+        text_encoder=mistral3() if dev else qwen3(),
+        tokenizer=mistral_tokenizer() if dev else qwen_tokenizer(),
     )
+    if dev:
+        pipeline.system_message = "Say what it looks like."  # the real one is long
+    return pipeline
 
 
 @seeded
-def flux2_transformer(**options: Any) -> Any:
+def flux2_transformer(*, guidance_embeds: bool) -> Any:
     from diffusers import Flux2Transformer2DModel
 
     return Flux2Transformer2DModel(
@@ -288,7 +293,7 @@ def flux2_transformer(**options: Any) -> Any:
         joint_attention_dim=48,
         timestep_guidance_channels=16,
         axes_dims_rope=(2, 2, 2, 2),
-        **{"guidance_embeds": False, **options},
+        guidance_embeds=guidance_embeds,
     ).eval()
 
 
@@ -344,6 +349,45 @@ def qwen3() -> Any:
         head_dim=8,
     )
     return Qwen3ForCausalLM(config).eval()
+
+
+def mistral_tokenizer() -> Any:
+    """In place of a processor, which reads images and needs torchvision: one token a byte, padded in front.
+
+    It puts marks around a text that is no template's.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    marks = ["<s>", "</s>", "<pad>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[IMG]"]
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *marks]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer: Any = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        padding_side="left",
+        additional_special_tokens=marks[3:],
+        chat_template=(
+            "{{- bos_token }}{%- for message in messages %}"
+            "{%- set mark = 'SYSTEM_PROMPT' if message.role == 'system' else 'INST' %}"
+            "{{- '[' + mark + ']' + message.content[0].text + '[/' + mark + ']' }}{%- endfor %}"
+        ),
+    )
+
+
+@seeded
+def mistral3() -> Any:
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration, MistralConfig, PixtralVisionConfig
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "head_dim": 8}
+    text = MistralConfig(vocab_size=264, num_hidden_layers=4, num_key_value_heads=1, **sizes)
+    vision = PixtralVisionConfig(num_hidden_layers=1, image_size=16, patch_size=4, **sizes)
+    return Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision)).eval()
 
 
 def pixart_pipeline(*, sigma: bool = False) -> Any:
@@ -497,7 +541,8 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "sd": sd_pipeline,
     "sdxl": sdxl_pipeline,
     "flux": flux_pipeline,
-    "flux2": flux2_klein_pipeline,
+    "flux2": flux2_pipeline,
+    "flux2_dev": lambda: flux2_pipeline(dev=True),
     "pixart_alpha": pixart_pipeline,
     "pixart_sigma": lambda: pixart_pipeline(sigma=True),
     "auraflow": auraflow_pipeline,
@@ -585,6 +630,11 @@ def sana_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
 @pytest.fixture(scope="session")
 def flux2_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return _pair("flux2", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def flux2_dev_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    return _pair("flux2_dev", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

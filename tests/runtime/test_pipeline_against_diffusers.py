@@ -13,7 +13,7 @@ from PIL import Image
 from obsdiff.families import parts
 from obsdiff_runtime.autoencoder import Autoencoder
 from obsdiff_runtime.bundle import Bundle
-from obsdiff_runtime.conditioning import AURAFLOW, FLUX2_KLEIN, Settings
+from obsdiff_runtime.conditioning import AURAFLOW, FLUX2, FLUX2_KLEIN, Settings
 from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.pipeline import Images, Pipeline
 
@@ -100,8 +100,9 @@ def test_an_image_is_what_diffusers_draws(pair: tuple[Any, Path]) -> None:
 
 def test_sizes_steps_and_negative_prompts_are_what_diffusers_makes_of_them(pair: tuple[Any, Path]) -> None:
     negative = {"negative_prompt": ["a small green triangle", "two yellow stars"]}
-    given = {} if is_flux(pair[0]) else negative
-    if is_flux(pair[0]):
+    distilled = type(pair[0]).__name__ in ("FluxPipeline", "Flux2Pipeline")
+    given = {} if distilled else negative
+    if distilled:
         with pytest.raises(ConfigError, match="takes no negative prompt"):
             Pipeline(pair[1], threads=1)(PROMPTS, **negative)
     height = 64 if is_sana(pair[0]) else 24  # diffusers' Sana takes multiples of 32
@@ -150,6 +151,21 @@ def test_flux2_reads_prompts_in_the_template_of_its_tokenizer(flux2_pair: tuple[
         expected = theirs.encode_prompt(PROMPTS, max_sequence_length=length, text_encoder_out_layers=layers)[0]
     assert found.keys() == {"encoder_hidden_states"}
     np.testing.assert_allclose(found["encoder_hidden_states"], expected.numpy(), atol=1e-5)
+
+
+def test_flux2_dev_reads_prompts_behind_its_system_message_without_the_mark_of_an_image(
+    flux2_dev_pair: tuple[Any, Path],
+) -> None:
+    theirs, folder = flux2_dev_pair
+    told = {"height": 32, "width": 32, "num_inference_steps": 1, "guidance_scale": 3.0, "guided": False}
+    prompts = ["a red [IMG]circle", PROMPTS[0]]
+    networks = Pipeline(folder, threads=1).networks
+    found = FLUX2.encode(networks, prompts, False, Settings(**told, max_sequence_length=70))
+    layers = parts.read_layers(theirs)
+    with torch.no_grad():
+        expected = theirs.encode_prompt(prompts, max_sequence_length=70, text_encoder_out_layers=layers)[0]
+    np.testing.assert_allclose(found["encoder_hidden_states"], expected.numpy(), atol=1e-5)
+    assert found["guidance"].tolist() == [3.0, 3.0]
 
 
 def test_flux2_gives_an_image_s_latents_as_its_pipeline_reads_them(flux2_pair: tuple[Any, Path]) -> None:
