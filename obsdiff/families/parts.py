@@ -311,7 +311,8 @@ class _Gemma2(Flat):
 class _Layers(Flat):
     """Tokens (b, l), and 0 where they are padding, (b, l), to hidden states side by side, (b, l, layers * width).
 
-    Layers behind the last one that is read are none of its graph.
+    Layers behind the last one that is read are none of its graph. Padding in front of a text attends to no token, and
+    the denoiser looks at what becomes of it: torch's attention gives zeros, which a softmax in a graph does not.
     """
 
     def __init__(self, source: nn.Module, layers: Sequence[int]) -> None:
@@ -319,9 +320,18 @@ class _Layers(Flat):
         self._layers = tuple(layers)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        found = self.source.get_decoder()(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, output_hidden_states=True
-        )
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        before = (places[:, None] >= places) & attention_mask[:, None].bool()  # (b, l, l)
+        sees = before.sum(-1, keepdim=True) > 0
+
+        def zeroed(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (args[0].where(sees, torch.zeros_like(args[0])),)
+
+        decoder = self.source.get_decoder()
+        hooks = [layer.self_attn.o_proj.register_forward_pre_hook(zeroed) for layer in decoder.layers]
+        found = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, output_hidden_states=True)
+        for hook in hooks:
+            hook.remove()
         return torch.cat([found.hidden_states[layer] for layer in self._layers], dim=-1)
 
 
