@@ -8,6 +8,7 @@
 Names of inputs and outputs are those of optimum's ONNX folders. Networks keep the names of their weights.
 """
 
+import copy
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -19,17 +20,23 @@ from torch import Tensor, nn
 
 from obsdiff.families import Family
 from obsdiff_export.component import Component
+from obsdiff_runtime.autoencoder import VAE_SCALE as VAE_SCALE
+from obsdiff_runtime.autoencoder import latent_channels
+from obsdiff_runtime.autoencoder import vae_scale as vae_scale
 from obsdiff_runtime.errors import ModelError
 
 Size = tuple[int, int]
-
-VAE_SCALE: Final = 8
-"""Pixels per side of a latent pixel of most autoencoders."""
 
 CLIP_TOKENS: Final = 77
 
 INSTRUCTION: Final = "complex_human_instruction"
 """Argument of a pipeline's call, and where it is written in the text encoder's configuration for the runtime."""
+
+GUIDANCE: Final = "guidance_scale"
+"""Argument of most pipelines' calls."""
+
+TEMPLATE: Final = ("prompt_template_encode", "prompt_template_encode_start_idx")
+"""Attributes of a pipeline, and where they are written likewise: the text around a prompt, and its tokens in front."""
 
 _SPECIAL: Final = 2  # tokens at the ends of a text that the instruction is not counted to have
 _LARGEST_EXAMPLE = 256
@@ -51,6 +58,13 @@ class Flat(nn.Module):
         self._non_persistent_buffers_set = source._non_persistent_buffers_set
         self.__dict__["source"] = source.eval()  # beside the registry: all it holds is registered already
         self.training = False
+
+
+def view(module: nn.Module, **children: nn.Module) -> Any:
+    """A shallow copy with the same weights, some of its children exchanged."""
+    seen = copy.copy(module)
+    seen._modules = {**module._modules, **children}
+    return seen
 
 
 def latent_sizes(height: int, width: int, *, vae_scale: int, multiple: int, limit: int | None = None) -> list[Size]:
@@ -91,14 +105,6 @@ def config_of(model: Any) -> dict[str, Any]:
     source = model if hasattr(model, "to_json_string") else model.config
     config: dict[str, Any] = json.loads(source.to_json_string())
     return {key: value for key, value in config.items() if key != "_name_or_path"}
-
-
-def vae_scale(config: Mapping[str, Any]) -> int:
-    """Pixels per side of a latent pixel, from an autoencoder's configuration; 8 where it does not say."""
-    if "temperal_downsample" in config:  # of video autoencoders, spelled so: those of Qwen-Image and Wan
-        return int(2 ** len(config["temperal_downsample"]))
-    levels = config.get("block_out_channels") or config.get("encoder_block_out_channels")
-    return VAE_SCALE if levels is None else int(2 ** (len(levels) - 1))
 
 
 def vae_scale_of(pipeline: DiffusionPipeline, family: Family) -> int:
@@ -205,6 +211,17 @@ def masked_text(
     return {key: value for key, value in zip(names, encoded, strict=True) if value is not None}
 
 
+def guidance_argument(pipeline_class: type[DiffusionPipeline]) -> str:
+    """The argument of the call that is the scale of guidance.
+
+    A call that has both of diffusers' guides by GUIDANCE, unless that is None by default: then only a distilled
+    denoiser would be told it, and negative prompts have a scale of their own, true_cfg_scale.
+    """
+    known = inspect.signature(pipeline_class.__call__).parameters
+    unused = GUIDANCE not in known or known[GUIDANCE].default is None
+    return "true_cfg_scale" if unused and "true_cfg_scale" in known else GUIDANCE
+
+
 def instruction(pipeline: DiffusionPipeline) -> list[str]:
     """The lines that the pipeline's call puts before prompts, not negative ones, by default; none where it has none."""
     told = inspect.signature(type(pipeline).__call__).parameters.get(INSTRUCTION)
@@ -217,11 +234,27 @@ def instruction_tokens(pipeline: DiffusionPipeline) -> int:
     return len(tokenizer.encode("\n".join(lines))) - _SPECIAL if lines and tokenizer is not None else 0
 
 
+def prompt_template(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """TEMPLATE of a QwenImagePipeline, whose every prompt, negative ones too, stands in it.
+
+    Raises:
+        ModelError: it is another pipeline; most of those that share its networks read an image with the prompt.
+    """
+    if type(pipeline).__name__ != "QwenImagePipeline":
+        raise ModelError(f"of pipelines of Qwen-Image obsdiff knows QwenImagePipeline, not {type(pipeline).__name__}")
+    return {name: getattr(pipeline, name) for name in TEMPLATE}
+
+
+def template_tokens(pipeline: DiffusionPipeline) -> int:
+    """Tokens by which every prompt's sequence is longer than what the denoiser reads of it."""
+    return int(getattr(pipeline, TEMPLATE[1], 0))
+
+
 def text_encoders(pipeline: DiffusionPipeline) -> list[Component]:
     """The text encoders that are present, in the pipeline's order.
 
     Raises:
-        ModelError: one is none of CLIP, T5, UMT5 and Gemma-2.
+        ModelError: one is none of CLIP, T5, UMT5, Gemma-2 and Qwen2.5-VL.
     """
     found = []
     for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
@@ -236,10 +269,13 @@ def text_encoders(pipeline: DiffusionPipeline) -> list[Component]:
         elif kind == "Gemma2Model":
             told = {INSTRUCTION: instruction(pipeline)}
             found.append(_sequence(name, model, _Gemma2(model), masked=True, told=told))
+        elif kind == "Qwen2_5_VLForConditionalGeneration":
+            told = prompt_template(pipeline)
+            found.append(_sequence(name, model, _Qwen(model), masked=True, told=told))
         else:
             raise ModelError(
                 f"{name} is a {kind}; known are CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel, "
-                "UMT5EncoderModel and Gemma2Model"
+                "UMT5EncoderModel, Gemma2Model and Qwen2_5_VLForConditionalGeneration"
             )
     return found
 
@@ -298,6 +334,23 @@ class _Gemma2(Flat):
         return states
 
 
+class _Qwen(Flat):
+    """Tokens (b, l), and 0 where they are padding, (b, l), to the language model's last hidden state (b, l, width)."""
+
+    def __init__(self, source: Any) -> None:
+        inner = copy.copy(source.model)
+        inner._modules = {"language_model": source.model.language_model}
+        outer = copy.copy(source)
+        outer._modules = {"model": inner}
+        super().__init__(outer)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        model = self.source.model.language_model
+        found = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        states: Tensor = found.last_hidden_state
+        return states
+
+
 def _masks_text(pipeline: DiffusionPipeline) -> bool:
     """Whether the pipeline tells its text encoder what is padding: then it also gives the mask to its denoiser."""
     encode = getattr(pipeline, "encode_prompt", None)
@@ -312,8 +365,9 @@ def padded(batch: int, length: int, *, dtype: torch.dtype) -> Tensor:
 def _sequence(name: str, model: Any, flat: Flat, *, masked: bool, told: Mapping[str, Any] | None = None) -> Component:
     """A text encoder of any length; `told` is written beside its configuration."""
     generator = torch.Generator().manual_seed(_SEED)
+    words = model.config.get_text_config().vocab_size
     examples = [
-        {"input_ids": torch.randint(2, model.config.vocab_size, (batch, length), generator=generator)}
+        {"input_ids": torch.randint(2, words, (batch, length), generator=generator)}
         for batch, length in ((2, 11), (3, 7), (1, 13))
     ]
     for example in examples if masked else ():
@@ -330,14 +384,18 @@ def _sequence(name: str, model: Any, flat: Flat, *, masked: bool, told: Mapping[
 
 
 class _Decoder(nn.Module):
-    """Latents (b, channels, h, w) to pixels (b, 3, h s, w s)."""
+    """Latents (b, channels, h, w) to pixels (b, 3, h s, w s); of an autoencoder of films the first frame."""
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.post_quant_conv = getattr(vae, "post_quant_conv", None)
         self.decoder = vae.decoder
+        self._films = _draws_films(vae)
 
     def forward(self, latent_sample: Tensor) -> Tensor:
+        if self._films:
+            frame: Tensor = self.decoder(self.post_quant_conv(latent_sample[:, :, None]))[:, :, 0]
+            return frame
         if self.post_quant_conv is not None:
             latent_sample = self.post_quant_conv(latent_sample)
         pixels: Tensor = self.decoder(latent_sample)
@@ -347,34 +405,46 @@ class _Decoder(nn.Module):
 class _Encoder(nn.Module):
     """Pixels (b, 3, h s, w s) to the posterior's mean and log-variance, (b, 2 channels, h, w).
 
-    AutoencoderDC has no posterior and gives the latents, (b, channels, h, w).
+    AutoencoderDC has no posterior and gives the latents, (b, channels, h, w). Of an autoencoder of films the first
+    frame.
     """
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.encoder = vae.encoder
         self.quant_conv = getattr(vae, "quant_conv", None)
+        self._films = _draws_films(vae)
 
     def forward(self, sample: Tensor) -> Tensor:
+        if self._films:
+            frame: Tensor = self.quant_conv(self.encoder(sample[:, :, None]))[:, :, 0]
+            return frame
         parameters: Tensor = self.encoder(sample)
         return parameters if self.quant_conv is None else self.quant_conv(parameters)
+
+
+def _draws_films(vae: Any) -> bool:
+    return type(vae).__name__ == "AutoencoderKLQwenImage"
 
 
 def autoencoder(pipeline: DiffusionPipeline, *, height: int, width: int) -> list[Component]:
     """The VAE's decoder and encoder; nothing where the pipeline has none.
 
     Raises:
-        ModelError: it is neither AutoencoderKL nor AutoencoderDC.
+        ModelError: it is none of AutoencoderKL, AutoencoderDC and AutoencoderKLQwenImage.
     """
     vae = getattr(pipeline, "vae", None)
     if vae is None:
         return []
-    if type(vae).__name__ not in ("AutoencoderKL", "AutoencoderDC"):
-        raise ModelError(f"the vae is a {type(vae).__name__}; known are AutoencoderKL and AutoencoderDC")
+    if type(vae).__name__ not in ("AutoencoderKL", "AutoencoderDC", "AutoencoderKLQwenImage"):
+        raise ModelError(
+            f"the vae is a {type(vae).__name__}; known are AutoencoderKL, AutoencoderDC and AutoencoderKLQwenImage"
+        )
     scale, dtype, config = vae_scale(vae.config), vae.dtype, config_of(vae)
     sizes = rows(latent_sizes(height, width, vae_scale=scale, multiple=1))
-    latents = [noise(b, vae.config.latent_channels, h, w, dtype=dtype) for b, _, (h, w) in sizes]
-    pixels = [noise(b, vae.config.in_channels, h * scale, w * scale, dtype=dtype) for b, _, (h, w) in sizes]
+    channels, colours = latent_channels(config), config.get("in_channels") or config["input_channels"]
+    latents = [noise(b, channels, h, w, dtype=dtype) for b, _, (h, w) in sizes]
+    pixels = [noise(b, colours, h * scale, w * scale, dtype=dtype) for b, _, (h, w) in sizes]
     decoder = Component(
         name="vae_decoder",
         module=_Decoder(vae).eval(),

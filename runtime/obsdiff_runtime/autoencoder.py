@@ -14,7 +14,21 @@ from obsdiff_runtime.networks import Array, Networks
 from obsdiff_runtime.noise import Noise
 
 Pixels = NDArray[np.uint8]
+VAE_SCALE: Final = 8  # pixels per side of a latent pixel of most autoencoders
 LOG_VARIANCES: Final = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution
+
+
+def vae_scale(config: Mapping[str, Any]) -> int:
+    """Pixels per side of a latent pixel, from an autoencoder's configuration; VAE_SCALE where it does not say."""
+    if "temperal_downsample" in config:  # of video autoencoders, spelled so: those of Qwen-Image and Wan
+        return int(2 ** len(config["temperal_downsample"]))
+    levels = config.get("block_out_channels") or config.get("encoder_block_out_channels")
+    return VAE_SCALE if levels is None else int(2 ** (len(levels) - 1))
+
+
+def latent_channels(config: Mapping[str, Any]) -> int:
+    """Channels of the latents, from an autoencoder's configuration."""
+    return int(config["z_dim"] if "z_dim" in config else config["latent_channels"])
 
 
 class Autoencoder:
@@ -26,8 +40,7 @@ class Autoencoder:
 
     def __init__(self, networks: Networks, config: Mapping[str, Any]) -> None:
         self._networks, self._config = networks, config
-        levels = config.get("block_out_channels") or config["encoder_block_out_channels"]
-        self.scale: int = 2 ** (len(levels) - 1)
+        self.scale = vae_scale(config)
 
     def decode(self, sample: Array) -> Pixels:
         """(c, h, w) -> (height, width, 3).
@@ -57,7 +70,7 @@ class Autoencoder:
         """
         pixels = (picture.transpose(2, 0, 1).astype(np.float32) / np.float32(127.5) - np.float32(1))[None]
         found = self._networks.run("vae_encoder", {"sample": pixels}, ["latent_parameters"])["latent_parameters"][0]
-        if len(found) == self._config["latent_channels"]:
+        if len(found) == latent_channels(self._config):
             return found, np.zeros_like(found)
         mean, log_variance = np.split(found, 2)
         return mean, np.exp(np.float32(0.5) * np.clip(log_variance, *LOG_VARIANCES))
@@ -71,7 +84,7 @@ class Autoencoder:
 
     def _affine(self) -> tuple[Array, Array]:
         """(factor, shift), which take the denoiser's latents to the decoder's; they broadcast over (c, h, w)."""
-        factor = np.float32(1) / np.float32(self._config["scaling_factor"])
+        factor = np.float32(1) / np.float32(self._config.get("scaling_factor", 1))
         mean, deviation = self._config.get("latents_mean"), self._config.get("latents_std")
         if mean is not None and deviation is not None:
             deviations, means = (np.array(values, np.float32).reshape(-1, 1, 1) for values in (deviation, mean))
