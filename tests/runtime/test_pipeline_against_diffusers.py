@@ -29,14 +29,26 @@ def is_pixart(pipeline: Any) -> bool:
     return type(pipeline).__name__.startswith("PixArt")
 
 
+def is_qwen(pipeline: Any) -> bool:
+    return type(pipeline).__name__.startswith("Qwen")
+
+
 def is_sana(pipeline: Any) -> bool:
     return type(pipeline).__name__.startswith("Sana")
 
 
 def length_of(pipeline: Any) -> dict[str, int]:
-    """The argument that a pipeline with T5 or Gemma takes."""
-    has_it = type(pipeline).__name__.startswith(("AuraFlow", "Flux", "PixArt", "Sana", "StableDiffusion3"))
+    """The argument that a pipeline with T5, Gemma or Qwen takes."""
+    has_it = type(pipeline).__name__.startswith(("AuraFlow", "Flux", "PixArt", "Qwen", "Sana", "StableDiffusion3"))
     return {"max_sequence_length": 5} if has_it else {}
+
+
+def guided(pipeline: Any, **options: Any) -> dict[str, Any]:
+    """The options of a call as diffusers' has them: Qwen-Image's guides by another name, given a negative prompt."""
+    if not is_qwen(pipeline):
+        return options
+    scale = options.pop("guidance_scale")
+    return {"true_cfg_scale": scale, "negative_prompt": [""] * len(PROMPTS)} | options
 
 
 def exact(pipeline: Any) -> dict[str, bool]:
@@ -51,7 +63,7 @@ def both(pair: tuple[Any, Path], *, height: int = 32, width: int = 32, **options
     count = len(PROMPTS) * options.get("num_images", 1)
     noise = np.random.default_rng(1).standard_normal((count, 4, height // 2, width // 2), dtype=np.float32)
     latents = torch.from_numpy(noise)
-    if is_flux(theirs):
+    if is_flux(theirs) or is_qwen(theirs):
         latents = theirs._pack_latents(latents, count, 4, height // 2, width // 2)
     given = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": height, "width": width}
     given |= length_of(theirs) | options
@@ -62,7 +74,7 @@ def both(pair: tuple[Any, Path], *, height: int = 32, width: int = 32, **options
             latents=latents,
             output_type="np",
             **exact(theirs),
-            **{name: value for name, value in given.items() if name != "num_images"},
+            **guided(theirs, **{name: value for name, value in given.items() if name != "num_images"}),
         ).images
     return expected, ours(PROMPTS, latents=noise, **given)
 
@@ -155,7 +167,7 @@ def test_a_seed_of_diffusers_draws_the_same_image(pair: tuple[Any, Path], seed: 
             PROMPTS,
             generator=seeded if isinstance(seed, list) else seeded[0],
             output_type="np",
-            **given,
+            **guided(theirs, **given),
             **exact(theirs),
         ).images
     assert psnr(expected, Pipeline(folder, threads=1)(PROMPTS, seed=seed, noise_source="torch", **given)) > 50
@@ -201,7 +213,7 @@ def changed(pair: tuple[Any, Path], strength: float, steps: int) -> tuple[np.nda
             image=start,
             generator=torch.Generator().manual_seed(7),
             output_type="np",
-            **given,
+            **guided(theirs, **given, negative_prompt=""),
             **({"height": 32, "width": 24} if length_of(theirs) else {}),
         ).images
     ours = Pipeline(folder, threads=1)(PROMPTS[0], image=picture(), seed=7, noise_source="torch", **given)
