@@ -149,9 +149,7 @@ class _Look:
     def _see_gate(self, name: str, place: int, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         self._gates[name] = self._spread(name, output[place])
 
-    def _see_chunk_gate(
-        self, name: str, gate: ChunkGate, _: nn.Module, __: tuple[Any, ...], output: Tensor
-    ) -> None:
+    def _see_chunk_gate(self, name: str, gate: ChunkGate, _: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
         self._gates[name] = self._spread(name, output.chunk(gate.chunks, dim=-1)[gate.chunk])
 
     def _see_table_gate(

@@ -86,9 +86,7 @@ def record(
         if step in wanted_steps(sampling.num_inference_steps, kept_steps, place):
             masks = padding.masks(family, kwargs)
             paired = len(velocity) == 2 * len(passes[place])
-            calls.append(
-                Call(step=step, arguments=_copied(args, kwargs), prompts=texts, masks=masks, paired=paired)
-            )
+            calls.append(Call(step=step, arguments=_copied(args, kwargs), prompts=texts, masks=masks, paired=paired))
         progress(stage, (place - own[0]) * sampling.num_inference_steps + step, total)
 
     handle = denoiser.register_forward_hook(keep, with_kwargs=True)

@@ -393,13 +393,11 @@ class _Decoder(nn.Module):
         self._films = _draws_films(vae)
 
     def forward(self, latent_sample: Tensor) -> Tensor:
-        if self._films:
-            frame: Tensor = self.decoder(self.post_quant_conv(latent_sample[:, :, None]))[:, :, 0]
-            return frame
+        latents = latent_sample[:, :, None] if self._films else latent_sample
         if self.post_quant_conv is not None:
-            latent_sample = self.post_quant_conv(latent_sample)
-        pixels: Tensor = self.decoder(latent_sample)
-        return pixels
+            latents = self.post_quant_conv(latents)
+        pixels: Tensor = self.decoder(latents)
+        return pixels[:, :, 0] if self._films else pixels
 
 
 class _Encoder(nn.Module):
@@ -416,11 +414,10 @@ class _Encoder(nn.Module):
         self._films = _draws_films(vae)
 
     def forward(self, sample: Tensor) -> Tensor:
-        if self._films:
-            frame: Tensor = self.quant_conv(self.encoder(sample[:, :, None]))[:, :, 0]
-            return frame
-        parameters: Tensor = self.encoder(sample)
-        return parameters if self.quant_conv is None else self.quant_conv(parameters)
+        parameters: Tensor = self.encoder(sample[:, :, None] if self._films else sample)
+        if self.quant_conv is not None:
+            parameters = self.quant_conv(parameters)
+        return parameters[:, :, 0] if self._films else parameters
 
 
 def _draws_films(vae: Any) -> bool:

@@ -30,9 +30,10 @@ from typing import Any, Final
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
-from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle, scaled_dot_product_attention
+from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle
 
 from obsdiff.families import layers, parts
+from obsdiff.families.rotations import Places, rotating
 from obsdiff.groups import ChunkGate, Group, LinearSpec, Write
 from obsdiff_export.component import Component
 from obsdiff_runtime.conditioning import PACKED as PATCH
@@ -138,7 +139,7 @@ def example(
 
 
 def arguments(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-    """See `Family.arguments`: latents as tokens, the image's size in tokens, and the timestep in the denoiser's unit."""
+    """See `Family.arguments`: latents as tokens, their rows and columns, and the timestep in the denoiser's unit."""
     latents = inputs["hidden_states"]
     size = (1, latents.shape[-2] // PATCH, latents.shape[-1] // PATCH)
     return {
@@ -153,12 +154,10 @@ class _Flat(parts.Flat):
     """The transformer, without options; (b, channels, h, w) to the same."""
 
     def __init__(self, source: Any) -> None:
-        blocks = {
-            child: parts.view(block, attn=_rotating(block.attn))
-            for child, block in source.transformer_blocks.named_children()
-        }
-        stages = {"transformer_blocks": parts.view(source.transformer_blocks, **blocks)}
-        super().__init__(parts.view(source, **stages, pos_embed=_Places(source.pos_embed)))
+        stage = source.transformer_blocks
+        blocks = {child: parts.view(block, attn=rotating(block.attn)) for child, block in stage.named_children()}
+        places = Places(source.pos_embed)
+        super().__init__(parts.view(source, transformer_blocks=parts.view(stage, **blocks), pos_embed=places))
 
     def forward(
         self,
@@ -196,85 +195,6 @@ def component(denoiser: nn.Module, *, height: int, width: int, vae_scale: int = 
     )
 
 
-class _Places(nn.Module):
-    """Angles of the image's tokens and of the text's, (tokens, head width / 2) each, float32 whatever the model is in.
-
-    Rows and columns are counted from the middle of the image; the text goes on where the longer of them ends, with the
-    same place along all axes.
-    """
-
-    def __init__(self, source: Any) -> None:
-        super().__init__()
-        steps = (torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width for width in source.axes_dim)
-        self._frequencies = [(1 / torch.pow(source.theta, step)).tolist() for step in steps]
-
-    def forward(
-        self, img_shapes: Sequence[Any], max_txt_seq_len: int, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        _, rows, columns = img_shapes[0][0]
-
-        def places(count: int) -> Tensor:
-            return torch.arange(count, dtype=torch.float32, device=device)
-
-        row, column = places(rows) - (rows - rows // 2), places(columns) - (columns - columns // 2)
-        frame, down, across = (torch.tensor(axis, device=device) for axis in self._frequencies)
-        grid = (
-            torch.zeros_like(frame).expand(rows, columns, -1),
-            (row[:, None] * down)[:, None].expand(rows, columns, -1),
-            (column[:, None] * across)[None].expand(rows, columns, -1),
-        )
-        start = torch.maximum(row.max(), column.max()) + 1
-        text = (start + places(max_txt_seq_len))[:, None] * torch.cat([frame, down, across])
-        return torch.cat(grid, dim=-1).flatten(0, 1), text
-
-
-class _Pairs:
-    """diffusers' processor of these attentions, with rotations of pairs of numbers instead of complex ones."""
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        image_rotary_emb: tuple[Tensor, Tensor],
-        text_mask: Tensor,
-        encoder_hidden_states_mask: None = None,
-        attention_mask: None = None,
-    ) -> tuple[Tensor, Tensor]:
-        image, text = hidden_states, encoder_hidden_states
-
-        def heads(of_text: nn.Module, of_image: nn.Module) -> list[Tensor]:
-            return [of(x).unflatten(-1, (attn.heads, -1)) for of, x in ((of_text, text), (of_image, image))]
-
-        def normed(found: list[Tensor], of_text: nn.Module, of_image: nn.Module) -> Tensor:
-            return _rotated(torch.cat([of_text(found[0]), of_image(found[1])], dim=1), angles)  # (b, tokens, heads, d)
-
-        angles = torch.cat([image_rotary_emb[1], image_rotary_emb[0]])
-        query = normed(heads(attn.add_q_proj, attn.to_q), attn.norm_added_q, attn.norm_q)
-        key = normed(heads(attn.add_k_proj, attn.to_k), attn.norm_added_k, attn.norm_k)
-        value = torch.cat(heads(attn.add_v_proj, attn.to_v), dim=1)
-        mask = torch.cat([text_mask, torch.ones_like(image[..., 0], dtype=torch.bool)], dim=1)
-        found = scaled_dot_product_attention(
-            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask[:, None, None]
-        )
-        found = found.transpose(1, 2).flatten(2)  # (b, tokens, heads * d)
-        length = text.shape[1]
-        return attn.to_out[0](found[:, length:]), attn.to_add_out(found[:, :length])
-
-
-def _rotated(heads: Tensor, angles: Tensor) -> Tensor:
-    """(b, tokens, heads, d), each pair of d turned by its token's angle, (tokens, d / 2)."""
-    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
-    one, other = heads.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([one * cos - other * sin, one * sin + other * cos], dim=-1).flatten(-2).to(heads.dtype)
-
-
-def _rotating(attention: nn.Module) -> nn.Module:
-    view = parts.view(attention)
-    view.processor = _Pairs()  # type: ignore[assignment]
-    return view
-
-
 _INPUTS: Final[layers.Inputs] = (
     (0, "img_norm1", "image", ("attn.to_q", "attn.to_k", "attn.to_v")),
     (0, "txt_norm1", "text", ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
@@ -293,9 +213,9 @@ _LAST: Final[layers.Inputs] = tuple(
 def _blocks(denoiser: nn.Module) -> Iterator[tuple[str, layers.Inputs]]:
     """Name and inputs of each block, in forward order."""
     _refuse_options(denoiser)
-    blocks = [f"transformer_blocks.{child}" for child, _ in denoiser.get_submodule("transformer_blocks").named_children()]
-    for prefix in blocks:
-        yield prefix, _LAST if prefix == blocks[-1] else _INPUTS
+    blocks = [child for child, _ in denoiser.get_submodule("transformer_blocks").named_children()]
+    for child in blocks:
+        yield f"transformer_blocks.{child}", _LAST if child == blocks[-1] else _INPUTS
 
 
 def _refuse_options(denoiser: nn.Module) -> None:
@@ -303,8 +223,8 @@ def _refuse_options(denoiser: nn.Module) -> None:
     asked = [option for option in _OPTIONS if config.get(option)]
     if asked:
         raise ModelError(
-            f"this QwenImageTransformer2DModel has {asked[0]}, as those that edit or layer images do, and obsdiff knows "
-            "only those that draw an image of a prompt"
+            f"this QwenImageTransformer2DModel has {asked[0]}, as those that edit images do, and obsdiff knows only "
+            "those that draw an image of a prompt"
         )
 
 

@@ -51,8 +51,8 @@ class Kind:
         skipped: steps of so many that are left out where an image is changed by a strength.
         negatives: whether guidance runs an image on its negative prompt too; if not, the denoiser is told its scale.
         even_sigmas: whether diffusers' pipeline gives the scheduler its noise levels; see `make_scheduler`.
-        kept_length: pixels a side of the patches in which guidance keeps the length of what the prompt alone gives; None
-            where it does not.
+        kept_length: latent pixels a side of the patches in which guidance keeps the length of what the prompt alone
+            gives; None where it does not.
     """
 
     denoiser: str

@@ -89,14 +89,17 @@ class Drawing:
 
 
 def as_long_as(wanted: Array, guided: Array, patch: int) -> Array:
-    """`guided`, (c, h, w), with the length that `wanted` has in each patch, over its channels and patch x patch pixels."""
+    """`guided`, (c, h, w), with the length of `wanted` over the channels and pixels of each patch.
 
-    def lengths(array: Array) -> Array:  # (1, h / patch, 1, w / patch, 1)
+    diffusers' guidance of Qwen-Image: its tokens are such patches.
+    """
+
+    def lengths(array: Array) -> Array:  # (h / patch, w / patch)
         split = array.reshape(len(array), array.shape[1] // patch, patch, array.shape[2] // patch, patch)
-        return np.sqrt(np.square(split).sum(axis=(0, 2, 4), keepdims=True))
+        return np.asarray(np.sqrt(np.square(split).sum(axis=(0, 2, 4))))
 
-    scale = (lengths(wanted) / lengths(guided)).repeat(patch, axis=2).repeat(patch, axis=4)
-    return np.asarray(guided * scale.reshape(guided.shape[1:]))
+    scale = lengths(wanted) / lengths(guided)
+    return np.asarray(guided * scale.repeat(patch, axis=0).repeat(patch, axis=1))
 
 
 def companies(drawings: Sequence[Drawing], max_rows: int) -> Iterator[list[Drawing]]:

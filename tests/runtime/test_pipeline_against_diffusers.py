@@ -11,7 +11,7 @@ from PIL import Image
 
 from obsdiff_runtime.autoencoder import Autoencoder
 from obsdiff_runtime.bundle import Bundle
-from obsdiff_runtime.conditioning import AURAFLOW, Settings
+from obsdiff_runtime.conditioning import AURAFLOW, QWEN, Settings
 from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.pipeline import Images, Pipeline
 
@@ -155,6 +155,40 @@ def test_auraflow_draws_up_to_the_size_of_its_places(auraflow_pair: tuple[Any, P
     assert psnr(expected, images) > 58
     with pytest.raises(ConfigError, match="height should be at most 68"):
         ours(prompt, height=72, width=36)
+
+
+@pytest.mark.parametrize("unwanted", [["", "blurred"], ["two yellow stars, left of a purple ring and more", " "]])
+def test_qwen_reads_all_of_a_prompt_and_no_padding(qwen_pair: tuple[Any, Path], unwanted: list[str]) -> None:
+    """Prompts and negative ones of four lengths, which diffusers runs in two calls, each as long as its longest.
+
+    Latents tell more than pictures of a small random decoder: without the mask, or with a length kept in each pixel
+    rather than in each token, they are off by more than 1 %.
+    """
+    theirs, folder = qwen_pair
+    given = {"num_inference_steps": 3, "guidance_scale": 6.0, "height": 24, "width": 52, "max_sequence_length": 300}
+    told = {"generator": [torch.Generator().manual_seed(seed) for seed in (7, 8)], "output_type": "latent"}
+    with torch.no_grad():
+        packed = theirs(PROMPTS, **guided(theirs, **given, negative_prompt=unwanted), **told).images
+    expected = theirs._unpack_latents(packed, 24, 52, theirs.vae_scale_factor)[:, :, 0].numpy()
+    ours = Pipeline(folder, threads=1)
+    found = ours(PROMPTS, negative_prompt=unwanted, seed=[7, 8], noise_source="torch", **given).latents
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_qwen_is_told_what_diffusers_tells_it(qwen_pair: tuple[Any, Path]) -> None:
+    theirs, folder = qwen_pair
+    size = {"height": 32, "width": 32, "max_sequence_length": 300}
+    told = Settings(num_inference_steps=1, guidance_scale=3.0, guided=True, **size)
+    found = QWEN.encode(Pipeline(folder, threads=1).networks, PROMPTS, False, told)
+    with torch.no_grad():
+        expected, mask = theirs.encode_prompt(PROMPTS, max_sequence_length=300)
+    length = mask.shape[1]
+    assert not mask.all()
+    assert length < 300
+    np.testing.assert_array_equal(found["encoder_hidden_states_mask"][:, :length], mask)
+    np.testing.assert_allclose(found["encoder_hidden_states"][:, :length], expected, atol=1e-5)
+    assert not found["encoder_hidden_states"][:, length:].any()
+    assert not found["encoder_hidden_states_mask"][:, length:].any()
 
 
 @pytest.mark.parametrize("seed", [7, [7, 2**32 + 1]], ids=["one generator", "a list of generators"])
