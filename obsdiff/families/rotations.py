@@ -82,8 +82,8 @@ def rotated(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     return torch.stack([one * cos - other * sin, one * sin + other * cos], dim=-1).flatten(-2).to(heads.dtype)
 
 
-def rotating(attention: nn.Module) -> nn.Module:
+def rotating(attention: Any) -> Any:
     """A view of an attention of diffusers that has this processor."""
-    view: nn.Module = parts.view(attention)
+    view = parts.view(attention)
     view.processor = Pairs()
     return view
