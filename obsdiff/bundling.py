@@ -259,6 +259,7 @@ def served_by(job: Job, pipeline: DiffusionPipeline | None = None) -> Served:
         text_tokens=job.text_tokens,
         vae_scale=vae_scale(job.configs),
         instruction_tokens=0 if pipeline is None else parts.instruction_tokens(pipeline),
+        template_tokens=0 if pipeline is None else parts.template_tokens(pipeline),
     )
     name = str(job.configs.get("model_index", {}).get("_class_name", job.family.pipeline))
     return engines.served(sizes, name, job.configs[job.family.denoiser])

@@ -10,6 +10,7 @@ import diffusers
 import yaml
 
 from obsdiff import wording
+from obsdiff.families import parts
 from obsdiff.measurements import NotMeasured, Report
 from obsdiff.sparsity import NM, Unstructured, parse
 from obsdiff.templates import environment
@@ -87,7 +88,7 @@ def _code(report: Report, index: Mapping[str, Any], kind: Kind) -> str:
     prompt, options = "a prompt", ""
     if not isinstance(evaluation, NotMeasured):
         prompt, sampling = evaluation.per_prompt[0].prompt, evaluation.sampling
-        options = f", num_inference_steps={sampling.num_inference_steps}, guidance_scale={sampling.guidance_scale}"
+        options = f", num_inference_steps={sampling.num_inference_steps}, {_guided(index, sampling.guidance_scale)}"
         if sampling.max_sequence_length is not None:
             options += f", max_sequence_length={sampling.max_sequence_length}"
     quoted = json.dumps(prompt, ensure_ascii=False)
@@ -101,6 +102,13 @@ def _code(report: Report, index: Mapping[str, Any], kind: Kind) -> str:
         first = "from diffusers import DiffusionPipeline"
         load = f'pipeline = DiffusionPipeline.from_pretrained("{FOLDER}"{absent})'
     return f'{first}\n{load}\npipeline({quoted}{options}).images[0].save("picture.png")'
+
+
+def _guided(index: Mapping[str, Any], scale: float) -> str:
+    """Arguments of guidance, on the empty negative prompt."""
+    pipeline = getattr(diffusers, str(index.get("_class_name")), None)
+    argument = parts.GUIDANCE if pipeline is None else parts.guidance_argument(pipeline)
+    return f"{argument}={scale}" + ("" if argument == parts.GUIDANCE else ', negative_prompt=""')
 
 
 def _absent(index: Mapping[str, Any]) -> list[str]:

@@ -160,13 +160,19 @@ def order_of(settings: Settings) -> Order:
 
 
 def sizes_of(
-    sampling: Sampling, *, rows: int, text_tokens: int, vae_scale: int, instruction_tokens: int = 0
+    sampling: Sampling,
+    *,
+    rows: int,
+    text_tokens: int,
+    vae_scale: int,
+    instruction_tokens: int = 0,
+    template_tokens: int = 0,
 ) -> dict[str, Size]:
     """What every dynamic axis is at the served size: one image, of so many rows of the denoiser, or up to four.
 
-    Prompts, not negative ones, may stand behind an instruction.
+    Prompts, not negative ones, may stand behind an instruction, and all of them in a template.
     """
-    length = sampling.max_sequence_length or 256
+    length = (sampling.max_sequence_length or 256) + template_tokens
     longest = length + instruction_tokens
     return {
         "batch": (1, rows, IMAGES[1] * rows),

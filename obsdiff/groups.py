@@ -28,17 +28,32 @@ class ToldGate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChunkGate:
+    """A gate that is one of several side by side in what a module gives.
+
+    Attributes:
+        module: gives (rows, chunks out).
+        chunks: how many there are.
+        chunk: which of them, counted from 0.
+    """
+
+    module: str
+    chunks: int
+    chunk: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Write:
     """How a linear's output enters a residual stream: stream after = stream before + gate * output.
 
     Attributes:
         stream: module whose first input is the stream before it; it runs before the linear does.
-        gate: module whose output holds the gate, (rows, out), and the gate's place in it, or a ToldGate; None: the
-            gate is 1.
+        gate: module whose output holds the gate, (rows, out), and the gate's place in it, or a ToldGate or ChunkGate;
+            None: the gate is 1.
     """
 
     stream: str
-    gate: tuple[str, int] | ToldGate | None = None
+    gate: tuple[str, int] | ToldGate | ChunkGate | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

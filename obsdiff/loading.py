@@ -220,7 +220,8 @@ def _class_defaults(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             f"no family describes a {denoiser['_class_name']}, so its configuration alone is not enough; "
             "name its pipeline's folder"
         )
-    signature = inspect.signature(getattr(diffusers, name).__call__).parameters
+    pipeline = getattr(diffusers, name)
+    signature = inspect.signature(pipeline.__call__).parameters
     rows, columns = family.latent_size(denoiser)
     scale = vae_scale(configs)
     distilled = bool(index.get(IS_DISTILLED))
@@ -233,7 +234,7 @@ def _class_defaults(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "height": default("height", rows * scale),
         "width": default("width", columns * scale),
         "num_inference_steps": default("num_inference_steps", 50),
-        "guidance_scale": 1.0 if distilled else default("guidance_scale", 1.0),
+        "guidance_scale": 1.0 if distilled else default(parts.guidance_argument(pipeline), 1.0),
         "max_sequence_length": default("max_sequence_length", None),
         "prompts": None,
         "takes_guidance": not distilled,

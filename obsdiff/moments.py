@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from obsdiff import padding, pausing, pointwise, ranks
 from obsdiff.core.gram import Gram, GramAccumulator, full_precision
-from obsdiff.groups import LinearSpec, ToldGate
+from obsdiff.groups import ChunkGate, LinearSpec, ToldGate
 from obsdiff.methods import Target
 from obsdiff.padding import Masks
 from obsdiff.pausing import Arguments
@@ -116,6 +116,9 @@ class _Look:
                 if isinstance(write.gate, ToldGate):
                     module, see = self._module(write.gate.block), partial(self._see_told_gate, name, write.gate)
                     stack.callback(module.register_forward_pre_hook(see, with_kwargs=True).remove)
+                elif isinstance(write.gate, ChunkGate):
+                    module, see = self._module(write.gate.module), partial(self._see_chunk_gate, name, write.gate)
+                    stack.callback(module.register_forward_hook(see).remove)
                 elif write.gate is not None:
                     module, place = self._module(write.gate[0]), write.gate[1]
                     stack.callback(module.register_forward_hook(partial(self._see_gate, name, place)).remove)
@@ -145,6 +148,9 @@ class _Look:
 
     def _see_gate(self, name: str, place: int, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         self._gates[name] = self._spread(name, output[place])
+
+    def _see_chunk_gate(self, name: str, gate: ChunkGate, _: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
+        self._gates[name] = self._spread(name, output.chunk(gate.chunks, dim=-1)[gate.chunk])
 
     def _see_told_gate(
         self, name: str, gate: ToldGate, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -213,13 +219,14 @@ class TierMoments:
         }
         self._targets = {linear.name: _TargetSums(linear, device) for linear in linears}
 
-    def add(self, dense: Glance, pruned: Glance, weight: float) -> None:
+    def add(self, dense: Glance, pruned: Glance, weight: float, *, paired: bool = True) -> None:
         """Counts one call.
 
         Args:
             dense: of the dense stream.
             pruned: of the pruned stream.
             weight: of each token.
+            paired: whether the call's rows are those that `guidance` combines.
 
         Raises:
             CalibrationError: linears that should share an input do not, or a value is not finite (names the layer).
@@ -233,7 +240,7 @@ class TierMoments:
             gate = dense.gates.get(name, 1.0)
             try:
                 self._count(linear, x, y, gap, gate, weight)
-                if self._guidance is not None and linear.tokens != "text":
+                if self._guidance is not None and paired and linear.tokens != "text":
                     mix = self._guidance.combined
                     given = gate.chunk(2)[1] if isinstance(gate, Tensor) else gate
                     combined = None if gap is None else mix(gap)

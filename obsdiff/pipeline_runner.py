@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from obsdiff import checkpoint, job, ranks
 from obsdiff.delivery import DTYPES
+from obsdiff.families import parts
 from obsdiff.loading import (
     LoadedPipeline,
     ModelConfigs,
@@ -213,9 +214,9 @@ class PipelineRunner:
                 height=request.height,
                 width=request.width,
                 num_inference_steps=request.num_inference_steps,
-                guidance_scale=request.guidance_scale,
                 num_images_per_prompt=request.num_images,
                 generator=torch.Generator("cpu").manual_seed(request.seed),
+                **{parts.guidance_argument(type(pipeline)): request.guidance_scale},
                 **exactly(pipeline, embedded=False),
                 **telling(pipeline, note_step),
                 **told,

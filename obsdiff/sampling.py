@@ -17,7 +17,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from obsdiff.families import Family, guided
+from obsdiff.families import Family, guided, parts
 from obsdiff.metrics import Picture
 from obsdiff.recipe import Sampling
 from obsdiff.residuals import BlockErrors, Clock, block_modules
@@ -157,7 +157,7 @@ def call_of(
     return {
         **told,
         "num_inference_steps": sampling.num_inference_steps,
-        "guidance_scale": sampling.guidance_scale,
+        parts.guidance_argument(type(pipeline)): sampling.guidance_scale,
         "height": sampling.height,
         "width": sampling.width,
         **exactly(pipeline, embedded=bool(text)),
@@ -168,10 +168,14 @@ def exactly(pipeline: DiffusionPipeline, *, embedded: bool) -> dict[str, Any]:
     """Arguments by which a call draws what it is asked for, whether its text is embedded or not.
 
     By default PixArt's calls rewrite a prompt, draw the nearest of the sizes they were trained on and scale it, and
-    have an empty negative prompt, which excludes an embedded one.
+    have an empty negative prompt, which excludes an embedded one. Qwen-Image's has none, and does not guide without.
     """
     known = inspect.signature(type(pipeline).__call__).parameters
-    told = {"use_resolution_binning": False, "clean_caption": False} | ({"negative_prompt": None} if embedded else {})
+    told: dict[str, Any] = {"use_resolution_binning": False, "clean_caption": False}
+    if embedded:
+        told["negative_prompt"] = None
+    elif parts.guidance_argument(type(pipeline)) != parts.GUIDANCE:
+        told["negative_prompt"] = ""
     return {name: value for name, value in told.items() if name in known}
 
 

@@ -208,7 +208,7 @@ class _Run:
             look = partial(moments.glance, name=name, linears=tier, streams=repair > 0, masks=call.masks)
             wanted, output = look(dense, arguments=before.arguments, whole=last)
             seen, _ = look(block, arguments=after.arguments)
-            sums.add(wanted, seen, weight)
+            sums.add(wanted, seen, weight, paired=call.paired)
             if last:
                 before.resume(output)
         grams, targets = sums.finish(repair)

@@ -27,12 +27,14 @@ class Call:
         arguments: what it is called with.
         prompts: whose it is, for messages.
         masks: which tokens it looks at.
+        paired: whether it has two rows of each prompt, the negative one's first; some pipelines guide in two calls.
     """
 
     step: int
     arguments: Arguments
     prompts: str
     masks: Masks = field(default_factory=dict)
+    paired: bool = False
 
 
 @torch.no_grad()
@@ -51,7 +53,7 @@ def record(
     Batch b keeps every (steps / kept_steps)-th step, beginning b steps in, so that together the batches see every
     step. Inputs of one trajectory resemble one another: more prompts are worth more than more steps of each. Each rank
     runs and keeps its share of the batches. Where guidance calls the denoiser on negative prompts by themselves, behind
-    the others, both calls are kept as one.
+    the others, both calls are kept as one, if their texts are of one length.
 
     Args:
         pipeline: in eval mode.
@@ -81,17 +83,20 @@ def record(
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         step = steps.advance(kwargs["timestep"] if "timestep" in kwargs else args[1])
         texts = f"prompts {passes[place].start + 1} to {passes[place].stop}"
-        if not bool(velocity_of(denoiser, output).isfinite().all()):
+        velocity = velocity_of(denoiser, output)
+        if not bool(velocity.isfinite().all()):
             raise CalibrationError(f"step {step + 1}, {texts}: the denoiser's output is not finite; are its weights?")
         if step in wanted_steps(sampling.num_inference_steps, kept_steps, place):
             masks = padding.masks(family, kwargs)
-            call = Call(step=step, arguments=_copied(args, kwargs), prompts=texts, masks=masks)
-            if not combined or len(velocity_of(denoiser, output)) != len(passes[place]):
-                calls.append(call)
-            elif waiting:
-                calls.append(_joined(call, waiting.pop()))
+            paired = len(velocity) == 2 * len(passes[place])
+            call = Call(step=step, arguments=_copied(args, kwargs), prompts=texts, masks=masks, paired=paired)
+            if waiting and (waiting[0].step, waiting[0].prompts) == (step, texts):
+                calls.extend(_together(call, waiting.pop()))
+            elif combined and not paired:
+                calls.extend(waiting)
+                waiting[:] = [call]
             else:
-                waiting.append(call)
+                calls.append(call)
         progress(stage, (place - own[0]) * sampling.num_inference_steps + step, total)
 
     handle = denoiser.register_forward_hook(keep, with_kwargs=True)
@@ -103,7 +108,7 @@ def record(
     finally:
         handle.remove()
     progress(stage, total, total)
-    return calls
+    return calls + waiting
 
 
 def wanted_steps(steps: int, kept: int, batch: int) -> frozenset[int]:
@@ -112,18 +117,28 @@ def wanted_steps(steps: int, kept: int, batch: int) -> frozenset[int]:
     return frozenset((batch + index * steps // kept) % steps for index in range(kept))
 
 
-def _joined(negative: Call, positive: Call) -> Call:
-    """Two calls of a step as one of twice the rows, the negative prompts first, as other pipelines make it."""
+def _together(negative: Call, positive: Call) -> list[Call]:
+    """Two calls of a step as one of twice the rows, the negative prompts first, as other pipelines make it.
+
+    As they are where their texts are not of one length.
+    """
+    args, kwargs = positive.arguments
+    others, more = negative.arguments
+    pairs = [*zip(others, args, strict=True), *((more[name], kwargs[name]) for name in kwargs)]
+    if any(_shape(without) != _shape(given) for without, given in pairs):
+        return [positive, negative]
 
     def both(without: Any, given: Any) -> Any:
         return torch.cat([without, given]) if isinstance(given, Tensor) and given.ndim else given
 
-    args, kwargs = positive.arguments
-    others, more = negative.arguments
     joined = tuple(both(*pair) for pair in zip(others, args, strict=True))
     masks = {name: both(negative.masks[name], mask) for name, mask in positive.masks.items()}
     named = {name: both(more[name], value) for name, value in kwargs.items()}
-    return replace(positive, arguments=(joined, named), masks=masks)
+    return [replace(positive, arguments=(joined, named), masks=masks, paired=True)]
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
 def _copied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:

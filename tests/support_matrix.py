@@ -22,6 +22,7 @@ FAMILIES: Final = {
     "pixart": "`pixart`: PixArt-alpha, PixArt-sigma",
     "auraflow": "`auraflow`: AuraFlow",
     "sana": "`sana`: Sana",
+    "qwen": "`qwen`: Qwen-Image",
     "lumina2": "no family: Lumina-2",
     "chroma": "no family: Chroma",
 }

@@ -32,7 +32,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from obsdiff.families import layers, parts
 from obsdiff.groups import Consumer, Group, LinearSpec, Producer, Size, Write
 from obsdiff_export.component import Component
-from obsdiff_runtime.conditioning import FLUX_PATCH as PATCH
+from obsdiff_runtime.conditioning import PACKED as PATCH
 from obsdiff_runtime.errors import ConfigError
 
 name: str = "flux"

@@ -8,6 +8,7 @@
 Names of inputs and outputs are those of optimum's ONNX folders. Networks keep the names of their weights.
 """
 
+import copy
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -20,21 +21,29 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from obsdiff.families import Family
 from obsdiff_export.component import Component
+from obsdiff_runtime.autoencoder import VAE_SCALE as VAE_SCALE
+from obsdiff_runtime.autoencoder import latent_channels
+from obsdiff_runtime.autoencoder import vae_scale as vae_scale
 from obsdiff_runtime.conditioning import PROMPT_TEMPLATE
 from obsdiff_runtime.errors import ModelError
 
 Size = tuple[int, int]
 
-VAE_SCALE: Final = 8
-"""Pixels per side of a latent pixel of most autoencoders."""
-
 PATCH: Final = 2
 """Latent pixels per side of a patch of FLUX.2's autoencoder; its pipelines fix it."""
+
+AUTOENCODERS: Final = ("AutoencoderKL", "AutoencoderDC", "AutoencoderKLFlux2", "AutoencoderKLQwenImage")
 
 CLIP_TOKENS: Final = 77
 
 INSTRUCTION: Final = "complex_human_instruction"
 """Argument of a pipeline's call, and where it is written in the text encoder's configuration for the runtime."""
+
+GUIDANCE: Final = "guidance_scale"
+"""Argument of most pipelines' calls."""
+
+TEMPLATE: Final = ("prompt_template_encode", "prompt_template_encode_start_idx")
+"""Attributes of a pipeline, and where they are written likewise: the text around a prompt, and its tokens in front."""
 
 _SPECIAL: Final = 2  # tokens at the ends of a text that the instruction is not counted to have
 _LARGEST_EXAMPLE = 256
@@ -56,6 +65,13 @@ class Flat(nn.Module):
         self._non_persistent_buffers_set = source._non_persistent_buffers_set
         self.__dict__["source"] = source.eval()  # beside the registry: all it holds is registered already
         self.training = False
+
+
+def view(module: nn.Module, **children: nn.Module) -> Any:
+    """A shallow copy with the same weights, some of its children exchanged."""
+    seen = copy.copy(module)
+    seen._modules = {**module._modules, **children}
+    return seen
 
 
 def latent_sizes(height: int, width: int, *, vae_scale: int, multiple: int, limit: int | None = None) -> list[Size]:
@@ -96,15 +112,6 @@ def config_of(model: Any) -> dict[str, Any]:
     source = model if hasattr(model, "to_json_string") else model.config
     config: dict[str, Any] = json.loads(source.to_json_string())
     return {key: value for key, value in config.items() if key != "_name_or_path"}
-
-
-def vae_scale(config: Mapping[str, Any]) -> int:
-    """Pixels per side of a latent pixel, from an autoencoder's configuration; 8 where it does not say."""
-    if "temperal_downsample" in config:  # of video autoencoders, spelled so: those of Qwen-Image and Wan
-        return int(2 ** len(config["temperal_downsample"]))
-    levels = config.get("block_out_channels") or config.get("encoder_block_out_channels")
-    patch = config.get("patch_size") or (1,)  # of FLUX.2's, whose latents are patches
-    return VAE_SCALE if levels is None else int(2 ** (len(levels) - 1) * patch[0])
 
 
 def vae_scale_of(pipeline: DiffusionPipeline, family: Family) -> int:
@@ -211,6 +218,17 @@ def masked_text(
     return {key: value for key, value in zip(names, encoded, strict=True) if value is not None}
 
 
+def guidance_argument(pipeline_class: type[DiffusionPipeline]) -> str:
+    """The argument of the call that is the scale of guidance.
+
+    A call that has both of diffusers' guides by GUIDANCE, unless that is None by default: then only a distilled
+    denoiser would be told it, and negative prompts have a scale of their own, true_cfg_scale.
+    """
+    known = inspect.signature(pipeline_class.__call__).parameters
+    unused = GUIDANCE not in known or known[GUIDANCE].default is None
+    return "true_cfg_scale" if unused and "true_cfg_scale" in known else GUIDANCE
+
+
 def instruction(pipeline: DiffusionPipeline) -> list[str]:
     """The lines that the pipeline's call puts before prompts, not negative ones, by default; none where it has none."""
     told = inspect.signature(type(pipeline).__call__).parameters.get(INSTRUCTION)
@@ -223,11 +241,27 @@ def instruction_tokens(pipeline: DiffusionPipeline) -> int:
     return len(tokenizer.encode("\n".join(lines))) - _SPECIAL if lines and tokenizer is not None else 0
 
 
+def encode_template(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """TEMPLATE of a QwenImagePipeline, whose every prompt, negative ones too, stands in it.
+
+    Raises:
+        ModelError: it is another pipeline; most of those that share its networks read an image with the prompt.
+    """
+    if type(pipeline).__name__ != "QwenImagePipeline":
+        raise ModelError(f"of pipelines of Qwen-Image obsdiff knows QwenImagePipeline, not {type(pipeline).__name__}")
+    return {name: getattr(pipeline, name) for name in TEMPLATE}
+
+
+def template_tokens(pipeline: DiffusionPipeline) -> int:
+    """Tokens by which every prompt's sequence is longer than what the denoiser reads of it."""
+    return int(getattr(pipeline, TEMPLATE[1], 0))
+
+
 def text_encoders(pipeline: DiffusionPipeline) -> list[Component]:
     """The text encoders that are present, in the pipeline's order.
 
     Raises:
-        ModelError: one is none of CLIP, T5, UMT5, Gemma-2, Qwen3 and Mistral-3.
+        ModelError: one is none of CLIP, T5, UMT5, Gemma-2, Qwen2.5-VL, Qwen3 and Mistral-3.
     """
     found = []
     for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
@@ -242,6 +276,9 @@ def text_encoders(pipeline: DiffusionPipeline) -> list[Component]:
         elif kind == "Gemma2Model":
             told = {INSTRUCTION: instruction(pipeline)}
             found.append(_sequence(name, model, _Gemma2(model), masked=True, told=told))
+        elif kind == "Qwen2_5_VLForConditionalGeneration":
+            told = encode_template(pipeline)
+            found.append(_sequence(name, model, _Qwen(model), masked=True, told=told))
         elif kind in ("Qwen3ForCausalLM", "Mistral3ForConditionalGeneration"):
             told = {PROMPT_TEMPLATE: prompt_template(pipeline)}
             flat = _Layers(model, read_layers(pipeline))
@@ -249,7 +286,8 @@ def text_encoders(pipeline: DiffusionPipeline) -> list[Component]:
         else:
             raise ModelError(
                 f"{name} is a {kind}; known are CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel, "
-                "UMT5EncoderModel, Gemma2Model, Qwen3ForCausalLM and Mistral3ForConditionalGeneration"
+                "UMT5EncoderModel, Gemma2Model, Qwen2_5_VLForConditionalGeneration, Qwen3ForCausalLM and "
+                "Mistral3ForConditionalGeneration"
             )
     return found
 
@@ -304,6 +342,23 @@ class _Gemma2(Flat):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         found = self.source(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        states: Tensor = found.last_hidden_state
+        return states
+
+
+class _Qwen(Flat):
+    """Tokens (b, l), and 0 where they are padding, (b, l), to the language model's last hidden state (b, l, width)."""
+
+    def __init__(self, source: Any) -> None:
+        inner = copy.copy(source.model)
+        inner._modules = {"language_model": source.model.language_model}
+        outer = copy.copy(source)
+        outer._modules = {"model": inner}
+        super().__init__(outer)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        model = self.source.model.language_model
+        found = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         states: Tensor = found.last_hidden_state
         return states
 
@@ -402,7 +457,7 @@ def _sequence(
 
 
 class _Decoder(nn.Module):
-    """Latents (b, channels, h, w) to pixels (b, 3, h s, w s).
+    """Latents (b, channels, h, w) to pixels (b, 3, h s, w s); of an autoencoder of films the first frame.
 
     Those of AutoencoderKLFlux2 are patches, and of unit variance.
     """
@@ -412,22 +467,24 @@ class _Decoder(nn.Module):
         self.post_quant_conv = getattr(vae, "post_quant_conv", None)
         self.bn = getattr(vae, "bn", None)
         self.decoder = vae.decoder
+        self._films = _draws_films(vae)
 
     def forward(self, latent_sample: Tensor) -> Tensor:
         if self.bn is not None:
             mean, deviation = _statistics(self.bn)
             latent_sample = pixel_shuffle(latent_sample * deviation + mean, PATCH)
+        latents = latent_sample[:, :, None] if self._films else latent_sample
         if self.post_quant_conv is not None:
-            latent_sample = self.post_quant_conv(latent_sample)
-        pixels: Tensor = self.decoder(latent_sample)
-        return pixels
+            latents = self.post_quant_conv(latents)
+        pixels: Tensor = self.decoder(latents)
+        return pixels[:, :, 0] if self._films else pixels
 
 
 class _Encoder(nn.Module):
     """Pixels (b, 3, h s, w s) to the posterior's mean and log-variance, (b, 2 channels, h, w).
 
     AutoencoderDC has no posterior and gives the latents, (b, channels, h, w); AutoencoderKLFlux2 gives those of the
-    mean, as its pipelines read it.
+    mean, as its pipelines read it. Of an autoencoder of films the first frame.
     """
 
     def __init__(self, vae: Any) -> None:
@@ -435,15 +492,16 @@ class _Encoder(nn.Module):
         self.encoder = vae.encoder
         self.quant_conv = getattr(vae, "quant_conv", None)
         self.bn = getattr(vae, "bn", None)
+        self._films = _draws_films(vae)
 
     def forward(self, sample: Tensor) -> Tensor:
-        parameters: Tensor = self.encoder(sample)
+        parameters: Tensor = self.encoder(sample[:, :, None] if self._films else sample)
         if self.quant_conv is not None:
             parameters = self.quant_conv(parameters)
-        if self.bn is None:
-            return parameters
-        mean, deviation = _statistics(self.bn)
-        return (pixel_unshuffle(parameters.chunk(2, dim=1)[0], PATCH) - mean) / deviation
+        if self.bn is not None:
+            mean, deviation = _statistics(self.bn)
+            return (pixel_unshuffle(parameters.chunk(2, dim=1)[0], PATCH) - mean) / deviation
+        return parameters[:, :, 0] if self._films else parameters
 
 
 def _statistics(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -453,24 +511,27 @@ def _statistics(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     return norm.running_mean[:, None, None], (norm.running_var[:, None, None] + norm.eps).sqrt()
 
 
+def _draws_films(vae: Any) -> bool:
+    return type(vae).__name__ == "AutoencoderKLQwenImage"
+
+
 def autoencoder(pipeline: DiffusionPipeline, *, height: int, width: int) -> list[Component]:
     """The VAE's decoder and encoder; nothing where the pipeline has none.
 
     Raises:
-        ModelError: it is none of AutoencoderKL, AutoencoderDC and AutoencoderKLFlux2.
+        ModelError: it is none of AUTOENCODERS.
     """
     vae = getattr(pipeline, "vae", None)
     if vae is None:
         return []
-    if type(vae).__name__ not in ("AutoencoderKL", "AutoencoderDC", "AutoencoderKLFlux2"):
-        raise ModelError(
-            f"the vae is a {type(vae).__name__}; known are AutoencoderKL, AutoencoderDC and AutoencoderKLFlux2"
-        )
+    if type(vae).__name__ not in AUTOENCODERS:
+        raise ModelError(f"the vae is a {type(vae).__name__}; known are {', '.join(AUTOENCODERS)}")
     scale, dtype, config = vae_scale(vae.config), vae.dtype, config_of(vae)
-    channels = vae.bn.num_features if hasattr(vae, "bn") else vae.config.latent_channels
+    channels = vae.bn.num_features if hasattr(vae, "bn") else latent_channels(config)
     sizes = rows(latent_sizes(height, width, vae_scale=scale, multiple=1))
+    colours = config.get("in_channels") or config["input_channels"]
     latents = [noise(b, channels, h, w, dtype=dtype) for b, _, (h, w) in sizes]
-    pixels = [noise(b, vae.config.in_channels, h * scale, w * scale, dtype=dtype) for b, _, (h, w) in sizes]
+    pixels = [noise(b, colours, h * scale, w * scale, dtype=dtype) for b, _, (h, w) in sizes]
     decoder = Component(
         name="vae_decoder",
         module=_Decoder(vae).eval(),

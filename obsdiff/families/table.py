@@ -5,7 +5,7 @@ from typing import Final
 import diffusers
 from torch import nn
 
-from obsdiff.families import Family, auraflow, flux, flux2, generic, pixart, sana, sd3, unet
+from obsdiff.families import Family, auraflow, flux, flux2, generic, pixart, qwen, sana, sd3, unet
 from obsdiff_runtime.errors import ModelError
 
 FAMILIES: Final[dict[str, Family]] = {
@@ -16,6 +16,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "pixart": pixart,
     "auraflow": auraflow,
     "sana": sana,
+    "qwen": qwen,
     "generic": generic,
 }
 

@@ -14,7 +14,22 @@ from obsdiff_runtime.networks import Array, Networks
 from obsdiff_runtime.noise import Noise
 
 Pixels = NDArray[np.uint8]
+VAE_SCALE: Final = 8  # pixels per side of a latent pixel of most autoencoders
 LOG_VARIANCES: Final = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution
+
+
+def vae_scale(config: Mapping[str, Any]) -> int:
+    """Pixels per side of a latent pixel, from an autoencoder's configuration; VAE_SCALE where it does not say."""
+    if "temperal_downsample" in config:  # of video autoencoders, spelled so: those of Qwen-Image and Wan
+        return int(2 ** len(config["temperal_downsample"]))
+    levels = config.get("block_out_channels") or config.get("encoder_block_out_channels")
+    patch = config.get("patch_size") or (1,)  # of FLUX.2's, whose latents are patches
+    return VAE_SCALE if levels is None else int(2 ** (len(levels) - 1) * patch[0])
+
+
+def latent_channels(config: Mapping[str, Any]) -> int:
+    """Channels of the latents, from an autoencoder's configuration."""
+    return int(config["z_dim"] if "z_dim" in config else config["latent_channels"])
 
 
 class Autoencoder:
@@ -26,9 +41,7 @@ class Autoencoder:
 
     def __init__(self, networks: Networks, config: Mapping[str, Any]) -> None:
         self._networks, self._config = networks, config
-        levels = config.get("block_out_channels") or config["encoder_block_out_channels"]
-        patch = config.get("patch_size") or (1,)  # of FLUX.2's, whose latents are patches
-        self.scale: int = 2 ** (len(levels) - 1) * patch[0]
+        self.scale = vae_scale(config)
 
     def decode(self, sample: Array) -> Pixels:
         """(c, h, w) -> (height, width, 3).
@@ -58,7 +71,7 @@ class Autoencoder:
         """
         pixels = (picture.transpose(2, 0, 1).astype(np.float32) / np.float32(127.5) - np.float32(1))[None]
         found = self._networks.run("vae_encoder", {"sample": pixels}, ["latent_parameters"])["latent_parameters"][0]
-        if len(found) != 2 * self._config["latent_channels"]:
+        if len(found) != 2 * latent_channels(self._config):
             return found, np.zeros_like(found)
         mean, log_variance = np.split(found, 2)
         return mean, np.exp(np.float32(0.5) * np.clip(log_variance, *LOG_VARIANCES))

@@ -13,8 +13,10 @@ import numpy as np
 from obsdiff_runtime.errors import BundleError, CompatibilityError
 from obsdiff_runtime.networks import Array, Networks
 
-FLUX_PATCH: Final = 2  # latent pixels a side of a token, which the pipeline packs; the denoiser's patch_size is 1
+PACKED: Final = 2  # latent pixels a side of a token, which the pipeline packs; the denoiser's patch_size is 1
 PIXART_ADDED: Final = 128  # sample_size of a denoiser that is told the image's size where its config does not say
+QWEN_TEMPLATE: Final = "prompt_template_encode"  # in the configuration of its text encoder, and its tokens in front:
+QWEN_DROPPED: Final = "prompt_template_encode_start_idx"
 SANA_INSTRUCTION: Final = "complex_human_instruction"  # in the configuration of its text encoder: lines
 
 PROMPT_TEMPLATE: Final = "prompt_template"  # in the configuration of a chat model that encodes: what is around a prompt
@@ -54,6 +56,8 @@ class Kind:
         even_sigmas: whether diffusers' pipeline gives the scheduler its noise levels; see `make_scheduler`.
         shift: mu of a shift that depends on the image's tokens and the steps, where the pipeline says it and not the
             scheduler.
+        kept_length: latent pixels a side of the patches in which guidance keeps the length of what the prompt alone
+            gives; None where it does not.
     """
 
     denoiser: str
@@ -67,6 +71,7 @@ class Kind:
     negatives: bool = True
     even_sigmas: bool = False
     shift: Callable[[int, int], float] | None = None
+    kept_length: int | None = None
 
 
 def encode_sd3(networks: Networks, prompts: Sequence[str], negative: bool, settings: Settings) -> Conditions:
@@ -207,6 +212,22 @@ def encode_flux2_dev(networks: Networks, prompts: Sequence[str], negative: bool,
     return {**told, "guidance": np.full(len(prompts), settings.guidance_scale, dtype=np.float32)}
 
 
+def encode_qwen(networks: Networks, prompts: Sequence[str], negative: bool, settings: Settings) -> Conditions:
+    """Qwen2.5-VL on the prompt inside of the template that the bundle has of diffusers' pipeline, and where text is.
+
+    The template's first tokens are left out of what it makes of them; what is padding is set to zero.
+    """
+    config = networks.bundle.config("text_encoder")
+    written = [str(config[QWEN_TEMPLATE]).format(prompt) for prompt in prompts]
+    dropped = int(config[QWEN_DROPPED])
+    tokenizer, length = networks.tokenizer("tokenizer"), dropped + settings.max_sequence_length
+    ids, mask = tokenizer.masked_ids(written, length, pads_left=False)  # the pipeline drops whatever stands in front
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    states = networks.run("text_encoder", inputs, ["last_hidden_state"])["last_hidden_state"]
+    told = mask[:, dropped:].astype(np.float32)
+    return {"encoder_hidden_states": states[:, dropped:] * told[..., None], "encoder_hidden_states_mask": told}
+
+
 def _clip(networks: Networks, suffix: str, prompts: Sequence[str], length: int, pooled: str | None) -> dict[str, Array]:
     """Penultimate hidden states (n, t, d) as "hidden", and the pooled output (n, p) if one is named."""
     encoder = f"text_encoder{suffix}"
@@ -283,8 +304,8 @@ FLUX: Final = Kind(
     noisy="hidden_states",
     predicted="out_hidden_states",
     encode=encode_flux,
-    patch=lambda config: FLUX_PATCH,
-    channels=lambda config: int(config["in_channels"]) // FLUX_PATCH**2,
+    patch=lambda config: PACKED,
+    channels=lambda config: int(config["in_channels"]) // PACKED**2,
     largest=lambda config: None,
     skipped=_skipped_part,
     negatives=False,
@@ -329,6 +350,18 @@ FLUX2_KLEIN: Final = Kind(
     shift=_flux2_shift,
 )
 FLUX2: Final = replace(FLUX2_KLEIN, encode=encode_flux2_dev, negatives=False)
+QWEN: Final = Kind(
+    denoiser="transformer",
+    noisy="hidden_states",
+    predicted="out_hidden_states",
+    encode=encode_qwen,
+    patch=lambda config: PACKED,
+    channels=lambda config: int(config["in_channels"]) // PACKED**2,
+    largest=lambda config: None,
+    skipped=_skipped_part,
+    even_sigmas=True,
+    kept_length=PACKED,
+)
 KINDS: Final[dict[str, Kind]] = {
     "StableDiffusion3Pipeline": SD3,
     "StableDiffusionPipeline": SD,
@@ -340,6 +373,7 @@ KINDS: Final[dict[str, Kind]] = {
     "SanaPipeline": SANA,
     "Flux2KleinPipeline": FLUX2_KLEIN,
     "Flux2Pipeline": FLUX2,
+    "QwenImagePipeline": QWEN,
 }
 
 

@@ -14,6 +14,7 @@ from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     ChromaPipeline,
     ChromaTransformer2DModel,
     DDIMScheduler,
@@ -28,6 +29,8 @@ from diffusers import (
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
@@ -50,6 +53,9 @@ from transformers import (
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -223,6 +229,20 @@ def sana_transformer(**changes: Any) -> SanaTransformer2DModel:
     return SanaTransformer2DModel(**{**config, **changes})
 
 
+def qwen_transformer(**changes: Any) -> QwenImageTransformer2DModel:
+    """Three blocks of 3 heads of 8; the text of the last one goes nowhere."""
+    config: dict[str, Any] = {
+        "in_channels": 16,
+        "out_channels": 4,
+        "num_layers": 3,
+        "attention_head_dim": 8,
+        "num_attention_heads": 4,
+        "joint_attention_dim": 24,
+        "axes_dims_rope": (2, 2, 4),
+    }
+    return QwenImageTransformer2DModel(**{**config, **changes})
+
+
 DENOISERS: dict[str, Callable[..., nn.Module]] = {
     "sd3": sd3_transformer,
     "sd35": sd35_transformer,
@@ -234,6 +254,7 @@ DENOISERS: dict[str, Callable[..., nn.Module]] = {
     "pixart_sigma": pixart_sigma_transformer,
     "auraflow": auraflow_transformer,
     "sana": sana_transformer,
+    "qwen": qwen_transformer,
 }
 
 
@@ -319,6 +340,37 @@ def patch_autoencoder() -> AutoencoderKLFlux2:
     vae.bn.running_mean.normal_()
     vae.bn.running_var.uniform_(0.5, 2)
     return vae
+
+
+def qwen() -> tuple[Qwen2Tokenizer, Qwen2_5_VLForConditionalGeneration]:
+    """One token a letter, and its vision is as small as its configuration allows."""
+    tokens = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Qwen2Tokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[])
+    text = {
+        "vocab_size": len(tokens),
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
+    }
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "out_hidden_size": 24}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    return tokenizer, Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def film_autoencoder() -> AutoencoderKLQwenImage:
+    """Two levels: a latent pixel is two pixels wide."""
+    return AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True],
+        latents_mean=[-0.7, 0.1, 0.9, 0.2],
+        latents_std=[2.8, 1.4, 0.6, 1.2],
+    )
 
 
 def deep_autoencoder() -> AutoencoderDC:
@@ -462,6 +514,18 @@ def sana_pipeline(**changes: Any) -> SanaPipeline:
     )
 
 
+def qwen_pipeline(**changes: Any) -> QwenImagePipeline:
+    torch.manual_seed(0)
+    tokenizer, text_encoder = qwen()
+    return QwenImagePipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=film_autoencoder().eval(),
+        transformer=qwen_transformer(**changes).eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02),
+    )
+
+
 PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "sd3": sd3_pipeline,
     "sd15": sd15_pipeline,
@@ -472,6 +536,7 @@ PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "pixart_sigma": partial(pixart_pipeline, sigma=True),
     "auraflow": auraflow_pipeline,
     "sana": sana_pipeline,
+    "qwen": qwen_pipeline,
 }
 
 
@@ -597,7 +662,7 @@ def denoise() -> Callable[[nn.Module], torch.Tensor]:
                 return denoiser(**flux.arguments(inputs), return_dict=False)[0]
             if isinstance(denoiser, AuraFlowTransformer2DModel):
                 return denoiser(sample, noise(2, 7, config.joint_attention_dim), time / 1000, return_dict=False)[0]
-            if isinstance(denoiser, Flux2Transformer2DModel | PixArtTransformer2DModel | SanaTransformer2DModel):
+            if family_of(denoiser).name in ("flux2", "pixart", "sana", "qwen"):
                 family = family_of(denoiser)
                 shape = {"batch": 2, "size": (12, 16), "text_tokens": 7, "pixels": (24, 32)}
                 return denoiser(**family.arguments(family.example(denoiser, **shape)), return_dict=False)[0]

@@ -1,6 +1,7 @@
 """What `obsdiff bench` measures beside bundles: pipelines in torch; and the page it writes."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,14 @@ def test_a_pipeline_draws_what_diffusers_draws_and_its_parts_are_timed(sd3_folde
     assert (loaded.dtype, set(loaded.devices.values()), loaded.gpu) == ("float32", {"CPU"}, None)
     assert runner.subject.sparsity == "dense"
     assert runner.device_memory() is None
+
+
+def test_a_pipeline_that_guides_by_another_name_is_guided(build_pipeline: Callable[..., Any], tmp_path: Path) -> None:
+    build_pipeline("qwen").save_pretrained(tmp_path)
+    runner, request = PipelineRunner(tmp_path), replace(REQUEST, max_sequence_length=240)
+    runner.load(request)
+    drawn = runner.draw(request)
+    assert len(drawn.components["transformer"]) == 2 * REQUEST.num_inference_steps
 
 
 def test_compiled_means_every_block(sd3_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -179,6 +179,13 @@ def test_defaults_come_from_diffusers(sd3_folder: Path, sd15_folder: Path) -> No
     )
 
 
+def test_the_guidance_of_qwen_image_is_that_by_negative_prompts() -> None:
+    configs = load_configs(Path(__file__).parent / "configs" / "qwen_image.json").configs
+    assert loading.defaults_of(None, configs) == Defaults(
+        height=1024, width=1024, num_inference_steps=50, guidance_scale=4.0, max_sequence_length=512
+    )
+
+
 def test_a_pipelines_own_defaults_go_first(copied: Path) -> None:
     own = {"height": 48, "guidance_scale": 3.5, "max_sequence_length": 1, "prompts": "shapes"}
     (copied / "obsdiff_defaults.json").write_text(json.dumps(own))

@@ -218,7 +218,7 @@ def test_a_residual_stream_that_is_not_finite_is_an_error_that_names_the_layer(p
         sums.add(dense, pruned, 1.0)
 
 
-@pytest.mark.parametrize("kind", ["sd3", "sd35", "sd15", "sdxl", "flux", "flux2", "pixart", "auraflow", "sana"])
+@pytest.mark.parametrize("kind", ["sd3", "sd35", "sd15", "sdxl", "flux", "flux2", "pixart", "auraflow", "sana", "qwen"])
 @torch.no_grad()
 def test_a_glance_sees_what_hooks_on_the_whole_model_see(kind: str, build_denoiser: Callable[..., nn.Module]) -> None:
     denoiser: Any = build_denoiser(kind)
@@ -260,7 +260,7 @@ def _hooked(denoiser: nn.Module, names: list[str], call: pausing.Arguments) -> d
     return found
 
 
-@pytest.mark.parametrize("kind", ["sd3", "sd35", "sd15", "sdxl", "flux", "flux2", "pixart", "auraflow", "sana"])
+@pytest.mark.parametrize("kind", ["sd3", "sd35", "sd15", "sdxl", "flux", "flux2", "pixart", "auraflow", "sana", "qwen"])
 @torch.no_grad()
 def test_the_stream_before_a_linear_does_not_depend_on_what_it_writes(
     kind: str, build_denoiser: Callable[..., nn.Module]
@@ -349,6 +349,38 @@ def test_a_flux2_block_adds_gates_that_it_is_told_times_output_to_each_stream(
             ):
                 torch.testing.assert_close(found, expected)
             waiting.resume(result)
+
+
+@torch.no_grad()
+def test_a_qwen_image_block_adds_gate_times_output_to_each_stream(build_denoiser: Callable[..., nn.Module]) -> None:
+    denoiser: Any = build_denoiser("qwen", num_layers=2).double()
+    family = family_of(denoiser)
+    inputs = family.example(denoiser, batch=2, size=(12, 16), text_tokens=7, pixels=(24, 32))
+    name = "transformer_blocks.0"
+    writers = [each for each in family.linears(denoiser) if each.block == 0 and each.writes is not None]
+    with pausing.gated([denoiser.get_submodule(name)]):
+        waiting = PausedPass(denoiser, ((), {**family.arguments(inputs), "return_dict": False}))
+        block = denoiser.get_submodule(name)
+        look, (text, image) = moments.glance(block, name, writers, waiting.arguments, streams=True, whole=True)
+    heads, heads_text, neurons, neurons_text = [each.name for each in writers]
+    after = {each: look.bases[each] + look.gates[each] * look.outputs[each] for each in look.bases}
+    torch.testing.assert_close(after[heads], look.bases[neurons])
+    torch.testing.assert_close(after[heads_text], look.bases[neurons_text])
+    torch.testing.assert_close(after[neurons], image)
+    torch.testing.assert_close(after[neurons_text], text)
+
+
+@torch.no_grad()
+def test_rows_that_guidance_does_not_pair_are_not_combined() -> None:
+    guidance = moments.Guidance(scale=3.0, weight=0.3)
+    x, y = noise(2, 5, IN, seed=0), noise(2, 5, OUT, seed=1)
+    grams = []
+    for combine, paired in ((guidance, False), (None, True), (guidance, True)):
+        sums = TierMoments([spec("q")], torch.device("cpu"), combine)
+        sums.add(seen({}, {"q": y}), seen({"q": x}, {}), 1.0, paired=paired)
+        grams.append(sums.finish(0.0)[0]["x"].matrix)
+    assert torch.equal(grams[0], grams[1])
+    assert not torch.equal(grams[0], grams[2])
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from obsdiff.residuals import block_modules
 from obsdiff_runtime.errors import ModelError
 
 KINDS = ["sd3", "sd35", "sd15", "sdxl", "flux", "flux2", "pixart", "pixart_sigma", "auraflow", "sana"]
+KINDS = ["sd3", "sd35", "sd15", "sdxl", "flux", "pixart", "pixart_sigma", "auraflow", "sana", "qwen"]
 Build = Callable[..., nn.Module]
 
 

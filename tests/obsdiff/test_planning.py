@@ -73,6 +73,13 @@ INPUTS: dict[str, dict[str, Any]] = {
         "encoder_attention_mask": nothing(1, 300),
         "timestep": nothing(1),
     },
+    "qwen": {
+        "hidden_states": nothing(1, 4096, 64),
+        "encoder_hidden_states": nothing(1, 512, 3584),
+        "encoder_hidden_states_mask": nothing(1, 512),
+        "timestep": nothing(1),
+        "img_shapes": [[(1, 64, 64)]],
+    },
 }
 
 
@@ -225,6 +232,20 @@ def test_sana_has_its_published_size_and_thirteen_squares_and_a_half_a_pixel_in_
     a_token = 2 * (width + 1) * other
     assert plan.parameters_before - plan.parameters_after == blocks * (a_pixel + a_token)
     assert plan.macs_before - plan.macs_after == blocks * (a_pixel * image + a_token * text)
+
+
+def test_qwen_image_has_its_published_size_and_twelve_squares_a_token_in_each_block() -> None:
+    """A quarter of it is cut: biases too; in the last block only neurons of the image."""
+    plan = planned("qwen_image", "structured:25%")
+    assert plan.parameters_before == 20_430_401_088  # 20 B, says the paper; its files hold twice as many bytes
+    width, image, text = 3072, 4096, 512
+    weights = 12 * width**2  # of a stream in a block, beside 6 that are read once an image
+    blocks = 60 * weights * (image + text)
+    assert blocks < plan.macs_before < 1.003 * blocks
+    neurons = (2 * width + 1) * width  # that a stream loses in a block: a quarter
+    lost = (width + 3 / 4) * width + neurons
+    assert plan.parameters_before - plan.parameters_after == 59 * 2 * lost + neurons
+    assert plan.macs_before - plan.macs_after == 59 * lost * (image + text) + neurons * image
 
 
 @pytest.mark.parametrize(("share", "billions", "tera"), [("15%", 2.24, 5.33), ("20%", 2.13, 5.12), ("30%", 1.91, 4.70)])
@@ -504,7 +525,7 @@ def test_a_plan_is_json() -> None:
 
 def test_tokens_of_the_family_agree_with_those_of_a_call() -> None:
     texts = {"sd3_medium": 77, "sdxl": 77, "flux1_dev": 512, "pixart_alpha_1024": 120}
-    texts |= {"flux2_klein_4b": 512, "auraflow_v03": 256, "sana_600m_1024": 300}
+    texts |= {"flux2_klein_4b": 512, "auraflow_v03": 256, "sana_600m_1024": 300, "qwen_image": 512}
     for name, text in texts.items():
         denoiser, family, positions = model(name)
         config: Any = denoiser.config

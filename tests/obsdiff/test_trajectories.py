@@ -26,14 +26,14 @@ def sampling(kind: str, steps: int = 4, batch_size: int = 2) -> Sampling:
         guidance_scale=3.0,
         height=32,
         width=32,
-        max_sequence_length=2 if kind == "sd3" else None,
+        max_sequence_length={"sd3": 2, "qwen": 200}.get(kind),
         batch_size=batch_size,
         seed=5,
     )
 
 
 def recorded(kind: str, pipeline: Any, *, kept: int, steps: int = 4, batch_size: int = 2, **options: Any) -> list[Call]:
-    family = family_of(pipeline.transformer if kind == "sd3" else pipeline.unet)
+    family = family_of(getattr(pipeline, "transformer", None) or pipeline.unet)
     runs = sampling(kind, steps, batch_size)
     prompts = calibration.encode(pipeline, family, PROMPTS, runs)
     return trajectories.record(pipeline, family, prompts, runs, kept_steps=kept, **options)
@@ -66,6 +66,15 @@ def test_the_calls_are_those_of_the_plain_sampler(kind: str, build_pipeline: Bui
         assert all(torch.equal(left, right) for left, right in zip(found, expected, strict=True))
     assert [call.step for call in calls] == [0, 1, 2, 3] * 2
     assert [call.prompts for call in calls] == ["prompts 1 to 2"] * 4 + ["prompts 3 to 3"] * 4
+
+
+def test_a_pipeline_that_guides_in_two_calls_pairs_no_rows(build_pipeline: Build) -> None:
+    """Half of the rows of a call are not the negative prompts of the other half; guidance must not combine them."""
+    calls = recorded("qwen", build_pipeline("qwen"), kept=2)
+    assert [call.step for call in calls] == [0, 0, 2, 2, 1, 1, 3, 3]
+    assert not any(call.paired for call in calls)
+    assert all(call.arguments[1]["encoder_hidden_states_mask"].shape[1] == 200 for call in calls[:4])
+    assert all(call.paired for call in recorded("sd3", build_pipeline("sd3"), kept=1))
 
 
 def test_calls_can_be_run_again(build_pipeline: Build) -> None:

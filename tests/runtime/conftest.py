@@ -273,7 +273,7 @@ def flux2_pipeline(*, dev: bool = False) -> Any:
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=patch_vae(),
         text_encoder=mistral3() if dev else qwen3(),
-        tokenizer=mistral_tokenizer() if dev else qwen_tokenizer(),
+        tokenizer=mistral_tokenizer() if dev else qwen3_tokenizer(),
     )
     if dev:
         pipeline.system_message = "Say what it looks like."  # the real one is long
@@ -315,7 +315,7 @@ def patch_vae() -> Any:
     return vae
 
 
-def qwen_tokenizer() -> Any:
+def qwen3_tokenizer() -> Any:
     """One token a byte, and the template of Qwen3 for a prompt that is to be answered without thinking."""
     from tokenizers import pre_tokenizers
     from transformers import Qwen2Tokenizer
@@ -535,6 +535,82 @@ def gemma2() -> Any:
     return Gemma2Model(config).eval()
 
 
+def qwen_pipeline() -> Any:
+    """With a schedule that depends on the size and ends above zero, as Qwen-Image's."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
+
+    return QwenImagePipeline(
+        transformer=qwen_transformer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True,
+            base_image_seq_len=16,
+            max_image_seq_len=128,
+            max_shift=0.9,
+            shift_terminal=0.02,
+        ),
+        vae=film_vae(),
+        text_encoder=qwen_language_model(),
+        tokenizer=qwen_tokenizer(),
+    )
+
+
+@seeded
+def qwen_transformer() -> Any:
+    from diffusers import QwenImageTransformer2DModel
+
+    return QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(2, 2, 4),
+    ).eval()
+
+
+@seeded
+def film_vae() -> Any:
+    from diffusers import AutoencoderKLQwenImage
+
+    return AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True],
+        latents_mean=[-0.7, 0.1, 0.9, 0.2],
+        latents_std=[2.8, 1.4, 0.6, 1.2],
+    ).eval()
+
+
+def qwen_tokenizer() -> Any:
+    """One token a byte."""
+    from tokenizers import pre_tokenizers
+    from transformers import Qwen2Tokenizer
+
+    tokens = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    return Qwen2Tokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[])
+
+
+@seeded
+def qwen_language_model() -> Any:
+    """Qwen2.5-VL, whose vision is as small as its configuration allows."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    text = {
+        "vocab_size": 257,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
+    }
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "out_hidden_size": 32}
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).eval()
+
+
 PIPELINES: dict[str, Callable[[], Any]] = {
     "sd3": sd3_pipeline,
     "sd3_t5": lambda: sd3_pipeline(t5=True),
@@ -547,6 +623,7 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "pixart_sigma": lambda: pixart_pipeline(sigma=True),
     "auraflow": auraflow_pipeline,
     "sana": sana_pipeline,
+    "qwen": qwen_pipeline,
 }
 
 
@@ -635,6 +712,11 @@ def flux2_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
 @pytest.fixture(scope="session")
 def flux2_dev_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return _pair("flux2_dev", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def qwen_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    return _pair("qwen", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from obsdiff.families.table import family_of
 from obsdiff.groups import Group, LinearSpec
 
 KINDS = ["sd3", "sd35", "sd15", "sdxl", "flux", "flux2", "pixart", "sana"]
+KINDS = ["sd3", "sd35", "sd15", "sdxl", "flux", "pixart", "sana", "qwen"]
 
 
 def sd3_but(**changes: Any) -> Any:

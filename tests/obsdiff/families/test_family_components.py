@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import QwenImageEditPipeline
 from torch import Tensor
 
+from obsdiff.engines import sizes_of
 from obsdiff.families import parts
 from obsdiff.families.table import FAMILIES
+from obsdiff.recipe import Sampling
 from obsdiff.shrinking import shrink
 from obsdiff_export.component import Component
 from obsdiff_export.onnx import export
@@ -27,6 +30,7 @@ CASES += [
     ("auraflow", {}),
     ("sana", {}),
 ]
+CASES += [("pixart", {}), ("pixart", {"sigma": True}), ("auraflow", {}), ("sana", {}), ("qwen", {})]
 NAMES = {
     "sd3": ["text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae_decoder", "vae_encoder"],
     "sd15": ["text_encoder", "unet", "vae_decoder", "vae_encoder"],
@@ -36,6 +40,7 @@ NAMES = {
     "pixart": ["text_encoder", "transformer", "vae_decoder", "vae_encoder"],
     "auraflow": ["text_encoder", "transformer", "vae_decoder", "vae_encoder"],
     "sana": ["text_encoder", "transformer", "vae_decoder", "vae_encoder"],
+    "qwen": ["text_encoder", "transformer", "vae_decoder", "vae_encoder"],
 }
 
 
@@ -96,7 +101,8 @@ def test_weights_are_shared_and_keep_their_names(
         own = dict(component.module.named_parameters())
         assert all(weights[name] is parameter for name, parameter in own.items())
         if source is not pipeline.vae:
-            assert own.keys() == weights.keys()
+            language = {name for name in weights if name.startswith("model.language_model.")}  # of Qwen2.5-VL
+            assert own.keys() == (language or weights.keys())
 
 
 @pytest.mark.parametrize(("kind", "changes"), CASES)
@@ -280,14 +286,14 @@ def test_gemma_is_told_the_instruction_of_the_pipelines_call(build_pipeline: Cal
     assert parts.instruction_tokens(build_pipeline("pixart")) == 0
 
 
-@pytest.mark.parametrize("kind", ["pixart", "sana"])
+@pytest.mark.parametrize("kind", ["pixart", "sana", "qwen"])
 def test_padding_changes_nothing_where_the_networks_are_told_of_it(
     kind: str, build_pipeline: Callable[..., Any]
 ) -> None:
     components = of(build_pipeline(kind), kind)
     for name, changed in (("text_encoder", "input_ids"), ("transformer", "encoder_hidden_states")):
         component = components[name]
-        mask = "attention_mask" if name == "text_encoder" else "encoder_attention_mask"
+        mask = "attention_mask" if name == "text_encoder" else str(FAMILIES[kind].text_mask)
         told = component.inputs[mask].bool()
         other = dict(component.inputs)
         other[changed] = (
@@ -296,6 +302,75 @@ def test_padding_changes_nothing_where_the_networks_are_told_of_it(
         assert not torch.equal(other[changed], component.inputs[changed])
         before, after = run(component, component.inputs)[0], run(component, other)[0]
         assert torch.equal(before, after) if name == "transformer" else torch.equal(before[told], after[told])
+
+
+@torch.no_grad()
+def test_the_graph_of_a_shrunk_qwen_image_is_diffusers_on_packed_latents_at_any_size(
+    build_pipeline: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Odd rows and columns of tokens, text of one token, and more text than image."""
+    pipeline, family = build_pipeline("qwen", num_layers=2), FAMILIES["qwen"]
+    kept = {"transformer_blocks.0.attn.heads": [1, 3], "transformer_blocks.1.img_mlp.neurons": list(range(9))}
+    shrink(pipeline.transformer, family, kept)
+    component = of(pipeline, "qwen")["transformer"]
+    others = [
+        family.example(pipeline.transformer, batch=batch, size=size, text_tokens=length, pixels=(64, 96))
+        for batch, length, size in ((1, 1, (2, 2)), (3, 90, (6, 14)), (2, 5, (62, 10)))
+    ]
+    for inputs in others:
+        told = dict(inputs)
+        latents, time = told.pop("hidden_states"), told.pop("timestep")
+        batch, _, rows, columns = latents.shape
+        packed = pipeline.transformer(
+            **told,
+            hidden_states=pipeline._pack_latents(latents, *latents.shape),
+            timestep=time / 1000,
+            img_shapes=[[(1, rows // 2, columns // 2)]] * batch,
+        ).sample
+        expected = pipeline._unpack_latents(packed, rows * 2, columns * 2, pipeline.vae_scale_factor)[:, :, 0]
+        torch.testing.assert_close(run(component, inputs)[0], expected, rtol=0, atol=1e-5)
+    model = export(component, tmp_path, dtype=torch.float32)
+    assert compare(replace(component, more_inputs=tuple(others)), model).max_relative_error < 1e-4
+
+
+@torch.no_grad()
+def test_the_halves_of_an_autoencoder_of_films_are_those_of_diffusers_on_a_frame(
+    build_pipeline: Callable[..., Any],
+) -> None:
+    pipeline = build_pipeline("qwen")
+    components = of(pipeline, "qwen")
+    decoder, encoder = components["vae_decoder"], components["vae_encoder"]
+    pixels = pipeline.vae.decode(decoder.inputs["latent_sample"][:, :, None]).sample[:, :, 0]
+    posterior = pipeline.vae.encode(encoder.inputs["sample"][:, :, None]).latent_dist
+    assert torch.equal(run(decoder, decoder.inputs)[0].clamp(-1, 1), pixels)
+    assert torch.equal(run(encoder, encoder.inputs)[0], posterior.parameters[:, :, 0])
+
+
+def test_every_prompt_of_qwen_image_stands_in_the_template_of_its_pipeline(build_pipeline: Callable[..., Any]) -> None:
+    pipeline = build_pipeline("qwen")
+    config = of(pipeline, "qwen")["text_encoder"].config
+    assert config["prompt_template_encode"] == pipeline.prompt_template_encode
+    assert config["prompt_template_encode_start_idx"] == parts.template_tokens(pipeline) == 34
+    assert parts.template_tokens(build_pipeline("sana")) == 0
+    sampling = Sampling(
+        num_inference_steps=1,
+        guidance_scale=4.0,
+        height=32,
+        width=32,
+        max_sequence_length=512,
+        batch_size=1,
+        seed=0,
+    )
+    sizes = sizes_of(sampling, rows=2, text_tokens=512, vae_scale=8, template_tokens=34)
+    assert (sizes["sequence"], sizes["text_tokens"]) == (546, 512)
+
+
+def test_a_pipeline_that_edits_images_with_qwen_image_is_refused(build_pipeline: Callable[..., Any]) -> None:
+    pipeline = build_pipeline("qwen")
+    edits = QwenImageEditPipeline(**pipeline.components, processor=None)
+    for refused in (lambda: of(edits, "qwen"), lambda: FAMILIES["qwen"].encode(edits, ["red"], [])):
+        with pytest.raises(ModelError, match="knows QwenImagePipeline, not QwenImageEditPipeline"):
+            refused()
 
 
 def test_absent_components_are_left_out(build_pipeline: Callable[..., Any]) -> None:

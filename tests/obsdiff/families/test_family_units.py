@@ -18,6 +18,7 @@ from obsdiff.shrinking import shrink
 from obsdiff_runtime.errors import ConfigError, ModelError
 
 KINDS = ["sd3", "sd35", "sd15", "sdxl", "flux", "flux2", "pixart", "pixart_sigma", "sana"]
+KINDS = ["sd3", "sd35", "sd15", "sdxl", "flux", "pixart", "pixart_sigma", "sana", "qwen"]
 
 
 def test_an_sd3_block_has_eight_inputs_and_the_last_one_five(build_denoiser: Callable[..., Any]) -> None:
@@ -98,6 +99,30 @@ def test_heads_whose_queries_are_normalised_together_are_no_units(build_denoiser
 def test_a_sana_that_is_told_its_guidance_is_refused(build_denoiser: Callable[..., Any]) -> None:
     with pytest.raises(ModelError, match=r"told its guidance \(Sana-Sprint\)"):
         FAMILIES["sana"].linears(build_denoiser("sana", guidance_embeds=True))
+
+
+def test_the_last_block_of_qwen_image_loses_only_neurons_of_the_image(build_denoiser: Callable[..., Any]) -> None:
+    """What it makes of the text is read by no one: in no graph, so nothing that the pattern could be looked for in."""
+    qwen, denoiser = FAMILIES["qwen"], build_denoiser("qwen", num_layers=2)
+    units = [group.name.removeprefix("transformer_blocks.") for group in qwen.groups(denoiser)]
+    assert units == ["0.attn.heads", "0.img_mlp.neurons", "0.txt_mlp.neurons", "1.img_mlp.neurons"]
+    named = [linear.name for linear in qwen.linears(denoiser)]
+    dead = {f"transformer_blocks.1.{name}" for name in ("attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")}
+    assert not dead & set(named)
+    assert len(named) == 12 + 9
+    for name in dead:
+        denoiser.get_submodule(name).register_forward_hook(lambda _, __, output: output + 1)
+    inputs = qwen.arguments(qwen.component(denoiser, height=32, width=32).inputs)
+    with torch.no_grad():
+        expected = build_denoiser("qwen", num_layers=2)(**inputs).sample
+        assert torch.equal(denoiser(**inputs).sample, expected)
+
+
+@pytest.mark.parametrize("option", ["guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"])
+def test_a_qwen_image_of_another_kind_is_refused(option: str, build_denoiser: Callable[..., Any]) -> None:
+    denoiser = build_denoiser("qwen", num_layers=1, **{option: True})
+    with pytest.raises(ModelError, match=f"has {option}, as those that edit images do"):
+        FAMILIES["qwen"].linears(denoiser)
 
 
 def test_geglu_holds_a_neuron_twice(build_denoiser: Callable[..., Any]) -> None:

@@ -64,6 +64,19 @@ def test_three_lines_load_it(make_report: MakeReport, kind: Any, sparsity: str) 
         assert "max_sequence_length=1" in code
 
 
+@pytest.mark.parametrize(
+    ("pipeline", "told"),
+    [
+        ("StableDiffusion3Pipeline", "guidance_scale=3.5"),
+        ("FluxPipeline", "guidance_scale=3.5"),
+        ("QwenImagePipeline", 'true_cfg_scale=3.5, negative_prompt=""'),
+    ],
+)
+def test_guidance_is_told_as_the_pipeline_calls_it(make_report: MakeReport, pipeline: str, told: str) -> None:
+    code = code_of(render(make_report(), {**INDEX, "_class_name": pipeline}, "checkpoint"))
+    assert f", {told}, max_sequence_length" in code
+
+
 def test_a_prompt_with_quotes_stays_valid_python(make_report: MakeReport) -> None:
     report = make_report()
     object.__setattr__(report.evaluation.per_prompt[0], "prompt", 'say "hi"\\')  # type: ignore[union-attr]
