@@ -24,7 +24,7 @@ from obsdiff_export.component import Component
 from obsdiff_runtime.autoencoder import VAE_SCALE as VAE_SCALE
 from obsdiff_runtime.autoencoder import latent_channels
 from obsdiff_runtime.autoencoder import vae_scale as vae_scale
-from obsdiff_runtime.conditioning import PROMPT_TEMPLATE
+from obsdiff_runtime.conditioning import PROMPT_TEMPLATE, QWEN_DROPPED, QWEN_TEMPLATE
 from obsdiff_runtime.errors import ModelError
 
 Size = tuple[int, int]
@@ -41,9 +41,6 @@ INSTRUCTION: Final = "complex_human_instruction"
 
 GUIDANCE: Final = "guidance_scale"
 """Argument of most pipelines' calls."""
-
-TEMPLATE: Final = ("prompt_template_encode", "prompt_template_encode_start_idx")
-"""Attributes of a pipeline, and where they are written likewise: the text around a prompt, and its tokens in front."""
 
 _SPECIAL: Final = 2  # tokens at the ends of a text that the instruction is not counted to have
 _LARGEST_EXAMPLE = 256
@@ -242,19 +239,19 @@ def instruction_tokens(pipeline: DiffusionPipeline) -> int:
 
 
 def encode_template(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """TEMPLATE of a QwenImagePipeline, whose every prompt, negative ones too, stands in it.
+    """What the runtime needs to know of the text around every prompt of a QwenImagePipeline, negative ones too.
 
     Raises:
         ModelError: it is another pipeline; most of those that share its networks read an image with the prompt.
     """
     if type(pipeline).__name__ != "QwenImagePipeline":
         raise ModelError(f"of pipelines of Qwen-Image obsdiff knows QwenImagePipeline, not {type(pipeline).__name__}")
-    return {name: getattr(pipeline, name) for name in TEMPLATE}
+    return {name: getattr(pipeline, name) for name in (QWEN_TEMPLATE, QWEN_DROPPED)}
 
 
 def template_tokens(pipeline: DiffusionPipeline) -> int:
     """Tokens by which every prompt's sequence is longer than what the denoiser reads of it."""
-    return int(getattr(pipeline, TEMPLATE[1], 0))
+    return int(getattr(pipeline, QWEN_DROPPED, 0))
 
 
 def text_encoders(pipeline: DiffusionPipeline) -> list[Component]:
@@ -350,10 +347,8 @@ class _Qwen(Flat):
     """Tokens (b, l), and 0 where they are padding, (b, l), to the language model's last hidden state (b, l, width)."""
 
     def __init__(self, source: Any) -> None:
-        inner = copy.copy(source.model)
-        inner._modules = {"language_model": source.model.language_model}
-        outer = copy.copy(source)
-        outer._modules = {"model": inner}
+        inner, outer = copy.copy(source.model), copy.copy(source)  # without what sees, and what writes
+        inner._modules, outer._modules = {"language_model": source.model.language_model}, {"model": inner}
         super().__init__(outer)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ as it is asked for, as with use_resolution_binning=False: diffusers' default dra
 scales the picture.
 """
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
@@ -131,9 +130,7 @@ class _Flat(parts.Flat):
     """The transformer, without options; (b, channels, h, w) to the same."""
 
     def __init__(self, source: Any) -> None:
-        view = copy.copy(source)
-        view._modules = {**source._modules, "pos_embed": Patches(source.pos_embed)}
-        super().__init__(view)
+        super().__init__(parts.view(source, pos_embed=Patches(source.pos_embed)))
 
     def forward(
         self,

@@ -25,7 +25,6 @@ instruction that the pipeline's call has by default; a size is drawn as it is as
 use_resolution_binning=False.
 """
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
@@ -131,10 +130,8 @@ class _Flat(parts.Flat):
     """The transformer, without options; (b, channels, h, w) to the same, told the scheduler's timesteps."""
 
     def __init__(self, source: Any) -> None:
-        view = copy.copy(source)
-        if source.patch_embed.pos_embed is not None:
-            view._modules = {**source._modules, "patch_embed": Patches(source.patch_embed)}
-        super().__init__(view)
+        placed = source.patch_embed.pos_embed is not None
+        super().__init__(parts.view(source, patch_embed=Patches(source.patch_embed)) if placed else source)
 
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor, timestep: Tensor

@@ -15,8 +15,8 @@ from obsdiff_runtime.networks import Array, Networks
 
 PACKED: Final = 2  # latent pixels a side of a token, which the pipeline packs; the denoiser's patch_size is 1
 PIXART_ADDED: Final = 128  # sample_size of a denoiser that is told the image's size where its config does not say
-QWEN_TEMPLATE: Final = "prompt_template_encode"  # in the configuration of its text encoder, and its tokens in front:
-QWEN_DROPPED: Final = "prompt_template_encode_start_idx"
+QWEN_TEMPLATE: Final = "prompt_template_encode"  # of diffusers' pipeline; in the configuration of its text encoder
+QWEN_DROPPED: Final = "prompt_template_encode_start_idx"  # likewise: tokens of the template in front of the prompt
 SANA_INSTRUCTION: Final = "complex_human_instruction"  # in the configuration of its text encoder: lines
 
 PROMPT_TEMPLATE: Final = "prompt_template"  # in the configuration of a chat model that encodes: what is around a prompt
