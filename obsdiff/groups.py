@@ -73,11 +73,13 @@ class Producer:
         name: module name; its weight (and bias, where there is one) loses rows.
         parts: the output holds this many stacked copies of the unit axis, all cut alike (GEGLU: 2).
         free: whether its rows may change places inside a unit (neurons: among all) if the consumers' columns do.
+        shared: how many columns of a unit stand for one of its rows: the heads of queries that read the same keys.
     """
 
     name: str
     parts: int = 1
     free: bool = True
+    shared: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +136,10 @@ class Group:
     producers: tuple[Producer, ...]
     consumers: tuple[Consumer, ...]
     sizes: tuple[Size, ...] = ()
+
+    def height(self, producer: Producer) -> int:
+        """Rows of a unit in each part of the producer."""
+        return self.width // producer.shared
 
     @property
     def readers(self) -> tuple[str, ...]:

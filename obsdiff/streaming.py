@@ -208,7 +208,7 @@ class _Run:
             look = partial(moments.glance, name=name, linears=tier, streams=repair > 0, masks=call.masks)
             wanted, output = look(dense, arguments=before.arguments, whole=last)
             seen, _ = look(block, arguments=after.arguments)
-            sums.add(wanted, seen, weight)
+            sums.add(wanted, seen, weight, stacked=call.stacked)
             if last:
                 before.resume(output)
         grams, targets = sums.finish(repair)
@@ -244,6 +244,7 @@ class _Run:
             free = [producer for producer in group.producers if producer.free]
             if (
                 not isinstance(pattern, NM)
+                or not free
                 or not layers.keys() >= set(group.readers)
                 or not can_move(group, pattern)
                 or any(name in self._cluster_of for name in group.readers)

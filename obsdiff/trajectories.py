@@ -27,12 +27,14 @@ class Call:
         arguments: what it is called with.
         prompts: whose it is, for messages.
         masks: which tokens it looks at.
+        stacked: whether it has two rows of a prompt, the unconditional ones first; else each has a call of its own.
     """
 
     step: int
     arguments: Arguments
     prompts: str
     masks: Masks = field(default_factory=dict)
+    stacked: bool = True
 
 
 @torch.no_grad()
@@ -78,11 +80,14 @@ def record(
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         step = steps.advance(kwargs["timestep"] if "timestep" in kwargs else args[1])
         texts = f"prompts {passes[place].start + 1} to {passes[place].stop}"
-        if not bool(velocity_of(denoiser, output).isfinite().all()):
+        velocity = velocity_of(denoiser, output)
+        if not bool(velocity.isfinite().all()):
             raise CalibrationError(f"step {step + 1}, {texts}: the denoiser's output is not finite; are its weights?")
         if step in wanted_steps(sampling.num_inference_steps, kept_steps, place):
-            masks = padding.masks(family, kwargs)
-            calls.append(Call(step=step, arguments=_copied(args, kwargs), prompts=texts, masks=masks))
+            masks = padding.masks(family, denoiser, kwargs)
+            stacked = len(velocity) > len(passes[place])
+            call = Call(step=step, arguments=_copied(args, kwargs), prompts=texts, masks=masks, stacked=stacked)
+            calls.append(call)
         progress(stage, (place - own[0]) * sampling.num_inference_steps + step, total)
 
     handle = denoiser.register_forward_hook(keep, with_kwargs=True)

@@ -116,7 +116,7 @@ def _padding(case: _Case) -> Iterator[str]:
     family = case.family
     if family.text_mask is not None and family.text_mask not in case.arguments:
         yield f"text_mask: {family.text_mask} is no argument of the denoiser"
-    masks = padding.masks(family, case.arguments)
+    masks = padding.masks(family, case.denoiser, case.arguments)
     if all(bool(mask.all()) for mask in masks.values()):
         return
     calm = case.run(case.denoiser)
@@ -171,7 +171,7 @@ def _groups(case: _Case) -> Iterator[str]:
     read: dict[str, list[int]] = {}
     for group in case.family.groups(case.denoiser):
         for producer in group.producers:
-            rows = producer.parts * group.units * group.width
+            rows = producer.parts * group.units * group.height(producer)
             found = len(case.denoiser.get_parameter(f"{producer.name}.weight"))
             if found != rows:
                 yield f"{group.name}: {producer.name} gives {found} rows, not {rows}"
