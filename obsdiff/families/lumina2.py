@@ -151,7 +151,7 @@ class _Flat(parts.Flat):
             image = _block(block, image, turns[1], time=time)
         both = torch.cat([text, image], dim=1)
         shown = torch.cat([shown, torch.ones_like(image[..., 0], dtype=torch.bool)], dim=1)
-        turn = torch.cat([part.expand(len(both), -1, -1, -1, -1) for part in turns], dim=1)
+        turn = torch.cat([part.expand(both.shape[0], -1, -1, -1, -1) for part in turns], dim=1)
         for block in source.layers:
             both = _block(block, both, turn, shown, time)
         velocity = source.norm_out(both[:, text.shape[1] :], time)  # (b, h / p * w / p, p * p * channels)
