@@ -151,7 +151,7 @@ class _Flat(parts.Flat):
             image = _block(block, image, turns[1], time=time)
         both = torch.cat([text, image], dim=1)
         shown = torch.cat([shown, torch.ones_like(image[..., 0], dtype=torch.bool)], dim=1)
-        turn = torch.cat([part.expand(both.shape[0], -1, -1, -1, -1) for part in turns], dim=1)
+        turn = [torch.cat([part.expand(both.shape[0], -1, -1, -1) for part in each], dim=1) for each in zip(*turns)]
         for block in source.layers:
             both = _block(block, both, turn, shown, time)
         velocity = source.norm_out(both[:, text.shape[1] :], time)  # (b, h / p * w / p, p * p * channels)
@@ -203,22 +203,22 @@ def _places(shown: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
     return text[None], torch.stack([length, row, column], dim=-1).flatten(1, 2)
 
 
-def _waves(places: Tensor, rotary: Any) -> Tensor:
-    """Cosines and sines of places (b, s, 3), (b, s, 1, half a head, 2), float32 whatever the model is in."""
+def _waves(places: Tensor, rotary: Any) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of places (b, s, 3), (b, s, 1, size of a head) each, float32 whatever the model is in."""
     angles = []
     for axis, width in enumerate(rotary.axes_dim):
         frequencies = [rotary.theta ** (-2 * index / width) for index in range(width // 2)]
         angles.append(places[..., axis, None] * torch.tensor(frequencies, dtype=torch.float32, device=places.device))
     angle = torch.cat(angles, dim=-1)
-    return torch.stack([angle.cos(), angle.sin()], dim=-1)[:, :, None]
+    cosine, sine = angle.cos(), angle.sin()  # of a pair of channels the first one loses what the second one gets
+    return tuple(torch.stack(pair, dim=-1).flatten(-2)[:, :, None] for pair in ((cosine, cosine), (-sine, sine)))
 
 
-def _turned(heads: Tensor, waves: Tensor) -> Tensor:
+def _turned(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Pairs of channels of (b, s, heads, size), each turned by its wave's angle."""
-    real, imaginary = heads.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cosine, sine = waves.unbind(-1)
-    turned = torch.stack([real * cosine - imaginary * sine, real * sine + imaginary * cosine], dim=-1)
-    return turned.flatten(-2).to(heads.dtype)
+    wide = heads.float()
+    swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return (wide * cosine + swapped * sine).to(heads.dtype)
 
 
 def _attention(attention: Any, states: Tensor, waves: Tensor, shown: Tensor | None) -> Tensor:
@@ -226,10 +226,10 @@ def _attention(attention: Any, states: Tensor, waves: Tensor, shown: Tensor | No
     query, key, value = (
         project(states).unflatten(2, (-1, size)) for project in (attention.to_q, attention.to_k, attention.to_v)
     )
-    query, key = _turned(attention.norm_q(query), waves), _turned(attention.norm_k(key), waves)
+    query, key = _turned(attention.norm_q(query), *waves), _turned(attention.norm_k(key), *waves)
     shared = attention.to_q.out_features // attention.to_k.out_features
-    key, value = (each.repeat_interleave(shared, dim=2) for each in (key, value))  # (b, s, heads, size)
-    found = scaled_dot_product_attention(
+    key, value = (each[:, :, :, None].expand(-1, -1, -1, shared, -1).flatten(2, 3) for each in (key, value))
+    found = scaled_dot_product_attention(  # of (b, heads, s, size)
         *(each.transpose(1, 2) for each in (query, key, value)),
         attn_mask=None if shown is None else shown[:, None, None],
         scale=attention.scale,
