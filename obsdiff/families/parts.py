@@ -31,6 +31,9 @@ CLIP_TOKENS: Final = 77
 INSTRUCTION: Final = "complex_human_instruction"
 """Argument of a pipeline's call, and where it is written in the text encoder's configuration for the runtime."""
 
+SYSTEM_PROMPT: Final = "system_prompt"
+"""Attribute of a pipeline, what its prompts stand behind, and where it is written likewise."""
+
 _SPECIAL: Final = 2  # tokens at the ends of a text that the instruction is not counted to have
 _LARGEST_EXAMPLE = 256
 _SEED = 0
@@ -234,8 +237,10 @@ def text_encoders(pipeline: DiffusionPipeline) -> list[Component]:
         elif kind in ("T5EncoderModel", "UMT5EncoderModel"):
             found.append(_sequence(name, model, _T5(model), masked=_masks_text(pipeline)))
         elif kind == "Gemma2Model":
-            told = {INSTRUCTION: instruction(pipeline)}
-            found.append(_sequence(name, model, _Gemma2(model), masked=True, told=told))
+            prompt = getattr(pipeline, SYSTEM_PROMPT, None)
+            told = {INSTRUCTION: instruction(pipeline)} if prompt is None else {SYSTEM_PROMPT: prompt}
+            output = "last_hidden_state" if prompt is None else f"hidden_states.{model.config.num_hidden_layers - 1}"
+            found.append(_sequence(name, model, _Gemma2(model, output), masked=True, output=output, told=told))
         else:
             raise ModelError(
                 f"{name} is a {kind}; known are CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel, "
@@ -290,11 +295,20 @@ class _T5(Flat):
 
 
 class _Gemma2(Flat):
-    """Tokens (b, l), and 0 where they are padding, (b, l), to the last hidden state (b, l, width)."""
+    """Tokens (b, l), and 0 where they are padding, (b, l), to hidden states (b, l, width).
+
+    They are the last ones, normalised, or for pipelines with a system prompt (Lumina-2) those in front of the last layer.
+    """
+
+    def __init__(self, source: nn.Module, output: str) -> None:
+        super().__init__(source)
+        self._ahead = output != "last_hidden_state"
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        found = self.source(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        states: Tensor = found.last_hidden_state
+        found = self.source(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, output_hidden_states=self._ahead
+        )
+        states: Tensor = found.hidden_states[-2] if self._ahead else found.last_hidden_state
         return states
 
 
@@ -309,7 +323,15 @@ def padded(batch: int, length: int, *, dtype: torch.dtype) -> Tensor:
     return (torch.arange(length) < (length - torch.arange(batch)[:, None]).clamp_min(1)).to(dtype)
 
 
-def _sequence(name: str, model: Any, flat: Flat, *, masked: bool, told: Mapping[str, Any] | None = None) -> Component:
+def _sequence(
+    name: str,
+    model: Any,
+    flat: Flat,
+    *,
+    masked: bool,
+    output: str = "last_hidden_state",
+    told: Mapping[str, Any] | None = None,
+) -> Component:
     """A text encoder of any length; `told` is written beside its configuration."""
     generator = torch.Generator().manual_seed(_SEED)
     examples = [
@@ -323,7 +345,7 @@ def _sequence(name: str, model: Any, flat: Flat, *, masked: bool, told: Mapping[
         module=flat,
         inputs=examples[0],
         dynamic_axes={key: {0: "batch", 1: "sequence"} for key in examples[0]},
-        outputs=("last_hidden_state",),
+        outputs=(output,),
         config={**config_of(model), **(told or {})},
         more_inputs=tuple(examples[1:]),
     )

@@ -16,6 +16,7 @@ from obsdiff_runtime.networks import Array, Networks
 FLUX_PATCH: Final = 2  # latent pixels a side of a token, which the pipeline packs; the denoiser's patch_size is 1
 PIXART_ADDED: Final = 128  # sample_size of a denoiser that is told the image's size where its config does not say
 SANA_INSTRUCTION: Final = "complex_human_instruction"  # in the configuration of its text encoder: lines
+LUMINA2_PROMPT: Final = "system_prompt"  # likewise: what prompts stand behind
 
 Conditions = dict[str, Array]
 
@@ -49,6 +50,9 @@ class Kind:
         skipped: steps of so many that are left out where an image is changed by a strength.
         negatives: whether guidance runs an image on its negative prompt too; if not, the denoiser is told its scale.
         even_sigmas: whether diffusers' pipeline gives the scheduler its noise levels; see `make_scheduler`.
+        counted: what the pipeline gives a schedule that depends on the image's size, of latents (channels, h, w) with so
+            many tokens; told the channels and the tokens.
+        normalised: whether what guidance gives is brought back, row by row of pixels, to the length that it has without.
     """
 
     denoiser: str
@@ -61,6 +65,8 @@ class Kind:
     channels: Callable[[Mapping[str, Any]], int] = lambda config: int(config["in_channels"])
     negatives: bool = True
     even_sigmas: bool = False
+    counted: Callable[[int, int], int] = lambda channels, tokens: tokens
+    normalised: bool = False
 
 
 def encode_sd3(networks: Networks, prompts: Sequence[str], negative: bool, settings: Settings) -> Conditions:
@@ -186,6 +192,20 @@ def encode_sana(networks: Networks, prompts: Sequence[str], negative: bool, sett
     }
 
 
+def encode_lumina2(networks: Networks, prompts: Sequence[str], negative: bool, settings: Settings) -> Conditions:
+    """Gemma-2 up to the layer before its last, told what is padding, and which tokens are not.
+
+    Prompts, not negative ones, stand behind the system prompt that the bundle has of diffusers' pipeline; it counts as
+    text.
+    """
+    prompt = networks.bundle.config("text_encoder")[LUMINA2_PROMPT]
+    written = list(prompts) if negative else [f"{prompt} <Prompt Start> {text}" for text in prompts]
+    ids, mask = networks.tokenizer("tokenizer").masked_ids(written, settings.max_sequence_length, pads_left=False)
+    output = f"hidden_states.{networks.hidden_layers('text_encoder')}"
+    states = networks.run("text_encoder", {"input_ids": ids, "attention_mask": mask}, [output])
+    return {"encoder_hidden_states": states[output], "encoder_attention_mask": mask.astype(np.float32)}
+
+
 def _clip(networks: Networks, suffix: str, prompts: Sequence[str], length: int, pooled: str | None) -> dict[str, Array]:
     """Penultimate hidden states (n, t, d) as "hidden", and the pooled output (n, p) if one is named."""
     encoder = f"text_encoder{suffix}"
@@ -287,6 +307,18 @@ SANA: Final = Kind(
     largest=lambda config: None,
     skipped=_skipped_whole,  # as PixArt's
 )
+LUMINA2: Final = Kind(
+    denoiser="transformer",
+    noisy="hidden_states",
+    predicted="out_hidden_states",
+    encode=encode_lumina2,
+    patch=lambda config: int(config["patch_size"]),
+    largest=lambda config: int(min(config["axes_lens"][1:])) * int(config["patch_size"]),
+    skipped=_skipped_part,  # as AuraFlow's
+    even_sigmas=True,
+    counted=lambda channels, tokens: channels,  # diffusers' pipeline counts them in place of tokens
+    normalised=True,
+)
 KINDS: Final[dict[str, Kind]] = {
     "StableDiffusion3Pipeline": SD3,
     "StableDiffusionPipeline": SD,
@@ -296,6 +328,7 @@ KINDS: Final[dict[str, Kind]] = {
     "PixArtSigmaPipeline": PIXART,
     "AuraFlowPipeline": AURAFLOW,
     "SanaPipeline": SANA,
+    "Lumina2Pipeline": LUMINA2,
 }
 
 

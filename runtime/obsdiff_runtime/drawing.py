@@ -80,10 +80,18 @@ class Drawing:
         guided = output[0]
         if self.settings.guided:
             guided = output[0] + np.float32(self.settings.guidance_scale) * (output[1] - output[0])
+            if self._kind.normalised:
+                guided = guided * (_lengths(output[1]) / _lengths(guided))
         self.sample = self._scheduler.step(guided, self._skipped + self.index, self.sample).astype(
             np.float32, copy=False
         )
         self.index += 1
+
+
+def _lengths(output: Array) -> Array:
+    """Of each row of pixels, (c, h, w) -> (c, h, 1)."""
+    lengths: Array = np.linalg.norm(output, axis=-1, keepdims=True)
+    return lengths
 
 
 def companies(drawings: Sequence[Drawing], max_rows: int) -> Iterator[list[Drawing]]:

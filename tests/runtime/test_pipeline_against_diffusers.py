@@ -35,7 +35,7 @@ def is_sana(pipeline: Any) -> bool:
 
 def length_of(pipeline: Any) -> dict[str, int]:
     """The argument that a pipeline with T5 or Gemma takes."""
-    has_it = type(pipeline).__name__.startswith(("AuraFlow", "Flux", "PixArt", "Sana", "StableDiffusion3"))
+    has_it = type(pipeline).__name__.startswith(("AuraFlow", "Flux", "Lumina2", "PixArt", "Sana", "StableDiffusion3"))
     return {"max_sequence_length": 5} if has_it else {}
 
 
