@@ -34,7 +34,7 @@ def masks(family: Family, denoiser: nn.Module, arguments: Mapping[str, Any]) -> 
             "which tokens count is not known"
         )
     found = {"text": mask.bool()}
-    if not family.described:
+    if not family.described or "hidden_states" not in arguments:
         return found
     lengths, config = found["text"].sum(dim=1), cast("Mapping[str, Any]", denoiser.config)
     height, width = arguments["hidden_states"].shape[-2:]

@@ -21,7 +21,7 @@ FAMILIES: Final = {
     "pixart": "`pixart`: PixArt-alpha, PixArt-sigma",
     "auraflow": "`auraflow`: AuraFlow",
     "sana": "`sana`: Sana",
-    "lumina2": "no family: Lumina-2",
+    "lumina2": "`lumina2`: Lumina-2",
     "chroma": "no family: Chroma",
 }
 STAGES: Final = {

@@ -226,14 +226,14 @@ def test_a_padded_stream_and_its_gates_are_left_out_too() -> None:
 
 
 def test_without_a_mask_every_token_counts() -> None:
-    assert padding.masks(sd3, {"encoder_attention_mask": torch.ones(1, 2)}) == {}
-    assert padding.masks(pixart, {"encoder_attention_mask": None}) == {}
-    assert padding.masks(pixart, {}) == {}
+    assert padding.masks(sd3, nn.Identity(), {"encoder_attention_mask": torch.ones(1, 2)}) == {}
+    assert padding.masks(pixart, nn.Identity(), {"encoder_attention_mask": None}) == {}
+    assert padding.masks(pixart, nn.Identity(), {}) == {}
 
 
 def test_a_mask_that_is_a_bias_is_refused() -> None:
     with pytest.raises(ModelError, match=r"encoder_attention_mask .* \(2, 1, 7\)"):
-        padding.masks(pixart, {"encoder_attention_mask": torch.zeros(2, 1, 7)})
+        padding.masks(pixart, nn.Identity(), {"encoder_attention_mask": torch.zeros(2, 1, 7)})
 
 
 def test_a_mask_of_another_sequence_is_an_error() -> None:

@@ -73,6 +73,12 @@ INPUTS: dict[str, dict[str, Any]] = {
         "encoder_attention_mask": nothing(1, 300),
         "timestep": nothing(1),
     },
+    "lumina2": {
+        "hidden_states": nothing(1, 16, 128, 128),
+        "encoder_hidden_states": nothing(1, 256, 2304),
+        "encoder_attention_mask": nothing(1, 256).long(),
+        "timestep": nothing(1),
+    },
 }
 
 
@@ -190,6 +196,19 @@ def test_sana_has_its_published_size_and_thirteen_squares_and_a_half_a_pixel_in_
     a_token = 2 * (width + 1) * other
     assert plan.parameters_before - plan.parameters_after == blocks * (a_pixel + a_token)
     assert plan.macs_before - plan.macs_after == blocks * (a_pixel * image + a_token * text)
+
+
+def test_lumina2_has_its_published_size_and_a_third_of_keys_and_values() -> None:
+    """In a block queries and output are a square of the width each, keys and values 2/3, the feed-forward 12."""
+    plan = planned("lumina_image_2", "structured:25%")
+    assert plan.parameters_before == 2_609_769_152  # 2.6 B, says the paper
+    width, image, text = 2304, 64 * 64, 256
+    weights = 2 * width**2 + 2 * width * (8 * 96) + 3 * width * 4 * width
+    tokens = 26 * (text + image) + 2 * image + 2 * text
+    assert weights * tokens < plan.macs_before < 1.01 * weights * tokens  # beside them embeddings, and the output
+    lost = weights // 4  # 2 of 8 keys with 6 of 24 heads that read them; a quarter of the neurons
+    assert plan.parameters_before - plan.parameters_after == 30 * lost
+    assert plan.macs_before - plan.macs_after == lost * tokens
 
 
 @pytest.mark.parametrize(("share", "billions", "tera"), [("15%", 2.24, 5.33), ("20%", 2.13, 5.12), ("30%", 1.91, 4.70)])
@@ -469,7 +488,7 @@ def test_a_plan_is_json() -> None:
 
 def test_tokens_of_the_family_agree_with_those_of_a_call() -> None:
     texts = {"sd3_medium": 77, "sdxl": 77, "flux1_dev": 512, "pixart_alpha_1024": 120}
-    texts |= {"auraflow_v03": 256, "sana_600m_1024": 300}
+    texts |= {"auraflow_v03": 256, "sana_600m_1024": 300, "lumina_image_2": 256}
     for name, text in texts.items():
         denoiser, family, positions = model(name)
         config: Any = denoiser.config

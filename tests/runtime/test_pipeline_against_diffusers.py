@@ -210,8 +210,8 @@ def changed(pair: tuple[Any, Path], strength: float, steps: int) -> tuple[np.nda
 
 @pytest.mark.parametrize(("strength", "steps"), [(0.5, 5), (0.8, 4), (1.0, 3)])
 def test_an_image_is_changed_as_diffusers_changes_it(pair: tuple[Any, Path], strength: float, steps: int) -> None:
-    if type(pair[0]).__name__.startswith(("AuraFlow", "PixArt", "Sana")):
-        pytest.skip("diffusers has no pipeline of AuraFlow, PixArt or Sana that changes an image")
+    if type(pair[0]).__name__.startswith(("AuraFlow", "Lumina2", "PixArt", "Sana")):
+        pytest.skip("diffusers has no pipeline of AuraFlow, Lumina-2, PixArt or Sana that changes an image")
     expected, images = changed(pair, strength, steps)
     assert images.arrays.shape == (1, 32, 24, 3)
     assert psnr(expected, images) > 50

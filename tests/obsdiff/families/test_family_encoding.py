@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import SanaPipeline
+from diffusers import Lumina2Pipeline, SanaPipeline
 
 from obsdiff.families.table import FAMILIES
 from obsdiff.sampling import exactly
@@ -22,13 +22,14 @@ CASES = [
     ("pixart", {"sigma": True}),
     ("auraflow", {}),
     ("sana", {}),
+    ("lumina2", {}),
 ]
 
 
 def latents(pipeline: Any, **call: Any) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     exact = exactly(pipeline, embedded="prompt" not in call)
-    size = (32, 64) if isinstance(pipeline, SanaPipeline) else (16, 24)  # Sana's are multiples of 32
+    size = (32, 64) if isinstance(pipeline, SanaPipeline | Lumina2Pipeline) else (16, 24)  # multiples of 32 and 16
     sized = dict(zip(("height", "width"), size, strict=True))
     found: torch.Tensor = pipeline(
         num_inference_steps=2, generator=generator, output_type="latent", **(sized | exact | call)
@@ -37,7 +38,7 @@ def latents(pipeline: Any, **call: Any) -> torch.Tensor:
 
 
 def options(kind: str) -> dict[str, int]:
-    return {"max_sequence_length": 6} if kind in ("sd3", "flux", "pixart", "auraflow", "sana") else {}
+    return {"max_sequence_length": 6} if kind in ("sd3", "flux", "pixart", "auraflow", "sana", "lumina2") else {}
 
 
 @pytest.mark.parametrize(("kind", "changes"), CASES)
