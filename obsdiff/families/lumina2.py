@@ -13,8 +13,8 @@ each. What attention and feed-forward give is normalised before it is added to t
 
 diffusers packs each row's text and image one behind the other, without the padding of the text, and pads the end. The
 graph has no such loop over rows: padding stays where it is, between both, no token looks at it, and places are counted
-without it: text token i is at (i, 0, 0), a patch at (text tokens of its row, its row, its column). The places' waves are
-sines and cosines in place of complex numbers, which no engine knows.
+without it: text token i is at (i, 0, 0), a patch at (text tokens, row, column). The places' waves are sines and cosines
+in place of complex numbers, which no engine knows.
 
 Outside of this module the denoiser takes the scheduler's timesteps and gives the velocity of the others, from the image
 to noise: its own time runs the other way, and both are part of the graph.
@@ -141,22 +141,24 @@ class _Flat(parts.Flat):
         shown = encoder_attention_mask.bool()
         time, text = source.time_caption_embed(hidden_states, 1 - timestep / _TIMESTEPS, encoder_hidden_states)
         # diffusers puts the channels of a patch behind its pixels: (b, h / p * w / p, p * p * channels)
-        pixels = pixel_unshuffle(hidden_states, patch).unflatten(1, (-1, patch**2)).transpose(1, 2)
+        pixels = torch.unflatten(pixel_unshuffle(hidden_states, patch), 1, (-1, patch**2)).transpose(1, 2)
         image = source.x_embedder(pixels.flatten(1, 2).flatten(2).transpose(1, 2))
         first, second = _places(shown, rows, columns)
-        turns = [_waves(places, source.rope_embedder) for places in (first, second)]
+        waves = _waves(first, source.rope_embedder)
         for block in source.context_refiner:
-            text = _block(block, text, turns[0], shown)
+            text = _block(block, text, waves, shown)
+        waves = _waves(second, source.rope_embedder)
         for block in source.noise_refiner:
-            image = _block(block, image, turns[1], time=time)
+            image = _block(block, image, waves, time=time)
         both = torch.cat([text, image], dim=1)
         shown = torch.cat([shown, torch.ones_like(image[..., 0], dtype=torch.bool)], dim=1)
-        turn = [torch.cat([part.expand(both.shape[0], -1, -1, -1) for part in each], dim=1) for each in zip(*turns)]
+        waves = _waves(torch.cat([first, second], dim=1), source.rope_embedder)
         for block in source.layers:
-            both = _block(block, both, turn, shown, time)
+            both = _block(block, both, waves, shown, time)
         velocity = source.norm_out(both[:, text.shape[1] :], time)  # (b, h / p * w / p, p * p * channels)
         pixels = velocity.transpose(1, 2).unflatten(2, (rows, columns)).unflatten(1, (patch**2, -1)).transpose(1, 2)
-        return -pixel_shuffle(pixels.flatten(1, 2), patch)
+        found: Tensor = -pixel_shuffle(pixels.flatten(1, 2), patch)
+        return found
 
 
 def component(denoiser: nn.Module, *, height: int, width: int, vae_scale: int = 8) -> Component:
@@ -193,14 +195,16 @@ def _blocks(denoiser: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _places(shown: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Of text (1, l, 3) and of patches (b, h / p * w / p, 3), float32, by which text tokens are shown, (b, l)."""
-    own = {"dtype": torch.float32, "device": shown.device}
-    order = torch.arange(shown.shape[1], **own)
+    """Of text (b, l, 3) and of patches (b, h / p * w / p, 3), float32, by which text tokens are shown, (b, l)."""
+
+    def count(places: int) -> Tensor:
+        return torch.arange(places, dtype=torch.float32, device=shown.device)
+
+    order = count(shown.shape[1]).expand_as(shown)
     text = torch.stack([order, torch.zeros_like(order), torch.zeros_like(order)], dim=-1)
     length = shown.float().sum(dim=1)[:, None, None].expand(-1, rows, columns)
-    row = torch.arange(rows, **own)[None, :, None].expand_as(length)
-    column = torch.arange(columns, **own).expand_as(length)
-    return text[None], torch.stack([length, row, column], dim=-1).flatten(1, 2)
+    row, column = count(rows)[:, None].expand_as(length), count(columns).expand_as(length)
+    return text, torch.stack([length, row, column], dim=-1).flatten(1, 2)
 
 
 def _waves(places: Tensor, rotary: Any) -> tuple[Tensor, Tensor]:
@@ -211,42 +215,48 @@ def _waves(places: Tensor, rotary: Any) -> tuple[Tensor, Tensor]:
         angles.append(places[..., axis, None] * torch.tensor(frequencies, dtype=torch.float32, device=places.device))
     angle = torch.cat(angles, dim=-1)
     cosine, sine = angle.cos(), angle.sin()  # of a pair of channels the first one loses what the second one gets
-    return tuple(torch.stack(pair, dim=-1).flatten(-2)[:, :, None] for pair in ((cosine, cosine), (-sine, sine)))
+    return _paired(cosine, cosine), _paired(-sine, sine)
 
 
-def _turned(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+def _paired(first: Tensor, second: Tensor) -> Tensor:
+    """(b, s, pairs) each -> (b, s, 1, 2 pairs), in turns."""
+    return torch.stack([first, second], dim=-1).flatten(-2)[:, :, None]
+
+
+def _turned(heads: Tensor, waves: tuple[Tensor, Tensor]) -> Tensor:
     """Pairs of channels of (b, s, heads, size), each turned by its wave's angle."""
-    wide = heads.float()
-    swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    wide, (cosine, sine) = heads.float(), waves
+    swapped = torch.unflatten(wide, -1, (-1, 2)).flip(-1).flatten(-2)
     return (wide * cosine + swapped * sine).to(heads.dtype)
 
 
-def _attention(attention: Any, states: Tensor, waves: Tensor, shown: Tensor | None) -> Tensor:
+def _attention(attention: Any, states: Tensor, waves: tuple[Tensor, Tensor], shown: Tensor | None) -> Tensor:
     size = attention.to_q.out_features // attention.heads
+    shared = attention.to_q.out_features // attention.to_k.out_features
     query, key, value = (
         project(states).unflatten(2, (-1, size)) for project in (attention.to_q, attention.to_k, attention.to_v)
-    )
-    query, key = _turned(attention.norm_q(query), *waves), _turned(attention.norm_k(key), *waves)
-    shared = attention.to_q.out_features // attention.to_k.out_features
+    )  # (b, s, heads, size)
+    query, key = _turned(attention.norm_q(query), waves), _turned(attention.norm_k(key), waves)
     key, value = (each[:, :, :, None].expand(-1, -1, -1, shared, -1).flatten(2, 3) for each in (key, value))
-    found = scaled_dot_product_attention(  # of (b, heads, s, size)
-        *(each.transpose(1, 2) for each in (query, key, value)),
-        attn_mask=None if shown is None else shown[:, None, None],
-        scale=attention.scale,
-    )
+    query, key, value = (each.transpose(1, 2) for each in (query, key, value))
+    mask = None if shown is None else shown[:, None, None]
+    found = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=attention.scale)
     result: Tensor = attention.to_out[0](found.transpose(1, 2).flatten(2))
     return result
 
 
 def _block(
-    block: Any, states: Tensor, waves: Tensor, shown: Tensor | None = None, time: Tensor | None = None
+    block: Any,
+    states: Tensor,
+    waves: tuple[Tensor, Tensor],
+    shown: Tensor | None = None,
+    time: Tensor | None = None,
 ) -> Tensor:
     """A block of diffusers' with that attention; blocks of text are not told the time."""
-    if time is None:
-        states = states + block.norm2(_attention(block.attn, block.norm1(states), waves, shown))
-        return states + block.ffn_norm2(block.feed_forward(block.ffn_norm1(states)))
-    normed, *told = block.norm1(states, time)
-    gate, scale, last = (each[:, None] for each in told)
-    states = states + gate.tanh() * block.norm2(_attention(block.attn, normed, waves, shown))
-    fed = block.feed_forward(block.ffn_norm1(states) * (1 + scale))
-    return states + last.tanh() * block.ffn_norm2(fed)
+    normed, *told = (block.norm1(states),) if time is None else block.norm1(states, time)
+    gate, scale, last = (each[:, None] for each in told) if told else (None, 0, None)
+    attended = block.norm2(_attention(block.attn, normed, waves, shown))
+    states = states + (attended if gate is None else gate.tanh() * attended)
+    fed = block.ffn_norm2(block.feed_forward(block.ffn_norm1(states) * (1 + scale)))
+    result: Tensor = states + (fed if last is None else last.tanh() * fed)
+    return result

@@ -297,7 +297,7 @@ class _T5(Flat):
 class _Gemma2(Flat):
     """Tokens (b, l), and 0 where they are padding, (b, l), to hidden states (b, l, width).
 
-    They are the last ones, normalised, or for pipelines with a system prompt (Lumina-2) those in front of the last layer.
+    They are the last ones, normalised; of pipelines with a system prompt (Lumina-2) those in front of the last layer.
     """
 
     def __init__(self, source: nn.Module, output: str) -> None:

@@ -50,9 +50,8 @@ class Kind:
         skipped: steps of so many that are left out where an image is changed by a strength.
         negatives: whether guidance runs an image on its negative prompt too; if not, the denoiser is told its scale.
         even_sigmas: whether diffusers' pipeline gives the scheduler its noise levels; see `make_scheduler`.
-        counted: what the pipeline gives a schedule that depends on the image's size, of latents (channels, h, w) with so
-            many tokens; told the channels and the tokens.
-        normalised: whether what guidance gives is brought back, row by row of pixels, to the length that it has without.
+        counted: what a schedule that depends on the image's tokens is told; from the latents' channels and the tokens.
+        normalised: whether what guidance gives is scaled, row by row of pixels, to the length that it has without.
     """
 
     denoiser: str

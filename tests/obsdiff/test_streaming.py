@@ -251,6 +251,8 @@ def test_reordered_channels_change_nothing_of_a_dense_model(
     expected = denoise(denoiser)
     generator = torch.Generator().manual_seed(0)
     for group in family_of(denoiser).groups(denoiser):
+        if not any(producer.free for producer in group.producers):  # Lumina-2's heads, which are never reordered
+            continue
         order = _order(group, generator)
         for consumer in group.consumers:
             weight: Any = denoiser.get_submodule(consumer.name).weight
