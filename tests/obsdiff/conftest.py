@@ -413,13 +413,15 @@ def lumina2_pipeline(**changes: Any) -> Lumina2Pipeline:
     """A latent pixel is eight pixels wide, whatever the autoencoder, says the pipeline."""
     torch.manual_seed(0)
     tokenizer, text_encoder = gemma2()
-    return Lumina2Pipeline(
+    pipeline = Lumina2Pipeline(
         transformer=lumina2_transformer(**changes).eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
         vae=autoencoder(shift_factor=0.1, channels=(8, 8, 8, 16)).eval(),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
     )
+    pipeline.system_prompt = "draw"
+    return pipeline
 
 
 PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {

@@ -7,6 +7,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from obsdiff_runtime.autoencoder import Autoencoder
@@ -118,6 +119,21 @@ def test_sana_reads_prompts_behind_its_instruction_and_negative_ones_without(san
         expected = theirs(prompt, negative_prompt=unwanted, **given, **told).images
     images = Pipeline(folder, threads=1)(prompt, negative_prompt=unwanted, seed=7, noise_source="torch", **given)
     assert psnr(expected, images) > 58
+
+
+def test_lumina2_reads_prompts_of_different_lengths_behind_its_system_prompt(
+    lumina2_pair: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one batch, the rows of which diffusers cuts to their own lengths; and with a schedule by the image's size."""
+    unwanted = {"negative_prompt": ["a small green triangle", ""], "max_sequence_length": 80}
+    expected, images = both(lumina2_pair, height=48, width=32, **unwanted)
+    assert psnr(expected, images) > 58
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_image_seq_len=3, max_image_seq_len=9)
+    monkeypatch.setattr(lumina2_pair[0], "scheduler", scheduler)
+    name = {"_class_name": type(scheduler).__name__}
+    monkeypatch.setattr(Bundle, "scheduler", lambda self: dict(scheduler.config) | name)
+    expected, images = both(lumina2_pair, **unwanted)
+    assert psnr(expected, images) > 58  # TODO with tokens counted
 
 
 def test_auraflow_is_told_what_diffusers_tells_it_and_zeros_for_padding(auraflow_pair: tuple[Any, Path]) -> None:

@@ -56,6 +56,15 @@ def test_nothing_is_wrong_with_other_sanas(changes: dict[str, Any], build_denois
 
 
 @pytest.mark.parametrize(
+    "changes", [{"num_refiner_layers": 2}, {"num_kv_heads": 6}, {"num_kv_heads": 1}, {"patch_size": 1}]
+)
+def test_nothing_is_wrong_with_other_lumina2s(changes: dict[str, Any], build_denoiser: Callable[..., Any]) -> None:
+    """Keys and values of their own for every head, or the same for all."""
+    denoiser = build_denoiser("lumina2", **changes)
+    assert problems(family_of(denoiser), denoiser, onnx=False) == []
+
+
+@pytest.mark.parametrize(
     ("changes", "sentence"),
     [
         ({"linears": linears_but("0.attn.to_k", reads="mine")}, "attn.to_k: reads the tensor of"),

@@ -82,6 +82,18 @@ def test_a_sana_that_is_told_its_guidance_is_refused(build_denoiser: Callable[..
         FAMILIES["sana"].linears(build_denoiser("sana", guidance_embeds=True))
 
 
+def test_heads_that_share_keys_and_values_go_with_them(build_denoiser: Callable[..., Any]) -> None:
+    """Of 6 heads of 8 channels two read each of 3 keys."""
+    denoiser = build_denoiser("lumina2")
+    attention = denoiser.layers[0].attn
+    keys, queries = attention.to_k.weight.clone(), attention.to_q.weight.clone()
+    shrink(denoiser, FAMILIES["lumina2"], {"layers.0.attn.heads": [0, 2]})
+    assert attention.heads == 4
+    assert torch.equal(attention.to_k.weight, torch.cat([keys[:8], keys[16:]]))
+    assert torch.equal(attention.to_q.weight, torch.cat([queries[:16], queries[32:]]))
+    assert attention.to_out[0].weight.shape == (48, 32)
+
+
 def test_geglu_holds_a_neuron_twice(build_denoiser: Callable[..., Any]) -> None:
     groups = FAMILIES["unet"].groups(build_denoiser("sd15"))
     assert {producer.parts for group in groups if group.kind == "ffn" for producer in group.producers} == {2}
