@@ -133,7 +133,7 @@ def test_lumina2_reads_prompts_of_different_lengths_behind_its_system_prompt(
     name = {"_class_name": type(scheduler).__name__}
     monkeypatch.setattr(Bundle, "scheduler", lambda self: dict(scheduler.config) | name)
     expected, images = both(lumina2_pair, **unwanted)
-    assert psnr(expected, images) > 58  # TODO with tokens counted
+    assert psnr(expected, images) > 58
 
 
 def test_auraflow_is_told_what_diffusers_tells_it_and_zeros_for_padding(auraflow_pair: tuple[Any, Path]) -> None:
