@@ -127,7 +127,7 @@ def test_lumina2_reads_prompts_of_different_lengths_behind_its_system_prompt(
     """In one batch, the rows of which diffusers cuts to their own lengths; and with a schedule by the image's size."""
     unwanted = {"negative_prompt": ["a small green triangle", ""], "max_sequence_length": 80}
     expected, images = both(lumina2_pair, height=48, width=32, **unwanted)
-    assert psnr(expected, images) > 58
+    assert psnr(expected, images) > 58  # 40 without the norm of guidance, 34 without the mask, 53 with other sigmas
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_image_seq_len=3, max_image_seq_len=9)
     monkeypatch.setattr(lumina2_pair[0], "scheduler", scheduler)
     name = {"_class_name": type(scheduler).__name__}
