@@ -164,16 +164,16 @@ def places(dense: nn.Module, family: Family, manifest: PrunedManifest) -> tuple[
     rows: dict[str, list[tuple[int, int, Tensor]]] = {}
     columns: dict[str, list[tuple[int, int, Tensor]]] = {}
     for group in family.groups(dense):
-        moved, kept = manifest.channels(group), manifest.kept_channels(group)
+        moved = manifest.channels(group)
         if moved is None:
             continue
-        size = group.units * group.width
         for producer in group.producers:
+            size = group.units * group.height(producer)
             for part in range(producer.parts):
-                channels = moved if producer.free else kept
+                channels = moved if producer.free else manifest.kept_channels(group, producer)
                 rows.setdefault(producer.name, []).append((producer.start + part * size, size, channels))
         for consumer in group.consumers:
-            columns.setdefault(consumer.name, []).append((consumer.start, size, moved))
+            columns.setdefault(consumer.name, []).append((consumer.start, group.units * group.width, moved))
     lengths = {name: dense.get_parameter(f"{name}.weight").shape for name in (*rows, *columns)}
     return (
         {name: _joined(lengths[name][0], parts) for name, parts in rows.items()},

@@ -186,7 +186,7 @@ class _Collector:
     def attached(self, steps: StepIndex) -> Iterator[None]:
         def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._step = steps.advance(kwargs["timestep"] if "timestep" in kwargs else args[1])
-            self._masks = padding.masks(self._family, kwargs)
+            self._masks = padding.masks(self._family, self._denoiser, kwargs)
             self.told(self._step)
 
         hooks = [self._denoiser.register_forward_pre_hook(count, with_kwargs=True)]

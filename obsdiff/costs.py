@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 COUNTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -31,13 +32,14 @@ def positions(denoiser: nn.Module, inputs: Mapping[str, Any]) -> dict[str, int]:
 
     Args:
         denoiser: in any dtype, on any device, shrunk or not.
-        inputs: keyword arguments of its forward, batch of one; tensors on any device, their values are not looked at.
+        inputs: keyword arguments of its forward, batch of one; tensors on any device, their values are not looked at:
+            a mask of integers is taken to show everything.
 
     Returns:
         module name -> positions, summed over calls; modules that were not called are absent.
     """
     state = {name: _shape_of(tensor) for name, tensor in (*denoiser.named_parameters(), *denoiser.named_buffers())}
-    with counting(denoiser) as found, torch.no_grad(), torch.device("meta"):
+    with counting(denoiser) as found, torch.no_grad(), torch.device("meta"), _Shown():
         torch.func.functional_call(denoiser, state, (), tree_map_only(Tensor, _shape_of, dict(inputs)))
     return found
 
@@ -84,6 +86,15 @@ def matmul_speed(device: torch.device | str = "cpu", *, size: int = 1024, second
         multiply()
         products += 1
     return products * 2 * size**3 / (time.perf_counter() - start)
+
+
+class _Shown(TorchFunctionMode):
+    """Sums of integers on the meta device have values, those of ones: a denoiser may ask how long a text is."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is Tensor.sum and args[0].is_meta and args[0].dtype == torch.int64:
+            return torch.ones(args[0].shape, dtype=torch.int64, device="cpu").sum(*args[1:], **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 def _own_parameters(module: nn.Module) -> int:

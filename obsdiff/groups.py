@@ -89,12 +89,14 @@ class Producer:
         parts: the output holds this many stacked copies of the unit axis, all cut alike (GEGLU: 2).
         start: its first row of the units, where it gives something else before them.
         free: whether its rows may change places inside a unit (neurons: among all) if the consumers' columns do.
+        shared: how many columns of a unit stand for one of its rows: the heads of queries that read the same keys.
     """
 
     name: str
     parts: int = 1
     start: int = 0
     free: bool = True
+    shared: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +154,10 @@ class Group:
     producers: tuple[Producer, ...]
     consumers: tuple[Consumer, ...]
     sizes: tuple[Size, ...] = ()
+
+    def height(self, producer: Producer) -> int:
+        """Rows of a unit in each part of the producer."""
+        return self.width // producer.shared
 
     @property
     def readers(self) -> tuple[str, ...]:

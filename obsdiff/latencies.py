@@ -95,12 +95,11 @@ class Times:
 
     def _changes(self, group: Group, removed: int) -> list[tuple[LinearSpec, Axis, int]]:
         """The linears of a group, the axis that each loses from, and how much."""
-        lost = removed * group.width
         found: list[tuple[LinearSpec, Axis, int]] = []
         for producer in group.producers:
             if producer.name in self._linears:
-                found.append((self._linears[producer.name], "n", lost * producer.parts))
-        found += [(self._linears[name], "k", lost) for name in group.readers]
+                found.append((self._linears[producer.name], "n", removed * group.height(producer) * producer.parts))
+        found += [(self._linears[name], "k", removed * group.width) for name in group.readers]
         return found
 
     def _size(self, linear: LinearSpec) -> tuple[int, int, int]:

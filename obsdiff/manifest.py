@@ -12,8 +12,8 @@ from torch import Tensor
 
 from obsdiff.families.table import FAMILIES
 from obsdiff.folders import MANIFEST
-from obsdiff.groups import Group
-from obsdiff.shrinking import columns
+from obsdiff.groups import Group, Producer
+from obsdiff.shrinking import columns, places
 from obsdiff_runtime.errors import BundleError, CompatibilityError
 from obsdiff_runtime.version import __version__
 
@@ -106,10 +106,10 @@ class PrunedManifest(_Strict):
             return torch.tensor(self.orders[group.name])
         return columns(group, self.groups[group.name].kept) if group.name in self.groups else None
 
-    def kept_channels(self, group: Group) -> Tensor:
+    def kept_channels(self, group: Group, producer: Producer) -> Tensor:
         """`channels` of what loses units, and does not follow when channels change places inside of them."""
         cut = self.groups.get(group.name)
-        return columns(group, range(group.units) if cut is None else cut.kept)
+        return places(range(group.units) if cut is None else cut.kept, group.height(producer))
 
     def after(self, previous: "PrunedManifest | None") -> "PrunedManifest":
         """This manifest, of a model that had been pruned before, told from the dense model on."""

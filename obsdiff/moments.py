@@ -25,7 +25,7 @@ from obsdiff.pausing import Arguments
 from obsdiff_runtime.errors import CalibrationError
 
 TOKENS: Final = 256
-"""Tokens of a row that count, evenly spaced; all where there are no more, and all that a mask shows."""
+"""Tokens of a row that count, evenly spaced; all where there are no more, and of text all that a mask shows."""
 
 
 class _Seen(Exception):  # noqa: N818
@@ -96,6 +96,9 @@ class _Look:
         self._block, self._name, self._linears, self._whole = block, name, linears, whole
         self._writes = {linear.name: linear.writes for linear in linears if streams and linear.writes is not None}
         self._masks = {linear.name: masks[linear.tokens] for linear in linears if linear.tokens in masks}
+        self._joint = {linear.name for linear in linears if linear.tokens == "joint"}
+        for name in self._masks.keys() & self._joint:
+            self._masks[name] = _spaced(self._masks[name][..., None])[..., 0]
         self._inputs: dict[str, Tensor] = {}
         self._outputs: dict[str, Tensor] = {}
         self._bases: dict[str, Tensor] = {}
@@ -163,8 +166,10 @@ class _Look:
 
     def _counted(self, name: str, value: Tensor) -> Tensor:
         """Of (rows, tokens, width) the tokens that count."""
+        if name not in self._masks or name in self._joint:
+            value = _spaced(value)
         if name not in self._masks:
-            return _spaced(value)
+            return value
         try:
             return padding.unpadded(value, self._masks[name])
         except CalibrationError as error:

@@ -4,9 +4,10 @@ rows    of a denoiser call
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from obsdiff.families import Family
 from obsdiff_runtime.errors import CalibrationError, ModelError
@@ -16,8 +17,10 @@ Masks = Mapping[str, Tensor]
 is not in it, it looks at all."""
 
 
-def masks(family: Family, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+def masks(family: Family, denoiser: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
     """The masks of a denoiser call, by its keyword arguments.
+
+    Where text and image are one sequence, a row's image is taken to stand right behind its text, and padding behind it.
 
     Raises:
         ModelError: the argument holds something else than a token's 0 or 1.
@@ -30,7 +33,15 @@ def masks(family: Family, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
             f"{family.text_mask} is not (rows, text tokens), 0 for padding, but {tuple(mask.shape)}; "
             "which tokens count is not known"
         )
-    return {"text": mask.bool()}
+    found = {"text": mask.bool()}
+    if not family.described or "hidden_states" not in arguments:
+        return found
+    lengths, config = found["text"].sum(dim=1), cast("Mapping[str, Any]", denoiser.config)
+    height, width = arguments["hidden_states"].shape[-2:]
+    sizes = family.tokens(config, height=height, width=width, text_tokens=int(lengths.max()), vae_scale=1)
+    if "joint" in sizes:
+        found["joint"] = torch.arange(sizes["joint"], device=mask.device) < lengths[:, None] + sizes["image"]
+    return found
 
 
 def unpadded(values: Tensor, mask: Tensor) -> Tensor:

@@ -273,7 +273,7 @@ def _lost(groups: Sequence[Group], removed: Mapping[str, int]) -> tuple[Counter[
     columns: Counter[str] = Counter()
     for group in groups:
         for producer in group.producers:
-            rows[producer.name] += removed.get(group.name, 0) * group.width * producer.parts
+            rows[producer.name] += removed.get(group.name, 0) * group.height(producer) * producer.parts
         for reader in group.readers:
             columns[reader] += removed.get(group.name, 0) * group.width
     return rows, columns

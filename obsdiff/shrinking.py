@@ -46,8 +46,13 @@ def columns(group: Group, units: Sequence[int], start: int = 0) -> Tensor:
     Returns:
         (units * width,), int64.
     """
-    first = start + torch.tensor(units, dtype=torch.int64)[:, None] * group.width  # (units, 1)
-    return (first + torch.arange(group.width)).flatten()
+    return places(units, group.width, start)
+
+
+def places(units: Sequence[int], width: int, start: int = 0) -> Tensor:
+    """Where these units are along an axis on which units of some width begin at `start`: (units * width,), int64."""
+    first = start + torch.tensor(units, dtype=torch.int64)[:, None] * width  # (units, 1)
+    return (first + torch.arange(width)).flatten()
 
 
 def _check(name: str, units: Sequence[int], group: Group | None) -> None:
@@ -67,11 +72,11 @@ def _cut(denoiser: nn.Module, gone: Sequence[tuple[Group, Sequence[int]]]) -> No
     across: dict[str, Tensor] = {}
     for group, units in gone:
         removed = sorted(set(range(group.units)) - set(units))
-        size = group.units * group.width
         for producer in group.producers:
             left = rows.setdefault(producer.name, _all(denoiser, producer.name, dim=0))
+            height = group.height(producer)
             for part in range(producer.parts):
-                left[columns(group, removed, producer.start + part * size)] = False
+                left[places(removed, height, producer.start + part * group.units * height)] = False
         for consumer in group.consumers:
             left = across.setdefault(consumer.name, _all(denoiser, consumer.name, dim=1))
             left[columns(group, removed, consumer.start)] = False

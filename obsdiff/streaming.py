@@ -244,6 +244,7 @@ class _Run:
             free = [producer for producer in group.producers if producer.free]
             if (
                 not isinstance(pattern, NM)
+                or not free
                 or not layers.keys() >= set(group.readers)
                 or not can_move(group, pattern)
                 or any(name in self._cluster_of for name in group.readers)

@@ -87,7 +87,7 @@ def record(
         if not bool(velocity.isfinite().all()):
             raise CalibrationError(f"step {step + 1}, {texts}: the denoiser's output is not finite; are its weights?")
         if step in wanted_steps(sampling.num_inference_steps, kept_steps, place):
-            masks = padding.masks(family, kwargs)
+            masks = padding.masks(family, denoiser, kwargs)
             paired = len(velocity) == 2 * len(passes[place])
             call = Call(step=step, arguments=_copied(args, kwargs), prompts=texts, masks=masks, paired=paired)
             if waiting and (waiting[0].step, waiting[0].prompts) == (step, texts):

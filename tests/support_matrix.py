@@ -23,7 +23,7 @@ FAMILIES: Final = {
     "auraflow": "`auraflow`: AuraFlow",
     "sana": "`sana`: Sana",
     "qwen": "`qwen`: Qwen-Image",
-    "lumina2": "no family: Lumina-2",
+    "lumina2": "`lumina2`: Lumina-2",
     "chroma": "no family: Chroma",
 }
 STAGES: Final = {

@@ -28,7 +28,8 @@ class Family(Protocol):
             `guidance_embeds` is told it in any family.
         described: whether the denoiser's units, inputs and outputs are known; of `generic` only its linears are.
         text_mask: keyword argument of the denoiser's forward, (rows, text tokens), 1 for text and 0 for padding that no
-            image token looks at; None: it looks at all of it.
+            image token looks at; None: it looks at all of it. Where there is one, a "joint" sequence has no padding
+            between a row's text and its image; see `padding.masks`.
     """
 
     name: str

@@ -116,7 +116,7 @@ def _padding(case: _Case) -> Iterator[str]:
     family = case.family
     if family.text_mask is not None and family.text_mask not in case.arguments:
         yield f"text_mask: {family.text_mask} is no argument of the denoiser"
-    masks = padding.masks(family, case.arguments)
+    masks = padding.masks(family, case.denoiser, case.arguments)
     if all(bool(mask.all()) for mask in masks.values()):
         return
     calm = case.run(case.denoiser)
@@ -173,7 +173,7 @@ def _groups(case: _Case) -> Iterator[str]:
     for group in case.family.groups(case.denoiser):
         size = group.units * group.width
         for producer in group.producers:
-            rows = range(producer.start, producer.start + producer.parts * size)
+            rows = range(producer.start, producer.start + producer.parts * group.units * group.height(producer))
             given.setdefault(producer.name, []).extend(rows)
         for consumer in group.consumers:
             read.setdefault(consumer.name, []).extend(range(consumer.start, consumer.start + size))

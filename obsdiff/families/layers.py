@@ -74,9 +74,9 @@ def of_blocks(
     )
 
 
-def output(denoiser: nn.Module, name: str, *, blocks: int) -> LinearSpec:
+def output(denoiser: nn.Module, name: str, *, blocks: int, tokens: str = "image") -> LinearSpec:
     """The linear of that name as what lies behind the last of the blocks and gives the image."""
-    return linear(denoiser, name, block=blocks, tier=0, reads=f"{name}.input", tokens="image")
+    return linear(denoiser, name, block=blocks, tier=0, reads=f"{name}.input", tokens=tokens)
 
 
 def present(module: nn.Module, *names: str) -> tuple[str, ...]:
@@ -95,7 +95,8 @@ def heads(
     """The heads of the attention module of that name.
 
     All projections into the heads lose rows; `to_out.0` and, where the second stream goes on, `to_add_out` lose
-    columns. Norms of queries and keys are per channel of a head and stay as they are.
+    columns. Norms of queries and keys are per channel of a head and stay as they are. Where several heads of queries
+    read the same keys and values, a unit is all of these.
 
     Args:
         denoiser: any.
@@ -112,11 +113,13 @@ def heads(
         raise ModelError(f"{name}: its projections are fused; call unfuse_qkv_projections() before pruning")
     if any(True for _ in getattr(attention.processor, "parameters", tuple)()):
         raise ModelError(f"{name}: its processor has weights of its own; call unload_ip_adapter() before pruning")
-    units = size(attention, "heads")
+    queries = size(attention.get_submodule("to_q"), "out_features")
+    shared = queries // size(attention.get_submodule("to_k"), "out_features")
+    units = size(attention, "heads") // shared
     producers = present(attention, "to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
     outputs = ("to_out.0", *present(attention, "to_add_out"))
-    width = size(attention.get_submodule("to_q"), "out_features") // units
-    own = {"heads": 1, "sliceable_head_dim": 1, "inner_dim": width, "inner_kv_dim": width}
+    width = queries // units
+    own = {"heads": shared, "sliceable_head_dim": shared, "inner_dim": width, "inner_kv_dim": width // shared}
     followers = [
         Size(module=name, attribute=attribute, factor=factor)
         for attribute, factor in own.items()
@@ -129,7 +132,12 @@ def heads(
         units=units,
         width=width,
         producers=tuple(
-            Producer(name=f"{name}.{producer}", free=producer in ("to_v", "add_v_proj")) for producer in producers
+            Producer(
+                name=f"{name}.{producer}",
+                free=shared == 1 and producer in ("to_v", "add_v_proj"),
+                shared=1 if producer in ("to_q", "add_q_proj") else shared,
+            )
+            for producer in producers
         ),
         consumers=consumers or tuple(Consumer(name=f"{name}.{output}") for output in outputs),
         sizes=(*followers, *sizes),

@@ -42,6 +42,9 @@ INSTRUCTION: Final = "complex_human_instruction"
 GUIDANCE: Final = "guidance_scale"
 """Argument of most pipelines' calls."""
 
+SYSTEM_PROMPT: Final = "system_prompt"
+"""Attribute of a pipeline, what its prompts stand behind, and where it is written likewise."""
+
 _SPECIAL: Final = 2  # tokens at the ends of a text that the instruction is not counted to have
 _LARGEST_EXAMPLE = 256
 _SEED = 0
@@ -271,8 +274,10 @@ def text_encoders(pipeline: DiffusionPipeline) -> list[Component]:
         elif kind in ("T5EncoderModel", "UMT5EncoderModel"):
             found.append(_sequence(name, model, _T5(model), masked=_masks_text(pipeline)))
         elif kind == "Gemma2Model":
-            told = {INSTRUCTION: instruction(pipeline)}
-            found.append(_sequence(name, model, _Gemma2(model), masked=True, told=told))
+            prompt = getattr(pipeline, SYSTEM_PROMPT, None)
+            told = {INSTRUCTION: instruction(pipeline)} if prompt is None else {SYSTEM_PROMPT: prompt}
+            output = "last_hidden_state" if prompt is None else f"hidden_states.{model.config.num_hidden_layers - 1}"
+            found.append(_sequence(name, model, _Gemma2(model, output), masked=True, output=output, told=told))
         elif kind == "Qwen2_5_VLForConditionalGeneration":
             told = encode_template(pipeline)
             found.append(_sequence(name, model, _Qwen(model), masked=True, told=told))
@@ -335,11 +340,20 @@ class _T5(Flat):
 
 
 class _Gemma2(Flat):
-    """Tokens (b, l), and 0 where they are padding, (b, l), to the last hidden state (b, l, width)."""
+    """Tokens (b, l), and 0 where they are padding, (b, l), to hidden states (b, l, width).
+
+    They are the last ones, normalised; of pipelines with a system prompt (Lumina-2) those in front of the last layer.
+    """
+
+    def __init__(self, source: nn.Module, output: str) -> None:
+        super().__init__(source)
+        self._ahead = output != "last_hidden_state"
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        found = self.source(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        states: Tensor = found.last_hidden_state
+        found = self.source(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, output_hidden_states=self._ahead
+        )
+        states: Tensor = found.hidden_states[-2] if self._ahead else found.last_hidden_state
         return states
 
 

@@ -5,7 +5,7 @@ from typing import Final
 import diffusers
 from torch import nn
 
-from obsdiff.families import Family, auraflow, flux, flux2, generic, pixart, qwen, sana, sd3, unet
+from obsdiff.families import Family, auraflow, flux, flux2, generic, lumina2, pixart, qwen, sana, sd3, unet
 from obsdiff_runtime.errors import ModelError
 
 FAMILIES: Final[dict[str, Family]] = {
@@ -17,6 +17,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "auraflow": auraflow,
     "sana": sana,
     "qwen": qwen,
+    "lumina2": lumina2,
     "generic": generic,
 }
 

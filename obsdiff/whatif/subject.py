@@ -156,11 +156,11 @@ def _cut(groups: Sequence[Group], shapes: Mapping[str, Shape], share: float, ali
     rows: Counter[str] = Counter()
     columns: Counter[str] = Counter()
     for group in groups:
-        lost = (group.units - kept_units(group, share, align)) * group.width
+        lost = group.units - kept_units(group, share, align)
         for producer in group.producers:
-            rows[producer.name] += lost * producer.parts
+            rows[producer.name] += lost * group.height(producer) * producer.parts
         for reader in group.readers:
-            columns[reader] += lost
+            columns[reader] += lost * group.width
     return {
         name: Shape(shape.m, shape.k - columns[name], shape.n - rows[name])
         for name, shape in shapes.items()

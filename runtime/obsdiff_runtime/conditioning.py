@@ -18,6 +18,7 @@ PIXART_ADDED: Final = 128  # sample_size of a denoiser that is told the image's 
 QWEN_TEMPLATE: Final = "prompt_template_encode"  # of diffusers' pipeline; in the configuration of its text encoder
 QWEN_DROPPED: Final = "prompt_template_encode_start_idx"  # likewise: tokens of the template in front of the prompt
 SANA_INSTRUCTION: Final = "complex_human_instruction"  # in the configuration of its text encoder: lines
+LUMINA2_PROMPT: Final = "system_prompt"  # likewise: what prompts stand behind
 
 PROMPT_TEMPLATE: Final = "prompt_template"  # in the configuration of a chat model that encodes: what is around a prompt
 IS_DISTILLED: Final = "is_distilled"  # in the index of a pipeline whose steps are distilled: it takes no guidance
@@ -56,8 +57,9 @@ class Kind:
         even_sigmas: whether diffusers' pipeline gives the scheduler its noise levels; see `make_scheduler`.
         shift: mu of a shift that depends on the image's tokens and the steps, where the pipeline says it and not the
             scheduler.
-        kept_length: latent pixels a side of the patches in which guidance keeps the length of what the prompt alone
-            gives; None where it does not.
+        counted: what a schedule that depends on the image's tokens is told; from the latents' channels and the tokens.
+        kept_lengths: lengths of parts of (c, h, w) latents, which what guidance gives takes from what the prompt alone
+            gives; they broadcast to (c, h, w). None where it does not.
     """
 
     denoiser: str
@@ -71,7 +73,8 @@ class Kind:
     negatives: bool = True
     even_sigmas: bool = False
     shift: Callable[[int, int], float] | None = None
-    kept_length: int | None = None
+    counted: Callable[[int, int], int] = lambda channels, tokens: tokens
+    kept_lengths: Callable[[Array], Array] | None = None
 
 
 def encode_sd3(networks: Networks, prompts: Sequence[str], negative: bool, settings: Settings) -> Conditions:
@@ -228,6 +231,20 @@ def encode_qwen(networks: Networks, prompts: Sequence[str], negative: bool, sett
     return {"encoder_hidden_states": states[:, dropped:] * told[..., None], "encoder_hidden_states_mask": told}
 
 
+def encode_lumina2(networks: Networks, prompts: Sequence[str], negative: bool, settings: Settings) -> Conditions:
+    """Gemma-2 up to the layer before its last, told what is padding, and which tokens are not.
+
+    Prompts, not negative ones, stand behind the system prompt that the bundle has of diffusers' pipeline; it counts as
+    text.
+    """
+    prompt = networks.bundle.config("text_encoder")[LUMINA2_PROMPT]
+    written = list(prompts) if negative else [f"{prompt} <Prompt Start> {text}" for text in prompts]
+    ids, mask = networks.tokenizer("tokenizer").masked_ids(written, settings.max_sequence_length, pads_left=False)
+    output = f"hidden_states.{networks.hidden_layers('text_encoder')}"
+    states = networks.run("text_encoder", {"input_ids": ids, "attention_mask": mask}, [output])
+    return {"encoder_hidden_states": states[output], "encoder_attention_mask": mask.astype(np.float32)}
+
+
 def _clip(networks: Networks, suffix: str, prompts: Sequence[str], length: int, pooled: str | None) -> dict[str, Array]:
     """Penultimate hidden states (n, t, d) as "hidden", and the pooled output (n, p) if one is named."""
     encoder = f"text_encoder{suffix}"
@@ -262,6 +279,19 @@ def _flux2_shift(image_tokens: int, steps: int) -> float:
         return at_200
     at_10 = 8.73809524e-05 * image_tokens + 1.89833333
     return at_200 + (at_10 - at_200) / 190 * (200 - steps)
+
+
+def _lengths_of_patches(latents: Array) -> Array:
+    """Over the channels and pixels of each packed token, (c, h, w) -> (h, w)."""
+    channels, height, width = latents.shape
+    split = latents.reshape(channels, height // PACKED, PACKED, width // PACKED, PACKED)
+    lengths = np.sqrt(np.square(split).sum(axis=(0, 2, 4)))
+    return np.asarray(lengths.repeat(PACKED, axis=0).repeat(PACKED, axis=1))
+
+
+def _lengths_of_rows(latents: Array) -> Array:
+    """Of each row of pixels, (c, h, w) -> (c, h, 1)."""
+    return np.asarray(np.linalg.norm(latents, axis=-1, keepdims=True))
 
 
 def _skipped_part(steps: int, strength: float) -> int:
@@ -360,7 +390,19 @@ QWEN: Final = Kind(
     largest=lambda config: None,
     skipped=_skipped_part,
     even_sigmas=True,
-    kept_length=PACKED,
+    kept_lengths=_lengths_of_patches,
+)
+LUMINA2: Final = Kind(
+    denoiser="transformer",
+    noisy="hidden_states",
+    predicted="out_hidden_states",
+    encode=encode_lumina2,
+    patch=lambda config: int(config["patch_size"]),
+    largest=lambda config: int(min(config["axes_lens"][1:])) * int(config["patch_size"]),
+    skipped=_skipped_part,  # as AuraFlow's
+    even_sigmas=True,
+    counted=lambda channels, tokens: channels,  # diffusers' pipeline counts them in place of tokens
+    kept_lengths=_lengths_of_rows,
 )
 KINDS: Final[dict[str, Kind]] = {
     "StableDiffusion3Pipeline": SD3,
@@ -374,6 +416,7 @@ KINDS: Final[dict[str, Kind]] = {
     "Flux2KleinPipeline": FLUX2_KLEIN,
     "Flux2Pipeline": FLUX2,
     "QwenImagePipeline": QWEN,
+    "Lumina2Pipeline": LUMINA2,
 }
 
 

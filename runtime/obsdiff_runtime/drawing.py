@@ -80,26 +80,13 @@ class Drawing:
         guided = output[0]
         if self.settings.guided:
             guided = output[0] + np.float32(self.settings.guidance_scale) * (output[1] - output[0])
-            if self._kind.kept_length is not None:
-                guided = as_long_as(output[1], guided, self._kind.kept_length)
+            lengths = self._kind.kept_lengths
+            if lengths is not None:
+                guided = guided * (lengths(output[1]) / lengths(guided))
         self.sample = self._scheduler.step(guided, self._skipped + self.index, self.sample).astype(
             np.float32, copy=False
         )
         self.index += 1
-
-
-def as_long_as(wanted: Array, guided: Array, patch: int) -> Array:
-    """`guided`, (c, h, w), with the length of `wanted` over the channels and pixels of each patch.
-
-    diffusers' guidance of Qwen-Image: its tokens are such patches.
-    """
-
-    def lengths(array: Array) -> Array:  # (h / patch, w / patch)
-        split = array.reshape(len(array), array.shape[1] // patch, patch, array.shape[2] // patch, patch)
-        return np.asarray(np.sqrt(np.square(split).sum(axis=(0, 2, 4))))
-
-    scale = lengths(wanted) / lengths(guided)
-    return np.asarray(guided * scale.repeat(patch, axis=0).repeat(patch, axis=1))
 
 
 def companies(drawings: Sequence[Drawing], max_rows: int) -> Iterator[list[Drawing]]:

@@ -86,7 +86,7 @@ class Networks:
         )
 
     def hidden_layers(self, component: str) -> int:
-        """L, where the outputs of a text encoder are hidden_states.0 .. hidden_states.L."""
+        """L, where hidden_states.L is the last of such outputs of a text encoder."""
         prefix = "hidden_states."
         names = [entry.name for entry in self.bundle.component(component).outputs]
         return max(int(name.removeprefix(prefix)) for name in names if name.startswith(prefix))

@@ -328,6 +328,7 @@ class Pipeline:
 
     def _scheduler(self, settings: Settings, noise: Noise) -> Scheduler:
         tokens = (settings.height // self.size_step) * (settings.width // self.size_step)
+        tokens = self._kind.counted(self._kind.channels(self._denoiser), tokens)
         shift = self._kind.shift
         return make_scheduler(
             self.bundle.scheduler(),

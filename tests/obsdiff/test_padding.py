@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from obsdiff import calibration, moments, padding, pruning, ranges, trajectories
-from obsdiff.families import generic, pixart, sd3
+from obsdiff.families import generic, lumina2, pixart, sd3
 from obsdiff.groups import LinearSpec, Write
 from obsdiff.job import given
 from obsdiff.methods import Layer
@@ -108,6 +108,55 @@ def test_streamed_moments_count_the_unpadded_tokens_alone(
 
 
 @torch.no_grad()
+def test_of_text_and_image_in_one_sequence_the_padding_behind_a_row_is_left_out(build_pipeline: Build) -> None:
+    pipeline: Any = build_pipeline("lumina2")
+    recipe = recipe_for(pipeline, method="obsdiff", max_sequence_length=60, height=64, width=64)
+    prompts = calibration.encode(pipeline, lumina2, PROMPTS, recipe.sampling)
+    text = sum(int(prompts.embeddings[f"{prefix}_attention_mask"].sum()) for prefix in ("prompt", "negative_prompt"))
+    steps, image, read = 2, 16, []
+
+    def see(_: nn.Module, args: tuple[Tensor]) -> None:
+        read.append(args[0].double())
+
+    handle = pipeline.transformer.layers[0].norm1.register_forward_pre_hook(see)
+    linears = lumina2.linears(pipeline.transformer)
+    grams = calibration.calibrate(pipeline, lumina2, linears, prompts, recipe.sampling, time_weights="uniform")
+    handle.remove()
+    assert sum(row.shape[0] * row.shape[1] for row in read) > steps * (text + 6 * image)
+    assert grams["context_refiner.0.norm1"].tokens == steps * text
+    assert grams["noise_refiner.0.norm1"].tokens == steps * 6 * image
+    assert grams["layers.0.norm1"].tokens == steps * (text + 6 * image)
+    assert all(gram.matrix.isfinite().all() for gram in grams.values())
+
+
+@torch.no_grad()
+def test_a_long_sequence_of_text_and_image_counts_at_evenly_spaced_tokens() -> None:
+    block, x = nn.Sequential(nn.Linear(6, 6)), torch.randn(2, 1000, 6, generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(1000) < torch.tensor([1000, 400])[:, None]
+    spaced = torch.linspace(0, 999, moments.TOKENS).round().long()
+    linear = LinearSpec(name="b.0", block=0, tier=0, reads="x", in_features=6, out_features=6, tokens="joint")
+    look, _ = moments.glance(block, "b", [linear], ((x,), {}), streams=False, masks={"joint": mask})
+    assert torch.equal(look.inputs["b.0"], x[:, spaced][mask[:, spaced]])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "paired"), [("pixart", True), ("lumina2", False)])
+def test_rows_of_guidance_are_combined_where_one_call_has_both(kind: str, paired: bool, build_pipeline: Build) -> None:
+    """Lumina-2's pipeline calls the denoiser twice."""
+    pipeline: Any = build_pipeline(kind)
+    recipe, family = recipe_for(pipeline, height=64, width=64), given(pipeline).family
+    prompts = calibration.encode(pipeline, family, PROMPTS[:2], recipe.sampling)
+    calls = trajectories.record(pipeline, family, prompts, recipe.sampling, kept_steps=2)
+    assert [call.paired for call in calls] == ([True] * 2 if paired else [False] * 4)
+    linear = LinearSpec(name="q", block=0, tier=0, reads="x", in_features=4, out_features=3, tokens="joint")
+    sums = moments.TierMoments([linear], torch.device("cpu"), moments.Guidance(scale=4.0, weight=0.3))
+    x, y = torch.randn(2, 5, 4), torch.randn(2, 5, 3)
+    seen = moments.Glance(inputs={"q": x}, outputs={"q": y}, bases={}, gates={}, sources={"q": (0, x.shape)})
+    sums.add(seen, seen, 1.0, paired=paired)
+    assert (sums.finish(0)[0]["x"].tokens == 10) != paired
+
+
+@torch.no_grad()
 def test_a_cross_attention_that_no_family_describes_counts_unpadded_tokens_alone(
     build_pipeline: Callable[..., DiffusionPipeline],
 ) -> None:
@@ -146,25 +195,27 @@ def noisy(encode: Callable[..., dict[str, Tensor]], *args: Any, **options: Any) 
 
 
 @pytest.mark.parametrize(
-    ("method", "sparsity"),
+    ("kind", "method", "sparsity"),
     [
-        ("streamed", "2:4"),
-        ("streamed", "0.5"),
-        ("obsdiff", "2:4"),
-        ("sparsegpt", "2:4"),
-        ("wanda", "2:4"),
-        ("dsnot", "0.5"),
+        ("pixart", "streamed", "2:4"),
+        ("pixart", "streamed", "0.5"),
+        ("pixart", "obsdiff", "2:4"),
+        ("pixart", "sparsegpt", "2:4"),
+        ("pixart", "wanda", "2:4"),
+        ("pixart", "dsnot", "0.5"),
+        ("lumina2", "streamed", "2:4"),
+        ("lumina2", "obsdiff", "structured:0.4"),
     ],
 )
 def test_what_padding_holds_changes_no_bit(
-    method: str, sparsity: str, build_pipeline: Build, monkeypatch: pytest.MonkeyPatch
+    kind: str, method: str, sparsity: str, build_pipeline: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weights = []
-    for encode in (pixart.encode, partial(noisy, pixart.encode)):
-        monkeypatch.setattr(pixart, "encode", encode)
-        pipeline: Any = build_pipeline("pixart")
+    weights, family = [], {"pixart": pixart, "lumina2": lumina2}[kind]
+    for encode in (family.encode, partial(noisy, family.encode)):
+        monkeypatch.setattr(family, "encode", encode)
+        pipeline: Any = build_pipeline(kind)
         recipe = recipe_for(pipeline, method=method, sparsity=sparsity)
-        pruning.prune(pipeline, pixart, recipe)
+        pruning.prune(pipeline, family, recipe)
         weights.append(pipeline.transformer.state_dict())
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
@@ -226,14 +277,14 @@ def test_a_padded_stream_and_its_gates_are_left_out_too() -> None:
 
 
 def test_without_a_mask_every_token_counts() -> None:
-    assert padding.masks(sd3, {"encoder_attention_mask": torch.ones(1, 2)}) == {}
-    assert padding.masks(pixart, {"encoder_attention_mask": None}) == {}
-    assert padding.masks(pixart, {}) == {}
+    assert padding.masks(sd3, nn.Identity(), {"encoder_attention_mask": torch.ones(1, 2)}) == {}
+    assert padding.masks(pixart, nn.Identity(), {"encoder_attention_mask": None}) == {}
+    assert padding.masks(pixart, nn.Identity(), {}) == {}
 
 
 def test_a_mask_that_is_a_bias_is_refused() -> None:
     with pytest.raises(ModelError, match=r"encoder_attention_mask .* \(2, 1, 7\)"):
-        padding.masks(pixart, {"encoder_attention_mask": torch.zeros(2, 1, 7)})
+        padding.masks(pixart, nn.Identity(), {"encoder_attention_mask": torch.zeros(2, 1, 7)})
 
 
 def test_a_mask_of_another_sequence_is_an_error() -> None:

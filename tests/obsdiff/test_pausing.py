@@ -14,8 +14,20 @@ from obsdiff.pausing import PausedPass
 from obsdiff.residuals import block_modules
 from obsdiff_runtime.errors import ModelError
 
-KINDS = ["sd3", "sd35", "sd15", "sdxl", "flux", "flux2", "pixart", "pixart_sigma", "auraflow", "sana"]
-KINDS = ["sd3", "sd35", "sd15", "sdxl", "flux", "pixart", "pixart_sigma", "auraflow", "sana", "qwen"]
+KINDS = [
+    "sd3",
+    "sd35",
+    "sd15",
+    "sdxl",
+    "flux",
+    "flux2",
+    "pixart",
+    "pixart_sigma",
+    "auraflow",
+    "sana",
+    "qwen",
+    "lumina2",
+]
 Build = Callable[..., nn.Module]
 
 

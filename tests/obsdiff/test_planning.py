@@ -80,6 +80,12 @@ INPUTS: dict[str, dict[str, Any]] = {
         "timestep": nothing(1),
         "img_shapes": [[(1, 64, 64)]],
     },
+    "lumina2": {
+        "hidden_states": nothing(1, 16, 128, 128),
+        "encoder_hidden_states": nothing(1, 256, 2304),
+        "encoder_attention_mask": nothing(1, 256).long(),
+        "timestep": nothing(1),
+    },
 }
 
 
@@ -246,6 +252,19 @@ def test_qwen_image_has_its_published_size_and_twelve_squares_a_token_in_each_bl
     lost = (width + 3 / 4) * width + neurons
     assert plan.parameters_before - plan.parameters_after == 59 * 2 * lost + neurons
     assert plan.macs_before - plan.macs_after == 59 * lost * (image + text) + neurons * image
+
+
+def test_lumina2_has_its_published_size_and_a_third_of_keys_and_values() -> None:
+    """In a block queries and output are a square of the width each, keys and values 2/3, the feed-forward 12."""
+    plan = planned("lumina_image_2", "structured:25%")
+    assert plan.parameters_before == 2_609_769_152  # 2.6 B, says the paper
+    width, image, text = 2304, 64 * 64, 256
+    weights = 2 * width**2 + 2 * width * (8 * 96) + 3 * width * 4 * width
+    tokens = 26 * (text + image) + 2 * image + 2 * text
+    assert weights * tokens < plan.macs_before < 1.01 * weights * tokens  # beside them embeddings, and the output
+    lost = weights // 4  # 2 of 8 keys with 6 of 24 heads that read them; a quarter of the neurons
+    assert plan.parameters_before - plan.parameters_after == 30 * lost
+    assert plan.macs_before - plan.macs_after == lost * tokens
 
 
 @pytest.mark.parametrize(("share", "billions", "tera"), [("15%", 2.24, 5.33), ("20%", 2.13, 5.12), ("30%", 1.91, 4.70)])
@@ -526,6 +545,7 @@ def test_a_plan_is_json() -> None:
 def test_tokens_of_the_family_agree_with_those_of_a_call() -> None:
     texts = {"sd3_medium": 77, "sdxl": 77, "flux1_dev": 512, "pixart_alpha_1024": 120}
     texts |= {"flux2_klein_4b": 512, "auraflow_v03": 256, "sana_600m_1024": 300, "qwen_image": 512}
+    texts |= {"lumina_image_2": 256}
     for name, text in texts.items():
         denoiser, family, positions = model(name)
         config: Any = denoiser.config

@@ -13,8 +13,20 @@ from obsdiff import pointwise
 from obsdiff.families.table import family_of
 from obsdiff.shrinking import columns, shrink
 
-KINDS = ["sd3", "sd35", "sd15", "sdxl", "flux", "flux2", "pixart", "pixart_sigma", "auraflow", "sana"]
-KINDS = ["sd3", "sd35", "sd15", "sdxl", "flux", "pixart", "pixart_sigma", "auraflow", "sana", "qwen"]
+KINDS = [
+    "sd3",
+    "sd35",
+    "sd15",
+    "sdxl",
+    "flux",
+    "flux2",
+    "pixart",
+    "pixart_sigma",
+    "auraflow",
+    "sana",
+    "qwen",
+    "lumina2",
+]
 Keep = dict[str, list[int]]
 
 

@@ -25,8 +25,7 @@ from obsdiff.settings import Settings
 from obsdiff_runtime.errors import ModelError
 
 PROMPTS = ["a red circle", "a blue square", "a dog"]
-KINDS = ["sd3", "sd15", "sdxl", "flux", "flux2", "pixart", "auraflow", "sana"]
-KINDS = ["sd3", "sd15", "sdxl", "flux", "pixart", "auraflow", "sana", "qwen"]
+KINDS = ["sd3", "sd15", "sdxl", "flux", "flux2", "pixart", "auraflow", "sana", "qwen", "lumina2"]
 SPARSITIES = ["2:4", "0.5", "structured:0.25", "structured:0.25+2:4"]
 WHOLE = {"protect_first": 0, "protect_last": 0, "align": 4}
 """Every block may lose units; what is kept of a feed-forward fits 2:4."""
@@ -243,8 +242,9 @@ def test_a_journal_on_disk_serves_as_well(prune: Prune, tmp_path: Path) -> None:
     assert not changed(first.denoiser, again.denoiser)
 
 
-@pytest.mark.parametrize("kind", ["sd3", "sd35", "sd15", "sdxl", "flux", "flux2", "pixart", "auraflow", "sana"])
-@pytest.mark.parametrize("kind", ["sd3", "sd35", "sd15", "sdxl", "flux", "pixart", "auraflow", "sana", "qwen"])
+@pytest.mark.parametrize(
+    "kind", ["sd3", "sd35", "sd15", "sdxl", "flux", "flux2", "pixart", "auraflow", "sana", "qwen", "lumina2"]
+)
 def test_reordered_channels_change_nothing_of_a_dense_model(
     kind: str, build_denoiser: Callable[..., nn.Module], denoise: Denoise
 ) -> None:
@@ -253,6 +253,8 @@ def test_reordered_channels_change_nothing_of_a_dense_model(
     expected = denoise(denoiser)
     generator = torch.Generator().manual_seed(0)
     for group in family_of(denoiser).groups(denoiser):
+        if not any(producer.free for producer in group.producers):  # Lumina-2's heads, which are never reordered
+            continue
         order = _order(group, generator)
         for consumer in group.consumers:
             weight: Any = denoiser.get_submodule(consumer.name).weight

@@ -611,6 +611,41 @@ def qwen_language_model() -> Any:
     return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).eval()
 
 
+def lumina2_pipeline() -> Any:
+    """With an autoencoder of two levels, which diffusers' pipeline takes for four."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline
+
+    pipeline = Lumina2Pipeline(
+        transformer=lumina2_transformer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=vae(scaling_factor=0.36, shift_factor=0.12),
+        text_encoder=gemma2(),
+        tokenizer=gemma_tokenizer(),
+    )
+    pipeline.system_prompt = "draw"
+    pipeline.vae_scale_factor = 2
+    return pipeline
+
+
+@seeded
+def lumina2_transformer() -> Any:
+    from diffusers import Lumina2Transformer2DModel
+
+    return Lumina2Transformer2DModel(
+        sample_size=16,
+        in_channels=4,
+        hidden_size=32,
+        num_layers=1,
+        num_refiner_layers=1,
+        num_attention_heads=4,
+        num_kv_heads=2,
+        multiple_of=16,
+        axes_dim_rope=(4, 2, 2),
+        axes_lens=(300, 64, 64),
+        cap_feat_dim=32,
+    ).eval()
+
+
 PIPELINES: dict[str, Callable[[], Any]] = {
     "sd3": sd3_pipeline,
     "sd3_t5": lambda: sd3_pipeline(t5=True),
@@ -624,6 +659,7 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "auraflow": auraflow_pipeline,
     "sana": sana_pipeline,
     "qwen": qwen_pipeline,
+    "lumina2": lumina2_pipeline,
 }
 
 
@@ -671,9 +707,9 @@ def _exported(component: Any, folder: Path) -> Any:
     from obsdiff_export.onnx import export
     from obsdiff_export.parity import compare
 
-    # T5 is told what is padding in one pipeline and not in another
-    inputs = frozenset(component.inputs)
-    key = (component.name.removesuffix("_2"), next(component.module.parameters()).data_ptr(), inputs)
+    # T5 is told what is padding in one pipeline and not in another; of Gemma-2 they read different layers
+    ports = frozenset([*component.inputs, *component.outputs])
+    key = (component.name.removesuffix("_2"), next(component.module.parameters()).data_ptr(), ports)
     if key not in _EXPORTED:
         _EXPORTED[key] = export(component, folder, dtype=torch.float32)
         compare(component, _EXPORTED[key])
@@ -717,6 +753,10 @@ def flux2_dev_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]
 @pytest.fixture(scope="session")
 def qwen_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return _pair("qwen", tmp_path_factory)
+
+
+def lumina2_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    return _pair("lumina2", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.configuration_utils import FrozenDict
 from PIL import Image
 
@@ -48,6 +49,8 @@ def length_of(pipeline: Any) -> dict[str, int]:
     if is_flux2(pipeline):
         return {"max_sequence_length": 80}  # 52 of them are around the prompt
     has_it = type(pipeline).__name__.startswith(("AuraFlow", "Flux", "PixArt", "Qwen", "Sana", "StableDiffusion3"))
+    """The argument that a pipeline with T5 or Gemma takes."""
+    has_it = type(pipeline).__name__.startswith(("AuraFlow", "Flux", "Lumina2", "PixArt", "Sana", "StableDiffusion3"))
     return {"max_sequence_length": 5} if has_it else {}
 
 
@@ -207,6 +210,21 @@ def test_a_pipeline_whose_steps_are_distilled_takes_no_guidance(
         Pipeline(flux2_pair[1], threads=1)("red", guidance_scale=3.0)
 
 
+def test_lumina2_reads_prompts_of_different_lengths_behind_its_system_prompt(
+    lumina2_pair: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one batch, the rows of which diffusers cuts to their own lengths; and with a schedule by the image's size."""
+    unwanted = {"negative_prompt": ["a small green triangle", ""], "max_sequence_length": 80}
+    expected, images = both(lumina2_pair, height=48, width=32, **unwanted)
+    assert psnr(expected, images) > 58  # 40 without the norm of guidance, 34 without the mask, 53 with other sigmas
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_image_seq_len=3, max_image_seq_len=9)
+    monkeypatch.setattr(lumina2_pair[0], "scheduler", scheduler)
+    name = {"_class_name": type(scheduler).__name__}
+    monkeypatch.setattr(Bundle, "scheduler", lambda self: dict(scheduler.config) | name)
+    expected, images = both(lumina2_pair, **unwanted)
+    assert psnr(expected, images) > 58
+
+
 def test_auraflow_is_told_what_diffusers_tells_it_and_zeros_for_padding(auraflow_pair: tuple[Any, Path]) -> None:
     """Told of padding or not, a small random denoiser draws the same to 0.01 dB, so embeddings are compared."""
     theirs, folder = auraflow_pair
@@ -333,6 +351,8 @@ def changed(pair: tuple[Any, Path], strength: float, steps: int) -> tuple[np.nda
 def test_an_image_is_changed_as_diffusers_changes_it(pair: tuple[Any, Path], strength: float, steps: int) -> None:
     if type(pair[0]).__name__.startswith(("AuraFlow", "Flux2", "PixArt", "Sana")):
         pytest.skip("diffusers has no pipeline of AuraFlow, FLUX.2, PixArt or Sana that changes an image by a strength")
+    if type(pair[0]).__name__.startswith(("AuraFlow", "Lumina2", "PixArt", "Sana")):
+        pytest.skip("diffusers has no pipeline of AuraFlow, Lumina-2, PixArt or Sana that changes an image")
     expected, images = changed(pair, strength, steps)
     assert images.arrays.shape == (1, 32, 24, 3)
     assert psnr(expected, images) > 50

@@ -16,8 +16,7 @@ from obsdiff.families.checking import problems
 from obsdiff.families.table import family_of
 from obsdiff.groups import Group, LinearSpec
 
-KINDS = ["sd3", "sd35", "sd15", "sdxl", "flux", "flux2", "pixart", "sana"]
-KINDS = ["sd3", "sd35", "sd15", "sdxl", "flux", "pixart", "sana", "qwen"]
+KINDS = ["sd3", "sd35", "sd15", "sdxl", "flux", "flux2", "pixart", "sana", "qwen", "lumina2"]
 
 
 def sd3_but(**changes: Any) -> Any:
@@ -53,6 +52,15 @@ def test_nothing_is_wrong_with_a_family_of_ours(kind: str, build_denoiser: Calla
 def test_nothing_is_wrong_with_other_sanas(changes: dict[str, Any], build_denoiser: Callable[..., Any]) -> None:
     """Of 2048 pixels and more; Sana 1.5, whose heads are no units; with what no published one has."""
     denoiser = build_denoiser("sana", num_layers=2, **changes)
+    assert problems(family_of(denoiser), denoiser, onnx=False) == []
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_refiner_layers": 2}, {"num_kv_heads": 6}, {"num_kv_heads": 1}, {"patch_size": 1}]
+)
+def test_nothing_is_wrong_with_other_lumina2s(changes: dict[str, Any], build_denoiser: Callable[..., Any]) -> None:
+    """Keys and values of their own for every head, or the same for all."""
+    denoiser = build_denoiser("lumina2", **changes)
     assert problems(family_of(denoiser), denoiser, onnx=False) == []
 
 

@@ -29,8 +29,9 @@ CASES += [
     ("pixart", {"sigma": True}),
     ("auraflow", {}),
     ("sana", {}),
+    ("qwen", {}),
+    ("lumina2", {}),
 ]
-CASES += [("pixart", {}), ("pixart", {"sigma": True}), ("auraflow", {}), ("sana", {}), ("qwen", {})]
 NAMES = {
     "sd3": ["text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae_decoder", "vae_encoder"],
     "sd15": ["text_encoder", "unet", "vae_decoder", "vae_encoder"],
@@ -41,6 +42,7 @@ NAMES = {
     "auraflow": ["text_encoder", "transformer", "vae_decoder", "vae_encoder"],
     "sana": ["text_encoder", "transformer", "vae_decoder", "vae_encoder"],
     "qwen": ["text_encoder", "transformer", "vae_decoder", "vae_encoder"],
+    "lumina2": ["text_encoder", "transformer", "vae_decoder", "vae_encoder"],
 }
 
 
@@ -265,6 +267,39 @@ def test_the_graphs_of_a_shrunk_sana_take_any_size(
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     component = replace(of(pipeline, "sana")["transformer"], more_inputs=tuple(others))
     assert compare(component, export(component, tmp_path, dtype=torch.float32)).max_relative_error < 1e-4
+
+
+def test_the_graph_of_a_shrunk_lumina2_packs_texts_of_any_length_as_diffusers_does(
+    build_denoiser: Callable[..., Any], tmp_path: Path
+) -> None:
+    """A batch has texts of 1 to 9 tokens, which diffusers cuts apart and the graph masks."""
+    denoiser, family = build_denoiser("lumina2", num_layers=1), FAMILIES["lumina2"]
+    shrink(denoiser, family, {"context_refiner.0.attn.heads": [0, 2], "layers.0.feed_forward.neurons": [1, 4, 6]})
+    others = []
+    for lengths, size in (([1], (2, 2)), ([9, 1, 4], (6, 20)), ([5, 5], (128, 4)), ([2, 7], (8, 8))):
+        inputs = family.example(denoiser, batch=len(lengths), size=size, text_tokens=9, pixels=(64, 96))
+        shown = (torch.arange(9) < torch.tensor(lengths)[:, None]).float()
+        others.append({**inputs, "encoder_attention_mask": shown})
+    component = family.component(denoiser, height=64, width=64)
+    with torch.no_grad():
+        for inputs in others:
+            expected = -denoiser(**family.arguments(inputs)).sample
+            # places are float32 sines here and float64 ones there
+            torch.testing.assert_close(run(component, inputs)[0], expected, rtol=0, atol=1e-5)
+    component = replace(component, more_inputs=tuple(others))
+    assert compare(component, export(component, tmp_path, dtype=torch.float32)).max_relative_error < 1e-4
+
+
+def test_lumina2_reads_gemma_in_front_of_its_last_layer_behind_a_system_prompt(
+    build_pipeline: Callable[..., Any],
+) -> None:
+    pipeline = build_pipeline("lumina2")
+    component = of(pipeline, "lumina2")["text_encoder"]
+    assert component.config["system_prompt"] == "draw"
+    assert component.outputs == ("hidden_states.1",)  # of 2 layers
+    with torch.no_grad():
+        expected = pipeline.text_encoder(**component.inputs, output_hidden_states=True).hidden_states[-2]
+    assert torch.equal(run(component, component.inputs)[0], expected)
 
 
 def test_sana_on_the_scheduler_s_timesteps_is_diffusers_on_scaled_ones(build_pipeline: Callable[..., Any]) -> None:

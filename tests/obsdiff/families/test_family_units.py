@@ -17,8 +17,7 @@ from obsdiff.settings import Settings
 from obsdiff.shrinking import shrink
 from obsdiff_runtime.errors import ConfigError, ModelError
 
-KINDS = ["sd3", "sd35", "sd15", "sdxl", "flux", "flux2", "pixart", "pixart_sigma", "sana"]
-KINDS = ["sd3", "sd35", "sd15", "sdxl", "flux", "pixart", "pixart_sigma", "sana", "qwen"]
+KINDS = ["sd3", "sd35", "sd15", "sdxl", "flux", "flux2", "pixart", "pixart_sigma", "sana", "qwen", "lumina2"]
 
 
 def test_an_sd3_block_has_eight_inputs_and_the_last_one_five(build_denoiser: Callable[..., Any]) -> None:
@@ -123,6 +122,18 @@ def test_a_qwen_image_of_another_kind_is_refused(option: str, build_denoiser: Ca
     denoiser = build_denoiser("qwen", num_layers=1, **{option: True})
     with pytest.raises(ModelError, match=f"has {option}, as those that edit images do"):
         FAMILIES["qwen"].linears(denoiser)
+
+
+def test_heads_that_share_keys_and_values_go_with_them(build_denoiser: Callable[..., Any]) -> None:
+    """Of 6 heads of 8 channels two read each of 3 keys."""
+    denoiser = build_denoiser("lumina2")
+    attention = denoiser.layers[0].attn
+    keys, queries = attention.to_k.weight.clone(), attention.to_q.weight.clone()
+    shrink(denoiser, FAMILIES["lumina2"], {"layers.0.attn.heads": [0, 2]})
+    assert attention.heads == 4
+    assert torch.equal(attention.to_k.weight, torch.cat([keys[:8], keys[16:]]))
+    assert torch.equal(attention.to_q.weight, torch.cat([queries[:16], queries[32:]]))
+    assert attention.to_out[0].weight.shape == (48, 32)
 
 
 def test_geglu_holds_a_neuron_twice(build_denoiser: Callable[..., Any]) -> None:

@@ -19,6 +19,9 @@ from obsdiff.families.table import FAMILIES, family_of
 from obsdiff.settings import Settings
 from obsdiff_runtime.errors import ConfigError, ModelError
 
+# of diffusers' Chroma
+pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")
+
 PROMPTS = ["a cat", "a dog"]
 SMALL: dict[str, Any] = {
     "steps": 3,
@@ -34,21 +37,13 @@ def zeros_of_four(weight: torch.Tensor) -> torch.Tensor:
 
 
 def test_it_is_the_family_of_what_no_other_one_describes(build_undescribed: Callable[[str], DiffusionPipeline]) -> None:
-    assert family_of("Lumina2Transformer2DModel") is FAMILIES["generic"]
+    assert family_of("ChromaTransformer2DModel") is FAMILIES["generic"]
     assert family_of(build_undescribed("chroma").transformer) is FAMILIES["generic"]
     assert family_of("SD3Transformer2DModel") is FAMILIES["sd3"]
 
 
 @pytest.mark.stage("weights")
-@pytest.mark.parametrize(
-    ("kind", "method"),
-    [
-        ("lumina2", "streamed"),
-        ("lumina2", "obsdiff"),
-        ("chroma", "streamed"),
-        ("chroma", "wanda"),
-    ],
-)
+@pytest.mark.parametrize(("kind", "method"), [("chroma", "streamed"), ("chroma", "obsdiff"), ("chroma", "wanda")])
 def test_every_linear_of_its_blocks_gets_the_pattern_and_nothing_else_changes(
     kind: str, method: str, build_undescribed: Callable[[str], DiffusionPipeline]
 ) -> None:
@@ -68,22 +63,22 @@ def test_every_linear_of_its_blocks_gets_the_pattern_and_nothing_else_changes(
 def test_linears_that_read_the_timestep_are_left_alone(
     build_undescribed: Callable[[str], DiffusionPipeline],
 ) -> None:
-    transformer = build_undescribed("lumina2").transformer
+    transformer = build_undescribed("chroma").transformer
     names = [linear.name for linear in generic.linears(transformer)]
     assert not any("norm" in name for name in names)
     inside = [
         name
         for name, module in transformer.named_modules()
-        if isinstance(module, nn.Linear) and re.match(r"(\w+_refiner|layers)\.", name) and "norm" not in name
+        if isinstance(module, nn.Linear) and re.match(r"(single_)?transformer_blocks\.", name) and "norm" not in name
     ]
     assert sorted(names) == sorted(inside)
 
 
-@pytest.mark.stage("saved", kind="lumina2")
+@pytest.mark.stage("saved", kind="chroma")
 def test_a_pruned_folder_loads_with_obsdiff_and_with_plain_diffusers(
     build_undescribed: Callable[[str], DiffusionPipeline], tmp_path: Path
 ) -> None:
-    build_undescribed("lumina2").save_pretrained(tmp_path / "dense")
+    build_undescribed("chroma").save_pretrained(tmp_path / "dense")
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
     prompts = str(tmp_path / "prompts.txt")
     settings = Settings(model=str(tmp_path / "dense"), sparsity="0.5", prompts_file=prompts, **SMALL)
@@ -100,7 +95,6 @@ def test_a_pruned_folder_loads_with_obsdiff_and_with_plain_diffusers(
     )
 
 
-@pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # of diffusers' Chroma
 @pytest.mark.stage("saved", kind="chroma")
 def test_eval_compares_it_with_the_dense_one(
     build_undescribed: Callable[[str], DiffusionPipeline], tmp_path: Path
@@ -117,7 +111,7 @@ def test_eval_compares_it_with_the_dense_one(
 def test_plan_says_that_its_macs_are_an_estimate(
     build_undescribed: Callable[[str], DiffusionPipeline], tmp_path: Path
 ) -> None:
-    build_undescribed("lumina2").save_pretrained(tmp_path / "dense")
+    build_undescribed("chroma").save_pretrained(tmp_path / "dense")
     plan = verbs.plan(Settings(model=str(tmp_path / "dense"), sparsity="2:4", height=64, width=64))
     assert any("MACs are an estimate" in note for note in plan.notes)
     assert plan.macs_before > 0
@@ -126,7 +120,7 @@ def test_plan_says_that_its_macs_are_an_estimate(
 @pytest.mark.stage("structured", refused=True)
 @pytest.mark.parametrize(
     ("kind", "sparsity"),
-    [("lumina2", "structured:0.2+2:4"), ("lumina2", "heads:0.5"), ("chroma", "ffn:0.3")],
+    [("chroma", "structured:0.2+2:4"), ("chroma", "heads:0.5"), ("chroma", "ffn:0.3")],
 )
 def test_units_are_refused_and_the_page_is_named(
     kind: str, sparsity: str, build_undescribed: Callable[[str], DiffusionPipeline]
@@ -135,9 +129,8 @@ def test_units_are_refused_and_the_page_is_named(
         obsdiff.prune(build_undescribed(kind), prompts=PROMPTS, sparsity=sparsity, **SMALL)
 
 
-@pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # of diffusers' Chroma
 @pytest.mark.stage("engine", "runtime", refused=True)
-@pytest.mark.parametrize("kind", ["lumina2", "chroma"])
+@pytest.mark.parametrize("kind", ["chroma"])
 def test_export_refuses_before_anything_runs(
     kind: str, build_undescribed: Callable[[str], DiffusionPipeline], tmp_path: Path
 ) -> None:
@@ -154,6 +147,6 @@ def test_a_denoiser_without_lists_of_blocks_is_an_error() -> None:
 def test_its_configuration_alone_is_not_enough_for_a_plan(
     build_undescribed: Callable[[str], DiffusionPipeline], tmp_path: Path
 ) -> None:
-    build_undescribed("lumina2").transformer.save_config(tmp_path)
+    build_undescribed("chroma").transformer.save_config(tmp_path)
     with pytest.raises(ModelError, match="name its pipeline's folder"):
         verbs.plan(Settings(model=str(tmp_path), sparsity="2:4"))
