@@ -21,6 +21,7 @@ FAMILIES: Final = {
     "pixart": "`pixart`: PixArt-alpha, PixArt-sigma",
     "auraflow": "`auraflow`: AuraFlow",
     "sana": "`sana`: Sana",
+    "hunyuan": "`hunyuan`: HunyuanDiT",
     "lumina2": "no family: Lumina-2",
     "chroma": "no family: Chroma",
 }

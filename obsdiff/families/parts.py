@@ -221,7 +221,7 @@ def text_encoders(pipeline: DiffusionPipeline) -> list[Component]:
     """The text encoders that are present, in the pipeline's order.
 
     Raises:
-        ModelError: one is none of CLIP, T5, UMT5 and Gemma-2.
+        ModelError: one is none of CLIP, T5, UMT5, BERT and Gemma-2.
     """
     found = []
     for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
@@ -233,13 +233,15 @@ def text_encoders(pipeline: DiffusionPipeline) -> list[Component]:
             found.append(_clip(name, model))
         elif kind in ("T5EncoderModel", "UMT5EncoderModel"):
             found.append(_sequence(name, model, _T5(model), masked=_masks_text(pipeline)))
+        elif kind == "BertModel":
+            found.append(_sequence(name, model, _Masked(model), masked=True, length=CLIP_TOKENS))
         elif kind == "Gemma2Model":
             told = {INSTRUCTION: instruction(pipeline)}
-            found.append(_sequence(name, model, _Gemma2(model), masked=True, told=told))
+            found.append(_sequence(name, model, _Masked(model), masked=True, told=told))
         else:
             raise ModelError(
                 f"{name} is a {kind}; known are CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel, "
-                "UMT5EncoderModel and Gemma2Model"
+                "UMT5EncoderModel, BertModel and Gemma2Model"
             )
     return found
 
@@ -289,8 +291,8 @@ class _T5(Flat):
         return states
 
 
-class _Gemma2(Flat):
-    """Tokens (b, l), and 0 where they are padding, (b, l), to the last hidden state (b, l, width)."""
+class _Masked(Flat):
+    """Gemma-2 or BERT: tokens (b, l), and 0 where they are padding, (b, l), to the last hidden state (b, l, width)."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         found = self.source(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
@@ -309,20 +311,29 @@ def padded(batch: int, length: int, *, dtype: torch.dtype) -> Tensor:
     return (torch.arange(length) < (length - torch.arange(batch)[:, None]).clamp_min(1)).to(dtype)
 
 
-def _sequence(name: str, model: Any, flat: Flat, *, masked: bool, told: Mapping[str, Any] | None = None) -> Component:
-    """A text encoder of any length; `told` is written beside its configuration."""
+def _sequence(
+    name: str,
+    model: Any,
+    flat: Flat,
+    *,
+    masked: bool,
+    length: int | None = None,
+    told: Mapping[str, Any] | None = None,
+) -> Component:
+    """A text encoder of any length, or always of one; `told` is written beside its configuration."""
     generator = torch.Generator().manual_seed(_SEED)
     examples = [
-        {"input_ids": torch.randint(2, model.config.vocab_size, (batch, length), generator=generator)}
-        for batch, length in ((2, 11), (3, 7), (1, 13))
+        {"input_ids": torch.randint(2, model.config.vocab_size, (batch, length or tokens), generator=generator)}
+        for batch, tokens in ((2, 11), (3, 7), (1, 13))
     ]
     for example in examples if masked else ():
         example["attention_mask"] = padded(*example["input_ids"].shape, dtype=torch.int64)
+    axes = {0: "batch"} if length else {0: "batch", 1: "sequence"}
     return Component(
         name=name,
         module=flat,
         inputs=examples[0],
-        dynamic_axes={key: {0: "batch", 1: "sequence"} for key in examples[0]},
+        dynamic_axes={key: axes for key in examples[0]},
         outputs=("last_hidden_state",),
         config={**config_of(model), **(told or {})},
         more_inputs=tuple(examples[1:]),

@@ -5,7 +5,7 @@ from typing import Final
 import diffusers
 from torch import nn
 
-from obsdiff.families import Family, auraflow, flux, generic, pixart, sana, sd3, unet
+from obsdiff.families import Family, auraflow, flux, generic, hunyuan, pixart, sana, sd3, unet
 from obsdiff_runtime.errors import ModelError
 
 FAMILIES: Final[dict[str, Family]] = {
@@ -15,6 +15,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "pixart": pixart,
     "auraflow": auraflow,
     "sana": sana,
+    "hunyuan": hunyuan,
     "generic": generic,
 }
 

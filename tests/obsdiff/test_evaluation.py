@@ -421,6 +421,7 @@ def test_a_model_is_not_compared_with_itself_or_in_another_precision() -> None:
         ("pixart", "pixart", "proj_out", None),
         ("auraflow", "auraflow", "proj_out", None),
         ("sana", "sana", "proj_out", None),
+        ("hunyuan", "hunyuan", "proj_out", None),
         pytest.param(
             *("pixart_sigma", "pixart", "proj_out", HeunDiscreteScheduler),
             # diffusers' Heun hands torch tensors to numpy functions

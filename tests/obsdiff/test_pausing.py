@@ -14,7 +14,7 @@ from obsdiff.pausing import PausedPass
 from obsdiff.residuals import block_modules
 from obsdiff_runtime.errors import ModelError
 
-KINDS = ["sd3", "sd35", "sd15", "sdxl", "flux", "pixart", "pixart_sigma", "auraflow", "sana"]
+KINDS = ["sd3", "sd35", "sd15", "sdxl", "flux", "pixart", "pixart_sigma", "auraflow", "sana", "hunyuan"]
 Build = Callable[..., nn.Module]
 
 

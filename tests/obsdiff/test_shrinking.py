@@ -13,7 +13,7 @@ from obsdiff import pointwise
 from obsdiff.families.table import family_of
 from obsdiff.shrinking import columns, shrink
 
-KINDS = ["sd3", "sd35", "sd15", "sdxl", "flux", "pixart", "pixart_sigma", "auraflow", "sana"]
+KINDS = ["sd3", "sd35", "sd15", "sdxl", "flux", "pixart", "pixart_sigma", "auraflow", "sana", "hunyuan"]
 Keep = dict[str, list[int]]
 
 

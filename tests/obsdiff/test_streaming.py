@@ -25,7 +25,7 @@ from obsdiff.settings import Settings
 from obsdiff_runtime.errors import ModelError
 
 PROMPTS = ["a red circle", "a blue square", "a dog"]
-KINDS = ["sd3", "sd15", "sdxl", "flux", "pixart", "auraflow", "sana"]
+KINDS = ["sd3", "sd15", "sdxl", "flux", "pixart", "auraflow", "sana", "hunyuan"]
 SPARSITIES = ["2:4", "0.5", "structured:0.25", "structured:0.25+2:4"]
 WHOLE = {"protect_first": 0, "protect_last": 0, "align": 4}
 """Every block may lose units; what is kept of a feed-forward fits 2:4."""
@@ -242,7 +242,7 @@ def test_a_journal_on_disk_serves_as_well(prune: Prune, tmp_path: Path) -> None:
     assert not changed(first.denoiser, again.denoiser)
 
 
-@pytest.mark.parametrize("kind", ["sd3", "sd35", "sd15", "sdxl", "flux", "pixart", "auraflow", "sana"])
+@pytest.mark.parametrize("kind", ["sd3", "sd35", "sd15", "sdxl", "flux", "pixart", "auraflow", "sana", "hunyuan"])
 def test_reordered_channels_change_nothing_of_a_dense_model(
     kind: str, build_denoiser: Callable[..., nn.Module], denoise: Denoise
 ) -> None:
@@ -338,6 +338,7 @@ def test_only_linears_that_are_reported_change(kind: str, shared: Shared, dense:
         ("flux", "structured:0.25"),
         ("pixart", "structured:0.25+2:4"),
         ("auraflow", "structured:0.25+2:4"),
+        ("hunyuan", "structured:0.25+2:4"),
     ],
 )
 def test_saved_and_loaded_it_gives_the_same_output(

@@ -16,7 +16,7 @@ from obsdiff.families.checking import problems
 from obsdiff.families.table import family_of
 from obsdiff.groups import Group, LinearSpec
 
-KINDS = ["sd3", "sd35", "sd15", "sdxl", "flux", "pixart", "sana"]
+KINDS = ["sd3", "sd35", "sd15", "sdxl", "flux", "pixart", "sana", "hunyuan"]
 
 
 def sd3_but(**changes: Any) -> Any:

@@ -19,7 +19,7 @@ from obsdiff_export.parity import compare
 from obsdiff_runtime.errors import ModelError
 
 CASES = [("sd3", {"with_t5": True}), ("sd15", {}), ("sdxl", {}), ("flux", {}), ("flux", {"guidance_embeds": False})]
-CASES += [("pixart", {}), ("pixart", {"sigma": True}), ("auraflow", {}), ("sana", {})]
+CASES += [("pixart", {}), ("pixart", {"sigma": True}), ("auraflow", {}), ("sana", {}), ("hunyuan", {})]
 NAMES = {
     "sd3": ["text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae_decoder", "vae_encoder"],
     "sd15": ["text_encoder", "unet", "vae_decoder", "vae_encoder"],
@@ -28,6 +28,7 @@ NAMES = {
     "pixart": ["text_encoder", "transformer", "vae_decoder", "vae_encoder"],
     "auraflow": ["text_encoder", "transformer", "vae_decoder", "vae_encoder"],
     "sana": ["text_encoder", "transformer", "vae_decoder", "vae_encoder"],
+    "hunyuan": ["text_encoder", "text_encoder_2", "transformer", "vae_decoder", "vae_encoder"],
 }
 
 

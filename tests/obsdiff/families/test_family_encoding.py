@@ -22,6 +22,7 @@ CASES = [
     ("pixart", {"sigma": True}),
     ("auraflow", {}),
     ("sana", {}),
+    ("hunyuan", {}),
 ]
 
 

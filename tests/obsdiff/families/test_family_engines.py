@@ -33,6 +33,7 @@ SIZES = {"batch": (1, 2, 4), "height": 8, "width": 8, "text_tokens": (1, 7, 20)}
         ("pixart", "pixart", "attn2.to_k.weight", "attn2.to_v.weight"),
         ("auraflow", "auraflow", "single_transformer_blocks.0.ff.linear_1.weight", "ff.linear_2.weight"),
         ("sana", "sana", "attn2.to_k.weight", "attn2.to_v.weight"),
+        ("hunyuan", "hunyuan", "attn2.to_k.weight", "attn2.to_v.weight"),
         ("flux", "flux", "single_transformer_blocks.0.attn.to_q.weight", "single_transformer_blocks.0.proj_mlp.weight"),
     ],
 )

@@ -17,7 +17,7 @@ from obsdiff.settings import Settings
 from obsdiff.shrinking import shrink
 from obsdiff_runtime.errors import ConfigError, ModelError
 
-KINDS = ["sd3", "sd35", "sd15", "sdxl", "flux", "pixart", "pixart_sigma", "sana"]
+KINDS = ["sd3", "sd35", "sd15", "sdxl", "flux", "pixart", "pixart_sigma", "sana", "hunyuan"]
 
 
 def test_an_sd3_block_has_eight_inputs_and_the_last_one_five(build_denoiser: Callable[..., Any]) -> None:
