@@ -22,6 +22,7 @@ noise alone: half of its channels are a variance that no sampler reads. A size i
 use_resolution_binning=False.
 """
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
@@ -146,8 +147,23 @@ def arguments(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
     return {**inputs, "style": torch.zeros_like(inputs["timestep"], dtype=torch.int64)}
 
 
+class _Conditions(parts.Flat):
+    """What norms are told of timestep, text and sizes, in the text's dtype: diffusers takes the timestep's."""
+
+    def forward(
+        self, timestep: Tensor, text: Tensor, sizes: Tensor | None, style: Tensor, hidden_dtype: torch.dtype
+    ) -> Tensor:
+        told: Tensor = self.source(timestep, text, sizes, style, hidden_dtype=text.dtype)
+        return told
+
+
 class _Flat(parts.Flat):
     """The transformer, without options; (b, channels, h, w) to the same."""
+
+    def __init__(self, source: Any) -> None:
+        view = copy.copy(source)
+        view._modules = {**source._modules, "time_extra_emb": _Conditions(source.time_extra_emb)}
+        super().__init__(view)
 
     def forward(
         self,

@@ -1,4 +1,4 @@
-"""Places of patches at any size, computed in the graph: as sines beside the patches, or as turns of queries and keys."""
+"""Places of patches at any size, computed in the graph: sines on top of patches, or turns of queries and keys."""
 
 from typing import Any, Final
 
@@ -44,16 +44,18 @@ def rotations(rows: int, columns: int, *, width: int, span: int, device: torch.d
     in the middle, both at whole places. The first half of a head is turned by the column, the second by the row.
 
     Args:
-        rows, columns: of patches.
+        rows: of patches.
+        columns: of patches.
         width: of a head, a multiple of 4.
         span: patches a side of the first images in training.
         device: of the result.
     """
     frequencies = torch.tensor(_frequencies(width // 4), dtype=torch.float32, device=device)
     turns = frequencies[:, None].expand(width // 4, 2).flatten()  # the two channels of a pair turn alike
-    sides = [torch.full((), side, dtype=torch.float32, device=device) for side in (rows, columns)]
-    scale = span / torch.maximum(*sides)
-    down, across = (_laid(count, side, scale, span)[:, None] * turns for count, side in zip((rows, columns), sides))
+    height, breadth = (torch.full((), side, dtype=torch.float32, device=device) for side in (rows, columns))
+    scale = span / torch.maximum(height, breadth)
+    down = _laid(rows, height, scale, span)[:, None] * turns
+    across = _laid(columns, breadth, scale, span)[:, None] * turns
     half = width // 2
     angles = torch.cat([across.expand(rows, columns, half), down[:, None].expand(rows, columns, half)], dim=-1)
     return angles.flatten(0, 1).cos(), angles.flatten(0, 1).sin()

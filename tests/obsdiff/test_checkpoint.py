@@ -98,7 +98,11 @@ def test_a_cut_and_masked_pipeline_comes_back_bit_by_bit(
 @pytest.mark.stage("saved")
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [("sd15", "unet"), ("sdxl", "unet"), *((kind, "transformer") for kind in ("flux", "pixart", "auraflow", "sana", "hunyuan"))],
+    [
+        ("sd15", "unet"),
+        ("sdxl", "unet"),
+        *((kind, "transformer") for kind in ("flux", "pixart", "auraflow", "sana", "hunyuan")),
+    ],
 )
 def test_another_family_s_cut_denoiser_comes_back_bit_by_bit(
     kind: str, name: str, build_pipeline: Callable[..., Any], denoise: Callable[[nn.Module], Tensor], tmp_path: Path

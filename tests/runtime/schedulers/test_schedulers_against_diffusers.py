@@ -184,7 +184,11 @@ def no_noise(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def is_stochastic(case: Case) -> bool:
-    return case[0] in (ANCESTRAL, "DDPMScheduler") or bool(case[1].get("stochastic_sampling")) or SDE.items() <= case[1].items()
+    return (
+        case[0] in (ANCESTRAL, "DDPMScheduler")
+        or bool(case[1].get("stochastic_sampling"))
+        or SDE.items() <= case[1].items()
+    )
 
 
 def both(case: Case, steps: int, noise: Noise) -> tuple[Any, Scheduler]:
