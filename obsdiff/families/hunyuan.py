@@ -24,6 +24,7 @@ use_resolution_binning=False.
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -53,8 +54,12 @@ _ORIGINAL: Final = (1024, 1024)  # pixels; of the picture that the drawn one is 
 
 def linears(denoiser: nn.Module) -> tuple[LinearSpec, ...]:
     """See `Family.linears`. Tiers: skip, attn1 in, attn1 out, attn2 in, attn2 out, into the neurons, out of them."""
-    blocks = ((block, prefix, inputs) for block, (prefix, inputs) in enumerate(_blocks(denoiser)))
-    return layers.of_blocks(denoiser, blocks, _writes, common=(_TEXT,))
+    named = list(_blocks(denoiser))
+    blocks = ((block, prefix, inputs) for block, (prefix, inputs) in enumerate(named))
+    return tuple(
+        replace(linear, since=len(named) - 1 - linear.block) if linear.name.endswith(".skip_linear") else linear
+        for linear in layers.of_blocks(denoiser, blocks, _writes, common=(_TEXT,))
+    )
 
 
 def output(denoiser: nn.Module) -> LinearSpec | None:

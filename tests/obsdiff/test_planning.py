@@ -218,6 +218,15 @@ def test_hunyuan_has_its_published_size_and_its_skips_read_two_streams(name: str
     assert plan.macs_before - plan.macs_after == 40 * (patch * image + token * text)
 
 
+def test_hunyuan_holds_nineteen_skips_in_both_streams_at_its_middle() -> None:
+    plan = planned("hunyuan_v12", "2:4", workload=STREAMED)
+    assert plan.streams is not None
+    image, text = 4096 * 1408, (77 + 256) * 1024
+    outputs = 256 * (13 * 1408 + 6144)  # of the tokens looked at, those that write twice
+    rows = round(STREAMED.evaluations * STREAMED.kept_share)
+    assert plan.streams.stream_bytes == 4 * rows * (3 * (image + text) + 2 * 19 * image + outputs)
+
+
 @pytest.mark.parametrize(("share", "billions", "tera"), [("15%", 2.24, 5.33), ("20%", 2.13, 5.12), ("30%", 1.91, 4.70)])
 def test_structured_sdxl_comes_out_as_printed(share: str, billions: float, tera: float) -> None:
     """All 70 blocks; "TFLOPs" are two per MAC here."""

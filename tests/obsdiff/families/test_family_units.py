@@ -54,6 +54,21 @@ def test_a_single_flux_block_reads_heads_and_neurons_side_by_side(build_denoiser
     }
 
 
+def test_a_hunyuan_skip_reads_what_an_earlier_block_gave(build_denoiser: Callable[..., Any]) -> None:
+    denoiser = build_denoiser("hunyuan", num_layers=6)
+    linears, given, read = FAMILIES["hunyuan"].linears(denoiser), {}, {}
+    for index, block in enumerate(denoiser.blocks):
+        block.register_forward_hook(lambda _, __, output, index=index: given.__setitem__(index, output))
+        if block.skip_linear is not None:
+            block.skip_norm.register_forward_pre_hook(lambda _, args, index=index: read.__setitem__(index, args[0]))
+    inputs = FAMILIES["hunyuan"].example(denoiser, batch=1, size=(4, 4), text_tokens=7, pixels=(32, 32))
+    denoiser(**FAMILIES["hunyuan"].arguments(inputs))
+    since = {linear.block: linear.since for linear in linears if linear.since is not None}
+    assert since == {4: 1, 5: 0}
+    for block, earlier in since.items():
+        assert torch.equal(read[block], torch.cat([given[block - 1], given[earlier]], dim=-1))
+
+
 def test_a_sana_neuron_takes_two_filters_with_it(build_denoiser: Callable[..., Any]) -> None:
     denoiser = build_denoiser("sana")
     group = next(group for group in FAMILIES["sana"].groups(denoiser) if group.kind == "ffn")
