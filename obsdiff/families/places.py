@@ -50,8 +50,9 @@ def rotations(rows: int, columns: int, *, width: int, span: int, device: torch.d
         span: patches a side of the first images in training.
         device: of the result.
     """
-    frequencies = torch.tensor(_frequencies(width // 4), dtype=torch.float32, device=device)
-    turns = frequencies[:, None].expand(width // 4, 2).flatten()  # the two channels of a pair turn alike
+    count = width // 4
+    frequencies = _LONGEST_PERIOD ** (torch.arange(count, dtype=torch.float32, device=device) / -count)
+    turns = frequencies[:, None].expand(count, 2).flatten()  # the two channels of a pair turn alike
     height, breadth = (torch.full((), side, dtype=torch.float32, device=device) for side in (rows, columns))
     scale = span / torch.maximum(height, breadth)
     down = _laid(rows, height, scale, span)[:, None] * turns
@@ -64,7 +65,7 @@ def rotations(rows: int, columns: int, *, width: int, span: int, device: torch.d
 def _laid(count: int, side: Tensor, scale: Tensor, span: int) -> Tensor:
     """(count,): places of patches in the middle of the square; `side` is their number as a tensor."""
     length = torch.round(scale * side)
-    start = torch.round((span - length) / 2)
+    start = torch.round((length - span) / -2)  # half of what is left beside it
     last = (start + length) * (side - 1) / side
     return start + torch.arange(count, dtype=torch.float32, device=side.device) * (
         (last - start) / (side - 1).clamp_min(1)
