@@ -68,6 +68,7 @@ class LinearSpec:
         in_features, out_features: widths.
         tokens: which sequence it runs over, a key of Family.tokens(): "image", "text", or a resolution of a UNet.
         writes: where it writes to a residual stream; None: it does not, or another linear of its tier does.
+        since: block whose result is the second half of what it reads (a skip connection), and is held until then.
     """
 
     name: str
@@ -78,6 +79,7 @@ class LinearSpec:
     out_features: int
     tokens: str
     writes: Write | None = None
+    since: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

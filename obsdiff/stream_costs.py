@@ -16,6 +16,9 @@ from obsdiff.residuals import block_modules
 STREAM_COPIES: Final = 3
 """Of a kept call's hidden states: one in each stream, and what the call was recorded with."""
 
+SKIP_COPIES: Final = 2
+"""Of what a skip connection holds: one in each stream."""
+
 WIDE_PRODUCTS: Final = 8
 """Products of float64 around a solve, counted twice: the best dense weight, and losses."""
 
@@ -75,7 +78,7 @@ def plan_streams(
     for linear in solved:
         width = linear.out_features * (1 if linear.writes is None else 2)
         outputs[linear.block] = outputs.get(linear.block, 0) + counted[linear.name] * width
-    held = STREAM_COPIES * _hidden(everything, positions) + max(outputs.values(), default=0)
+    held = _hidden(everything, positions) + max(outputs.values(), default=0)
     rows = round(workload.evaluations * workload.kept_share)
     runs = workload.kept_calls * (2 * blocks + len(tiers))
     return StreamPlan(
@@ -179,17 +182,26 @@ def _solved_bytes(solved: Sequence[LinearSpec]) -> int:
 
 
 def _hidden(linears: Sequence[LinearSpec], positions: Mapping[str, int]) -> int:
-    """Entries of a row's hidden states, at the block where they are most.
+    """Entries of a row's hidden states, all copies, at the block where they are most.
 
-    A sequence is held from the first block that reads it to the last, so that a UNet's skip connections are counted.
+    A sequence is held from the first block that reads it to the last, so that a UNet's skip connections are counted;
+    those between blocks of one sequence are held for the linears that say `since` when.
     """
     sizes = {linear.tokens: positions[linear.name] * linear.in_features for linear in reversed(linears)}
     first = {linear.tokens: linear.block for linear in reversed(linears)}
     last = {linear.tokens: linear.block for linear in linears}
-    blocks = {linear.block for linear in linears}
-    return max(
-        (sum(size for key, size in sizes.items() if first[key] <= block <= last[key]) for block in blocks), default=0
-    )
+    skips = [
+        (linear.since, linear.block, positions[linear.name] * linear.in_features // 2)
+        for linear in linears
+        if linear.since is not None
+    ]
+
+    def held(block: int) -> int:
+        sequences = sum(size for key, size in sizes.items() if first[key] <= block <= last[key])
+        skipped = sum(size for start, end, size in skips if start < block <= end)
+        return STREAM_COPIES * sequences + SKIP_COPIES * skipped
+
+    return max((held(linear.block) for linear in linears), default=0)
 
 
 def _tiers(linears: Sequence[LinearSpec]) -> list[tuple[LinearSpec, ...]]:

@@ -24,6 +24,7 @@ FAMILIES: Final = {
     "sana": "`sana`: Sana",
     "qwen": "`qwen`: Qwen-Image",
     "lumina2": "`lumina2`: Lumina-2",
+    "hunyuan": "`hunyuan`: HunyuanDiT",
     "chroma": "no family: Chroma",
 }
 STAGES: Final = {

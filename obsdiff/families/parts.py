@@ -261,7 +261,7 @@ def text_encoders(pipeline: DiffusionPipeline) -> list[Component]:
     """The text encoders that are present, in the pipeline's order.
 
     Raises:
-        ModelError: one is none of CLIP, T5, UMT5, Gemma-2, Qwen2.5-VL, Qwen3 and Mistral-3.
+        ModelError: one is none of CLIP, T5, UMT5, BERT, Gemma-2, Qwen2.5-VL, Qwen3 and Mistral-3.
     """
     found = []
     for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
@@ -273,11 +273,13 @@ def text_encoders(pipeline: DiffusionPipeline) -> list[Component]:
             found.append(_clip(name, model))
         elif kind in ("T5EncoderModel", "UMT5EncoderModel"):
             found.append(_sequence(name, model, _T5(model), masked=_masks_text(pipeline)))
+        elif kind == "BertModel":
+            found.append(_sequence(name, model, _Masked(model), masked=True, length=CLIP_TOKENS))
         elif kind == "Gemma2Model":
             prompt = getattr(pipeline, SYSTEM_PROMPT, None)
             told = {INSTRUCTION: instruction(pipeline)} if prompt is None else {SYSTEM_PROMPT: prompt}
             output = "last_hidden_state" if prompt is None else f"hidden_states.{model.config.num_hidden_layers - 1}"
-            found.append(_sequence(name, model, _Gemma2(model, output), masked=True, output=output, told=told))
+            found.append(_sequence(name, model, _Masked(model, output), masked=True, output=output, told=told))
         elif kind == "Qwen2_5_VLForConditionalGeneration":
             told = encode_template(pipeline)
             found.append(_sequence(name, model, _Qwen(model), masked=True, told=told))
@@ -288,8 +290,8 @@ def text_encoders(pipeline: DiffusionPipeline) -> list[Component]:
         else:
             raise ModelError(
                 f"{name} is a {kind}; known are CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel, "
-                "UMT5EncoderModel, Gemma2Model, Qwen2_5_VLForConditionalGeneration, Qwen3ForCausalLM and "
-                "Mistral3ForConditionalGeneration"
+                "UMT5EncoderModel, BertModel, Gemma2Model, Qwen2_5_VLForConditionalGeneration, "
+                "Qwen3ForCausalLM and Mistral3ForConditionalGeneration"
             )
     return found
 
@@ -339,13 +341,13 @@ class _T5(Flat):
         return states
 
 
-class _Gemma2(Flat):
-    """Tokens (b, l), and 0 where they are padding, (b, l), to hidden states (b, l, width).
+class _Masked(Flat):
+    """Gemma-2 or BERT: tokens (b, l), and 0 where they are padding, (b, l), to hidden states (b, l, width).
 
     They are the last ones, normalised; of pipelines with a system prompt (Lumina-2) those in front of the last layer.
     """
 
-    def __init__(self, source: nn.Module, output: str) -> None:
+    def __init__(self, source: nn.Module, output: str = "last_hidden_state") -> None:
         super().__init__(source)
         self._ahead = output != "last_hidden_state"
 
@@ -444,21 +446,23 @@ def _sequence(
     *,
     masked: bool,
     told: Mapping[str, Any] | None = None,
+    length: int | None = None,
     output: str = "last_hidden_state",
 ) -> Component:
-    """A text encoder of any length; `told` is written beside its configuration."""
-    generator, tokens = torch.Generator().manual_seed(_SEED), model.get_input_embeddings().num_embeddings
+    """A text encoder of any length, or always of one; `told` is written beside its configuration."""
+    generator, words = torch.Generator().manual_seed(_SEED), model.get_input_embeddings().num_embeddings
     examples = [
-        {"input_ids": torch.randint(2, tokens, (batch, length), generator=generator)}
-        for batch, length in ((2, 11), (3, 7), (1, 13))
+        {"input_ids": torch.randint(2, words, (batch, length or tokens), generator=generator)}
+        for batch, tokens in ((2, 11), (3, 7), (1, 13))
     ]
     for example in examples if masked else ():
         example["attention_mask"] = padded(*example["input_ids"].shape, dtype=torch.int64)
+    axes = {0: "batch"} if length else {0: "batch", 1: "sequence"}
     return Component(
         name=name,
         module=flat,
         inputs=examples[0],
-        dynamic_axes={key: {0: "batch", 1: "sequence"} for key in examples[0]},
+        dynamic_axes={key: axes for key in examples[0]},
         outputs=(output,),
         config={**config_of(model), **(told or {})},
         more_inputs=tuple(examples[1:]),

@@ -1,4 +1,4 @@
-"""Patches of latents with the sines of their places, at any size: diffusers' `PatchEmbed` as families export it."""
+"""Places of patches at any size, computed in the graph: sines on top of patches, or turns of queries and keys."""
 
 from typing import Any, Final
 
@@ -35,6 +35,41 @@ class Patches(nn.Module):
         steps = torch.arange(places, dtype=torch.float32, device=device) * self._span / places
         angles = steps[:, None] * frequencies
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def rotations(rows: int, columns: int, *, width: int, span: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, (tokens, width) each, by which HunyuanDiT's pipeline turns queries and keys.
+
+    The grid of the patches is laid into a square of side `span`, its longer side from edge to edge and its shorter one
+    in the middle, both at whole places. The first half of a head is turned by the column, the second by the row.
+
+    Args:
+        rows: of patches.
+        columns: of patches.
+        width: of a head, a multiple of 4.
+        span: patches a side of the first images in training.
+        device: of the result.
+    """
+    count = width // 4
+    frequencies = _LONGEST_PERIOD ** (torch.arange(count, dtype=torch.float32, device=device) / -count)
+    turns = frequencies[:, None].expand(count, 2).flatten()  # the two channels of a pair turn alike
+    height, breadth = (torch.full((), side, dtype=torch.float32, device=device) for side in (rows, columns))
+    scale = span / torch.maximum(height, breadth)
+    down = _laid(rows, height, scale, span)[:, None] * turns
+    across = _laid(columns, breadth, scale, span)[:, None] * turns
+    half = width // 2
+    angles = torch.cat([across.expand(rows, columns, half), down[:, None].expand(rows, columns, half)], dim=-1)
+    return angles.flatten(0, 1).cos(), angles.flatten(0, 1).sin()
+
+
+def _laid(count: int, side: Tensor, scale: Tensor, span: int) -> Tensor:
+    """(count,): places of patches in the middle of the square; `side` is their number as a tensor."""
+    length = torch.round(scale * side)
+    start = torch.round((length - span) / -2)  # half of what is left beside it
+    last = (start + length) * (side - 1) / side
+    return start + torch.arange(count, dtype=torch.float32, device=side.device) * (
+        (last - start) / (side - 1).clamp_min(1)
+    )
 
 
 def _frequencies(count: int) -> tuple[float, ...]:

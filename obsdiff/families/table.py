@@ -5,7 +5,20 @@ from typing import Final
 import diffusers
 from torch import nn
 
-from obsdiff.families import Family, auraflow, flux, flux2, generic, lumina2, pixart, qwen, sana, sd3, unet
+from obsdiff.families import (
+    Family,
+    auraflow,
+    flux,
+    flux2,
+    generic,
+    hunyuan,
+    lumina2,
+    pixart,
+    qwen,
+    sana,
+    sd3,
+    unet,
+)
 from obsdiff_runtime.errors import ModelError
 
 FAMILIES: Final[dict[str, Family]] = {
@@ -18,6 +31,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "sana": sana,
     "qwen": qwen,
     "lumina2": lumina2,
+    "hunyuan": hunyuan,
     "generic": generic,
 }
 

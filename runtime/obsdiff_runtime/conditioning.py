@@ -17,6 +17,7 @@ PACKED: Final = 2  # latent pixels a side of a token, which the pipeline packs; 
 PIXART_ADDED: Final = 128  # sample_size of a denoiser that is told the image's size where its config does not say
 QWEN_TEMPLATE: Final = "prompt_template_encode"  # of diffusers' pipeline; in the configuration of its text encoder
 QWEN_DROPPED: Final = "prompt_template_encode_start_idx"  # likewise: tokens of the template in front of the prompt
+HUNYUAN_ORIGINAL: Final = (1024, 1024)  # pixels; the pipeline's default for the picture that the drawn one is made of
 SANA_INSTRUCTION: Final = "complex_human_instruction"  # in the configuration of its text encoder: lines
 LUMINA2_PROMPT: Final = "system_prompt"  # likewise: what prompts stand behind
 
@@ -245,6 +246,24 @@ def encode_lumina2(networks: Networks, prompts: Sequence[str], negative: bool, s
     return {"encoder_hidden_states": states[output], "encoder_attention_mask": mask.astype(np.float32)}
 
 
+def encode_hunyuan(networks: Networks, prompts: Sequence[str], negative: bool, settings: Settings) -> Conditions:
+    """BERT and T5, told what is padding, which tokens are not; up to version 1.1 of the denoiser, the image's size.
+
+    As with use_resolution_binning=False: the very size that is asked for is drawn.
+    """
+    config, told = networks.bundle.config("transformer"), {}
+    for suffix, name, length in (("", "", "text_len"), ("_2", "_t5", "text_len_t5")):
+        ids, mask = networks.tokenizer(f"tokenizer{suffix}").masked_ids(prompts, int(config[length]))
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        states = networks.run(f"text_encoder{suffix}", inputs, ["last_hidden_state"])
+        told[f"encoder_hidden_states{name}"] = states["last_hidden_state"]
+        told[f"text_embedding_mask{name}"] = mask.astype(np.float32)
+    if config["use_style_cond_and_image_meta_size"]:
+        sizes = np.array([*HUNYUAN_ORIGINAL, settings.height, settings.width, 0, 0], np.float32)
+        told["image_meta_size"] = np.tile(sizes, (len(prompts), 1))
+    return told
+
+
 def _clip(networks: Networks, suffix: str, prompts: Sequence[str], length: int, pooled: str | None) -> dict[str, Array]:
     """Penultimate hidden states (n, t, d) as "hidden", and the pooled output (n, p) if one is named."""
     encoder = f"text_encoder{suffix}"
@@ -404,6 +423,15 @@ LUMINA2: Final = Kind(
     counted=lambda channels, tokens: channels,  # diffusers' pipeline counts them in place of tokens
     kept_lengths=_lengths_of_rows,
 )
+HUNYUAN: Final = Kind(
+    denoiser="transformer",
+    noisy="hidden_states",
+    predicted="out_hidden_states",
+    encode=encode_hunyuan,
+    patch=lambda config: int(config["patch_size"]),
+    largest=lambda config: None,
+    skipped=_skipped_whole,  # as PixArt's
+)
 KINDS: Final[dict[str, Kind]] = {
     "StableDiffusion3Pipeline": SD3,
     "StableDiffusionPipeline": SD,
@@ -417,6 +445,7 @@ KINDS: Final[dict[str, Kind]] = {
     "Flux2Pipeline": FLUX2,
     "QwenImagePipeline": QWEN,
     "Lumina2Pipeline": LUMINA2,
+    "HunyuanDiTPipeline": HUNYUAN,
 }
 
 

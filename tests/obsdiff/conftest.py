@@ -18,12 +18,15 @@ from diffusers import (
     ChromaPipeline,
     ChromaTransformer2DModel,
     DDIMScheduler,
+    DDPMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    HunyuanDiT2DModel,
+    HunyuanDiTPipeline,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
     PixArtAlphaPipeline,
@@ -43,6 +46,9 @@ from diffusers.utils import logging as diffusers_logging
 from tokenizers import pre_tokenizers
 from torch import nn
 from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizer,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -262,6 +268,25 @@ def lumina2_transformer(**changes: Any) -> Lumina2Transformer2DModel:
     return Lumina2Transformer2DModel(**config | changes)
 
 
+def hunyuan_transformer(**changes: Any) -> HunyuanDiT2DModel:
+    """Four blocks of 4 heads of 8, the last with a skip, told sizes as up to version 1.1."""
+    config: dict[str, Any] = {
+        "num_attention_heads": 4,
+        "attention_head_dim": 8,
+        "in_channels": 4,
+        "patch_size": 2,
+        "sample_size": 16,
+        "hidden_size": 32,
+        "num_layers": 4,
+        "cross_attention_dim": 16,
+        "cross_attention_dim_t5": 24,
+        "pooled_projection_dim": 16,
+        "text_len": 5,
+        "text_len_t5": 8,
+    }
+    return HunyuanDiT2DModel(**{**config, **changes})
+
+
 DENOISERS: dict[str, Callable[..., nn.Module]] = {
     "sd3": sd3_transformer,
     "sd35": sd35_transformer,
@@ -275,6 +300,7 @@ DENOISERS: dict[str, Callable[..., nn.Module]] = {
     "sana": sana_transformer,
     "qwen": qwen_transformer,
     "lumina2": lumina2_transformer,
+    "hunyuan": hunyuan_transformer,
 }
 
 
@@ -307,6 +333,17 @@ def t5() -> tuple[T5Tokenizer, T5EncoderModel]:
     tokenizer = T5Tokenizer(vocab=pieces, extra_ids=0)
     config = T5Config(**T5_SIZES)
     return tokenizer, T5EncoderModel(config).eval()
+
+
+def bert() -> tuple[BertTokenizer, BertModel]:
+    """One token a letter."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    tokenizer = BertTokenizer(vocab={token: index for index, token in enumerate(tokens)})
+    config = BertConfig(
+        vocab_size=len(tokens), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    return tokenizer, BertModel(config).eval()
 
 
 def gemma2() -> tuple[GemmaTokenizer, Gemma2Model]:
@@ -408,7 +445,7 @@ def deep_autoencoder() -> AutoencoderDC:
     return AutoencoderDC(latent_channels=4, attention_head_dim=8, scaling_factor=0.41, **levels)
 
 
-def autoencoder(shift_factor: float | None = None, *, channels: tuple[int, ...] = (8, 16)) -> AutoencoderKL:
+def autoencoder(shift_factor: float | None = None, channels: tuple[int, ...] = (8, 16)) -> AutoencoderKL:
     """Two levels: a latent pixel is two pixels wide."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(channels),
@@ -561,6 +598,25 @@ def lumina2_pipeline(**changes: Any) -> Lumina2Pipeline:
     return pipeline
 
 
+def hunyuan_pipeline(**changes: Any) -> HunyuanDiTPipeline:
+    """Its call counts on 8 pixels a side of a latent pixel, and on the published lengths of text."""
+    torch.manual_seed(0)
+    tokenizer, text_encoder = bert()
+    tokenizer_2, text_encoder_2 = t5()
+    return HunyuanDiTPipeline(
+        vae=autoencoder(channels=(4, 4, 4, 8)).eval(),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        transformer=hunyuan_transformer(**{"text_len": 77, "text_len_t5": 256, **changes}).eval(),
+        scheduler=DDPMScheduler(clip_sample=False, steps_offset=1, prediction_type="v_prediction"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+        text_encoder_2=text_encoder_2,
+        tokenizer_2=tokenizer_2,
+    )
+
+
 PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "sd3": sd3_pipeline,
     "sd15": sd15_pipeline,
@@ -573,6 +629,7 @@ PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "sana": sana_pipeline,
     "qwen": qwen_pipeline,
     "lumina2": lumina2_pipeline,
+    "hunyuan": hunyuan_pipeline,
 }
 
 
@@ -670,7 +727,7 @@ def denoise() -> Callable[[nn.Module], torch.Tensor]:
                 return denoiser(**flux.arguments(inputs), return_dict=False)[0]
             if isinstance(denoiser, AuraFlowTransformer2DModel):
                 return denoiser(sample, noise(2, 7, config.joint_attention_dim), time / 1000, return_dict=False)[0]
-            if family_of(denoiser).name in ("flux2", "pixart", "sana", "qwen", "lumina2"):
+            if family_of(denoiser).name in ("flux2", "pixart", "sana", "qwen", "lumina2", "hunyuan"):
                 family = family_of(denoiser)
                 shape = {"batch": 2, "size": (12, 16), "text_tokens": 7, "pixels": (24, 32)}
                 return denoiser(**family.arguments(family.example(denoiser, **shape)), return_dict=False)[0]

@@ -424,6 +424,7 @@ def test_a_model_is_not_compared_with_itself_or_in_another_precision() -> None:
         ("sana", "sana", "proj_out", None),
         ("qwen", "qwen", "proj_out", None),
         ("lumina2", "lumina2", "norm_out.linear_2", None),
+        ("hunyuan", "hunyuan", "proj_out", None),
         pytest.param(
             *("pixart_sigma", "pixart", "proj_out", HeunDiscreteScheduler),
             # diffusers' Heun hands torch tensors to numpy functions

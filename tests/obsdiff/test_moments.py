@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kinds import EVERY
 from obsdiff import moments, pausing, pointwise
 from obsdiff.families.table import family_of
 from obsdiff.groups import LinearSpec, Write
@@ -218,9 +219,7 @@ def test_a_residual_stream_that_is_not_finite_is_an_error_that_names_the_layer(p
         sums.add(dense, pruned, 1.0)
 
 
-@pytest.mark.parametrize(
-    "kind", ["sd3", "sd35", "sd15", "sdxl", "flux", "flux2", "pixart", "auraflow", "sana", "qwen", "lumina2"]
-)
+@pytest.mark.parametrize("kind", EVERY)
 @torch.no_grad()
 def test_a_glance_sees_what_hooks_on_the_whole_model_see(kind: str, build_denoiser: Callable[..., nn.Module]) -> None:
     denoiser: Any = build_denoiser(kind)
@@ -262,9 +261,7 @@ def _hooked(denoiser: nn.Module, names: list[str], call: pausing.Arguments) -> d
     return found
 
 
-@pytest.mark.parametrize(
-    "kind", ["sd3", "sd35", "sd15", "sdxl", "flux", "flux2", "pixart", "auraflow", "sana", "qwen", "lumina2"]
-)
+@pytest.mark.parametrize("kind", EVERY)
 @torch.no_grad()
 def test_the_stream_before_a_linear_does_not_depend_on_what_it_writes(
     kind: str, build_denoiser: Callable[..., nn.Module]

@@ -8,26 +8,14 @@ import torch
 from greenlet import getcurrent
 from torch import Tensor, nn
 
+from kinds import EVERY
 from obsdiff import pausing
 from obsdiff.families.table import family_of
 from obsdiff.pausing import PausedPass
 from obsdiff.residuals import block_modules
 from obsdiff_runtime.errors import ModelError
 
-KINDS = [
-    "sd3",
-    "sd35",
-    "sd15",
-    "sdxl",
-    "flux",
-    "flux2",
-    "pixart",
-    "pixart_sigma",
-    "auraflow",
-    "sana",
-    "qwen",
-    "lumina2",
-]
+KINDS = EVERY
 Build = Callable[..., nn.Module]
 
 

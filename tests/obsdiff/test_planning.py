@@ -86,6 +86,16 @@ INPUTS: dict[str, dict[str, Any]] = {
         "encoder_attention_mask": nothing(1, 256).long(),
         "timestep": nothing(1),
     },
+    "hunyuan": {
+        "hidden_states": nothing(1, 4, 128, 128),
+        "timestep": nothing(1),
+        "encoder_hidden_states": nothing(1, 77, 1024),
+        "text_embedding_mask": nothing(1, 77),
+        "encoder_hidden_states_t5": nothing(1, 256, 2048),
+        "text_embedding_mask_t5": nothing(1, 256),
+        "image_meta_size": nothing(1, 6),
+        "style": torch.zeros(1, dtype=torch.int64, device="meta"),
+    },
 }
 
 
@@ -265,6 +275,31 @@ def test_lumina2_has_its_published_size_and_a_third_of_keys_and_values() -> None
     lost = weights // 4  # 2 of 8 keys with 6 of 24 heads that read them; a quarter of the neurons
     assert plan.parameters_before - plan.parameters_after == 30 * lost
     assert plan.macs_before - plan.macs_after == lost * tokens
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("hunyuan_v11", 1_516_534_048), ("hunyuan_v12", 1_499_952_032)])
+def test_hunyuan_has_its_published_size_and_its_skips_read_two_streams(name: str, parameters: int) -> None:
+    """Self-attention 4, queries and output of the other 2, the neurons 2 times 4.3637; a skip 2."""
+    plan = planned(name, "structured:25%")
+    assert plan.parameters_before == parameters  # 1.5 B, says the model's card
+    width, neurons, text_width, image, text = 1408, 6144, 1024, 4096, 77 + 256
+    a_patch, a_token = 6 * width**2 + 2 * width * neurons, 2 * width * text_width
+    products = 40 * (a_patch * image + a_token * text) + 19 * 2 * width**2 * image
+    assert products < plan.macs_before < 1.01 * products  # beside them biases, embeddings, and what a row needs once
+    heads = 4 * 88  # of 16 heads, in each of two attentions
+    patch = 4 * width * heads + 3 * heads + (2 * width + 1) * heads + (2 * width + 1) * neurons // 4
+    token = 2 * (text_width + 1) * heads
+    assert plan.parameters_before - plan.parameters_after == 40 * (patch + token)
+    assert plan.macs_before - plan.macs_after == 40 * (patch * image + token * text)
+
+
+def test_hunyuan_holds_nineteen_skips_in_both_streams_at_its_middle() -> None:
+    plan = planned("hunyuan_v12", "2:4", workload=STREAMED)
+    assert plan.streams is not None
+    image, text = 4096 * 1408, (77 + 256) * 1024
+    outputs = 256 * (13 * 1408 + 6144)  # of the tokens looked at, those that write twice
+    rows = round(STREAMED.evaluations * STREAMED.kept_share)
+    assert plan.streams.stream_bytes == 4 * rows * (3 * (image + text) + 2 * 19 * image + outputs)
 
 
 @pytest.mark.parametrize(("share", "billions", "tera"), [("15%", 2.24, 5.33), ("20%", 2.13, 5.12), ("30%", 1.91, 4.70)])
@@ -546,6 +581,7 @@ def test_tokens_of_the_family_agree_with_those_of_a_call() -> None:
     texts = {"sd3_medium": 77, "sdxl": 77, "flux1_dev": 512, "pixart_alpha_1024": 120}
     texts |= {"flux2_klein_4b": 512, "auraflow_v03": 256, "sana_600m_1024": 300, "qwen_image": 512}
     texts |= {"lumina_image_2": 256}
+    texts |= {"auraflow_v03": 256, "sana_600m_1024": 300, "hunyuan_v12": 77 + 256}
     for name, text in texts.items():
         denoiser, family, positions = model(name)
         config: Any = denoiser.config

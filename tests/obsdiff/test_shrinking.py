@@ -9,24 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kinds import EVERY
 from obsdiff import pointwise
 from obsdiff.families.table import family_of
 from obsdiff.shrinking import columns, shrink
 
-KINDS = [
-    "sd3",
-    "sd35",
-    "sd15",
-    "sdxl",
-    "flux",
-    "flux2",
-    "pixart",
-    "pixart_sigma",
-    "auraflow",
-    "sana",
-    "qwen",
-    "lumina2",
-]
+KINDS = EVERY
 Keep = dict[str, list[int]]
 
 

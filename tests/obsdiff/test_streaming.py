@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 import obsdiff
+from kinds import EVERY
 from obsdiff import allocation, calibration, pointwise, pruning, streaming
 from obsdiff.core import permutation
 from obsdiff.families.table import family_of
@@ -25,7 +26,7 @@ from obsdiff.settings import Settings
 from obsdiff_runtime.errors import ModelError
 
 PROMPTS = ["a red circle", "a blue square", "a dog"]
-KINDS = ["sd3", "sd15", "sdxl", "flux", "flux2", "pixart", "auraflow", "sana", "qwen", "lumina2"]
+KINDS = [kind for kind in EVERY if kind not in ("sd35", "pixart_sigma")]
 SPARSITIES = ["2:4", "0.5", "structured:0.25", "structured:0.25+2:4"]
 WHOLE = {"protect_first": 0, "protect_last": 0, "align": 4}
 """Every block may lose units; what is kept of a feed-forward fits 2:4."""
@@ -242,9 +243,7 @@ def test_a_journal_on_disk_serves_as_well(prune: Prune, tmp_path: Path) -> None:
     assert not changed(first.denoiser, again.denoiser)
 
 
-@pytest.mark.parametrize(
-    "kind", ["sd3", "sd35", "sd15", "sdxl", "flux", "flux2", "pixart", "auraflow", "sana", "qwen", "lumina2"]
-)
+@pytest.mark.parametrize("kind", EVERY)
 def test_reordered_channels_change_nothing_of_a_dense_model(
     kind: str, build_denoiser: Callable[..., nn.Module], denoise: Denoise
 ) -> None:
@@ -344,6 +343,7 @@ def test_only_linears_that_are_reported_change(kind: str, shared: Shared, dense:
         ("pixart", "structured:0.25+2:4"),
         ("auraflow", "structured:0.25+2:4"),
         ("qwen", "structured:0.25+2:4"),
+        ("hunyuan", "structured:0.25+2:4"),
     ],
 )
 def test_saved_and_loaded_it_gives_the_same_output(

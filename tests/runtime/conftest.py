@@ -98,22 +98,22 @@ def clip(*, width: int, projection: bool) -> Any:
 
 
 @seeded
-def _vae() -> Any:
+def _vae(*, channels: tuple[int, ...]) -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
         latent_channels=4,
         norm_num_groups=4,
         sample_size=32,
     ).eval()
 
 
-def vae(**options: Any) -> Any:
+def vae(*, channels: tuple[int, ...] = (8, 16), **options: Any) -> Any:
     """The same weights under another configuration."""
-    view = copy.copy(_vae())
+    view = copy.copy(_vae(channels=channels))
     view.register_to_config(**options)
     return view
 
@@ -646,6 +646,71 @@ def lumina2_transformer() -> Any:
     ).eval()
 
 
+def hunyuan_pipeline() -> Any:
+    """Its call counts on 8 pixels a side of a latent pixel. The published sampler draws noise; this one does not."""
+    from diffusers import DDIMScheduler, HunyuanDiTPipeline
+
+    return HunyuanDiTPipeline(
+        vae=vae(channels=(4, 4, 4, 8), scaling_factor=0.13),
+        text_encoder=bert(),
+        tokenizer=bert_tokenizer(),
+        transformer=hunyuan_transformer(),
+        scheduler=DDIMScheduler(**HUNYUAN_SCHEDULE),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+        text_encoder_2=t5_encoder(),
+        tokenizer_2=t5_tokenizer(),
+    )
+
+
+HUNYUAN_SCHEDULE: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.03,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "steps_offset": 1,
+    "prediction_type": "v_prediction",
+}
+
+
+@seeded
+def hunyuan_transformer() -> Any:
+    """Told sizes, as up to version 1.1; the last block has a skip. The lengths of text are those of its pipeline."""
+    from diffusers import HunyuanDiT2DModel
+
+    return HunyuanDiT2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        patch_size=2,
+        sample_size=16,
+        hidden_size=16,
+        num_layers=4,
+        cross_attention_dim=16,
+        cross_attention_dim_t5=32,
+        pooled_projection_dim=16,
+        text_len=77,
+        text_len_t5=256,
+    ).eval()
+
+
+def bert_tokenizer() -> Any:
+    from transformers import BertTokenizer
+
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    return BertTokenizer(vocab={token: index for index, token in enumerate(tokens)})
+
+
+@seeded
+def bert() -> Any:
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    return BertModel(config).eval()
+
+
 PIPELINES: dict[str, Callable[[], Any]] = {
     "sd3": sd3_pipeline,
     "sd3_t5": lambda: sd3_pipeline(t5=True),
@@ -660,6 +725,7 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "sana": sana_pipeline,
     "qwen": qwen_pipeline,
     "lumina2": lumina2_pipeline,
+    "hunyuan": hunyuan_pipeline,
 }
 
 
@@ -762,6 +828,11 @@ def lumina2_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
 @pytest.fixture(scope="session")
 def auraflow_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return _pair("auraflow", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def hunyuan_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    return _pair("hunyuan", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from PIL import Image
 from obsdiff.families import parts
 from obsdiff_runtime.autoencoder import Autoencoder
 from obsdiff_runtime.bundle import Bundle
-from obsdiff_runtime.conditioning import AURAFLOW, FLUX2, FLUX2_KLEIN, QWEN, Settings
+from obsdiff_runtime.conditioning import AURAFLOW, FLUX2, FLUX2_KLEIN, HUNYUAN, QWEN, Settings
 from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.pipeline import Images, Pipeline
 
@@ -44,6 +44,10 @@ def is_sana(pipeline: Any) -> bool:
     return type(pipeline).__name__.startswith("Sana")
 
 
+def is_hunyuan(pipeline: Any) -> bool:
+    return type(pipeline).__name__.startswith("Hunyuan")
+
+
 def length_of(pipeline: Any) -> dict[str, int]:
     """The argument that a pipeline with T5, Gemma or Qwen takes."""
     if is_flux2(pipeline):
@@ -64,20 +68,24 @@ def guided(pipeline: Any, **options: Any) -> dict[str, Any]:
 
 def exact(pipeline: Any) -> dict[str, bool]:
     """What diffusers is told to draw the prompt and the size that it is asked for; see `encode_pixart`."""
+    if is_hunyuan(pipeline):
+        return {"use_resolution_binning": False}
     return {"clean_caption": False, "use_resolution_binning": False} if is_pixart(pipeline) or is_sana(pipeline) else {}
 
 
-def both(pair: tuple[Any, Path], *, height: int = 32, width: int = 32, **options: Any) -> tuple[np.ndarray, Images]:
+def both(
+    pair: tuple[Any, Path], prompts: list[str] = PROMPTS, *, height: int = 32, width: int = 32, **options: Any
+) -> tuple[np.ndarray, Images]:
     """(n, height, width, 3) of diffusers, in 0..1, and what the runtime draws."""
     theirs, folder = pair
     ours = Pipeline(folder, threads=1)
-    count = len(PROMPTS) * options.get("num_images", 1)
-    channels, pixels = (16, 4) if is_flux2(theirs) else (4, 2)  # the latents of FLUX.2 are patches
-    shape = (count, channels, height // pixels, width // pixels)
+    count = len(prompts) * options.get("num_images", 1)
+    channels, scale = (16, 4) if is_flux2(theirs) else (4, theirs.vae_scale_factor)  # the latents of FLUX.2 are patches
+    shape = (count, channels, height // scale, width // scale)
     noise = np.random.default_rng(1).standard_normal(shape, dtype=np.float32)
     latents = torch.from_numpy(noise)
     if is_flux(theirs) or is_qwen(theirs):
-        latents = theirs._pack_latents(latents, count, 4, height // 2, width // 2)
+        latents = theirs._pack_latents(latents, *noise.shape)
     given = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": height, "width": width}
     given |= length_of(theirs) | options
     with torch.no_grad():
@@ -90,14 +98,14 @@ def both(pair: tuple[Any, Path], *, height: int = 32, width: int = 32, **options
             )[0]
             told["negative_prompt_embeds"] = embeds
         expected = theirs(
-            prompt=PROMPTS,
+            prompt=prompts,
             num_images_per_prompt=given.get("num_images", 1),
             latents=latents,
             output_type="np",
             **exact(theirs),
             **guided(theirs, **told),
         ).images
-    return expected, ours(PROMPTS, latents=noise, **given)
+    return expected, ours(prompts, latents=noise, **given)
 
 
 def psnr(expected: np.ndarray, images: Images) -> float:
@@ -120,15 +128,17 @@ def test_sizes_steps_and_negative_prompts_are_what_diffusers_makes_of_them(pair:
     if distilled:
         with pytest.raises(ConfigError, match="takes no negative prompt"):
             Pipeline(pair[1], threads=1)(PROMPTS, **negative)
-    height = 64 if is_sana(pair[0]) else 24  # diffusers' Sana takes multiples of 32
+    height = 64 if is_sana(pair[0]) or is_hunyuan(pair[0]) else 24  # diffusers' take multiples of 32 and of 16
     expected, images = both(pair, height=height, width=32, num_inference_steps=6, **given)
     assert images.arrays.shape == (2, height, 32, 3)
     assert psnr(expected, images) > 50
 
 
 def test_no_guidance_and_several_images_of_a_prompt(pair: tuple[Any, Path]) -> None:
-    expected, images = both(pair, guidance_scale=1.0, num_images=2)
-    assert len(images) == 4
+    # diffusers' HunyuanDiT gives the second image of a prompt the next prompt's mask
+    prompts = PROMPTS[:1] if is_hunyuan(pair[0]) else PROMPTS
+    expected, images = both(pair, prompts, guidance_scale=1.0, num_images=2)
+    assert len(images) == 2 * len(prompts)
     assert psnr(expected, images) > 50
 
 
@@ -223,6 +233,46 @@ def test_lumina2_reads_prompts_of_different_lengths_behind_its_system_prompt(
     monkeypatch.setattr(Bundle, "scheduler", lambda self: dict(scheduler.config) | name)
     expected, images = both(lumina2_pair, **unwanted)
     assert psnr(expected, images) > 58
+
+
+def test_hunyuan_draws_by_its_own_sampler_at_any_size(
+    hunyuan_pair: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The published sampler, whose noise comes from the generator of the latents, after them."""
+    theirs, folder = hunyuan_pair
+    scheduler = diffusers.DDPMScheduler.from_config(theirs.scheduler.config)
+    monkeypatch.setattr(theirs, "scheduler", scheduler)
+    monkeypatch.setattr(Bundle, "scheduler", lambda self: dict(scheduler.config) | {"_class_name": "DDPMScheduler"})
+    prompt, unwanted = "a large RED circle", "Two yellow stars"
+    given = {"num_inference_steps": 4, "guidance_scale": 4.0, "height": 48, "width": 112}
+    told = {"generator": torch.Generator().manual_seed(7), "output_type": "np", **exact(theirs)}
+    with torch.no_grad():
+        expected = theirs(prompt, negative_prompt=unwanted, **given, **told).images
+    ours = Pipeline(folder, threads=1)
+    images = ours(prompt, negative_prompt=unwanted, seed=7, noise_source="torch", **given)
+    assert psnr(expected, images) > 58
+    with pytest.raises(ConfigError, match="height should be a multiple of 16, not 40"):
+        ours(prompt, height=40)
+
+
+@pytest.mark.parametrize("negative", [False, True])
+def test_hunyuan_is_told_what_diffusers_tells_it(hunyuan_pair: tuple[Any, Path], negative: bool) -> None:
+    """A small random denoiser draws nearly the same whatever it is told, so that is compared."""
+    theirs, folder = hunyuan_pair
+    told = Settings(height=48, width=32, num_inference_steps=1, guidance_scale=3.0, max_sequence_length=5, guided=True)
+    found = HUNYUAN.encode(Pipeline(folder, threads=1).networks, PROMPTS, negative, told)
+    asked: list[dict[str, torch.Tensor]] = []
+    handle = theirs.transformer.register_forward_pre_hook(lambda _, __, kwargs: asked.append(kwargs), with_kwargs=True)
+    given = {"num_inference_steps": 1, "guidance_scale": 3.0, "height": 48, "width": 32, "output_type": "latent"}
+    with torch.no_grad():
+        theirs(
+            ["x", "y"] if negative else PROMPTS, negative_prompt=PROMPTS if negative else None, **given, **exact(theirs)
+        )
+    handle.remove()
+    rows = slice(0, 2) if negative else slice(2, 4)
+    assert found["text_embedding_mask_t5"].shape == (2, 256)
+    for name, value in found.items():
+        np.testing.assert_allclose(value, asked[0][name][rows].numpy(), atol=1e-5)
 
 
 def test_auraflow_is_told_what_diffusers_tells_it_and_zeros_for_padding(auraflow_pair: tuple[Any, Path]) -> None:
@@ -353,6 +403,8 @@ def test_an_image_is_changed_as_diffusers_changes_it(pair: tuple[Any, Path], str
         pytest.skip("diffusers has no pipeline of AuraFlow, FLUX.2, PixArt or Sana that changes an image by a strength")
     if type(pair[0]).__name__.startswith(("AuraFlow", "Lumina2", "PixArt", "Sana")):
         pytest.skip("diffusers has no pipeline of AuraFlow, Lumina-2, PixArt or Sana that changes an image")
+    if type(pair[0]).__name__.startswith(("AuraFlow", "HunyuanDiT", "PixArt", "Sana")):
+        pytest.skip("diffusers has no pipeline of AuraFlow, HunyuanDiT, PixArt or Sana that changes an image")
     expected, images = changed(pair, strength, steps)
     assert images.arrays.shape == (1, 32, 24, 3)
     assert psnr(expected, images) > 50

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from obsdiff_runtime.errors import CompatibilityError
 from obsdiff_runtime.noise import Noise
 from obsdiff_runtime.schedulers.ddim import Ddim
+from obsdiff_runtime.schedulers.ddpm import Ddpm
 from obsdiff_runtime.schedulers.dpm_multistep import DpmMultistep
 from obsdiff_runtime.schedulers.euler import Euler
 from obsdiff_runtime.schedulers.euler_ancestral import EulerAncestral
@@ -62,6 +63,7 @@ SCHEDULERS: Final[dict[str, Callable[[Mapping[str, Any], int, int, Noise], Sched
     "DPMSolverMultistepScheduler": DpmMultistep,
     "UniPCMultistepScheduler": UniPc,
     "DDIMScheduler": Ddim,
+    "DDPMScheduler": Ddpm,
     "PNDMScheduler": Pndm,
 }
 

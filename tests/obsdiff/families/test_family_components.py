@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import QwenImageEditPipeline
+from diffusers.models.embeddings import get_2d_rotary_pos_embed
+from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
 from torch import Tensor
 
 from obsdiff.engines import sizes_of
 from obsdiff.families import parts
+from obsdiff.families.places import rotations
 from obsdiff.families.table import FAMILIES
 from obsdiff.recipe import Sampling
 from obsdiff.shrinking import shrink
@@ -32,6 +35,7 @@ CASES += [
     ("qwen", {}),
     ("lumina2", {}),
 ]
+CASES += [("pixart", {}), ("pixart", {"sigma": True}), ("auraflow", {}), ("sana", {}), ("hunyuan", {})]
 NAMES = {
     "sd3": ["text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae_decoder", "vae_encoder"],
     "sd15": ["text_encoder", "unet", "vae_decoder", "vae_encoder"],
@@ -43,6 +47,7 @@ NAMES = {
     "sana": ["text_encoder", "transformer", "vae_decoder", "vae_encoder"],
     "qwen": ["text_encoder", "transformer", "vae_decoder", "vae_encoder"],
     "lumina2": ["text_encoder", "transformer", "vae_decoder", "vae_encoder"],
+    "hunyuan": ["text_encoder", "text_encoder_2", "transformer", "vae_decoder", "vae_encoder"],
 }
 
 
@@ -311,6 +316,46 @@ def test_sana_on_the_scheduler_s_timesteps_is_diffusers_on_scaled_ones(build_pip
     with torch.no_grad():
         expected = pipeline.transformer(**family.arguments(inputs)).sample
     assert torch.equal(found, expected[:, :4])  # the other half is a variance, which no sampler reads
+
+
+@pytest.mark.parametrize("size", [(2, 2), (2, 22), (16, 16), (46, 14), (128, 96), (96, 160)])
+def test_hunyuan_turns_queries_and_keys_as_its_pipeline_does_at_any_size(size: tuple[int, int]) -> None:
+    grid = (size[0] // 2, size[1] // 2)
+    expected = get_2d_rotary_pos_embed(12, get_resize_crop_region_for_grid(grid, 32), grid, device="cpu")
+    found = rotations(*grid, width=12, span=32, device=torch.device("cpu"))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)  # of angles up to 32 in float32
+
+
+def test_the_graph_of_a_shrunk_hunyuan_takes_any_size(build_denoiser: Callable[..., Any], tmp_path: Path) -> None:
+    """Of version 1.2, which is told no sizes; it gives diffusers' noise, without its variance."""
+    family, denoiser = FAMILIES["hunyuan"], build_denoiser("hunyuan", use_style_cond_and_image_meta_size=False)
+    shrink(denoiser, family, {"blocks.0.attn1.heads": [1], "blocks.3.attn2.heads": [0, 2], "blocks.3.ff.neurons": [5]})
+    component = family.component(denoiser, height=64, width=64)
+    others = [
+        family.example(denoiser, batch=batch, size=size, text_tokens=7, pixels=(size[0] * 8, size[1] * 8))
+        for batch, size in ((1, (2, 2)), (3, (64, 64)), (2, (6, 50)))
+    ]
+    for inputs in others:
+        grid = tuple(side // 2 for side in inputs["hidden_states"].shape[-2:])
+        turns = get_2d_rotary_pos_embed(8, get_resize_crop_region_for_grid(grid, 32), grid, device="cpu")
+        with torch.no_grad():
+            expected = denoiser(**family.arguments(inputs), image_rotary_emb=turns, return_dict=False)[0]
+        torch.testing.assert_close(run(component, inputs)[0], expected[:, :4], rtol=0, atol=1e-5)
+    model = export(component, tmp_path / "transformer", dtype=torch.float32)
+    assert compare(replace(component, more_inputs=tuple(others)), model).max_relative_error < 1e-4
+
+
+def test_bert_always_reads_the_length_that_the_pipeline_gives_it(build_pipeline: Callable[..., Any]) -> None:
+    pipeline = build_pipeline("hunyuan")
+    component = of(pipeline, "hunyuan")["text_encoder"]
+    assert all("sequence" not in axes.values() for axes in component.dynamic_axes.values())
+    inputs = pipeline.tokenizer("a red box", padding="max_length", max_length=77, return_tensors="pt")
+    told = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
+    with torch.no_grad():
+        expected = pipeline.text_encoder(**told)[0]
+    assert component.inputs["input_ids"].shape[1] == expected.shape[1]
+    assert torch.equal(run(component, told)[0], expected)
 
 
 def test_gemma_is_told_the_instruction_of_the_pipelines_call(build_pipeline: Callable[..., Any]) -> None:

@@ -26,6 +26,7 @@ CASES = [
     ("sana", {}),
     ("qwen", {}),
     ("lumina2", {}),
+    ("hunyuan", {}),
 ]
 
 
@@ -92,6 +93,8 @@ def test_the_length_of_the_text_is_honoured(build_pipeline: Callable[..., Any]) 
     ] == (2, 6)
     with pytest.raises(ConfigError, match="--max-sequence-length"):
         FAMILIES["unet"].encode(build_pipeline("sd15"), PROMPTS, [], max_sequence_length=4)
+    with pytest.raises(ConfigError, match=r"--max-sequence-length.* 77 tokens and 256"):
+        FAMILIES["hunyuan"].encode(build_pipeline("hunyuan"), PROMPTS, [], max_sequence_length=4)
 
 
 def test_flux_takes_no_negative_prompt(build_pipeline: Callable[..., Any]) -> None:

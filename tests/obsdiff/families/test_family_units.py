@@ -8,6 +8,7 @@ import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from torch import nn
 
+from kinds import EVERY
 from obsdiff.families import layers
 from obsdiff.families.table import FAMILIES, family_of
 from obsdiff.loading import Defaults
@@ -17,7 +18,7 @@ from obsdiff.settings import Settings
 from obsdiff.shrinking import shrink
 from obsdiff_runtime.errors import ConfigError, ModelError
 
-KINDS = ["sd3", "sd35", "sd15", "sdxl", "flux", "flux2", "pixart", "pixart_sigma", "sana", "qwen", "lumina2"]
+KINDS = [kind for kind in EVERY if kind != "auraflow"]
 
 
 def test_an_sd3_block_has_eight_inputs_and_the_last_one_five(build_denoiser: Callable[..., Any]) -> None:
@@ -70,6 +71,21 @@ def test_a_single_flux2_block_gives_heads_and_neurons_by_one_linear(build_denois
     assert (attention.heads, attention.inner_dim, attention.mlp_hidden_dim) == (2, 16, 10)
     assert attention.to_qkv_mlp_proj._tp_packed_col_blocks == [16, 16, 16, 10, 10]
     assert attention.to_out._tp_packed_row_blocks == [16, 10]
+
+
+def test_a_hunyuan_skip_reads_what_an_earlier_block_gave(build_denoiser: Callable[..., Any]) -> None:
+    denoiser = build_denoiser("hunyuan", num_layers=6)
+    linears, given, read = FAMILIES["hunyuan"].linears(denoiser), {}, {}
+    for index, block in enumerate(denoiser.blocks):
+        block.register_forward_hook(lambda _, __, output, index=index: given.__setitem__(index, output))
+        if block.skip_linear is not None:
+            block.skip_norm.register_forward_pre_hook(lambda _, args, index=index: read.__setitem__(index, args[0]))
+    inputs = FAMILIES["hunyuan"].example(denoiser, batch=1, size=(4, 4), text_tokens=7, pixels=(32, 32))
+    denoiser(**FAMILIES["hunyuan"].arguments(inputs))
+    since = {linear.block: linear.since for linear in linears if linear.since is not None}
+    assert since == {4: 1, 5: 0}
+    for block, earlier in since.items():
+        assert torch.equal(read[block], torch.cat([given[block - 1], given[earlier]], dim=-1))
 
 
 def test_a_sana_neuron_takes_two_filters_with_it(build_denoiser: Callable[..., Any]) -> None:

@@ -87,6 +87,14 @@ CASES: list[Case] = [
     ("DDIMScheduler", SD15 | {"clip_sample_range": 0.5}),
     ("DDIMScheduler", ZERO_SNR),
     *[
+        ("DDPMScheduler", SD15 | {"timestep_spacing": spacing, "prediction_type": prediction})
+        for spacing, prediction in product(SPACINGS, PREDICTIONS)
+    ],
+    *[("DDPMScheduler", SD15 | {"variance_type": variance}) for variance in ("fixed_small_log", "fixed_large")],
+    ("DDPMScheduler", SD15 | {"clip_sample": False, "steps_offset": 1, "beta_end": 0.03}),
+    ("DDPMScheduler", SD15 | {"clip_sample_range": 0.5}),
+    ("DDPMScheduler", ZERO_SNR),
+    *[
         ("PNDMScheduler", SD15 | {"skip_prk_steps": skip, "prediction_type": prediction, "set_alpha_to_one": one})
         for skip in (True, False)
         for prediction in ("epsilon", "v_prediction")
@@ -178,7 +186,11 @@ def no_noise(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def is_stochastic(case: Case) -> bool:
-    return case[0] == ANCESTRAL or bool(case[1].get("stochastic_sampling")) or SDE.items() <= case[1].items()
+    return (
+        case[0] in (ANCESTRAL, "DDPMScheduler")
+        or bool(case[1].get("stochastic_sampling"))
+        or SDE.items() <= case[1].items()
+    )
 
 
 def both(case: Case, steps: int, noise: Noise) -> tuple[Any, Scheduler]:
@@ -248,6 +260,7 @@ STARTS: list[Case] = [
     (UNIPC, SD15 | {"solver_order": 3}),
     (UNIPC, OF_FLOWS | {"flow_shift": 3.0}),
     ("DDIMScheduler", SD15 | {"steps_offset": 1}),
+    ("DDPMScheduler", SD15 | {"steps_offset": 1}),
     ("PNDMScheduler", SD15 | {"skip_prk_steps": True}),
 ]
 
@@ -346,6 +359,7 @@ def test_an_unknown_scheduler_lists_the_known() -> None:
         ({"_class_name": EULER, "use_beta_sigmas": True}, "use_beta_sigmas=True"),
         ({"_class_name": EULER, "prediction_type": "flow"}, "prediction_type='flow'"),
         ({"_class_name": "DDIMScheduler", "thresholding": True}, "thresholding=True"),
+        ({"_class_name": "DDPMScheduler", "variance_type": "learned"}, "variance_type='learned'"),
         ({"_class_name": "PNDMScheduler", "beta_schedule": "sigmoid"}, "beta_schedule='sigmoid'"),
         ({"_class_name": "DDIMScheduler", "timestep_spacing": "odd"}, "timestep_spacing='odd'"),
         ({"_class_name": ANCESTRAL, "prediction_type": "sample"}, "prediction_type='sample'"),
