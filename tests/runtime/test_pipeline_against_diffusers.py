@@ -11,7 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.configuration_utils import FrozenDict
 from PIL import Image
 
-from obsdiff.families import parts
+from obsdiff.families import reading
 from obsdiff_runtime.autoencoder import Autoencoder
 from obsdiff_runtime.bundle import Bundle
 from obsdiff_runtime.conditioning import AURAFLOW, FLUX2, FLUX2_KLEIN, HUNYUAN, QWEN, Settings
@@ -94,7 +94,7 @@ def both(
             embeds = theirs.encode_prompt(
                 told.pop("negative_prompt"),
                 max_sequence_length=told["max_sequence_length"],
-                text_encoder_out_layers=parts.read_layers(theirs),
+                text_encoder_out_layers=reading.read_layers(theirs),
             )[0]
             told["negative_prompt_embeds"] = embeds
         expected = theirs(
@@ -171,7 +171,7 @@ def test_flux2_reads_prompts_in_the_template_of_its_tokenizer(flux2_pair: tuple[
     told = {"height": 32, "width": 32, "num_inference_steps": 1, "guidance_scale": 3.0, "guided": True}
     networks = Pipeline(folder, threads=1).networks
     found = FLUX2_KLEIN.encode(networks, PROMPTS, False, Settings(**told, max_sequence_length=length))
-    layers = parts.read_layers(theirs)
+    layers = reading.read_layers(theirs)
     with torch.no_grad():
         expected = theirs.encode_prompt(PROMPTS, max_sequence_length=length, text_encoder_out_layers=layers)[0]
     assert found.keys() == {"encoder_hidden_states"}
@@ -186,7 +186,7 @@ def test_flux2_dev_reads_prompts_behind_its_system_message_without_the_mark_of_a
     prompts = ["a red [IMG]circle", PROMPTS[0]]
     networks = Pipeline(folder, threads=1).networks
     found = FLUX2.encode(networks, prompts, False, Settings(**told, max_sequence_length=70))
-    layers = parts.read_layers(theirs)
+    layers = reading.read_layers(theirs)
     with torch.no_grad():
         expected = theirs.encode_prompt(prompts, max_sequence_length=70, text_encoder_out_layers=layers)[0]
     np.testing.assert_allclose(found["encoder_hidden_states"], expected.numpy(), atol=1e-5)
