@@ -87,9 +87,8 @@ def record(
         if not bool(velocity.isfinite().all()):
             raise CalibrationError(f"step {step + 1}, {texts}: the denoiser's output is not finite; are its weights?")
         if step in wanted_steps(sampling.num_inference_steps, kept_steps, place):
-            masks = padding.masks(family, denoiser, kwargs)
             paired = len(velocity) == 2 * len(passes[place])
-            call = Call(step=step, arguments=_copied(args, kwargs), prompts=texts, masks=masks, paired=paired)
+            call = Call(step=step, arguments=_copied(args, kwargs), prompts=texts, paired=paired)
             if waiting and (waiting[0].step, waiting[0].prompts) == (step, texts):
                 calls.extend(_together(call, waiting.pop()))
             elif combined and not paired:
@@ -108,7 +107,8 @@ def record(
     finally:
         handle.remove()
     progress(stage, total, total)
-    return calls + waiting
+    calls.extend(waiting)
+    return [replace(call, masks=padding.masks(family, denoiser, call.arguments[1])) for call in calls]
 
 
 def wanted_steps(steps: int, kept: int, batch: int) -> frozenset[int]:
@@ -132,9 +132,8 @@ def _together(negative: Call, positive: Call) -> list[Call]:
         return torch.cat([without, given]) if isinstance(given, Tensor) and given.ndim else given
 
     joined = tuple(both(*pair) for pair in zip(others, args, strict=True))
-    masks = {name: both(negative.masks[name], mask) for name, mask in positive.masks.items()}
     named = {name: both(more[name], value) for name, value in kwargs.items()}
-    return [replace(positive, arguments=(joined, named), masks=masks, paired=True)]
+    return [replace(positive, arguments=(joined, named), paired=True)]
 
 
 def _shape(value: Any) -> tuple[int, ...] | None:

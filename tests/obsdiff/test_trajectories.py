@@ -68,13 +68,23 @@ def test_the_calls_are_those_of_the_plain_sampler(kind: str, build_pipeline: Bui
     assert [call.prompts for call in calls] == ["prompts 1 to 2"] * 4 + ["prompts 3 to 3"] * 4
 
 
-def test_a_pipeline_that_guides_in_two_calls_pairs_no_rows(build_pipeline: Build) -> None:
-    """Half of the rows of a call are not the negative prompts of the other half; guidance must not combine them."""
-    calls = recorded("qwen", build_pipeline("qwen"), kept=2)
-    assert [call.step for call in calls] == [0, 0, 2, 2, 1, 1, 3, 3]
-    assert not any(call.paired for call in calls)
-    assert all(call.arguments[1]["encoder_hidden_states_mask"].shape[1] == 200 for call in calls[:4])
-    assert all(call.paired for call in recorded("sd3", build_pipeline("sd3"), kept=1))
+@torch.no_grad()
+def test_two_calls_of_guidance_are_one_of_both_rows(build_pipeline: Build) -> None:
+    pipeline: Any = build_pipeline("qwen")
+    apart: list[tuple[Tensor, Tensor]] = []
+    hook = pipeline.transformer.register_forward_hook(
+        lambda _, __, kwargs, output: apart.append((kwargs["hidden_states"].clone(), output[0].clone())),
+        with_kwargs=True,
+    )
+    calls = recorded("qwen", pipeline, kept=4)
+    hook.remove()
+    assert [call.step for call in calls] == [0, 1, 2, 3] * 2
+    assert all(call.paired for call in calls)
+    for index, call in enumerate(calls):
+        args, kwargs = call.arguments
+        (latents, given), (_, without) = apart[2 * index : 2 * index + 2]
+        assert torch.equal(kwargs["hidden_states"], torch.cat([latents, latents]))
+        torch.testing.assert_close(pipeline.transformer(*args, **kwargs)[0], torch.cat([without, given]))
 
 
 def test_calls_can_be_run_again(build_pipeline: Build) -> None:
