@@ -146,7 +146,7 @@ def test_rows_of_guidance_are_combined_where_none_of_their_tokens_is_masked(kind
     pipeline: Any = build_pipeline(kind)
     recipe, family = recipe_for(pipeline, height=64, width=64), given(pipeline).family
     prompts = calibration.encode(pipeline, family, PROMPTS[:2], recipe.sampling)
-    calls = trajectories.record(pipeline, family, prompts, recipe.sampling, kept_steps=2)
+    calls = trajectories.record(pipeline, family, prompts, recipe.sampling, computed_steps=2, kept_steps=2)
     assert [call.paired for call in calls] == [True] * 2
     assert all(len(mask) == 4 for call in calls for mask in call.masks.values())
     linear = LinearSpec(name="q", block=0, tier=0, reads="x", in_features=4, out_features=3, tokens="joint")
@@ -229,7 +229,7 @@ def test_ranges_are_those_of_the_unpadded_tokens(build_pipeline: Build, monkeypa
     pipeline: Any = build_pipeline("pixart")
     recipe = recipe_for(pipeline)
     prompts = calibration.encode(pipeline, pixart, PROMPTS, recipe.sampling)
-    calls = trajectories.record(pipeline, pixart, prompts, recipe.sampling, kept_steps=2)
+    calls = trajectories.record(pipeline, pixart, prompts, recipe.sampling, computed_steps=2, kept_steps=2)
     linears = pixart.linears(pipeline.transformer)
     streams = ranges.observe(
         pipeline.transformer, linears, calls, format=FORMATS["int8"], dtype=torch.float32, outputs=True
