@@ -821,6 +821,7 @@ def qwen_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return _pair("qwen", tmp_path_factory)
 
 
+@pytest.fixture(scope="session")
 def lumina2_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return _pair("lumina2", tmp_path_factory)
 
