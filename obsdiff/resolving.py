@@ -80,9 +80,8 @@ def resolve(
     runs = sampling(settings, defaults)
     steps = runs.num_inference_steps
     fast = _fast(settings.fast, method)
-    trajectory_steps = _at_least(
-        "--trajectory-steps", 1, settings.trajectory_steps, -(-steps // (5 if fast else 2)), most=steps
-    )
+    computes = -(-steps // 2) if allocation == "uniform" and not fast else -(-2 * steps // 5)
+    trajectory_steps = _at_least("--trajectory-steps", 1, settings.trajectory_steps, computes, most=steps)
     return Recipe(
         model=model,
         revision=settings.revision,
@@ -114,7 +113,7 @@ def resolve(
             "--draws", 1, settings.draws, 1 if fast else min(max(1, round(PICTURES / len(texts))), MOST_DRAWS)
         ),
         trajectory_steps=trajectory_steps,
-        kept_steps=_at_least("--kept-steps", 1, settings.kept_steps, 3 if fast else 2),
+        kept_steps=_at_least("--kept-steps", 1, settings.kept_steps, 2),
         fast=fast,
         repair=options["repair"],
         guided=options["guided"],

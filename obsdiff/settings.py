@@ -83,9 +83,10 @@ class Settings:
         int | None, "pictures drawn of each prompt by a streamed method; default: 1 to 3, so that there are 72; fast: 1"
     ] = None
     trajectory_steps: Annotated[
-        int | None, "denoising steps of --steps at which it computes; default: half of them, fast: a fifth"
+        int | None,
+        "denoising steps at which it computes; default: half of --steps, two fifths where shares are measured, or fast",
     ] = None
-    kept_steps: Annotated[int | None, "steps of each picture that it looks at; default: 2, fast: 3"] = None
+    kept_steps: Annotated[int | None, "steps of each picture that it looks at; default: 2"] = None
     gram_budget: Annotated[
         str | None, "split by memory for grams instead, such as 8GiB; streamed: the most that one tier may take"
     ] = None
