@@ -108,12 +108,14 @@ def assemble(
 ) -> DiffusionPipeline:
     """The pipeline of a diffusers folder, with some components given and those that are null left null.
 
-    diffusers demands that null components without a default are passed as None. Its errors are passed on.
+    diffusers demands that null components without a default are passed as None; its DiffusionPipeline does not know
+    which components of another class are optional, and loads a given one of them from the folder all the same. Its
+    errors are passed on.
     """
     index = read_json(folder / INDEX)
     absent = {name: None for name, entry in index.items() if isinstance(entry, list) and entry[0] is None}
     with _without_progress_bars():
-        return DiffusionPipeline.from_pretrained(
+        return getattr(diffusers, str(index["_class_name"])).from_pretrained(
             str(folder), **absent, **given, dtype=dtype, variant=variant, use_safetensors=True, local_files_only=True
         )
 

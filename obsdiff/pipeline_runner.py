@@ -108,7 +108,7 @@ class PipelineRunner:
             threads: of the host to use, all if None.
 
         Raises:
-            ConfigError: there is no such dtype, or no such number of threads.
+            ConfigError: there is no such dtype, or no such number of threads; or the pipeline draws films.
             ModelError: there is no such model, or no pipeline in it.
         """
         if dtype is not None and dtype not in DTYPES:
@@ -123,6 +123,9 @@ class PipelineRunner:
         self._configs: ModelConfigs = load_configs(self._model)
         if "model_index" not in self._configs.configs:
             raise ConfigError(f"{self._model} is a denoiser alone; name the folder of its pipeline")
+        parts.require_pictures(
+            getattr(diffusers, str(self._configs.configs["model_index"]["_class_name"])), "obsdiff bench"
+        )
         self._clock: _Clock = _HostClock() if self._device.type == "cpu" else _CudaClock()
         self._loaded: LoadedPipeline | None = None
         self._memory: _Memory | None = None

@@ -25,7 +25,7 @@ from obsdiff_runtime.autoencoder import VAE_SCALE as VAE_SCALE
 from obsdiff_runtime.autoencoder import latent_channels
 from obsdiff_runtime.autoencoder import vae_scale as vae_scale
 from obsdiff_runtime.conditioning import PROMPT_TEMPLATE, QWEN_DROPPED, QWEN_TEMPLATE
-from obsdiff_runtime.errors import ModelError
+from obsdiff_runtime.errors import ConfigError, ModelError
 
 Size = tuple[int, int]
 
@@ -138,7 +138,9 @@ def components(family: Family, pipeline: DiffusionPipeline, *, height: int, widt
 
     Raises:
         ModelError: a component of a class that is not known, or with inputs that are not exported.
+        ConfigError: the pipeline draws films.
     """
+    require_pictures(type(pipeline), "a bundle")
     model: nn.Module = getattr(pipeline, family.denoiser)
     denoiser = family.component(model, height=height, width=width, vae_scale=vae_scale_of(pipeline, family))
     return (*text_encoders(pipeline), denoiser, *autoencoder(pipeline, height=height, width=width))
@@ -162,7 +164,7 @@ def denoiser_component(
         example: the family's `example`.
         name: of the component.
         output: name of what it gives.
-        latents: its input for latents, (b, channels, h, w).
+        latents: its input for latents, (b, channels, h, w), or (b, channels, frames, h, w).
         sizes: three sizes of latents; see `latent_sizes`.
         pixels: (height, width) of the image.
         text: its inputs of text, (b, text tokens, ...).
@@ -172,7 +174,8 @@ def denoiser_component(
         for batch, length, size in rows(sizes)
     ]
     axes = {key: {0: "batch"} for key in examples[0]}
-    axes[latents] |= {2: "height", 3: "width"}
+    sides = examples[0][latents].ndim
+    axes[latents] |= {sides - 2: "height", sides - 1: "width"}
     for key in text:
         axes[key] |= {1: "text_tokens"}
     return Component(
@@ -227,6 +230,20 @@ def guidance_argument(pipeline_class: type[DiffusionPipeline]) -> str:
     known = inspect.signature(pipeline_class.__call__).parameters
     unused = GUIDANCE not in known or known[GUIDANCE].default is None
     return "true_cfg_scale" if unused and "true_cfg_scale" in known else GUIDANCE
+
+
+def draws_films(pipeline_class: type[DiffusionPipeline]) -> bool:
+    """Whether its call gives frames, not images."""
+    return "num_frames" in inspect.signature(pipeline_class.__call__).parameters
+
+
+def require_pictures(pipeline_class: type[DiffusionPipeline], what: str) -> None:
+    """Raises ConfigError where the pipeline draws films, and `what` knows pictures only."""
+    if draws_films(pipeline_class):
+        raise ConfigError(
+            f"{what} is for pipelines that draw pictures, and {pipeline_class.__name__} draws films; "
+            "obsdiff prune and obsdiff eval take it"
+        )
 
 
 def instruction(pipeline: DiffusionPipeline) -> list[str]:
