@@ -374,7 +374,7 @@ def test_a_qwen_image_block_adds_gate_times_output_to_each_stream(build_denoiser
 
 @torch.no_grad()
 def test_a_wan_block_adds_gate_times_output_to_its_stream(build_denoiser: Callable[..., nn.Module]) -> None:
-    denoiser: Any = build_denoiser("wan").double()
+    denoiser: Any = build_denoiser("wan")  # which reads its stream as float32, whatever its weights are
     family = family_of(denoiser)
     inputs = family.example(denoiser, batch=2, size=(4, 8), text_tokens=7, pixels=(24, 32))
     writers = [each for each in family.linears(denoiser) if each.block == 0 and each.writes is not None]
