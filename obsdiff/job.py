@@ -35,6 +35,7 @@ from obsdiff.recipe import Recipe, Sampling, select
 from obsdiff.resolving import resolve
 from obsdiff.resources import require_disk, require_memory
 from obsdiff.settings import Settings
+from obsdiff.weights import main_dtype
 from obsdiff_export.stored import is_stored
 from obsdiff_runtime.conditioning import KINDS
 from obsdiff_runtime.errors import ConfigError, ModelError
@@ -268,7 +269,7 @@ def computable(loaded: LoadedPipeline) -> torch.dtype:
 
     Networks whose weights stay in their files compute nothing and are left alone.
     """
-    stored: torch.dtype = next(loaded.denoiser.parameters()).dtype
+    stored = main_dtype(loaded.denoiser)
     if loaded.pipeline.device.type in ("cpu", "meta"):
         for component in loaded.pipeline.components.values():
             if isinstance(component, nn.Module) and not is_stored(component):

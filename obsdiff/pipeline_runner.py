@@ -30,6 +30,7 @@ from obsdiff.loading import (
 from obsdiff.recipe import Sampling
 from obsdiff.residuals import block_modules
 from obsdiff.sampling import exactly, quiet, telling
+from obsdiff.weights import main_dtype
 from obsdiff_runtime.benchmark.runner import DeviceMemory, Drawn, Loaded, Request, Subject
 from obsdiff_runtime.bundle import Defaults
 from obsdiff_runtime.errors import CompatibilityError, ConfigError
@@ -190,7 +191,7 @@ class PipelineRunner:
             load_seconds={"pipeline": load_seconds},
             first_image_seconds=first,
             devices=dict.fromkeys(drawn.components, self._place()),
-            dtype=str(next(loaded.denoiser.parameters()).dtype).removeprefix("torch."),
+            dtype=str(main_dtype(loaded.denoiser)).removeprefix("torch."),
             gpu=None if self._device.type == "cpu" else self._device.index or 0,
             versions={"torch": torch.__version__, "diffusers": diffusers.__version__},
         )

@@ -166,13 +166,13 @@ def prune_to_folder(
     weights = require(job, output, copies=1)
     loaded = load_model(settings, offload=True)
     require_disk_for(loaded, output, 2 * weights)
-    stored = computable(loaded)
+    restore, stored = remember_dtypes(loaded.pipeline), computable(loaded)
     journal = FolderJournal(output, job.recipe.digest(), resume=resume)
     size = facts.weight_bytes(loaded.folder / loaded.family.denoiser)
     before, stages = counts_of(job, loaded.denoiser, size), Stages()
     with stages("calibrate and prune"):
         pruned = _prune(loaded, job, stored, journal, progress)
-    pruned.denoiser.to(stored)
+    restore()
     with new_folder(output, force=force) as folder:
         manifest = _manifest_after(pruned, loaded.folder)
         checkpoint.save_into(folder, pruned.pipeline, pruned.denoiser, manifest, source=loaded.folder)

@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX is not installed"),
 ]
 
-FEWER = {"wan": {"num_layers": 1}, **dict.fromkeys(("flux", "flux2"), {"num_layers": 1, "num_single_layers": 1})}
+FEWER = {"wan": {"num_layers": 1}, **{kind: {"num_layers": 1, "num_single_layers": 1} for kind in ("flux", "flux2")}}
 SIZES = {"batch": (1, 2, 4), "height": 8, "width": 8, "text_tokens": (1, 7, 20)}
 
 

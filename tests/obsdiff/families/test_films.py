@@ -171,3 +171,16 @@ def test_a_timestep_for_each_token_is_refused(build_pipeline: Build) -> None:
     pipeline.register_to_config(expand_timesteps=True)
     with pytest.raises(ModelError, match="a timestep for each token"):
         obsdiff.prune(pipeline, prompts=PROMPTS, sparsity="2:4", **SMALL)
+
+
+def test_what_diffusers_keeps_in_float32_stays_in_float32(folder: Path, tmp_path: Path) -> None:
+    """The first parameter of a Wan is one of these, and says nothing of the others."""
+    mixed = WanPipeline.from_pretrained(folder, dtype=torch.bfloat16)
+    mixed.save_pretrained(tmp_path / "mixed")
+    settings = Settings(model=str(tmp_path / "mixed"), sparsity="2:4", method="magnitude", **SMALL)
+    verbs.prune_to_folder(settings, tmp_path / "pruned")
+    expected = {name: parameter.dtype for name, parameter in mixed.transformer.named_parameters()}
+    assert set(expected.values()) == {torch.float32, torch.bfloat16}
+    for loaded in (obsdiff.load(tmp_path / "pruned"), obsdiff.load(tmp_path / "pruned", dtype=torch.bfloat16)):
+        assert {name: each.dtype for name, each in loaded.transformer.named_parameters()} == expected
+        assert loaded.text_encoder.dtype == torch.bfloat16
