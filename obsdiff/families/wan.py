@@ -97,7 +97,7 @@ def encode(
     *,
     max_sequence_length: int | None = None,
 ) -> dict[str, Tensor]:
-    """See `Family.encode`: UMT5's embeddings (n, text tokens, width), zeros behind a text's end."""
+    """See `Family.encode`: UMT5's embeddings (n, text tokens, width), and zeros behind a text, which are looked at."""
     parts.need(pipeline, "text_encoder", "tokenizer")
     with torch.no_grad():
         given, without = pipeline.encode_prompt(
@@ -191,7 +191,9 @@ _INPUTS: Final[layers.Inputs] = (
 
 def _blocks(denoiser: nn.Module) -> Iterator[str]:
     _refuse_pictures(denoiser)
-    for child, _ in denoiser.get_submodule("blocks").named_children():
+    for child, block in denoiser.get_submodule("blocks").named_children():
+        for attention in ("attn1", "attn2"):
+            layers.require_unfused(block.get_submodule(attention), f"blocks.{child}.{attention}")
         yield f"blocks.{child}"
 
 

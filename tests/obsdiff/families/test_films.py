@@ -149,6 +149,13 @@ def test_a_denoiser_that_is_told_a_picture_is_refused(changes: dict[str, Any], b
             refused(denoiser)
 
 
+def test_fused_projections_are_refused(build_denoiser: Build) -> None:
+    denoiser = build_denoiser("wan")
+    denoiser.blocks[1].attn2.fuse_projections()
+    with pytest.raises(ModelError, match=r"blocks\.1\.attn2: its projections are fused; call unfuse"):
+        wan.linears(denoiser)
+
+
 def test_the_two_experts_of_wan22_are_refused_before_their_weights_are_read(
     folder: Path, build_pipeline: Build, build_denoiser: Build
 ) -> None:
