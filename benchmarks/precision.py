@@ -67,7 +67,8 @@ def velocity(denoiser: nn.Module, call: Call) -> Tensor:
 def bench_of(pipeline: Any, family: Family, recipe: Recipe, prompts: Sequence[str]) -> Bench:
     sampling = dataclasses.replace(recipe.sampling, seed=recipe.sampling.seed + EVALUATION_SEED)
     encoded = calibration.encode(pipeline, family, prompts, sampling)
-    calls = trajectories.record(pipeline, family, encoded, sampling, kept_steps=sampling.num_inference_steps)
+    steps = sampling.num_inference_steps
+    calls = trajectories.record(pipeline, family, encoded, sampling, computed_steps=steps, kept_steps=steps)
     denoiser: nn.Module = getattr(pipeline, family.denoiser)
     return Bench(family=family, calls=calls, answers=[velocity(denoiser, call) for call in calls])
 

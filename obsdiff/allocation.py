@@ -104,7 +104,7 @@ def measured(
     known = journal.read("allocation") if journal is not None else None
     if known is None:
         probes = _probes(recipe, candidates, len(block_modules(everything)), ranks.total(len(calls)))
-        weights = timesteps.weights(recipe.time_weights, recipe.trajectory_steps).tolist()
+        weights = timesteps.weights(recipe.time_weights, recipe.sampling.num_inference_steps).tolist()
         errors = sensitivities.measure(
             denoiser,
             everything,

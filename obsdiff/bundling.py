@@ -17,7 +17,7 @@ from obsdiff import card, costs, delivery, engines, facts, gates, report
 from obsdiff.engines import Engines, Order
 from obsdiff.evaluation import Evaluation, ImagePair, figure_names
 from obsdiff.evaluation import evaluate as run_pairs
-from obsdiff.families import parts
+from obsdiff.families import reading
 from obsdiff.gates import Gate
 from obsdiff.guidance import GuidanceScore, parse_guidance, sweep_guidance
 from obsdiff.job import Job
@@ -258,8 +258,8 @@ def served_by(job: Job, pipeline: DiffusionPipeline | None = None) -> Served:
         rows=job.rows,
         text_tokens=job.text_tokens,
         vae_scale=vae_scale(job.configs),
-        instruction_tokens=0 if pipeline is None else parts.instruction_tokens(pipeline),
-        template_tokens=0 if pipeline is None else parts.template_tokens(pipeline),
+        instruction_tokens=0 if pipeline is None else reading.instruction_tokens(pipeline),
+        template_tokens=0 if pipeline is None else reading.template_tokens(pipeline),
     )
     return engines.served(sizes, job.pipeline_class, job.configs[job.family.denoiser])
 

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from obsdiff.engines import engine_entry
-from obsdiff.families import Family, parts, rows
+from obsdiff.families import Family, autoencoders, exporting, rows
 from obsdiff.measurements import ExportedComponent, LatencyPair, NotMeasured
 from obsdiff.recipe import Sampling
 from obsdiff.settings import Settings
@@ -125,7 +125,7 @@ def deliver(
     Raises:
         ExportError: a graph that cannot be made, differs from torch, or does not hold the pattern.
     """
-    components = parts.components(family, pipeline, height=sampling.height, width=sampling.width)
+    components = exporting.components(family, pipeline, height=sampling.height, width=sampling.width)
     delivered = []
     for index, component in enumerate(components):
         progress("export", index, len(components), component.name)
@@ -171,7 +171,7 @@ def export_denoiser(
 ) -> OnnxModel:
     """Writes the graph of another denoiser than the pipeline's, the dense one say, to `folder`."""
     component = family.component(
-        denoiser, height=sampling.height, width=sampling.width, vae_scale=parts.vae_scale_of(pipeline, family)
+        denoiser, height=sampling.height, width=sampling.width, vae_scale=autoencoders.vae_scale_of(pipeline, family)
     )
     return onnx.export(component, folder, dtype=getattr(torch, dtype), opset=opset)
 

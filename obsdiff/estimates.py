@@ -32,7 +32,7 @@ class Streams:
 
     Attributes:
         draws: pictures drawn of each prompt.
-        trajectory_steps: sampler steps by which they are drawn.
+        trajectory_steps: sampler steps at which the denoiser computes for them.
         kept_steps: steps of each batch whose calls are kept.
         tokens: of a row that count, at most.
         measuring_calls: denoiser calls' worth of block calls that measuring the units takes, at most.

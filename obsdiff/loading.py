@@ -25,6 +25,7 @@ from obsdiff.families import HELP, Family, parts
 from obsdiff.families.table import FAMILIES, family_of
 from obsdiff.folders import MANIFEST, is_variant
 from obsdiff.manifest import PrunedManifest, read_manifest
+from obsdiff_runtime import autoencoder
 from obsdiff_runtime.conditioning import IS_DISTILLED
 from obsdiff_runtime.errors import ModelError, ResourceError
 
@@ -202,7 +203,7 @@ def defaults_of(folder: Path | None, configs: Mapping[str, Mapping[str, Any]]) -
 
 def vae_scale(configs: Mapping[str, Mapping[str, Any]]) -> int:
     """Pixels per side of a latent pixel; the denoiser's family's where there is no VAE."""
-    return parts.vae_scale(configs["vae"]) if "vae" in configs else _family_of(configs).vae_scale
+    return autoencoder.vae_scale(configs["vae"]) if "vae" in configs else _family_of(configs).vae_scale
 
 
 def require_known_experts(index: Mapping[str, Any], family: Family) -> None:

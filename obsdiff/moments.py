@@ -246,7 +246,8 @@ class TierMoments:
             gate = dense.gates.get(name, 1.0)
             try:
                 self._count(linear, x, y, gap, gate, weight)
-                if self._guidance is not None and paired and linear.tokens != "text":
+                whole = x.ndim == 3  # with masked tokens left out, rows are no longer of one length
+                if self._guidance is not None and paired and whole and linear.tokens != "text":
                     mix = self._guidance.combined
                     given = gate.chunk(2)[1] if isinstance(gate, Tensor) else gate
                     combined = None if gap is None else mix(gap)

@@ -50,7 +50,7 @@ class Recipe:
         block_columns: columns per lazy update of the OBS sweep.
         gram_budget_bytes: where given, packages are split by this instead of by count.
         draws: pictures that a streamed method draws of each prompt, each from noise of its own.
-        trajectory_steps: sampler steps by which it draws them.
+        trajectory_steps: sampler steps at which the denoiser computes for them.
         kept_steps: steps of each batch of prompts whose denoiser calls a streamed method looks at.
         repair: of a streamed method: of what the linears that write to a residual stream could make up of its error,
             the share that they are to.

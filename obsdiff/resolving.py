@@ -81,7 +81,7 @@ def resolve(
     steps = runs.num_inference_steps
     fast = _fast(settings.fast, method)
     trajectory_steps = _at_least(
-        "--trajectory-steps", 1, settings.trajectory_steps, -(-steps // 5) * (1 if fast else 2), most=steps
+        "--trajectory-steps", 1, settings.trajectory_steps, -(-steps // (5 if fast else 2)), most=steps
     )
     return Recipe(
         model=model,

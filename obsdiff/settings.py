@@ -83,7 +83,7 @@ class Settings:
         int | None, "pictures drawn of each prompt by a streamed method; default: 1 to 3, so that there are 72; fast: 1"
     ] = None
     trajectory_steps: Annotated[
-        int | None, "denoising steps it draws them by; default: two fifths of --steps, fast: a fifth"
+        int | None, "denoising steps of --steps at which it computes; default: half of them, fast: a fifth"
     ] = None
     kept_steps: Annotated[int | None, "steps of each picture that it looks at; default: 2, fast: 3"] = None
     gram_budget: Annotated[

@@ -61,12 +61,12 @@ def record(pipeline: DiffusionPipeline, family: Family, recipe: Recipe, progress
         CalibrationError: there is no prompt, or an output is not finite.
     """
     prompts = calibration.encode(pipeline, family, recipe.prompts, recipe.sampling)
-    sampling = replace(recipe.sampling, num_inference_steps=recipe.trajectory_steps)
     return trajectories.record(
         pipeline,
         family,
         calibration.repeated(prompts, recipe.draws),
-        sampling,
+        recipe.sampling,
+        computed_steps=recipe.trajectory_steps,
         kept_steps=recipe.kept_steps,
         progress=progress,
     )
@@ -135,7 +135,7 @@ class _Run:
             self._patterns[last.name] = DENSE
             self._linears = (*self._linears, last)
             self.blocks = (*self.blocks, last.name)
-        weights = timesteps.weights(recipe.time_weights, recipe.trajectory_steps).tolist()
+        weights = timesteps.weights(recipe.time_weights, recipe.sampling.num_inference_steps).tolist()
         self._weights = [weights[call.step] for call in calls]
         self._recipe = recipe
         scale = recipe.sampling.guidance_scale

@@ -1,7 +1,10 @@
 """The denoiser's calls along the dense model's own trajectories: what streamed calibration looks at."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, Final
 
 import torch
 from diffusers import DiffusionPipeline
@@ -16,6 +19,10 @@ from obsdiff.recipe import Sampling
 from obsdiff.sampling import quiet, velocity_of
 from obsdiff_runtime.errors import CalibrationError
 from obsdiff_runtime.progress import Progress, silent
+
+GOLDEN: Final = (5**0.5 - 1) / 2
+LATE: Final = 0.4
+"""Power of the share of steps behind which the denoiser computes; 1 is evenly."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,15 +51,17 @@ def record(
     prompts: Prompts,
     sampling: Sampling,
     *,
+    computed_steps: int,
     kept_steps: int,
     progress: Progress = silent,
     stage: str = "calibrate",
 ) -> list[Call]:
     """Runs the sampler over all prompts and keeps some of the denoiser's calls.
 
-    Batch b keeps every (steps / kept_steps)-th step, beginning b steps in, so that together the batches see every
-    step. Inputs of one trajectory resemble one another: more prompts are worth more than more steps of each. Each rank
-    runs and keeps its share of the batches. Where guidance calls the denoiser on negative prompts by themselves, behind
+    The sampler takes all its steps, but the denoiser computes at some of them alone (`computed`); in between, what it
+    gave last stands. Some of those that it computes are kept (`kept`): inputs of one trajectory resemble one
+    another, and more prompts are worth more than more steps of each. Each rank runs and keeps its share of the batches.
+    Where guidance calls the denoiser on negative prompts by themselves, behind
     the others, both calls are kept as one, if their texts are of one length.
 
     Args:
@@ -60,7 +69,8 @@ def record(
         family: of its denoiser.
         prompts: encoded.
         sampling: steps, guidance, size and seed.
-        kept_steps: how many steps of each batch are kept, 1 to all.
+        computed_steps: at how many steps of each batch the denoiser computes, 1 to all.
+        kept_steps: how many of them are kept, 1 to all.
         progress: told after every denoiser call.
         stage: what progress calls it.
 
@@ -80,16 +90,20 @@ def record(
     waiting: list[Call] = []
     place = own[0]
 
-    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def answer(compute: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         step = steps.advance(kwargs["timestep"] if "timestep" in kwargs else args[1])
+        return answers.at(step, computes=step in computing, compute=partial(look, step, compute, args, kwargs))
+
+    def look(step: int, compute: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         texts = f"prompts {passes[place].start + 1} to {passes[place].stop}"
+        arguments = _copied(args, kwargs)
+        output = compute(*args, **kwargs)
         velocity = velocity_of(denoiser, output)
         if not bool(velocity.isfinite().all()):
             raise CalibrationError(f"step {step + 1}, {texts}: the denoiser's output is not finite; are its weights?")
-        if step in wanted_steps(sampling.num_inference_steps, kept_steps, place):
-            masks = padding.masks(family, denoiser, kwargs)
+        if step in keeping:
             paired = len(velocity) == 2 * len(passes[place])
-            call = Call(step=step, arguments=_copied(args, kwargs), prompts=texts, masks=masks, paired=paired)
+            call = Call(step=step, arguments=arguments, prompts=texts, paired=paired)
             if waiting and (waiting[0].step, waiting[0].prompts) == (step, texts):
                 calls.extend(_together(call, waiting.pop()))
             elif combined and not paired:
@@ -98,23 +112,71 @@ def record(
             else:
                 calls.append(call)
         progress(stage, (place - own[0]) * sampling.num_inference_steps + step, total)
+        return output
 
-    handle = denoiser.register_forward_hook(keep, with_kwargs=True)
-    try:
-        with quiet(pipeline):
-            for place in own:
-                steps.restart()
-                sample(pipeline, prompts, passes[place], sampling)
-    finally:
-        handle.remove()
+    with quiet(pipeline), _answered_by(denoiser, answer):
+        for place in own:
+            computing = computed(sampling.num_inference_steps, computed_steps, place)
+            keeping = kept(computing, kept_steps, place)
+            answers = _Answers()
+            steps.restart()
+            sample(pipeline, prompts, passes[place], sampling)
     progress(stage, total, total)
-    return calls + waiting
+    calls.extend(waiting)
+    return [replace(call, masks=padding.masks(family, denoiser, call.arguments[1])) for call in calls]
 
 
-def wanted_steps(steps: int, kept: int, batch: int) -> frozenset[int]:
-    """The steps that a batch keeps: evenly spaced, shifted from batch to batch."""
-    kept = min(kept, steps)
-    return frozenset((batch + index * steps // kept) % steps for index in range(kept))
+def computed(steps: int, count: int, batch: int) -> frozenset[int]:
+    """The steps at which the denoiser computes for a batch: the first one, and one of each of count - 1 parts of the
+    others. Parts are shorter towards the end, where what pruning costs is largest against what is predicted. Where in
+    its part a step lies differs from batch to batch, by the golden ratio, so that together they come everywhere.
+    """
+    count = min(count, steps)
+    found = [0]
+    for part in range(1, count):
+        share = (part - 1 + batch * GOLDEN % 1) / (count - 1)
+        asked = 1 + int(share**LATE * (steps - 1))
+        found.append(min(max(asked, found[-1] + 1), steps - count + part))
+    return frozenset(found)
+
+
+def kept(computing: frozenset[int], count: int, batch: int) -> frozenset[int]:
+    """The steps that a batch keeps of those: evenly spaced among them, shifted from batch to batch."""
+    among, count = sorted(computing), min(count, len(computing))
+    return frozenset(among[(batch + index * len(among) // count) % len(among)] for index in range(count))
+
+
+class _Answers:
+    """What the denoiser gave at the last step that it computed, call by call of a step."""
+
+    def __init__(self) -> None:
+        self._step, self._place = -1, 0
+        self._given: list[Any] = []
+
+    def at(self, step: int, *, computes: bool, compute: Callable[[], Any]) -> Any:
+        """The output of the next call, which is one of this step: computed, or what that call gave last."""
+        self._step, self._place = step, self._place + 1 if step == self._step else 0
+        if computes and self._place == 0:
+            self._given = []
+        if self._place == len(self._given):
+            self._given.append(compute())
+        return self._given[self._place]
+
+
+@contextmanager
+def _answered_by(
+    module: nn.Module, answer: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+) -> Iterator[None]:
+    """Has calls of the module answered, told how it would answer itself, until the block ends."""
+    own, had = module.forward, "forward" in vars(module)
+    module.forward = lambda *args, **kwargs: answer(own, args, kwargs)
+    try:
+        yield
+    finally:
+        if had:
+            module.forward = own
+        else:
+            del module.forward
 
 
 def _together(negative: Call, positive: Call) -> list[Call]:
@@ -132,9 +194,8 @@ def _together(negative: Call, positive: Call) -> list[Call]:
         return torch.cat([without, given]) if isinstance(given, Tensor) and given.ndim else given
 
     joined = tuple(both(*pair) for pair in zip(others, args, strict=True))
-    masks = {name: both(negative.masks[name], mask) for name, mask in positive.masks.items()}
     named = {name: both(more[name], value) for name, value in kwargs.items()}
-    return [replace(positive, arguments=(joined, named), masks=masks, paired=True)]
+    return [replace(positive, arguments=(joined, named), paired=True)]
 
 
 def _shape(value: Any) -> tuple[int, ...] | None:

@@ -28,7 +28,7 @@ from typing import Any, Final
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from obsdiff.families import layers, parts
+from obsdiff.families import layers, parts, reading
 from obsdiff.groups import Consumer, Group, LinearSpec, Producer, Write
 from obsdiff_export.component import Component
 
@@ -98,7 +98,7 @@ def encode(
     max_sequence_length: int | None = None,
 ) -> dict[str, Tensor]:
     """See `Family.encode`: T5's embeddings, zero where they are padding, and which are text."""
-    return parts.masked_text(pipeline, prompts, negative, max_sequence_length)
+    return reading.masked_text(pipeline, prompts, negative, max_sequence_length)
 
 
 def example(

@@ -29,7 +29,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from obsdiff.families import layers, parts
+from obsdiff.families import layers, parts, reading
 from obsdiff.groups import Consumer, Group, LinearSpec, Producer, Size, Write
 from obsdiff_export.component import Component
 from obsdiff_runtime.conditioning import PACKED as PATCH
@@ -110,7 +110,7 @@ def encode(
             "FLUX takes no negative prompts here: its guidance is distilled, and true guidance (diffusers' "
             "true_cfg_scale) is not supported"
         )
-    parts.need(pipeline, "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    reading.need(pipeline, "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     limit = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
     with torch.no_grad():
         embeds, pooled, _ = pipeline.encode_prompt(list(prompts), None, **limit)

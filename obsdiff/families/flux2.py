@@ -29,7 +29,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from obsdiff.families import layers, parts
+from obsdiff.families import layers, parts, reading
 from obsdiff.groups import Consumer, Group, LinearSpec, Producer, Size, ToldGate, Write
 from obsdiff_export.component import Component
 from obsdiff_runtime.errors import ConfigError
@@ -106,7 +106,7 @@ def encode(
     """
     if negative and pipeline.transformer.config.guidance_embeds:
         raise ConfigError("FLUX.2-dev takes no negative prompts: its guidance is distilled")
-    parts.need(pipeline, "text_encoder", "tokenizer")
+    reading.need(pipeline, "text_encoder", "tokenizer")
     limit = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
     texts = {"prompt_embeds": prompts, "negative_prompt_embeds": negative}
     with torch.no_grad():

@@ -31,7 +31,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from obsdiff.families import layers, parts
+from obsdiff.families import layers, parts, reading
 from obsdiff.families.places import rotations
 from obsdiff.groups import Group, LinearSpec, Write
 from obsdiff_export.component import Component
@@ -111,7 +111,7 @@ def encode(
         raise ConfigError(
             "--max-sequence-length: HunyuanDiT has learned how long its text is, 77 tokens and 256; leave it out"
         )
-    parts.need(pipeline, "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    reading.need(pipeline, "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     names = ("prompt_embeds", "negative_prompt_embeds", "prompt_attention_mask", "negative_prompt_attention_mask")
     found: dict[str, Tensor] = {}
     for encoder, suffix in enumerate(("", "_2")):

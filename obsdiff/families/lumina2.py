@@ -28,7 +28,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle, scaled_dot_product_attention
 
-from obsdiff.families import layers, parts
+from obsdiff.families import layers, parts, reading
 from obsdiff.groups import Consumer, Group, LinearSpec, Producer
 from obsdiff_export.component import Component
 
@@ -107,7 +107,7 @@ def encode(
 
     Prompts, not negative ones, stand behind the pipeline's system prompt.
     """
-    return parts.masked_text(pipeline, prompts, negative, max_sequence_length)
+    return reading.masked_text(pipeline, prompts, negative, max_sequence_length)
 
 
 def example(

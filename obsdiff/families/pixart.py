@@ -25,7 +25,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from obsdiff.families import layers, parts
+from obsdiff.families import layers, parts, reading
 from obsdiff.families.places import Patches
 from obsdiff.groups import Group, LinearSpec, ToldGate, Write
 from obsdiff_export.component import Component
@@ -96,7 +96,7 @@ def encode(
     max_sequence_length: int | None = None,
 ) -> dict[str, Tensor]:
     """See `Family.encode`: T5's embeddings (n, text tokens, width), and which of them are text, (n, text tokens)."""
-    return parts.masked_text(pipeline, prompts, negative, max_sequence_length)
+    return reading.masked_text(pipeline, prompts, negative, max_sequence_length)
 
 
 def example(

@@ -32,7 +32,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle
 
-from obsdiff.families import layers, parts
+from obsdiff.families import layers, parts, reading
 from obsdiff.families.rotations import Places, rotating
 from obsdiff.groups import ChunkGate, Group, LinearSpec, Write
 from obsdiff_export.component import Component
@@ -110,8 +110,8 @@ def encode(
     Raises:
         ModelError: as `Family.encode`; or the pipeline is another one than QwenImagePipeline.
     """
-    parts.need(pipeline, "text_encoder", "tokenizer")
-    parts.encode_template(pipeline)
+    reading.need(pipeline, "text_encoder", "tokenizer")
+    reading.encode_template(pipeline)
     length, found = text_tokens({}, max_sequence_length), {}
     for prefix, texts in (("", prompts), ("negative_", negative)):
         if not texts:

@@ -31,7 +31,7 @@ from typing import Any, Final
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from obsdiff.families import layers, parts
+from obsdiff.families import layers, parts, reading
 from obsdiff.families.places import Patches
 from obsdiff.groups import Consumer, Group, LinearSpec, Producer, ToldGate, Write
 from obsdiff_export.component import Component
@@ -103,8 +103,8 @@ def encode(
 
     Prompts, not negative ones, stand behind the instruction that is the default of the pipeline's call.
     """
-    told = {parts.INSTRUCTION: parts.instruction(pipeline)}
-    return parts.masked_text(pipeline, prompts, negative, max_sequence_length, **told)
+    told = {reading.INSTRUCTION: reading.instruction(pipeline)}
+    return reading.masked_text(pipeline, prompts, negative, max_sequence_length, **told)
 
 
 def example(

@@ -22,7 +22,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from obsdiff.families import layers, parts
+from obsdiff.families import layers, parts, reading
 from obsdiff.groups import Group, LinearSpec, Write
 from obsdiff_export.component import Component
 
@@ -70,7 +70,7 @@ def tokens(
 def text_tokens(configs: Mapping[str, Mapping[str, Any]], max_sequence_length: int | None) -> int:
     """See `Family.text_tokens`: CLIP's, and T5's or the zeros in its place; of a denoiser on its own CLIP's alone."""
     t5 = (max_sequence_length or 0) if "text_encoder" in configs else 0
-    return parts.clip_tokens(configs) + t5
+    return reading.clip_tokens(configs) + t5
 
 
 def latent_size(config: Mapping[str, Any]) -> tuple[int, int]:
@@ -86,7 +86,7 @@ def encode(
     max_sequence_length: int | None = None,
 ) -> dict[str, Tensor]:
     """See `Family.encode`: the embeddings (n, text tokens, width) and the pooled ones (n, width)."""
-    parts.need(pipeline, "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    reading.need(pipeline, "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     limit = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
     with torch.no_grad():
         embeds, negative_embeds, pooled, negative_pooled = pipeline.encode_prompt(

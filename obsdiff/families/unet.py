@@ -19,7 +19,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from obsdiff.families import layers, parts
+from obsdiff.families import layers, parts, reading
 from obsdiff.groups import Group, LinearSpec, Write
 from obsdiff_export.component import Component
 from obsdiff_runtime.errors import ConfigError, ModelError
@@ -76,7 +76,7 @@ def tokens(
 
 def text_tokens(configs: Mapping[str, Mapping[str, Any]], max_sequence_length: int | None) -> int:
     """See `Family.text_tokens`: CLIP's."""
-    return parts.clip_tokens(configs)
+    return reading.clip_tokens(configs)
 
 
 def latent_size(config: Mapping[str, Any]) -> tuple[int, int]:
@@ -100,7 +100,7 @@ def encode(
     """
     if max_sequence_length is not None:
         raise ConfigError("--max-sequence-length sets the tokens of T5, and this model has none; leave it out")
-    parts.need(pipeline, "text_encoder_2" if _is_xl(pipeline.unet) else "text_encoder")
+    reading.need(pipeline, "text_encoder_2" if _is_xl(pipeline.unet) else "text_encoder")
     written = list(negative) if any(negative) else None
     with torch.no_grad():
         encoded = pipeline.encode_prompt(

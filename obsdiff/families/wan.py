@@ -29,7 +29,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from obsdiff.families import layers, parts
+from obsdiff.families import layers, parts, reading
 from obsdiff.families.rotations import rotated
 from obsdiff.groups import Group, LinearSpec, ToldGate, Write
 from obsdiff_export.component import Component
@@ -98,7 +98,7 @@ def encode(
     max_sequence_length: int | None = None,
 ) -> dict[str, Tensor]:
     """See `Family.encode`: UMT5's embeddings (n, text tokens, width), and zeros behind a text, which are looked at."""
-    parts.need(pipeline, "text_encoder", "tokenizer")
+    reading.need(pipeline, "text_encoder", "tokenizer")
     with torch.no_grad():
         given, without = pipeline.encode_prompt(
             prompt=list(prompts),

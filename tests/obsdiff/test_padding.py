@@ -140,20 +140,23 @@ def test_a_long_sequence_of_text_and_image_counts_at_evenly_spaced_tokens() -> N
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("kind", "paired"), [("pixart", True), ("lumina2", False)])
-def test_rows_of_guidance_are_combined_where_one_call_has_both(kind: str, paired: bool, build_pipeline: Build) -> None:
+@pytest.mark.parametrize("kind", ["pixart", "lumina2"])
+def test_rows_of_guidance_are_combined_where_none_of_their_tokens_is_masked(kind: str, build_pipeline: Build) -> None:
     """Lumina-2's pipeline calls the denoiser twice."""
     pipeline: Any = build_pipeline(kind)
     recipe, family = recipe_for(pipeline, height=64, width=64), given(pipeline).family
     prompts = calibration.encode(pipeline, family, PROMPTS[:2], recipe.sampling)
-    calls = trajectories.record(pipeline, family, prompts, recipe.sampling, kept_steps=2)
-    assert [call.paired for call in calls] == ([True] * 2 if paired else [False] * 4)
+    calls = trajectories.record(pipeline, family, prompts, recipe.sampling, computed_steps=2, kept_steps=2)
+    assert [call.paired for call in calls] == [True] * 2
+    assert all(len(mask) == 4 for call in calls for mask in call.masks.values())
     linear = LinearSpec(name="q", block=0, tier=0, reads="x", in_features=4, out_features=3, tokens="joint")
-    sums = moments.TierMoments([linear], torch.device("cpu"), moments.Guidance(scale=4.0, weight=0.3))
     x, y = torch.randn(2, 5, 4), torch.randn(2, 5, 3)
-    seen = moments.Glance(inputs={"q": x}, outputs={"q": y}, bases={}, gates={}, sources={"q": (0, x.shape)})
-    sums.add(seen, seen, 1.0, paired=paired)
-    assert (sums.finish(0)[0]["x"].tokens == 10) != paired
+    for inputs, outputs, tokens in ((x, y, 15), (x.flatten(0, 1), y.flatten(0, 1), 10)):
+        sums = moments.TierMoments([linear], torch.device("cpu"), moments.Guidance(scale=4.0, weight=0.3))
+        sources = {"q": (0, inputs.shape)}
+        seen = moments.Glance(inputs={"q": inputs}, outputs={"q": outputs}, bases={}, gates={}, sources=sources)
+        sums.add(seen, seen, 1.0, paired=True)
+        assert sums.finish(0)[0]["x"].tokens == tokens
 
 
 @torch.no_grad()
@@ -226,7 +229,7 @@ def test_ranges_are_those_of_the_unpadded_tokens(build_pipeline: Build, monkeypa
     pipeline: Any = build_pipeline("pixart")
     recipe = recipe_for(pipeline)
     prompts = calibration.encode(pipeline, pixart, PROMPTS, recipe.sampling)
-    calls = trajectories.record(pipeline, pixart, prompts, recipe.sampling, kept_steps=2)
+    calls = trajectories.record(pipeline, pixart, prompts, recipe.sampling, computed_steps=2, kept_steps=2)
     linears = pixart.linears(pipeline.transformer)
     streams = ranges.observe(
         pipeline.transformer, linears, calls, format=FORMATS["int8"], dtype=torch.float32, outputs=True

@@ -184,7 +184,11 @@ def calls(build_pipeline: Callable[..., DiffusionPipeline]):
     family = family_of(pipeline.transformer)
     recipe = recipe_for(pipeline)
     prompts = precision.streaming.calibration.encode(pipeline, family, PROMPTS, recipe.sampling)
-    return pipeline, family, trajectories.record(pipeline, family, prompts, recipe.sampling, kept_steps=2)
+    return (
+        pipeline,
+        family,
+        trajectories.record(pipeline, family, prompts, recipe.sampling, computed_steps=2, kept_steps=2),
+    )
 
 
 def test_ranges_are_those_of_every_token(calls):

@@ -12,7 +12,7 @@ from torch import Tensor
 from obsdiff import calibration, trajectories
 from obsdiff.families.table import family_of
 from obsdiff.recipe import Sampling
-from obsdiff.trajectories import Call, wanted_steps
+from obsdiff.trajectories import Call, computed, kept
 from obsdiff_runtime.errors import CalibrationError
 
 PROMPTS = ("a red circle", "a blue square", "a dog")
@@ -36,7 +36,8 @@ def recorded(kind: str, pipeline: Any, *, kept: int, steps: int = 4, batch_size:
     family = family_of(getattr(pipeline, "transformer", None) or pipeline.unet)
     runs = sampling(kind, steps, batch_size)
     prompts = calibration.encode(pipeline, family, PROMPTS, runs)
-    return trajectories.record(pipeline, family, prompts, runs, kept_steps=kept, **options)
+    given = {"computed_steps": steps, "kept_steps": kept} | options
+    return trajectories.record(pipeline, family, prompts, runs, **given)
 
 
 def tensors(call: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Tensor]:
@@ -68,13 +69,23 @@ def test_the_calls_are_those_of_the_plain_sampler(kind: str, build_pipeline: Bui
     assert [call.prompts for call in calls] == ["prompts 1 to 2"] * 4 + ["prompts 3 to 3"] * 4
 
 
-def test_a_pipeline_that_guides_in_two_calls_pairs_no_rows(build_pipeline: Build) -> None:
-    """Half of the rows of a call are not the negative prompts of the other half; guidance must not combine them."""
-    calls = recorded("qwen", build_pipeline("qwen"), kept=2)
-    assert [call.step for call in calls] == [0, 0, 2, 2, 1, 1, 3, 3]
-    assert not any(call.paired for call in calls)
-    assert all(call.arguments[1]["encoder_hidden_states_mask"].shape[1] == 200 for call in calls[:4])
-    assert all(call.paired for call in recorded("sd3", build_pipeline("sd3"), kept=1))
+@torch.no_grad()
+def test_two_calls_of_guidance_are_one_of_both_rows(build_pipeline: Build) -> None:
+    pipeline: Any = build_pipeline("qwen")
+    apart: list[tuple[Tensor, Tensor]] = []
+    hook = pipeline.transformer.register_forward_hook(
+        lambda _, __, kwargs, output: apart.append((kwargs["hidden_states"].clone(), output[0].clone())),
+        with_kwargs=True,
+    )
+    calls = recorded("qwen", pipeline, kept=4)
+    hook.remove()
+    assert [call.step for call in calls] == [0, 1, 2, 3] * 2
+    assert all(call.paired for call in calls)
+    for index, call in enumerate(calls):
+        args, kwargs = call.arguments
+        (latents, given), (_, without) = apart[2 * index : 2 * index + 2]
+        assert torch.equal(kwargs["hidden_states"], torch.cat([latents, latents]))
+        torch.testing.assert_close(pipeline.transformer(*args, **kwargs)[0], torch.cat([without, given]))
 
 
 def test_calls_can_be_run_again(build_pipeline: Build) -> None:
@@ -89,20 +100,69 @@ def test_calls_can_be_run_again(build_pipeline: Build) -> None:
             assert torch.equal(pipeline.transformer(*args, **kwargs)[0], expected)
 
 
-@pytest.mark.parametrize(("steps", "kept"), [(4, 1), (4, 2), (5, 2), (14, 2), (7, 3), (3, 3)])
-def test_batches_take_turns_until_every_step_was_kept(steps: int, kept: int) -> None:
-    chosen = [wanted_steps(steps, kept, batch) for batch in range(steps)]
-    assert all(len(each) == kept for each in chosen)
+@pytest.mark.parametrize(("steps", "count"), [(4, 1), (4, 2), (5, 2), (14, 2), (7, 3), (3, 3)])
+def test_batches_take_turns_until_every_step_was_kept(steps: int, count: int) -> None:
+    chosen = [kept(frozenset(range(steps)), count, batch) for batch in range(steps)]
+    assert all(len(each) == count for each in chosen)
     assert all(each <= set(range(steps)) for each in chosen)
     assert set().union(*chosen) == set(range(steps))
     counts = [sum(step in each for each in chosen) for step in range(steps)]
-    assert set(counts) == {kept}  # none more often than another
+    assert set(counts) == {count}  # none more often than another
 
 
 def test_kept_steps_lie_far_apart() -> None:
-    assert wanted_steps(14, 2, 0) == {0, 7}
-    assert wanted_steps(14, 2, 8) == {8, 1}
-    assert wanted_steps(3, 9, 1) == {0, 1, 2}
+    assert kept(frozenset(range(14)), 2, 0) == {0, 7}
+    assert kept(frozenset(range(14)), 2, 8) == {8, 1}
+    assert kept(frozenset({0, 3, 5, 9}), 2, 1) == {3, 9}
+    assert kept(frozenset(range(3)), 9, 1) == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("steps", "count"), [(20, 10), (20, 4), (28, 14), (5, 3), (4, 2), (20, 19), (3, 3), (1, 1), (9, 1)]
+)
+def test_as_many_steps_as_asked_are_computed_and_together_all(steps: int, count: int) -> None:
+    chosen = [computed(steps, count, batch) for batch in range(200)]
+    assert {len(each) for each in chosen} == {count}
+    assert all(0 in each and max(each) < steps for each in chosen)
+    if count > 1:
+        assert set().union(*chosen) == set(range(steps))
+    assert computed(steps, steps + 3, 5) == set(range(steps))
+
+
+def test_more_steps_are_computed_towards_the_end() -> None:
+    halves = [sum(step >= 10 for step in computed(20, 10, batch)) for batch in range(9)]
+    assert min(halves) >= 6
+
+
+@pytest.mark.parametrize("kind", ["sd3", "qwen"])
+@torch.no_grad()
+def test_between_computed_steps_what_the_denoiser_gave_stands(kind: str, build_pipeline: Build) -> None:
+    pipeline: Any = build_pipeline(kind)
+    family = family_of(pipeline.transformer)
+    runs = sampling(kind, steps=8, batch_size=3)
+    prompts = calibration.encode(pipeline, family, PROMPTS, runs)
+    ran: list[Tensor] = []
+    hook = pipeline.transformer.register_forward_pre_hook(
+        lambda _, __, kwargs: ran.append(kwargs["hidden_states"].clone()), with_kwargs=True
+    )
+    calls = trajectories.record(pipeline, family, prompts, runs, computed_steps=3, kept_steps=3)
+    hook.remove()
+    asked = 8 * (2 if kind == "qwen" else 1)
+    assert len(ran) == asked  # the sampler took every step
+    steps = sorted(computed(8, 3, 0))
+    assert [call.step for call in calls] == steps
+    assert not any("forward" in vars(module) for module in pipeline.transformer.modules())
+    for call in calls:
+        args, kwargs = call.arguments
+        assert len(pipeline.transformer(*args, **kwargs)[0]) == 6
+    (first, then), rows = calls[:2], 3
+    velocity = pipeline.transformer(*first.arguments[0], **first.arguments[1])[0]
+    without, given = velocity.chunk(2)
+    moved = then.arguments[1]["hidden_states"][:rows] - first.arguments[1]["hidden_states"][:rows]
+    direction = without + runs.guidance_scale * (given - without)
+    if kind == "sd3":  # a straight line by what the first step gave
+        cosine = torch.nn.functional.cosine_similarity(moved.flatten(1), direction.flatten(1))
+        torch.testing.assert_close(cosine, -torch.ones(rows), atol=1e-4, rtol=0)
 
 
 def test_only_the_wanted_steps_are_kept(build_pipeline: Build) -> None:
@@ -124,7 +184,7 @@ def test_prompts_and_negative_ones_that_are_run_by_themselves_are_one_call(kind:
     family = family_of(pipeline.transformer)
     runs = replace(sampling(kind), max_sequence_length=30)
     prompts = calibration.encode(pipeline, family, PROMPTS, runs)
-    calls = trajectories.record(pipeline, family, prompts, runs, kept_steps=4)
+    calls = trajectories.record(pipeline, family, prompts, runs, computed_steps=4, kept_steps=4)
     assert [call.step for call in calls] == [0, 1, 2, 3] * 2
     text = calls[-1].arguments[1]["encoder_hidden_states"]  # of the last batch, of one prompt
     torch.testing.assert_close(text[0], prompts.embeddings["negative_prompt_embeds"][2])
@@ -134,7 +194,8 @@ def test_prompts_and_negative_ones_that_are_run_by_themselves_are_one_call(kind:
     both = pipeline.transformer(*args, **kwargs)[0]
     alone = pipeline.transformer(*args, **{**kwargs, "encoder_hidden_states": text.flip(0)})[0]
     torch.testing.assert_close(both, alone.flip(0))
-    unguided = trajectories.record(pipeline, family, prompts, replace(runs, guidance_scale=1.0), kept_steps=4)
+    unscaled = replace(runs, guidance_scale=1.0)
+    unguided = trajectories.record(pipeline, family, prompts, unscaled, computed_steps=4, kept_steps=4)
     assert [len(call.arguments[1]["hidden_states"]) for call in unguided] == [2] * 4 + [1] * 4
 
 
@@ -143,7 +204,7 @@ def test_a_repeated_prompt_gets_noise_of_its_own(build_pipeline: Build) -> None:
     family = family_of(pipeline.transformer)
     runs = sampling("sd3", batch_size=1)
     prompts = calibration.repeated(calibration.encode(pipeline, family, PROMPTS[:1], runs), 2)
-    first, second = trajectories.record(pipeline, family, prompts, runs, kept_steps=1)
+    first, second = trajectories.record(pipeline, family, prompts, runs, computed_steps=1, kept_steps=1)
     (once, twice) = (call.arguments[1]["encoder_hidden_states"] for call in (first, second))
     assert torch.equal(once, twice)
     assert not torch.equal(first.arguments[1]["hidden_states"], second.arguments[1]["hidden_states"])
@@ -153,21 +214,23 @@ def test_an_output_that_is_not_finite_is_an_error_that_names_step_and_prompts(bu
     pipeline: Any = build_pipeline("sd3")
     steps: list[int] = []
 
-    def spoil(_: Any, __: Any, output: tuple[Tensor]) -> tuple[Tensor]:
+    def spoil(_: Any, __: Any, output: Tensor) -> Tensor:
         steps.append(len(steps))
-        return (output[0] * (float("nan") if len(steps) == 6 else 1.0),)
+        return output * (float("nan") if len(steps) == 6 else 1.0)
 
-    pipeline.transformer.register_forward_hook(spoil)
+    pipeline.transformer.proj_out.register_forward_hook(spoil)
     with pytest.raises(CalibrationError, match=r"step 2, prompts 3 to 3: the denoiser's output is not finite"):
         recorded("sd3", pipeline, kept=1)
-    assert len(pipeline.transformer._forward_hooks) == 1  # ours is gone
+    assert "forward" not in vars(pipeline.transformer)  # ours is gone
 
 
 def test_no_prompt_is_an_error(build_pipeline: Build) -> None:
     pipeline: Any = build_pipeline("sd3")
     empty = calibration.Prompts(texts=(), embeddings={})
     with pytest.raises(CalibrationError, match="no prompt to calibrate on"):
-        trajectories.record(pipeline, family_of(pipeline.transformer), empty, sampling("sd3"), kept_steps=1)
+        trajectories.record(
+            pipeline, family_of(pipeline.transformer), empty, sampling("sd3"), computed_steps=1, kept_steps=1
+        )
 
 
 def test_progress_counts_calls_to_the_end(build_pipeline: Build) -> None:

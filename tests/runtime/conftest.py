@@ -732,14 +732,14 @@ PIPELINES: dict[str, Callable[[], Any]] = {
 def write_bundle(pipeline: Any, folder: Path, *, sparsity: str = "dense") -> Path:
     """What `obsdiff export` leaves, without engines."""
     from obsdiff.delivery import copy_rest
-    from obsdiff.families import parts
+    from obsdiff.families import exporting
     from obsdiff.families.table import family_of
     from obsdiff_runtime.bundle import ComponentEntry, Defaults, Manifest, TensorEntry, write_manifest
 
     denoiser = getattr(pipeline, "transformer", None) or pipeline.unet
     family = family_of(denoiser)
     components = {}
-    for component in parts.components(family, pipeline, height=32, width=32):
+    for component in exporting.components(family, pipeline, height=32, width=32):
         model = _exported(component, folder / component.name)
         inputs, outputs = (
             tuple(TensorEntry(name=port.name, dtype=port.dtype, shape=port.shape) for port in ports)
@@ -821,6 +821,7 @@ def qwen_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return _pair("qwen", tmp_path_factory)
 
 
+@pytest.fixture(scope="session")
 def lumina2_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return _pair("lumina2", tmp_path_factory)
 

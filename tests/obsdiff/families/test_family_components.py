@@ -14,7 +14,7 @@ from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_r
 from torch import Tensor
 
 from obsdiff.engines import sizes_of
-from obsdiff.families import parts
+from obsdiff.families import exporting, parts, reading
 from obsdiff.families.places import rotations
 from obsdiff.families.table import FAMILIES
 from obsdiff.recipe import Sampling
@@ -53,7 +53,7 @@ NAMES = {
 
 def of(pipeline: Any, kind: str) -> dict[str, Component]:
     family = FAMILIES.get(kind, FAMILIES["unet"])
-    return {component.name: component for component in parts.components(family, pipeline, height=32, width=48)}
+    return {component.name: component for component in exporting.components(family, pipeline, height=32, width=48)}
 
 
 def run(component: Component, inputs: Any) -> tuple[Tensor, ...]:
@@ -362,8 +362,8 @@ def test_gemma_is_told_the_instruction_of_the_pipelines_call(build_pipeline: Cal
     pipeline = build_pipeline("sana")
     lines = of(pipeline, "sana")["text_encoder"].config["complex_human_instruction"]
     assert lines[-1] == "User Prompt: "
-    assert parts.instruction_tokens(pipeline) == len(pipeline.tokenizer.encode("\n".join(lines))) - 2
-    assert parts.instruction_tokens(build_pipeline("pixart")) == 0
+    assert reading.instruction_tokens(pipeline) == len(pipeline.tokenizer.encode("\n".join(lines))) - 2
+    assert reading.instruction_tokens(build_pipeline("pixart")) == 0
 
 
 @pytest.mark.parametrize("kind", ["pixart", "sana", "qwen"])
@@ -430,8 +430,8 @@ def test_every_prompt_of_qwen_image_stands_in_the_template_of_its_pipeline(build
     pipeline = build_pipeline("qwen")
     config = of(pipeline, "qwen")["text_encoder"].config
     assert config["prompt_template_encode"] == pipeline.prompt_template_encode
-    assert config["prompt_template_encode_start_idx"] == parts.template_tokens(pipeline) == 34
-    assert parts.template_tokens(build_pipeline("sana")) == 0
+    assert config["prompt_template_encode_start_idx"] == reading.template_tokens(pipeline) == 34
+    assert reading.template_tokens(build_pipeline("sana")) == 0
     sampling = Sampling(
         num_inference_steps=1,
         guidance_scale=4.0,

@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline, WanPipeline
 import obsdiff
 from obsdiff import verbs
 from obsdiff.evaluation import Evaluation, evaluate
-from obsdiff.families import parts, wan
+from obsdiff.families import exporting, wan
 from obsdiff.loading import Defaults, load_pipeline
 from obsdiff.pipeline_runner import PipelineRunner
 from obsdiff.recipe import Sampling, select
@@ -121,7 +121,7 @@ def test_a_bundle_is_refused_before_anything_runs(folder: Path, build_pipeline: 
     with pytest.raises(ConfigError, match=r"obsdiff export is for .* pictures, and WanPipeline draws films; .*prune"):
         obsdiff.export(folder, tmp_path / "out", sparsity="2:4")
     with pytest.raises(ConfigError, match=r"a bundle is for .* and WanPipeline draws films"):
-        parts.components(wan, build_pipeline("wan"), height=32, width=32)
+        exporting.components(wan, build_pipeline("wan"), height=32, width=32)
     with pytest.raises(ConfigError, match=r"obsdiff bench is for .* and WanPipeline draws films"):
         PipelineRunner(folder)
 
