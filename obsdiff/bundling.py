@@ -261,8 +261,7 @@ def served_by(job: Job, pipeline: DiffusionPipeline | None = None) -> Served:
         instruction_tokens=0 if pipeline is None else reading.instruction_tokens(pipeline),
         template_tokens=0 if pipeline is None else reading.template_tokens(pipeline),
     )
-    name = str(job.configs.get("model_index", {}).get("_class_name", job.family.pipeline))
-    return engines.served(sizes, name, job.configs[job.family.denoiser])
+    return engines.served(sizes, job.pipeline_class, job.configs[job.family.denoiser])
 
 
 def counts_of(job: Job, denoiser: nn.Module, bytes_on_disk: int | NotMeasured) -> Counts:

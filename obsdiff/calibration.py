@@ -71,7 +71,7 @@ def batches(count: int, size: int) -> Iterator[range]:
 
 
 def sample(pipeline: DiffusionPipeline, prompts: Prompts, rows: range, sampling: Sampling, **overrides: Any) -> Tensor:
-    """Final latents of some prompts, (rows, channels, height, width)."""
+    """Final latents of some prompts, (rows, channels, height, width), and of films with frames before the height."""
     generators = [torch.Generator().manual_seed(sampling.seed + row) for row in rows]
     text = {name: value.to(pipeline.device) for name, value in prompts.batch(rows).items()}
     arguments: dict[str, Any] = {
@@ -79,7 +79,7 @@ def sample(pipeline: DiffusionPipeline, prompts: Prompts, rows: range, sampling:
         "generator": generators,
         "output_type": "latent",
     }
-    latents: Tensor = pipeline(**(arguments | overrides)).images
+    latents: Tensor = pipeline(**(arguments | overrides))[0]  # images, or frames
     return latents
 
 

@@ -42,7 +42,7 @@ def render(report: Report, index: Mapping[str, Any], kind: Kind, *, base_model: 
     text = templates.get_template("card.md.j2").render(
         report=report,
         kind=kind,
-        front_matter=_front_matter(report, kind, base_model),
+        front_matter=_front_matter(report, index, kind, base_model),
         headline=wording.headline(report),
         summary=wording.summary(report),
         notes=wording.notes(report),
@@ -74,8 +74,9 @@ def licence_of(folder: Path) -> dict[str, str]:
     return {key: data[key] for key in LICENCE_KEYS if isinstance(data.get(key), str)}
 
 
-def _front_matter(report: Report, kind: Kind, base_model: str | None) -> str:
-    data: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
+def _front_matter(report: Report, index: Mapping[str, Any], kind: Kind, base_model: str | None) -> str:
+    drawn = "video" if _draws_films(index) else "image"
+    data: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": f"text-to-{drawn}"}
     if base_model is not None:
         data["base_model"] = base_model
     data["tags"] = ["obsdiff", "pruned", "sparsity", report.family, *(["onnx"] if kind == "bundle" else [])]
@@ -83,7 +84,7 @@ def _front_matter(report: Report, kind: Kind, base_model: str | None) -> str:
 
 
 def _code(report: Report, index: Mapping[str, Any], kind: Kind) -> str:
-    """Three lines that draw a picture from the folder, the way it was compared."""
+    """A few lines that draw a picture, or a film, from the folder, the way it was compared."""
     evaluation = report.evaluation
     prompt, options = "a prompt", ""
     if not isinstance(evaluation, NotMeasured):
@@ -101,7 +102,15 @@ def _code(report: Report, index: Mapping[str, Any], kind: Kind) -> str:
         absent = "".join(f", {name}=None" for name in _absent(index))
         first = "from diffusers import DiffusionPipeline"
         load = f'pipeline = DiffusionPipeline.from_pretrained("{FOLDER}"{absent})'
+    if _draws_films(index):
+        first = f"from diffusers.utils import export_to_video\n{first}"
+        return f'{first}\n{load}\nexport_to_video(pipeline({quoted}{options}).frames[0], "film.mp4")'
     return f'{first}\n{load}\npipeline({quoted}{options}).images[0].save("picture.png")'
+
+
+def _draws_films(index: Mapping[str, Any]) -> bool:
+    pipeline = getattr(diffusers, str(index.get("_class_name")), None)
+    return pipeline is not None and parts.draws_films(pipeline)
 
 
 def _guided(index: Mapping[str, Any], scale: float) -> str:

@@ -98,7 +98,7 @@ def load(folder: Path, *, dtype: torch.dtype | None = None) -> DiffusionPipeline
     family = FAMILIES[require_manifest(folder).family]
     denoiser = load_denoiser(folder / family.denoiser, dtype=dtype)
     try:
-        return assemble(folder, {family.denoiser: denoiser}, dtype=dtype or _dtype(denoiser))
+        return assemble(folder, {family.denoiser: denoiser}, dtype=dtype or weights.main_dtype(denoiser))
     except (OSError, ValueError, SafetensorError) as error:
         raise BundleError(f"{folder}: {error}") from error
 
@@ -108,12 +108,14 @@ def assemble(
 ) -> DiffusionPipeline:
     """The pipeline of a diffusers folder, with some components given and those that are null left null.
 
-    diffusers demands that null components without a default are passed as None. Its errors are passed on.
+    diffusers demands that null components without a default are passed as None; its DiffusionPipeline does not know
+    which components of another class are optional, and loads a given one of them from the folder all the same. Its
+    errors are passed on.
     """
     index = read_json(folder / INDEX)
     absent = {name: None for name, entry in index.items() if isinstance(entry, list) and entry[0] is None}
     with _without_progress_bars():
-        return DiffusionPipeline.from_pretrained(
+        return getattr(diffusers, str(index["_class_name"])).from_pretrained(
             str(folder), **absent, **given, dtype=dtype, variant=variant, use_safetensors=True, local_files_only=True
         )
 
@@ -190,7 +192,9 @@ def load_denoiser(folder: Path, *, dtype: torch.dtype | None = None) -> nn.Modul
         CompatibilityError: the manifest is of a newer schema.
     """
     denoiser = empty_denoiser(folder)
-    denoiser.load_state_dict(weights.read(folder, denoiser.state_dict(), dtype=dtype), strict=True, assign=True)
+    wide = getattr(denoiser, "_keep_in_fp32_modules", None) or ()
+    found = weights.read(folder, denoiser.state_dict(), dtype=dtype, wide=wide)
+    denoiser.load_state_dict(found, strict=True, assign=True)
     return denoiser
 
 
@@ -234,10 +238,6 @@ def _save_component(component: Any, target: Path, source: Path | None) -> None:
     target.mkdir()
     for path in [*files, *others]:
         folders.copy(path, target / path.name)
-
-
-def _dtype(denoiser: nn.Module) -> torch.dtype:
-    return next(parameter.dtype for parameter in denoiser.parameters() if parameter.is_floating_point())
 
 
 def _without_origin(path: Path) -> None:

@@ -24,6 +24,7 @@ from obsdiff.recipe import evaluation_prompts
 from obsdiff.results import LayerResult
 from obsdiff.settings import Settings
 from obsdiff.spread import Spread, spread_of
+from obsdiff.weights import main_dtype
 from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.progress import Progress, silent
 
@@ -159,7 +160,7 @@ def _one(
     keep_images: int | None,
     progress: Progress,
 ) -> tuple[Report, tuple[ImagePair, ...]]:
-    other = load_pipeline(folder, dtype=next(dense.denoiser.parameters()).dtype, device=dense.pipeline.device)
+    other = load_pipeline(folder, dtype=main_dtype(dense.denoiser), device=dense.pipeline.device)
     if other.manifest is None:
         raise ConfigError(f"{folder} was not pruned by obsdiff; `obsdiff prune` makes such a folder")
     require_same_config(dense, other)

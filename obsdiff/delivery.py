@@ -15,6 +15,7 @@ from obsdiff.measurements import ExportedComponent, LatencyPair, NotMeasured
 from obsdiff.recipe import Sampling
 from obsdiff.settings import Settings
 from obsdiff.sparsity import NM
+from obsdiff.weights import main_dtype
 from obsdiff_export import onnx, parity, pattern
 from obsdiff_export.build import Engine
 from obsdiff_export.component import Component
@@ -87,7 +88,7 @@ def dtype_of(component: str, settings: Settings, stored: nn.Module | None = None
     """
     asked = settings.dtype or "auto"
     if asked == "auto" and stored is not None:
-        kept = next(parameter.dtype for parameter in stored.parameters())
+        kept = main_dtype(stored)
         asked = next((name for name, dtype in DTYPES.items() if dtype == kept), "fp32")
     elif asked == "auto":
         asked = "fp16" if settings.trt and not component.startswith("vae") else "fp32"

@@ -25,6 +25,7 @@ from obsdiff.loading import (
     defaults_of,
     load_configs,
     load_pipeline,
+    require_known_experts,
     shipped_pipeline,
     vae_scale,
 )
@@ -34,6 +35,7 @@ from obsdiff.recipe import Recipe, Sampling, select
 from obsdiff.resolving import resolve
 from obsdiff.resources import require_disk, require_memory
 from obsdiff.settings import Settings
+from obsdiff.weights import main_dtype
 from obsdiff_export.stored import is_stored
 from obsdiff_runtime.conditioning import KINDS
 from obsdiff_runtime.errors import ConfigError, ModelError
@@ -58,6 +60,11 @@ class Job:
     def rows(self) -> int:
         """Rows of the denoiser's batch for one image."""
         return rows(self.family, self.denoiser, self.recipe.sampling.guidance_scale)
+
+    @property
+    def pipeline_class(self) -> str:
+        """Name of the diffusers class; of a denoiser on its own that of its family."""
+        return str(self.configs.get("model_index", {}).get("_class_name", self.family.pipeline))
 
     def positions(self, denoiser: nn.Module) -> dict[str, int]:
         return facts.positions(
@@ -142,13 +149,16 @@ def check_size(pipeline: str, config: Mapping[str, Any], scale: int, sampling: S
     """Raises ConfigError for an image size that the denoiser cannot draw.
 
     Args:
-        pipeline: class of it; of one that the runtime does not know, only whole latent pixels are asked for.
+        pipeline: class of it; of one that the runtime does not know, only whole latent pixels are asked for,
+            of films whole patches.
         config: of the denoiser.
         scale: pixels per side of a latent pixel.
         sampling: the size.
     """
     kind = KINDS.get(pipeline)
-    step = scale * (1 if kind is None else kind.patch(config))
+    patch = config.get("patch_size")
+    of_films = int(patch[-1]) if isinstance(patch, (list, tuple)) else 1  # frames, rows, columns
+    step = scale * (of_films if kind is None else kind.patch(config))
     largest = None if kind is None else kind.largest(config)
     for flag, pixels in (("--height", sampling.height), ("--width", sampling.width)):
         if pixels % step:
@@ -230,7 +240,7 @@ def given(pipeline: DiffusionPipeline) -> LoadedPipeline:
     """A pipeline object, as if it had been loaded.
 
     Raises:
-        ModelError: it has no denoiser, or one of no known family.
+        ModelError: it has no denoiser, or one of no known family, or is one of Wan 2.2.
     """
     index = {**pipeline.config, "_class_name": type(pipeline).__name__}
     configs: dict[str, dict[str, Any]] = {
@@ -244,6 +254,7 @@ def given(pipeline: DiffusionPipeline) -> LoadedPipeline:
     family = family_of(getattr(pipeline, name))
     if family.denoiser != name:
         raise ModelError(f"no family describes this {type(getattr(pipeline, name)).__name__}; {HELP}")
+    require_known_experts(index, family)
     configs[name]["_class_name"] = type(getattr(pipeline, name)).__name__
     configs["model_index"] = index
     folder = Path(str(pipeline.config.get("_name_or_path") or "in memory"))
@@ -258,7 +269,7 @@ def computable(loaded: LoadedPipeline) -> torch.dtype:
 
     Networks whose weights stay in their files compute nothing and are left alone.
     """
-    stored: torch.dtype = next(loaded.denoiser.parameters()).dtype
+    stored = main_dtype(loaded.denoiser)
     if loaded.pipeline.device.type in ("cpu", "meta"):
         for component in loaded.pipeline.components.values():
             if isinstance(component, nn.Module) and not is_stored(component):

@@ -206,6 +206,21 @@ def vae_scale(configs: Mapping[str, Mapping[str, Any]]) -> int:
     return autoencoder.vae_scale(configs["vae"]) if "vae" in configs else _family_of(configs).vae_scale
 
 
+def require_known_experts(index: Mapping[str, Any], family: Family) -> None:
+    """Raises ModelError for the pipelines of Wan 2.2; `index` is the content of model_index.json."""
+    name, second = index["_class_name"], index.get(f"{family.denoiser}_2")
+    if second and second[1] is not None:
+        raise ModelError(
+            f"this {name} draws with two denoisers in turn, {family.denoiser} and {family.denoiser}_2 (Wan 2.2), and "
+            "obsdiff knows only pipelines of one"
+        )
+    if index.get("expand_timesteps"):
+        raise ModelError(
+            f"this {name} tells its denoiser a timestep for each token (expand_timesteps, Wan 2.2), and obsdiff knows "
+            "only those that tell it one"
+        )
+
+
 def _family_of(configs: Mapping[str, Mapping[str, Any]]) -> Family:
     denoiser = next(configs[family.denoiser] for family in FAMILIES.values() if family.denoiser in configs)
     return family_of(str(denoiser["_class_name"]))
@@ -331,6 +346,7 @@ def _family(folder: Path, index: Mapping[str, Any]) -> Family:
     family = family_of(str(found[0][1]))
     if family.denoiser not in index:
         raise ModelError(f"{folder}: no family describes its {found[0][1]}; {HELP}")
+    require_known_experts(index, family)
     return family
 
 

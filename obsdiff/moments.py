@@ -159,7 +159,8 @@ class _Look:
         self, name: str, gate: ToldGate, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         given = inspect.signature(type(block).forward).bind(block, *args, **kwargs).arguments
-        told = given[gate.told].unflatten(-1, (-1, pointwise.widths(self._module(name))[1]))  # (rows, n, out)
+        out = pointwise.widths(self._module(name))[1]
+        told = given[gate.told].flatten(1).unflatten(-1, (-1, out))  # (rows, n, out)
         if gate.table is not None:
             told = block.get_parameter(gate.table) + told
         self._gates[name] = self._spread(name, told[:, gate.row])

@@ -30,6 +30,7 @@ from obsdiff.loading import (
 from obsdiff.recipe import Sampling
 from obsdiff.residuals import block_modules
 from obsdiff.sampling import exactly, quiet, telling
+from obsdiff.weights import main_dtype
 from obsdiff_runtime.benchmark.runner import DeviceMemory, Drawn, Loaded, Request, Subject
 from obsdiff_runtime.bundle import Defaults
 from obsdiff_runtime.errors import CompatibilityError, ConfigError
@@ -108,7 +109,7 @@ class PipelineRunner:
             threads: of the host to use, all if None.
 
         Raises:
-            ConfigError: there is no such dtype, or no such number of threads.
+            ConfigError: there is no such dtype, or no such number of threads; or the pipeline draws films.
             ModelError: there is no such model, or no pipeline in it.
         """
         if dtype is not None and dtype not in DTYPES:
@@ -123,6 +124,9 @@ class PipelineRunner:
         self._configs: ModelConfigs = load_configs(self._model)
         if "model_index" not in self._configs.configs:
             raise ConfigError(f"{self._model} is a denoiser alone; name the folder of its pipeline")
+        parts.require_pictures(
+            getattr(diffusers, str(self._configs.configs["model_index"]["_class_name"])), "obsdiff bench"
+        )
         self._clock: _Clock = _HostClock() if self._device.type == "cpu" else _CudaClock()
         self._loaded: LoadedPipeline | None = None
         self._memory: _Memory | None = None
@@ -187,7 +191,7 @@ class PipelineRunner:
             load_seconds={"pipeline": load_seconds},
             first_image_seconds=first,
             devices=dict.fromkeys(drawn.components, self._place()),
-            dtype=str(next(loaded.denoiser.parameters()).dtype).removeprefix("torch."),
+            dtype=str(main_dtype(loaded.denoiser)).removeprefix("torch."),
             gpu=None if self._device.type == "cpu" else self._device.index or 0,
             versions={"torch": torch.__version__, "diffusers": diffusers.__version__},
         )

@@ -10,11 +10,12 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from obsdiff.families import Family, guided, parts
@@ -23,6 +24,9 @@ from obsdiff.recipe import Sampling
 from obsdiff.residuals import BlockErrors, Clock, block_modules
 from obsdiff_runtime.errors import CalibrationError, QualityError
 from obsdiff_runtime.progress import Progress
+
+SHOWN: Final = 4
+"""Frames of a film that are looked at, the first and the last among them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,11 +129,11 @@ class Sampler:
                 generator=[torch.Generator("cpu").manual_seed(seed) for seed in batch.seeds],
                 output_type="np",
                 **telling(self.pipeline, after_call),
-            ).images
+            )[0]  # images, or frames
         if not np.isfinite(images).all():
             where = f"after step {steps}, in the decoded picture"
             _refuse(who, where, _prompt_of(np.asarray(images), batch.prompts))
-        return last[0].clone(), [np.rint(image * 255).clip(0, 255).astype(np.uint8) for image in images]
+        return last[0].clone(), [_picture(image) for image in images]
 
 
 def batches(sampler: Sampler, prompts: Sequence[str], negative: str) -> Iterator[Batch]:
@@ -193,6 +197,19 @@ def telling(pipeline: DiffusionPipeline, after: Callable[[int, Tensor], None]) -
         return {}
 
     return {"callback_on_step_end": tell}
+
+
+def _picture(drawn: NDArray[Any]) -> Picture:
+    """What a call gives of a prompt, (height, width, 3); or a film's SHOWN frames, evenly spaced, one below the other.
+
+    Args:
+        drawn: (height, width, 3), or (frames, height, width, 3), between 0 and 1.
+    """
+    if drawn.ndim == 4:
+        places = np.linspace(0, len(drawn) - 1, SHOWN).round().astype(int)
+        drawn = np.concatenate(list(drawn[places]))
+    picture: Picture = np.rint(drawn * 255).clip(0, 255).astype(np.uint8)
+    return picture
 
 
 def velocity_of(denoiser: nn.Module, output: Any) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 
@@ -30,7 +31,7 @@ from obsdiff.comparison import hold, layers_of
 from obsdiff.engines import Order, order_of
 from obsdiff.engines import build as build
 from obsdiff.evaluation import check_size
-from obsdiff.families import require_described
+from obsdiff.families import parts, require_described
 from obsdiff.folders import check_free, new_folder
 from obsdiff.gates import Gate
 from obsdiff.job import (
@@ -165,13 +166,13 @@ def prune_to_folder(
     weights = require(job, output, copies=1)
     loaded = load_model(settings, offload=True)
     require_disk_for(loaded, output, 2 * weights)
-    stored = computable(loaded)
+    restore, stored = remember_dtypes(loaded.pipeline), computable(loaded)
     journal = FolderJournal(output, job.recipe.digest(), resume=resume)
     size = facts.weight_bytes(loaded.folder / loaded.family.denoiser)
     before, stages = counts_of(job, loaded.denoiser, size), Stages()
     with stages("calibrate and prune"):
         pruned = _prune(loaded, job, stored, journal, progress)
-    pruned.denoiser.to(stored)
+    restore()
     with new_folder(output, force=force) as folder:
         manifest = _manifest_after(pruned, loaded.folder)
         checkpoint.save_into(folder, pruned.pipeline, pruned.denoiser, manifest, source=loaded.folder)
@@ -224,6 +225,7 @@ def export(
         require_nothing_computed(settings)
     job = open_job(settings, sparsity_required=False)
     require_described(job.family, "obsdiff export")
+    parts.require_pictures(getattr(diffusers, job.pipeline_class), "obsdiff export")
     if order is not None:
         engines.require_drawable(order, served_by(job))
     if format is not None:

@@ -7,7 +7,7 @@ The stem is diffusers' or transformers'; they write a variant in front of the la
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -25,20 +25,32 @@ STEM: Final = "diffusion_pytorch_model"
 TRANSFORMERS_STEM: Final = "model"
 
 
-def read(folder: Path, expected: Mapping[str, Tensor], *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def main_dtype(module: nn.Module) -> torch.dtype:
+    """Of its largest parameter: diffusers keeps small ones of some models in float32, whatever the others are in."""
+    return max(module.parameters(), key=Tensor.numel).dtype
+
+
+def read(
+    folder: Path, expected: Mapping[str, Tensor], *, dtype: torch.dtype | None = None, wide: Collection[str] = ()
+) -> dict[str, Tensor]:
     """The tensors in a folder that diffusers wrote: each of `expected`, with its shape, once, and no other.
 
     Args:
         folder: of the component.
         expected: its state dictionary, on any device.
         dtype: of floating tensors; None: as stored.
+        wide: modules and parameters that are float32 where a dtype is given, by their own names.
 
     Raises:
         BundleError: a file or tensor is missing, altered or superfluous; names it.
     """
+    found = {name: tensor for name, (_, tensor) in _found(folder, expected, STEM, None).items()}
+    if dtype is None:
+        return found
+    kept = {name for name in found if not set(wide).isdisjoint(name.split("."))}
     return {
-        name: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-        for name, (_, tensor) in _found(folder, expected, STEM, None).items()
+        name: tensor.to(torch.float32 if name in kept else dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in found.items()
     }
 
 

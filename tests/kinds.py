@@ -16,4 +16,5 @@ EVERY: Final = (
     "qwen",
     "lumina2",
     "hunyuan",
+    "wan",
 )

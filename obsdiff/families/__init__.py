@@ -57,7 +57,7 @@ class Family(Protocol):
     def tokens(
         self, config: Mapping[str, Any], *, height: int, width: int, text_tokens: int, vae_scale: int = 8
     ) -> dict[str, int]:
-        """Tokens per image in each sequence that LinearSpec.tokens names, at an image size in pixels.
+        """Tokens per image, or film, in each sequence that LinearSpec.tokens names, at an image size in pixels.
 
         `config` is the denoiser's; `vae_scale` is how many pixels a side of a latent pixel stands for.
         """
@@ -114,6 +114,8 @@ class Family(Protocol):
 
     def component(self, denoiser: nn.Module, *, height: int, width: int, vae_scale: int = 8) -> Component:
         """The denoiser as the export and the runtime see it: latents (b, channels, h, w) in, the same out.
+
+        Those of films have an axis of frames before the height, and always as many as the family says.
 
         Example inputs are small; the last of `more_inputs` has the asked size in pixels, up to 256 a side.
 

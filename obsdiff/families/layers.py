@@ -109,8 +109,7 @@ def heads(
         ModelError: the projections are fused, or the attention has weights beside them (an IP-Adapter's).
     """
     attention = denoiser.get_submodule(name)
-    if getattr(attention, "fused_projections", False):
-        raise ModelError(f"{name}: its projections are fused; call unfuse_qkv_projections() before pruning")
+    require_unfused(attention, name)
     if any(True for _ in getattr(attention.processor, "parameters", tuple)()):
         raise ModelError(f"{name}: its processor has weights of its own; call unload_ip_adapter() before pruning")
     queries = size(attention.get_submodule("to_q"), "out_features")
@@ -142,6 +141,12 @@ def heads(
         consumers=consumers or tuple(Consumer(name=f"{name}.{output}") for output in outputs),
         sizes=(*followers, *sizes),
     )
+
+
+def require_unfused(attention: nn.Module, name: str) -> None:
+    """Raises ModelError where the attention computes queries, keys and values by another linear than those."""
+    if getattr(attention, "fused_projections", False):
+        raise ModelError(f"{name}: its projections are fused; call unfuse_qkv_projections() before pruning")
 
 
 def neurons(denoiser: nn.Module, name: str, *, block: int) -> Group:

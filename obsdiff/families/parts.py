@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from obsdiff_export.component import Component
 from obsdiff_runtime.autoencoder import VAE_SCALE as VAE_SCALE
+from obsdiff_runtime.errors import ConfigError
 
 Size = tuple[int, int]
 
@@ -116,7 +117,7 @@ def denoiser_component(
         example: the family's `example`.
         name: of the component.
         output: name of what it gives.
-        latents: its input for latents, (b, channels, h, w).
+        latents: its input for latents, (b, channels, h, w), or (b, channels, frames, h, w).
         sizes: three sizes of latents; see `latent_sizes`.
         pixels: (height, width) of the image.
         text: its inputs of text, (b, text tokens, ...).
@@ -126,7 +127,8 @@ def denoiser_component(
         for batch, length, size in rows(sizes)
     ]
     axes = {key: {0: "batch"} for key in examples[0]}
-    axes[latents] |= {2: "height", 3: "width"}
+    sides = examples[0][latents].ndim
+    axes[latents] |= {sides - 2: "height", sides - 1: "width"}
     for key in text:
         axes[key] |= {1: "text_tokens"}
     return Component(
@@ -149,6 +151,20 @@ def guidance_argument(pipeline_class: type[DiffusionPipeline]) -> str:
     known = inspect.signature(pipeline_class.__call__).parameters
     unused = GUIDANCE not in known or known[GUIDANCE].default is None
     return "true_cfg_scale" if unused and "true_cfg_scale" in known else GUIDANCE
+
+
+def draws_films(pipeline_class: type[DiffusionPipeline]) -> bool:
+    """Whether its call gives frames, not images."""
+    return "num_frames" in inspect.signature(pipeline_class.__call__).parameters
+
+
+def require_pictures(pipeline_class: type[DiffusionPipeline], what: str) -> None:
+    """Raises ConfigError where the pipeline draws films, and `what` knows pictures only."""
+    if draws_films(pipeline_class):
+        raise ConfigError(
+            f"{what} is for pipelines that draw pictures, and {pipeline_class.__name__} draws films; "
+            "obsdiff prune and obsdiff eval take it"
+        )
 
 
 def padded(batch: int, length: int, *, dtype: torch.dtype) -> Tensor:

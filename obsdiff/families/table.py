@@ -18,6 +18,7 @@ from obsdiff.families import (
     sana,
     sd3,
     unet,
+    wan,
 )
 from obsdiff_runtime.errors import ModelError
 
@@ -32,6 +33,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "qwen": qwen,
     "lumina2": lumina2,
     "hunyuan": hunyuan,
+    "wan": wan,
     "generic": generic,
 }
 

@@ -15,6 +15,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLWan,
     ChromaPipeline,
     ChromaTransformer2DModel,
     DDIMScheduler,
@@ -41,6 +42,9 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from diffusers.utils import logging as diffusers_logging
 from tokenizers import pre_tokenizers
@@ -287,6 +291,21 @@ def hunyuan_transformer(**changes: Any) -> HunyuanDiT2DModel:
     return HunyuanDiT2DModel(**{**config, **changes})
 
 
+def wan_transformer(**changes: Any) -> WanTransformer3DModel:
+    """Two blocks of 3 heads of 12, normalised together, and 96 neurons."""
+    config: dict[str, Any] = {
+        "num_attention_heads": 3,
+        "attention_head_dim": 12,
+        "in_channels": 4,
+        "out_channels": 4,
+        "text_dim": 24,
+        "freq_dim": 16,
+        "ffn_dim": 96,
+        "num_layers": 2,
+    }
+    return WanTransformer3DModel(**{**config, **changes})
+
+
 DENOISERS: dict[str, Callable[..., nn.Module]] = {
     "sd3": sd3_transformer,
     "sd35": sd35_transformer,
@@ -301,6 +320,7 @@ DENOISERS: dict[str, Callable[..., nn.Module]] = {
     "qwen": qwen_transformer,
     "lumina2": lumina2_transformer,
     "hunyuan": hunyuan_transformer,
+    "wan": wan_transformer,
 }
 
 
@@ -617,6 +637,30 @@ def hunyuan_pipeline(**changes: Any) -> HunyuanDiTPipeline:
     )
 
 
+def wan_pipeline(**changes: Any) -> WanPipeline:
+    """A latent pixel is four pixels wide, and a latent frame four frames long."""
+    torch.manual_seed(0)
+    tokenizer, _ = t5()
+    vae = AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        latents_mean=[-0.7, 0.1, 0.9, 0.2],
+        latents_std=[2.8, 1.4, 0.6, 1.2],
+        scale_factor_temporal=4,
+        scale_factor_spatial=4,
+    )
+    return WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=UMT5EncoderModel(UMT5Config(**T5_SIZES)).eval(),
+        vae=vae.eval(),
+        transformer=wan_transformer(**changes).eval(),
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    )
+
+
 PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "sd3": sd3_pipeline,
     "sd15": sd15_pipeline,
@@ -630,6 +674,7 @@ PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "qwen": qwen_pipeline,
     "lumina2": lumina2_pipeline,
     "hunyuan": hunyuan_pipeline,
+    "wan": wan_pipeline,
 }
 
 
@@ -727,7 +772,7 @@ def denoise() -> Callable[[nn.Module], torch.Tensor]:
                 return denoiser(**flux.arguments(inputs), return_dict=False)[0]
             if isinstance(denoiser, AuraFlowTransformer2DModel):
                 return denoiser(sample, noise(2, 7, config.joint_attention_dim), time / 1000, return_dict=False)[0]
-            if family_of(denoiser).name in ("flux2", "pixart", "sana", "qwen", "lumina2", "hunyuan"):
+            if family_of(denoiser).name in ("flux2", "pixart", "sana", "qwen", "lumina2", "hunyuan", "wan"):
                 family = family_of(denoiser)
                 shape = {"batch": 2, "size": (12, 16), "text_tokens": 7, "pixels": (24, 32)}
                 return denoiser(**family.arguments(family.example(denoiser, **shape)), return_dict=False)[0]

@@ -102,7 +102,7 @@ def test_a_cut_and_masked_pipeline_comes_back_bit_by_bit(
         ("sd15", "unet"),
         ("sdxl", "unet"),
         *((kind, "transformer") for kind in ("flux", "flux2", "pixart", "auraflow", "sana", "qwen", "lumina2")),
-        *((kind, "transformer") for kind in ("flux", "pixart", "auraflow", "sana", "hunyuan")),
+        *((kind, "transformer") for kind in ("flux", "pixart", "auraflow", "sana", "hunyuan", "wan")),
     ],
 )
 def test_another_family_s_cut_denoiser_comes_back_bit_by_bit(

@@ -224,7 +224,8 @@ def test_a_residual_stream_that_is_not_finite_is_an_error_that_names_the_layer(p
 def test_a_glance_sees_what_hooks_on_the_whole_model_see(kind: str, build_denoiser: Callable[..., nn.Module]) -> None:
     denoiser: Any = build_denoiser(kind)
     family = family_of(denoiser)
-    inputs = family.example(denoiser, batch=2, size=(12, 16), text_tokens=7, pixels=(24, 32))
+    size = (4, 8) if kind == "wan" else (12, 16)  # no more tokens than count
+    inputs = family.example(denoiser, batch=2, size=size, text_tokens=7, pixels=(24, 32))
     call = (), {**family.arguments(inputs), "return_dict": False}
     linears = family.linears(denoiser)
     expected = _hooked(denoiser, [linear.name for linear in linears], call)
@@ -369,6 +370,22 @@ def test_a_qwen_image_block_adds_gate_times_output_to_each_stream(build_denoiser
     torch.testing.assert_close(after[heads_text], look.bases[neurons_text])
     torch.testing.assert_close(after[neurons], image)
     torch.testing.assert_close(after[neurons_text], text)
+
+
+@torch.no_grad()
+def test_a_wan_block_adds_gate_times_output_to_its_stream(build_denoiser: Callable[..., nn.Module]) -> None:
+    denoiser: Any = build_denoiser("wan")  # which reads its stream as float32, whatever its weights are
+    family = family_of(denoiser)
+    inputs = family.example(denoiser, batch=2, size=(4, 8), text_tokens=7, pixels=(24, 32))
+    writers = [each for each in family.linears(denoiser) if each.block == 0 and each.writes is not None]
+    with pausing.gated([denoiser.get_submodule("blocks.0")]):
+        waiting = PausedPass(denoiser, ((), {**family.arguments(inputs), "return_dict": False}))
+        block = denoiser.get_submodule("blocks.0")
+        look, result = moments.glance(block, "blocks.0", writers, waiting.arguments, streams=True, whole=True)
+    after = [look.bases[each.name] + look.gates.get(each.name, 1.0) * look.outputs[each.name] for each in writers]
+    before = [look.bases[each.name] for each in writers]
+    for found, expected in zip(after, [*before[1:], result], strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @torch.no_grad()

@@ -96,6 +96,11 @@ INPUTS: dict[str, dict[str, Any]] = {
         "image_meta_size": nothing(1, 6),
         "style": torch.zeros(1, dtype=torch.int64, device="meta"),
     },
+    "wan": {
+        "hidden_states": nothing(1, 16, 21, 60, 104),
+        "encoder_hidden_states": nothing(1, 512, 4096),
+        "timestep": nothing(1),
+    },
 }
 
 
@@ -291,6 +296,18 @@ def test_hunyuan_has_its_published_size_and_its_skips_read_two_streams(name: str
     token = 2 * (text_width + 1) * heads
     assert plan.parameters_before - plan.parameters_after == 40 * (patch + token)
     assert plan.macs_before - plan.macs_after == 40 * (patch * image + token * text)
+
+
+def test_wan_has_its_published_size_and_reads_all_frames_at_once() -> None:
+    """A film of 81 frames, 480 x 832: 21 latent frames of 30 x 52 patches. Only neurons can go."""
+    plan = planned("wan21_1_3b", "ffn:0.25")
+    assert plan.parameters_before == 1_418_996_800  # 1.3 B, says the model's card
+    width, neurons, image, text = 1536, 8960, 21 * 30 * 52, 512
+    products = 30 * ((6 * width**2 + 2 * width * neurons) * image + 2 * width**2 * text)
+    assert products < plan.macs_before < 1.01 * products  # beside them biases, embeddings, and what a film needs once
+    lost = 30 * (2 * width + 1) * neurons // 4
+    assert plan.parameters_before - plan.parameters_after == lost
+    assert plan.macs_before - plan.macs_after == pytest.approx(lost * image, rel=1e-3)
 
 
 def test_hunyuan_holds_nineteen_skips_in_both_streams_at_its_middle() -> None:
@@ -580,12 +597,13 @@ def test_a_plan_is_json() -> None:
 def test_tokens_of_the_family_agree_with_those_of_a_call() -> None:
     texts = {"sd3_medium": 77, "sdxl": 77, "flux1_dev": 512, "pixart_alpha_1024": 120}
     texts |= {"flux2_klein_4b": 512, "auraflow_v03": 256, "sana_600m_1024": 300, "qwen_image": 512}
-    texts |= {"lumina_image_2": 256}
+    texts |= {"lumina_image_2": 256, "wan21_1_3b": 512}
     texts |= {"auraflow_v03": 256, "sana_600m_1024": 300, "hunyuan_v12": 77 + 256}
     for name, text in texts.items():
         denoiser, family, positions = model(name)
         config: Any = denoiser.config
-        tokens = family.tokens(config, height=1024, width=1024, text_tokens=text, vae_scale=family.vae_scale)
+        height, width = (480, 832) if family.name == "wan" else (1024, 1024)
+        tokens = family.tokens(config, height=height, width=width, text_tokens=text, vae_scale=family.vae_scale)
         for linear in family.linears(denoiser):
             assert positions[linear.name] == tokens[linear.tokens], linear.name
 

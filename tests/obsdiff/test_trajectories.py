@@ -178,10 +178,11 @@ def test_a_scheduler_that_calls_twice_at_a_timestep_keeps_both_calls(build_pipel
 
 
 @torch.no_grad()
-def test_prompts_and_negative_ones_that_are_run_by_themselves_are_one_call(build_pipeline: Build) -> None:
-    pipeline: Any = build_pipeline("flux2")
+@pytest.mark.parametrize("kind", ["flux2", "wan"])
+def test_prompts_and_negative_ones_that_are_run_by_themselves_are_one_call(kind: str, build_pipeline: Build) -> None:
+    pipeline: Any = build_pipeline(kind)
     family = family_of(pipeline.transformer)
-    runs = replace(sampling("flux2"), max_sequence_length=30)
+    runs = replace(sampling(kind), max_sequence_length=30)
     prompts = calibration.encode(pipeline, family, PROMPTS, runs)
     calls = trajectories.record(pipeline, family, prompts, runs, computed_steps=4, kept_steps=4)
     assert [call.step for call in calls] == [0, 1, 2, 3] * 2

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import Lumina2Pipeline, SanaPipeline
+from diffusers import Lumina2Pipeline, SanaPipeline, WanPipeline
 
 from obsdiff.families import parts
 from obsdiff.families.table import FAMILIES
@@ -27,6 +27,7 @@ CASES = [
     ("qwen", {}),
     ("lumina2", {}),
     ("hunyuan", {}),
+    ("wan", {}),
 ]
 
 
@@ -34,16 +35,18 @@ def latents(pipeline: Any, *, guidance_scale: float, **call: Any) -> torch.Tenso
     guided = {parts.guidance_argument(type(pipeline)): guidance_scale}
     generator = torch.Generator().manual_seed(0)
     exact = exactly(pipeline, embedded="prompt" not in call)
-    size = (32, 64) if isinstance(pipeline, SanaPipeline | Lumina2Pipeline) else (16, 24)  # multiples of 32 and 16
+    size = (
+        (32, 64) if isinstance(pipeline, SanaPipeline | Lumina2Pipeline | WanPipeline) else (16, 24)
+    )  # multiples of 32 and 16
     sized = dict(zip(("height", "width"), size, strict=True))
     found: torch.Tensor = pipeline(
         num_inference_steps=2, generator=generator, output_type="latent", **(sized | exact | guided | call)
-    ).images
+    )[0]
     return found
 
 
 def options(kind: str) -> dict[str, int]:
-    named = ("sd3", "flux", "pixart", "auraflow", "sana", "qwen", "lumina2")
+    named = ("sd3", "flux", "pixart", "auraflow", "sana", "qwen", "lumina2", "wan")
     lengths = dict.fromkeys(named, 6) | {"flux2": 30}  # its template is 20 long
     return {"max_sequence_length": lengths[kind]} if kind in lengths else {}
 

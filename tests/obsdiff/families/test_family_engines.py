@@ -21,6 +21,7 @@ pytestmark = [
     pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX is not installed"),
 ]
 
+FEWER = {"wan": {"num_layers": 1}, **{kind: {"num_layers": 1, "num_single_layers": 1} for kind in ("flux", "flux2")}}
 SIZES = {"batch": (1, 2, 4), "height": 8, "width": 8, "text_tokens": (1, 7, 20)}
 
 
@@ -37,13 +38,14 @@ SIZES = {"batch": (1, 2, 4), "height": 8, "width": 8, "text_tokens": (1, 7, 20)}
         ("qwen", "qwen", "transformer_blocks.0.attn.to_k.weight", "transformer_blocks.0.attn.to_v.weight"),
         ("lumina2", "lumina2", "layers.0.attn.to_k.weight", "layers.0.attn.to_v.weight"),
         ("hunyuan", "hunyuan", "attn2.to_k.weight", "attn2.to_v.weight"),
+        ("wan", "wan", "blocks.0.attn2.to_k.weight", "blocks.0.attn2.to_v.weight"),
         ("flux", "flux", "single_transformer_blocks.0.attn.to_q.weight", "single_transformer_blocks.0.proj_mlp.weight"),
     ],
 )
 def test_every_linear_is_in_the_real_engine_and_linears_of_one_input_are_merged(
     kind: str, family: str, one: str, other: str, build_pipeline: Callable[..., DiffusionPipeline], tmp_path: Path
 ) -> None:
-    pipeline = build_pipeline(kind, **({"num_layers": 1, "num_single_layers": 1} if kind in ("flux", "flux2") else {}))
+    pipeline = build_pipeline(kind, **FEWER.get(kind, {}))
     component = FAMILIES[family].component(getattr(pipeline, FAMILIES[family].denoiser), height=64, width=64)
     model = export(component, tmp_path / component.name, dtype=torch.float16)
     engine = build(

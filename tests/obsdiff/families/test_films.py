@@ -1,0 +1,193 @@
+"""Pipelines that draw films (Wan): pruned and compared like the others, and what of them is refused and how."""
+
+import copy
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, WanPipeline
+
+import obsdiff
+from obsdiff import verbs
+from obsdiff.evaluation import Evaluation, evaluate
+from obsdiff.families import exporting, wan
+from obsdiff.loading import Defaults, load_pipeline
+from obsdiff.pipeline_runner import PipelineRunner
+from obsdiff.recipe import Sampling, select
+from obsdiff.resolving import resolve
+from obsdiff.settings import Settings
+from obsdiff.shrinking import shrink
+from obsdiff_export.onnx import export
+from obsdiff_export.parity import compare
+from obsdiff_runtime.errors import ConfigError, ModelError
+
+PROMPTS = ["a red dog", "a cat"]
+SMALL: dict[str, Any] = {"steps": 2, "height": 32, "width": 32, "max_sequence_length": 8}
+
+Build = Callable[..., Any]
+
+
+@pytest.fixture
+def folder(build_pipeline: Build, tmp_path: Path) -> Path:
+    build_pipeline("wan").save_pretrained(tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+def test_a_film_has_the_frames_that_its_pipeline_draws() -> None:
+    pixels = inspect.signature(WanPipeline.__call__).parameters["num_frames"].default
+    assert (pixels - 1) // 4 + 1 == wan.FRAMES
+
+
+@torch.no_grad()
+def test_the_graph_of_a_shrunk_wan_takes_any_size(build_denoiser: Build, tmp_path: Path) -> None:
+    denoiser = build_denoiser("wan", num_layers=1, cross_attn_norm=False)
+    shrink(denoiser, wan, {"blocks.0.ffn.neurons": [1, *range(5, 12)]})
+    component = wan.component(denoiser, height=64, width=64)
+    others = [
+        wan.example(denoiser, batch=batch, size=size, text_tokens=length, pixels=(64, 64))
+        for batch, length, size in ((1, 1, (2, 2)), (3, 20, (6, 14)), (2, 5, (10, 4)))
+    ]
+    for inputs in others:
+        torch.testing.assert_close(component.module(**inputs), denoiser(**inputs).sample, rtol=0, atol=1e-5)
+    model = export(component, tmp_path, dtype=torch.float32)
+    assert compare(replace(component, more_inputs=tuple(others)), model).max_relative_error < 1e-4
+
+
+def test_a_folder_is_pruned_and_compared_and_its_card_makes_a_film(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    prompts = str(tmp_path / "prompts.txt")
+    settings = Settings(
+        model=str(folder),
+        sparsity="ffn:0.25+2:4",
+        allocation="uniform",
+        prompts_file=prompts,
+        protect_first=0,
+        protect_last=0,
+        align=4,
+        **SMALL,
+    )
+    verbs.prune_to_folder(settings, tmp_path / "pruned")
+    card = (tmp_path / "pruned" / "README.md").read_text()
+    assert "pipeline_tag: text-to-video" in card
+    assert 'export_to_video(pipeline("a prompt").frames[0], "film.mp4")' in card
+    report = verbs.evaluate(tmp_path / "pruned", str(folder), Settings(eval_prompts=1, **SMALL)).reports[0]
+    assert isinstance(report.evaluation, Evaluation)
+    assert 0 < report.evaluation.velocity_error < 10
+    assert report.pruned.parameters < report.dense.parameters
+
+
+@torch.no_grad()
+def test_the_pictures_that_are_compared_are_four_frames_of_the_film(build_pipeline: Build) -> None:
+    pipeline = build_pipeline("wan")
+    sampling = Sampling(
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        height=32,
+        width=48,
+        max_sequence_length=8,
+        batch_size=2,
+        seed=0,
+    )
+    pruned = copy.deepcopy(pipeline.transformer)
+    pruned.proj_out.weight.mul_(1.1)
+    pruned.proj_out.bias.mul_(1.1)
+    evaluation, pairs = evaluate(
+        pipeline, wan, dense=pipeline.transformer, pruned=pruned, prompts=PROMPTS, sampling=sampling
+    )
+    assert evaluation.velocity_error_per_step == pytest.approx([0.01] * 2, rel=1e-3)
+    film = pipeline(
+        prompt=PROMPTS,
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        height=32,
+        width=48,
+        max_sequence_length=8,
+        generator=[torch.Generator().manual_seed(seed) for seed in range(2)],
+    ).frames[1]
+    assert film.shape == (81, 32, 48, 3)
+    expected = np.rint(film[[0, 27, 53, 80]].reshape(4 * 32, 48, 3) * 255)
+    assert np.array_equal(pairs[1].dense, expected)
+    assert evaluation.image_mse > 0
+
+
+@pytest.mark.stage("runtime", kind="wan", refused=True)
+def test_a_bundle_is_refused_before_anything_runs(folder: Path, build_pipeline: Build, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"obsdiff export is for .* pictures, and WanPipeline draws films; .*prune"):
+        obsdiff.export(folder, tmp_path / "out", sparsity="2:4")
+    with pytest.raises(ConfigError, match=r"a bundle is for .* and WanPipeline draws films"):
+        exporting.components(wan, build_pipeline("wan"), height=32, width=32)
+    with pytest.raises(ConfigError, match=r"obsdiff bench is for .* and WanPipeline draws films"):
+        PipelineRunner(folder)
+
+
+def test_a_size_that_its_pipeline_would_round_is_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--width 36: must be a multiple of 8; near are 32 and 40"):
+        verbs.plan(Settings(model=str(folder), sparsity="2:4", height=32, width=36))
+
+
+@pytest.mark.parametrize("sparsity", ["heads:0.25", "structured:0.25+2:4"])
+def test_heads_stay_because_they_are_normalised_together(sparsity: str, build_denoiser: Build) -> None:
+    denoiser = build_denoiser("wan")
+    defaults = Defaults(height=32, width=32, num_inference_steps=2, guidance_scale=1.0)
+    recipe = resolve(Settings(sparsity=sparsity), model="", family=wan, defaults=defaults, prompts=["a cat"])
+    with pytest.raises(ConfigError, match=r"no head of this denoiser can go.*ffn:0\.25 removes"):
+        select(recipe, wan.linears(denoiser), wan.groups(denoiser))
+
+
+@pytest.mark.parametrize("changes", [{"image_dim": 16, "added_kv_proj_dim": 36}, {"in_channels": 9}])
+def test_a_denoiser_that_is_told_a_picture_is_refused(changes: dict[str, Any], build_denoiser: Build) -> None:
+    """Of Wan 2.1 by keys and values of its own, of Wan 2.2 beside the latents."""
+    denoiser = build_denoiser("wan", **changes)
+    for refused in (wan.linears, wan.groups, lambda each: wan.component(each, height=32, width=32)):
+        with pytest.raises(ModelError, match=r"told a picture beside the text \(image to video\)"):
+            refused(denoiser)
+
+
+def test_fused_projections_are_refused(build_denoiser: Build) -> None:
+    denoiser = build_denoiser("wan")
+    denoiser.blocks[1].attn2.fuse_projections()
+    with pytest.raises(ModelError, match=r"blocks\.1\.attn2: its projections are fused; call unfuse"):
+        wan.linears(denoiser)
+
+
+def test_the_two_experts_of_wan22_are_refused_before_their_weights_are_read(
+    folder: Path, build_pipeline: Build, build_denoiser: Build
+) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"transformer_2": ["diffusers", "WanTransformer3DModel"], "boundary_ratio": 0.875}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    pipeline: DiffusionPipeline = build_pipeline("wan")
+    pipeline.register_modules(transformer_2=build_denoiser("wan"))
+    for refused in (
+        lambda: load_pipeline(folder),
+        lambda: verbs.plan(Settings(model=str(folder), sparsity="2:4")),
+        lambda: obsdiff.prune(pipeline, prompts=PROMPTS, sparsity="2:4", **SMALL),
+    ):
+        with pytest.raises(ModelError, match="two denoisers in turn, transformer and transformer_2"):
+            refused()
+
+
+def test_a_timestep_for_each_token_is_refused(build_pipeline: Build) -> None:
+    pipeline = build_pipeline("wan")
+    pipeline.register_to_config(expand_timesteps=True)
+    with pytest.raises(ModelError, match="a timestep for each token"):
+        obsdiff.prune(pipeline, prompts=PROMPTS, sparsity="2:4", **SMALL)
+
+
+def test_what_diffusers_keeps_in_float32_stays_in_float32(folder: Path, tmp_path: Path) -> None:
+    """The first parameter of a Wan is one of these, and says nothing of the others."""
+    mixed = WanPipeline.from_pretrained(folder, dtype=torch.bfloat16)
+    mixed.save_pretrained(tmp_path / "mixed")
+    settings = Settings(model=str(tmp_path / "mixed"), sparsity="2:4", method="magnitude", **SMALL)
+    verbs.prune_to_folder(settings, tmp_path / "pruned")
+    expected = {name: parameter.dtype for name, parameter in mixed.transformer.named_parameters()}
+    assert set(expected.values()) == {torch.float32, torch.bfloat16}
+    for loaded in (obsdiff.load(tmp_path / "pruned"), obsdiff.load(tmp_path / "pruned", dtype=torch.bfloat16)):
+        assert {name: each.dtype for name, each in loaded.transformer.named_parameters()} == expected
+        assert loaded.text_encoder.dtype == torch.bfloat16
