@@ -59,10 +59,10 @@ def record(
     """Runs the sampler over all prompts and keeps some of the denoiser's calls.
 
     The sampler takes all its steps, but the denoiser computes at some of them alone (`computed`); in between, what it
-    gave last stands. Some of those that it computes are kept (`kept`): inputs of one trajectory resemble one
-    another, and more prompts are worth more than more steps of each. Each rank runs and keeps its share of the batches.
-    Where guidance calls the denoiser on negative prompts by themselves, behind
-    the others, both calls are kept as one, if their texts are of one length.
+    gave last stands. Some of those that it computes are kept (`kept`): inputs of one trajectory resemble one another,
+    and more prompts are worth more than more steps of each. Each rank runs and keeps its share of the batches. Where
+    guidance calls the denoiser on negative prompts by themselves, behind the others, both calls are kept as one, if
+    their texts are of one length.
 
     Args:
         pipeline: in eval mode.
@@ -71,7 +71,7 @@ def record(
         sampling: steps, guidance, size and seed.
         computed_steps: at how many steps of each batch the denoiser computes, 1 to all.
         kept_steps: how many of them are kept, 1 to all.
-        progress: told after every denoiser call.
+        progress: told after every denoiser call that is computed.
         stage: what progress calls it.
 
     Raises:
@@ -96,14 +96,13 @@ def record(
 
     def look(step: int, compute: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         texts = f"prompts {passes[place].start + 1} to {passes[place].stop}"
-        arguments = _copied(args, kwargs)
         output = compute(*args, **kwargs)
         velocity = velocity_of(denoiser, output)
         if not bool(velocity.isfinite().all()):
             raise CalibrationError(f"step {step + 1}, {texts}: the denoiser's output is not finite; are its weights?")
         if step in keeping:
             paired = len(velocity) == 2 * len(passes[place])
-            call = Call(step=step, arguments=arguments, prompts=texts, paired=paired)
+            call = Call(step=step, arguments=_copied(args, kwargs), prompts=texts, paired=paired)
             if waiting and (waiting[0].step, waiting[0].prompts) == (step, texts):
                 calls.extend(_together(call, waiting.pop()))
             elif combined and not paired:

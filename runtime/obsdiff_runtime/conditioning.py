@@ -63,12 +63,12 @@ class Kind:
             gives; they broadcast to (c, h, w). None where it does not.
     """
 
-    denoiser: str
-    noisy: str
-    predicted: str
+    denoiser: str = "transformer"
+    noisy: str = "hidden_states"
+    predicted: str = "out_hidden_states"
     encode: Callable[[Networks, Sequence[str], bool, Settings], Conditions]
     patch: Callable[[Mapping[str, Any]], int]
-    largest: Callable[[Mapping[str, Any]], int | None]
+    largest: Callable[[Mapping[str, Any]], int | None] = lambda config: None
     skipped: Callable[[int, float], int]
     channels: Callable[[Mapping[str, Any]], int] = lambda config: int(config["in_channels"])
     negatives: bool = True
@@ -157,12 +157,8 @@ def encode_pixart(networks: Networks, prompts: Sequence[str], negative: bool, se
     of sizes and scales the image.
     """
     written = [prompt.lower().strip() for prompt in prompts]
-    ids, mask = networks.tokenizer("tokenizer").masked_ids(written, settings.max_sequence_length)
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    told = {
-        "encoder_hidden_states": networks.run("text_encoder", inputs, ["last_hidden_state"])["last_hidden_state"],
-        "encoder_attention_mask": mask.astype(np.float32),
-    }
+    states, mask = _masked(networks, "", written, settings.max_sequence_length)
+    told = {"encoder_hidden_states": states, "encoder_attention_mask": mask}
     config = networks.bundle.config("transformer")
     added = config.get("use_additional_conditions")
     if config["sample_size"] == PIXART_ADDED if added is None else added:
@@ -174,9 +170,8 @@ def encode_pixart(networks: Networks, prompts: Sequence[str], negative: bool, se
 
 def encode_auraflow(networks: Networks, prompts: Sequence[str], negative: bool, settings: Settings) -> Conditions:
     """T5, told what is padding; what it makes of padding is set to zero."""
-    ids, mask = networks.tokenizer("tokenizer").masked_ids(prompts, settings.max_sequence_length)
-    states = networks.run("text_encoder", {"input_ids": ids, "attention_mask": mask}, ["last_hidden_state"])
-    return {"encoder_hidden_states": states["last_hidden_state"] * mask[..., None].astype(np.float32)}
+    states, mask = _masked(networks, "", prompts, settings.max_sequence_length)
+    return {"encoder_hidden_states": states * mask[..., None]}
 
 
 def encode_sana(networks: Networks, prompts: Sequence[str], negative: bool, settings: Settings) -> Conditions:
@@ -186,28 +181,24 @@ def encode_sana(networks: Networks, prompts: Sequence[str], negative: bool, sett
     the first is kept, and of the prompt's all but the first: as many as negative ones have. The rest is as PixArt's.
     """
     written, length = [prompt.lower().strip() for prompt in prompts], settings.max_sequence_length
-    tokenizer, longest = networks.tokenizer("tokenizer"), length
+    longest = length
     instruction = "\n".join(networks.bundle.config("text_encoder").get(SANA_INSTRUCTION) or ())
     if instruction and not negative:
         written = [instruction + prompt for prompt in written]
-        longest = tokenizer.length(instruction) + length - 2
-    ids, mask = tokenizer.masked_ids(written, longest, pads_left=False)  # as the pipeline, whatever its tokenizer does
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    states = networks.run("text_encoder", inputs, ["last_hidden_state"])["last_hidden_state"]
+        longest = networks.tokenizer("tokenizer").length(instruction) + length - 2
+    # padded as the pipeline does, whatever its tokenizer does
+    states, mask = _masked(networks, "", written, longest, pads_left=False)
     kept = [0, *range(1 - length, 0)]
-    return {
-        "encoder_hidden_states": states[:, kept],
-        "encoder_attention_mask": mask[:, kept].astype(np.float32),
-    }
+    return {"encoder_hidden_states": states[:, kept], "encoder_attention_mask": mask[:, kept]}
 
 
 def encode_flux2(networks: Networks, prompts: Sequence[str], negative: bool, settings: Settings) -> Conditions:
     """Hidden states of a chat model, told what is padding, though the denoiser looks at it."""
     before, behind = networks.bundle.config("text_encoder")[PROMPT_TEMPLATE]
     written = [f"{before}{prompt}{behind}" for prompt in prompts]
-    ids, mask = networks.tokenizer("tokenizer").masked_ids(written, settings.max_sequence_length, special=False)
-    states = networks.run("text_encoder", {"input_ids": ids, "attention_mask": mask}, ["prompt_embeds"])
-    return {"encoder_hidden_states": states["prompt_embeds"]}
+    length = settings.max_sequence_length
+    states, _ = _masked(networks, "", written, length, output="prompt_embeds", special=False)
+    return {"encoder_hidden_states": states}
 
 
 def encode_flux2_dev(networks: Networks, prompts: Sequence[str], negative: bool, settings: Settings) -> Conditions:
@@ -224,12 +215,10 @@ def encode_qwen(networks: Networks, prompts: Sequence[str], negative: bool, sett
     config = networks.bundle.config("text_encoder")
     written = [str(config[QWEN_TEMPLATE]).format(prompt) for prompt in prompts]
     dropped = int(config[QWEN_DROPPED])
-    tokenizer, length = networks.tokenizer("tokenizer"), dropped + settings.max_sequence_length
-    ids, mask = tokenizer.masked_ids(written, length, pads_left=False)  # the pipeline drops whatever stands in front
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    states = networks.run("text_encoder", inputs, ["last_hidden_state"])["last_hidden_state"]
-    told = mask[:, dropped:].astype(np.float32)
-    return {"encoder_hidden_states": states[:, dropped:] * told[..., None], "encoder_hidden_states_mask": told}
+    # padded behind, for the pipeline drops whatever stands in front
+    states, mask = _masked(networks, "", written, dropped + settings.max_sequence_length, pads_left=False)
+    states, mask = states[:, dropped:], mask[:, dropped:]
+    return {"encoder_hidden_states": states * mask[..., None], "encoder_hidden_states_mask": mask}
 
 
 def encode_lumina2(networks: Networks, prompts: Sequence[str], negative: bool, settings: Settings) -> Conditions:
@@ -240,10 +229,9 @@ def encode_lumina2(networks: Networks, prompts: Sequence[str], negative: bool, s
     """
     prompt = networks.bundle.config("text_encoder")[LUMINA2_PROMPT]
     written = list(prompts) if negative else [f"{prompt} <Prompt Start> {text}" for text in prompts]
-    ids, mask = networks.tokenizer("tokenizer").masked_ids(written, settings.max_sequence_length, pads_left=False)
     output = f"hidden_states.{networks.hidden_layers('text_encoder')}"
-    states = networks.run("text_encoder", {"input_ids": ids, "attention_mask": mask}, [output])
-    return {"encoder_hidden_states": states[output], "encoder_attention_mask": mask.astype(np.float32)}
+    states, mask = _masked(networks, "", written, settings.max_sequence_length, output=output, pads_left=False)
+    return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
 
 
 def encode_hunyuan(networks: Networks, prompts: Sequence[str], negative: bool, settings: Settings) -> Conditions:
@@ -251,13 +239,11 @@ def encode_hunyuan(networks: Networks, prompts: Sequence[str], negative: bool, s
 
     As with use_resolution_binning=False: the very size that is asked for is drawn.
     """
-    config, told = networks.bundle.config("transformer"), {}
+    config = networks.bundle.config("transformer")
+    told: Conditions = {}
     for suffix, name, length in (("", "", "text_len"), ("_2", "_t5", "text_len_t5")):
-        ids, mask = networks.tokenizer(f"tokenizer{suffix}").masked_ids(prompts, int(config[length]))
-        inputs = {"input_ids": ids, "attention_mask": mask}
-        states = networks.run(f"text_encoder{suffix}", inputs, ["last_hidden_state"])
-        told[f"encoder_hidden_states{name}"] = states["last_hidden_state"]
-        told[f"text_embedding_mask{name}"] = mask.astype(np.float32)
+        states, mask = _masked(networks, suffix, prompts, int(config[length]))
+        told |= {f"encoder_hidden_states{name}": states, f"text_embedding_mask{name}": mask}
     if config["use_style_cond_and_image_meta_size"]:
         sizes = np.array([*HUNYUAN_ORIGINAL, settings.height, settings.width, 0, 0], np.float32)
         told["image_meta_size"] = np.tile(sizes, (len(prompts), 1))
@@ -278,6 +264,30 @@ def _t5(networks: Networks, suffix: str, prompts: Sequence[str], length: int) ->
     """(n, length, d), padding included."""
     ids = networks.tokenizer(f"tokenizer{suffix}").ids(prompts, length)
     return networks.run(f"text_encoder{suffix}", {"input_ids": ids}, ["last_hidden_state"])["last_hidden_state"]
+
+
+def _masked(
+    networks: Networks,
+    suffix: str,
+    texts: Sequence[str],
+    length: int,
+    *,
+    output: str = "last_hidden_state",
+    **options: bool,
+) -> tuple[Array, Array]:
+    """What an encoder that is told of padding makes of texts, (n, length, d), and where text is, (n, length), float32.
+
+    Args:
+        networks: of the bundle.
+        suffix: of the encoder's name and of its tokenizer's.
+        texts: as they are read.
+        length: of all rows, in tokens.
+        output: of the encoder.
+        options: of `PromptTokenizer.masked_ids`.
+    """
+    ids, mask = networks.tokenizer(f"tokenizer{suffix}").masked_ids(texts, length, **options)
+    states = networks.run(f"text_encoder{suffix}", {"input_ids": ids, "attention_mask": mask}, [output])[output]
+    return states, mask.astype(np.float32)
 
 
 def _max_length(networks: Networks, tokenizer: str) -> int:
@@ -322,9 +332,6 @@ def _skipped_whole(steps: int, strength: float) -> int:
 
 
 SD3: Final = Kind(
-    denoiser="transformer",
-    noisy="hidden_states",
-    predicted="out_hidden_states",
     encode=encode_sd3,
     patch=lambda config: int(config["patch_size"]),
     largest=lambda config: int(config["pos_embed_max_size"]) * int(config["patch_size"]),
@@ -336,7 +343,6 @@ SD: Final = Kind(
     predicted="out_sample",
     encode=encode_sd,
     patch=_unet_patch,
-    largest=lambda config: None,
     skipped=_skipped_whole,
 )
 SDXL: Final = Kind(
@@ -345,76 +351,49 @@ SDXL: Final = Kind(
     predicted="out_sample",
     encode=encode_sdxl,
     patch=_unet_patch,
-    largest=lambda config: None,
     skipped=_skipped_whole,
 )
 FLUX: Final = Kind(
-    denoiser="transformer",
-    noisy="hidden_states",
-    predicted="out_hidden_states",
     encode=encode_flux,
     patch=lambda config: PACKED,
     channels=lambda config: int(config["in_channels"]) // PACKED**2,
-    largest=lambda config: None,
     skipped=_skipped_part,
     negatives=False,
     even_sigmas=True,
 )
 PIXART: Final = Kind(
-    denoiser="transformer",
-    noisy="hidden_states",
-    predicted="out_hidden_states",
     encode=encode_pixart,
     patch=lambda config: int(config["patch_size"]),
-    largest=lambda config: None,
     skipped=_skipped_whole,  # diffusers has no pipeline of PixArt that changes an image; as Stable Diffusion's
 )
 AURAFLOW: Final = Kind(
-    denoiser="transformer",
-    noisy="hidden_states",
-    predicted="out_hidden_states",
     encode=encode_auraflow,
     patch=lambda config: int(config["patch_size"]),
     largest=lambda config: isqrt(int(config["pos_embed_max_size"])) * int(config["patch_size"]),
     skipped=_skipped_part,  # diffusers has no pipeline of AuraFlow that changes an image; as SD3's
 )
 SANA: Final = Kind(
-    denoiser="transformer",
-    noisy="hidden_states",
-    predicted="out_hidden_states",
     encode=encode_sana,
     patch=lambda config: int(config["patch_size"]),
-    largest=lambda config: None,
     skipped=_skipped_whole,  # as PixArt's
 )
 FLUX2_KLEIN: Final = Kind(
-    denoiser="transformer",
-    noisy="hidden_states",
-    predicted="out_hidden_states",
     encode=encode_flux2,
     patch=lambda config: 1,  # its latents are patches already
-    largest=lambda config: None,
     skipped=_skipped_part,  # diffusers has no pipeline of FLUX.2 that changes an image by a strength; as FLUX.1's
     even_sigmas=True,
     shift=_flux2_shift,
 )
 FLUX2: Final = replace(FLUX2_KLEIN, encode=encode_flux2_dev, negatives=False)
 QWEN: Final = Kind(
-    denoiser="transformer",
-    noisy="hidden_states",
-    predicted="out_hidden_states",
     encode=encode_qwen,
     patch=lambda config: PACKED,
     channels=lambda config: int(config["in_channels"]) // PACKED**2,
-    largest=lambda config: None,
     skipped=_skipped_part,
     even_sigmas=True,
     kept_lengths=_lengths_of_patches,
 )
 LUMINA2: Final = Kind(
-    denoiser="transformer",
-    noisy="hidden_states",
-    predicted="out_hidden_states",
     encode=encode_lumina2,
     patch=lambda config: int(config["patch_size"]),
     largest=lambda config: int(min(config["axes_lens"][1:])) * int(config["patch_size"]),
@@ -424,12 +403,8 @@ LUMINA2: Final = Kind(
     kept_lengths=_lengths_of_rows,
 )
 HUNYUAN: Final = Kind(
-    denoiser="transformer",
-    noisy="hidden_states",
-    predicted="out_hidden_states",
     encode=encode_hunyuan,
     patch=lambda config: int(config["patch_size"]),
-    largest=lambda config: None,
     skipped=_skipped_whole,  # as PixArt's
 )
 KINDS: Final[dict[str, Kind]] = {

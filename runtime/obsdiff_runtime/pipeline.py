@@ -86,6 +86,7 @@ class Pipeline:
         self._kind = kind_of(self.bundle.manifest.pipeline_class)
         self._stepper = Stepper(self.networks, self._kind)
         self._denoiser: dict[str, Any] = self.bundle.config(self._kind.denoiser)
+        self._distilled = bool(self.bundle.index().get(IS_DISTILLED))
         self._vae = Autoencoder(self.networks, self.bundle.config("vae_decoder"))
 
     def __call__(
@@ -253,7 +254,7 @@ class Pipeline:
             raise ConfigError(f"max_sequence_length should be at least 1, not {settings.max_sequence_length}")
         if not np.isfinite(settings.guidance_scale):
             raise ConfigError(f"guidance_scale should be a finite number, not {settings.guidance_scale}")
-        if scale > 1 and self.bundle.index().get(IS_DISTILLED):
+        if scale > 1 and self._distilled:
             raise ConfigError(f"guidance_scale should be at most 1, not {scale:g}: this pipeline's steps are distilled")
         for name, axis, pixels in (("height", 2, settings.height), ("width", 3, settings.width)):
             self._check_size(name, axis, pixels)

@@ -34,8 +34,8 @@ CASES += [
     ("sana", {}),
     ("qwen", {}),
     ("lumina2", {}),
+    ("hunyuan", {}),
 ]
-CASES += [("pixart", {}), ("pixart", {"sigma": True}), ("auraflow", {}), ("sana", {}), ("hunyuan", {})]
 NAMES = {
     "sd3": ["text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae_decoder", "vae_encoder"],
     "sd15": ["text_encoder", "unet", "vae_decoder", "vae_encoder"],
