@@ -61,6 +61,7 @@ class Run:
     """One pruning and what came of it.
 
     Attributes:
+        image_mse_median: over the pictures; a few that became other pictures make up much of the mean.
         calls: denoiser-equivalents: what the blocks' linears computed, over what they compute in one call of a batch.
         peak_bytes: largest resident size of the process until the model was pruned.
     """
@@ -71,6 +72,7 @@ class Run:
     velocity_error: float
     latents_relative: float
     image_mse: float
+    image_mse_median: float
     obeyed: float | None
     dense_obeyed: float | None
     calls: float
@@ -117,7 +119,7 @@ def main(
             if out is not None:
                 with out.open("a", encoding="utf-8") as lines:
                     lines.write(json.dumps(dataclasses.asdict(run)) + "\n")
-    Console(width=150).print(_table(runs, list(_rows(rows))))
+    Console(width=180).print(_table(runs, list(_rows(rows))))
 
 
 def _rows(text: str) -> Mapping[str, dict[str, Any]]:
@@ -165,6 +167,7 @@ def _measure(wanted: tuple[str, str, int, dict[str, Any]]) -> Run:
         velocity_error=found.velocity_error,
         latents_relative=found.latents_relative,
         image_mse=found.image_mse,
+        image_mse_median=statistics.median(result.image_mse for result in found.per_prompt),
         obeyed=None if found.pruned_obedience is None else found.pruned_obedience.share,
         dense_obeyed=None if found.dense_obedience is None else found.dense_obedience.share,
         calls=counter[0],
@@ -207,7 +210,20 @@ def _counted(loaded: Any, job: Any) -> Iterator[list[float]]:
 
 def _table(runs: Sequence[Run], order: Sequence[str]) -> Table:
     table = Table(
-        *("sparsity", "row", "velocity error", "ratio", "image MSE", "ratio", "obeyed", "MACs", "calls", "ratio"),
+        *(
+            "sparsity",
+            "row",
+            "velocity error",
+            "ratio",
+            "image MSE",
+            "ratio",
+            "median",
+            "ratio",
+            "obeyed",
+            "MACs",
+            "calls",
+            "ratio",
+        ),
         *("CPU s", "ratio", "peak MB", "ratio"),
     )
     for sparsity in dict.fromkeys(run.sparsity for run in runs):
@@ -223,6 +239,8 @@ def _table(runs: Sequence[Run], order: Sequence[str]) -> Table:
                 _ratio(mine, base, "velocity_error"),
                 _spread([run.image_mse for run in mine], ".5f"),
                 _ratio(mine, base, "image_mse"),
+                _spread([run.image_mse_median for run in mine], ".5f"),
+                _ratio(mine, base, "image_mse_median"),
                 _obeyed(mine),
                 f"{statistics.mean(run.macs for run in mine) / 1e6:.0f} M",
                 f"{statistics.mean(run.calls for run in mine):.0f}",
