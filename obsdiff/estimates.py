@@ -119,8 +119,8 @@ class Estimates:
     """Neither measured nor promised: numbers to decide by.
 
     Attributes:
-        memory_bytes: peak where the pruning runs: weights, grams, and the larger of activations and solver; without
-            the interpreter and its libraries.
+        memory_bytes: peak where the pruning runs: weights, grams, and the larger of activations and solver with the
+            pruned weights that are not yet in the model; without the interpreter and its libraries.
         checkpoint_bytes: the pruned denoiser on disk, in the dtype it has now.
         calibration_seconds, solver_seconds: at the device's matrix-product speed.
     """
@@ -159,6 +159,9 @@ def estimate(
     activations = ACTIVATION_COPIES * element * workload.rows * wide
     weights = sum(parameter.numel() * parameter.element_size() for parameter in denoiser.parameters())
     solver = SOLVER_COPIES * BYTES_PER_ENTRY * widest * widest
+    if workload.streams is None:  # a streamed method writes them tier by tier
+        pruned = (sum(linear.in_features * linear.out_features for linear in package) for package in packages)
+        solver += element * max(pruned, default=0)
     return Estimates(
         memory_bytes=weights + workload.other_bytes + gram_bytes + max(activations, solver),
         checkpoint_bytes=parameters_after * element,

@@ -257,12 +257,8 @@ class _Run:
         """Calibrates and solves package by package; finished ones come from the journal."""
         if not linears:
             return []
-        packages = (
-            planning.split_packages(
-                linears, packages=self._recipe.packages, budget_bytes=self._recipe.gram_budget_bytes
-            )
-            if self._method.calibrates
-            else [tuple(linears)]
+        packages = planning.split_packages(
+            linears, packages=self._recipe.packages, budget_bytes=self._recipe.gram_budget_bytes
         )
         results: list[PackageResult] = []
         solved, total = 0, sum(pieces(package) for package in packages)
@@ -276,13 +272,15 @@ class _Run:
                     self._progress(f"prune {kind}", next(count), total, name)
 
                 result = solve(package, grams, told)
+                del grams  # before the next ones are collected
                 if self._journal is not None:
                     self._journal.write(key, result)
             solved += pieces(package)
             self._progress(f"prune {kind}", solved, total)
             for name, weight in result.weights.items():
                 pointwise.write(self._denoiser.get_parameter(name), weight)
-            results.append(replace(result, weights={}))  # the denoiser holds them now
+            result = replace(result, weights={})  # the denoiser holds them now
+            results.append(result)
         return results
 
     def _grams(self, package: Sequence[LinearSpec], stage: str) -> Mapping[str, Gram]:

@@ -451,6 +451,15 @@ def test_calls_are_counted_over_all_passes() -> None:
     assert planned("sd3_medium", "2:4", workload=silent).denoiser_calls == 0
 
 
+def test_pruned_weights_that_wait_for_the_end_of_their_package_are_counted() -> None:
+    one = Workload(**{**vars(WORKLOAD), "packages": 1})
+    plan = planned("sd3_medium", "2:4", workload=one)
+    pruned = sum(layer.inputs * layer.outputs for layer in plan.layers)
+    solver = 6 * 8 * (4 * 1536) ** 2
+    held = plan.estimates.memory_bytes - plan.gram_bytes
+    assert held == 4 * (plan.parameters_before + pruned) + solver
+
+
 def test_a_pattern_after_a_cut_is_checked_at_the_width_that_is_left() -> None:
     plan = planned("sd3_medium", "structured:0.15+2:4", protect=1)
     out = next(layer for layer in plan.layers if layer.name == "transformer_blocks.1.ff.net.2")

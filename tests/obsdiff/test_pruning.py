@@ -5,6 +5,7 @@ The default method goes another way: test_streaming.py.
 
 import copy
 import dataclasses
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -264,6 +265,24 @@ def test_packages_by_bytes_hold_no_more_than_the_budget(prune: Prune, monkeypatc
     assert len(passes) > 1
     assert all(sum(4 * widths[reads] ** 2 for reads in grams) <= 300_000 for grams in passes)
     assert sorted(reads for grams in passes for reads in grams) == sorted(widths)
+
+
+def test_grams_of_a_package_are_gone_before_the_next_ones_are_collected(
+    prune: Prune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+    seen: list[weakref.ref[Tensor]] = []
+    calibrate = calibration.calibrate
+
+    def watched(*args: Any, **options: Any) -> Any:
+        held.append(sum(gram() is not None for gram in seen))
+        grams = calibrate(*args, **options)
+        seen.extend(weakref.ref(gram.matrix) for gram in grams.values())
+        return grams
+
+    monkeypatch.setattr(calibration, "calibrate", watched)
+    prune("sd3", "2:4", packages=3, prompts=PROMPTS[:1])
+    assert held == [0, 0, 0]
 
 
 @pytest.mark.parametrize("finished", [1, 3])
