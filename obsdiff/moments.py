@@ -289,7 +289,7 @@ class _Products:
     def add(self, x: Tensor, y: Tensor, weight: float) -> None:
         with full_precision():
             self.cross.add_(y.mT @ x, alpha=weight)
-        self.sum.add_(y.sum(dim=0, dtype=torch.float64), alpha=weight)
+        self.sum.add_(y.sum(dim=0), alpha=weight)
 
 
 class _TargetSums:
@@ -362,7 +362,7 @@ def _wide(value: Tensor) -> Tensor:
 
 def _sum(value: Tensor) -> Tensor:
     """Over tokens, (tokens, out) -> (out,), float64."""
-    return value.sum(dim=0, dtype=torch.float64)
+    return value.sum(dim=0).double()
 
 
 def _spaced(value: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ class GramAccumulator:
         if not bool(product.diagonal().isfinite().all()):
             raise CalibrationError(_what_is_wrong(x))
         self._products.add_(product, alpha=weight)
-        self._sums.add_(wide.sum(dim=0, dtype=torch.float64), alpha=weight)
+        self._sums.add_(wide.sum(dim=0), alpha=weight)
         self._counts[0] += weight * x.shape[0]
         self._counts[1] += x.shape[0]
 
