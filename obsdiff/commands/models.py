@@ -16,7 +16,10 @@ PRUNE = (
     *("allocation", "dense_share", "prompts_file", "num_samples", "time_weights", "packages", "gram_budget"),
     *("fast", "draws", "trajectory_steps", "kept_steps"),
 )
-SAMPLE = ("steps", "guidance_scale", "height", "width", "max_sequence_length", "batch_size", "seed")
+SAMPLE = (
+    *("steps", "guidance_scale", "height", "width", "num_frames", "max_sequence_length"),
+    *("batch_size", "seed"),
+)
 DELIVER = ("trt", *ENGINES, "precision", "keep_float", "quantize_outputs", "dtype", "opset")
 QUALITY = (
     *("eval_prompts", "eval_prompts_file", "clip_model", "lpips", "fid_reference", "judge"),

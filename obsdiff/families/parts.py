@@ -71,7 +71,7 @@ def latent_sizes(height: int, width: int, *, vae_scale: int, multiple: int, limi
     ]
 
 
-def rows(sizes: Sequence[Size]) -> list[tuple[int, int, Size]]:
+def rows(sizes: Sequence[tuple[int, ...]]) -> list[tuple[int, int, tuple[int, ...]]]:
     """Per example its batch, text tokens and size; the first one is traced, so all its sizes are distinct."""
     return [(batch, length, size) for batch, length, size in zip((2, 3, 1), (11, 7, 13), sizes, strict=True)]
 
@@ -106,7 +106,7 @@ def denoiser_component(
     name: str,
     output: str,
     latents: str,
-    sizes: Sequence[Size],
+    sizes: Sequence[tuple[int, ...]],
     pixels: Size,
     text: Sequence[str] = ("encoder_hidden_states",),
 ) -> Component:
@@ -118,7 +118,7 @@ def denoiser_component(
         name: of the component.
         output: name of what it gives.
         latents: its input for latents, (b, channels, h, w), or (b, channels, frames, h, w).
-        sizes: three sizes of latents; see `latent_sizes`.
+        sizes: three sizes of latents; see `latent_sizes`. Those of films have frames before the height.
         pixels: (height, width) of the image.
         text: its inputs of text, (b, text tokens, ...).
     """
@@ -128,7 +128,7 @@ def denoiser_component(
     ]
     axes = {key: {0: "batch"} for key in examples[0]}
     sides = examples[0][latents].ndim
-    axes[latents] |= {sides - 2: "height", sides - 1: "width"}
+    axes[latents] |= {sides - 2: "height", sides - 1: "width"} | ({2: "frames"} if sides == 5 else {})
     for key in text:
         axes[key] |= {1: "text_tokens"}
     return Component(

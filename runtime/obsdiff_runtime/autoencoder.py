@@ -9,12 +9,13 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from obsdiff_runtime.errors import CompatibilityError
+from obsdiff_runtime.errors import CompatibilityError, ConfigError
 from obsdiff_runtime.networks import Array, Networks
 from obsdiff_runtime.noise import Noise
 
 Pixels = NDArray[np.uint8]
 VAE_SCALE: Final = 8  # pixels per side of a latent pixel of most autoencoders
+FRAME_SCALE: Final = 4  # frames of a film in a latent frame, of which the first has one alone
 LOG_VARIANCES: Final = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution
 
 
@@ -30,6 +31,21 @@ def vae_scale(config: Mapping[str, Any]) -> int:
 def latent_channels(config: Mapping[str, Any]) -> int:
     """Channels of the latents, from an autoencoder's configuration."""
     return int(config["z_dim"] if "z_dim" in config else config["latent_channels"])
+
+
+def latent_frames(num_frames: int, name: str = "num_frames") -> int:
+    """Frames of the latents of a film of so many frames.
+
+    Raises:
+        ConfigError: there is no film of so many; says which are near, and `name` is what it is called.
+    """
+    if num_frames < 1 or (num_frames - 1) % FRAME_SCALE:
+        below = max((num_frames - 1) // FRAME_SCALE, 0) * FRAME_SCALE + 1
+        raise ConfigError(
+            f"{name} {num_frames}: a film has one frame and a multiple of {FRAME_SCALE} behind it; "
+            f"near are {below} and {below + FRAME_SCALE}"
+        )
+    return (num_frames - 1) // FRAME_SCALE + 1
 
 
 class Autoencoder:

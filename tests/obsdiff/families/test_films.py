@@ -28,7 +28,7 @@ from obsdiff_export.parity import compare
 from obsdiff_runtime.errors import ConfigError, ModelError
 
 PROMPTS = ["a red dog", "a cat"]
-SMALL: dict[str, Any] = {"steps": 2, "height": 32, "width": 32, "max_sequence_length": 8}
+SMALL: dict[str, Any] = {"steps": 2, "height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 8}
 
 Build = Callable[..., Any]
 
@@ -45,13 +45,13 @@ def test_a_film_has_the_frames_that_its_pipeline_draws() -> None:
 
 
 @torch.no_grad()
-def test_the_graph_of_a_shrunk_wan_takes_any_size(build_denoiser: Build, tmp_path: Path) -> None:
+def test_the_graph_of_a_shrunk_wan_takes_any_size_and_length(build_denoiser: Build, tmp_path: Path) -> None:
     denoiser = build_denoiser("wan", num_layers=1, cross_attn_norm=False)
     shrink(denoiser, wan, {"blocks.0.ffn.neurons": [1, *range(5, 12)]})
     component = wan.component(denoiser, height=64, width=64)
     others = [
         wan.example(denoiser, batch=batch, size=size, text_tokens=length, pixels=(64, 64))
-        for batch, length, size in ((1, 1, (2, 2)), (3, 20, (6, 14)), (2, 5, (10, 4)))
+        for batch, length, size in ((1, 1, (1, 2, 2)), (3, 20, (3, 6, 14)), (2, 5, (9, 10, 4)))
     ]
     for inputs in others:
         torch.testing.assert_close(component.module(**inputs), denoiser(**inputs).sample, rtol=0, atol=1e-5)
@@ -124,6 +124,33 @@ def test_a_bundle_is_refused_before_anything_runs(folder: Path, build_pipeline: 
         exporting.components(wan, build_pipeline("wan"), height=32, width=32)
     with pytest.raises(ConfigError, match=r"obsdiff bench is for .* and WanPipeline draws films"):
         PipelineRunner(folder)
+
+
+@pytest.mark.parametrize(
+    ("frames", "near"), [(32, "29 and 33"), (2, "1 and 5"), (0, "1 and 5"), (-5, "1 and 5"), (84, "81 and 85")]
+)
+def test_a_number_of_frames_that_no_film_has_is_refused(folder: Path, frames: int, near: str) -> None:
+    with pytest.raises(ConfigError, match=rf"--num-frames {frames}: .* multiple of 4 behind it; near are {near}"):
+        verbs.plan(Settings(model=str(folder), sparsity="2:4", num_frames=frames))
+
+
+def test_pictures_have_no_frames(build_pipeline: Build) -> None:
+    with pytest.raises(ConfigError, match="--num-frames 5: this pipeline draws pictures; leave it out"):
+        obsdiff.prune(build_pipeline("sana"), prompts=PROMPTS, sparsity="2:4", num_frames=5)
+
+
+def test_a_shorter_film_is_planned_and_drawn_as_long_as_it_is(folder: Path, build_pipeline: Build) -> None:
+    """One latent frame in place of 21, and attention that grows with the square of them."""
+    whole, short = (
+        verbs.plan(Settings(model=str(folder), sparsity="2:4", num_frames=frames)).macs_before for frames in (None, 1)
+    )
+    assert whole > 20 * short
+    pipeline, seen = build_pipeline("wan"), []
+    pipeline.transformer.register_forward_pre_hook(
+        lambda _, __, told: seen.append(told["hidden_states"].shape[2]), with_kwargs=True
+    )
+    obsdiff.prune(pipeline, prompts=PROMPTS, sparsity="2:4", **SMALL)
+    assert set(seen) == {3}
 
 
 def test_a_size_that_its_pipeline_would_round_is_refused(folder: Path) -> None:
