@@ -16,15 +16,16 @@ from diffusers import DiffusionPipeline, WanPipeline
 import obsdiff
 from obsdiff import verbs
 from obsdiff.evaluation import Evaluation, evaluate
-from obsdiff.families import exporting, wan
+from obsdiff.families import films, wan
 from obsdiff.loading import Defaults, load_pipeline
-from obsdiff.pipeline_runner import PipelineRunner
 from obsdiff.recipe import Sampling, select
 from obsdiff.resolving import resolve
 from obsdiff.settings import Settings
 from obsdiff.shrinking import shrink
 from obsdiff_export.onnx import export
 from obsdiff_export.parity import compare
+from obsdiff_export.profiles import profile_for
+from obsdiff_runtime.autoencoder import cached
 from obsdiff_runtime.errors import ConfigError, ModelError
 
 PROMPTS = ["a red dog", "a cat"]
@@ -116,14 +117,46 @@ def test_the_pictures_that_are_compared_are_four_frames_of_the_film(build_pipeli
     assert evaluation.image_mse > 0
 
 
-@pytest.mark.stage("runtime", kind="wan", refused=True)
-def test_a_bundle_is_refused_before_anything_runs(folder: Path, build_pipeline: Build, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"obsdiff export is for .* pictures, and WanPipeline draws films; .*prune"):
-        obsdiff.export(folder, tmp_path / "out", sparsity="2:4")
-    with pytest.raises(ConfigError, match=r"a bundle is for .* and WanPipeline draws films"):
-        exporting.components(wan, build_pipeline("wan"), height=32, width=32)
-    with pytest.raises(ConfigError, match=r"obsdiff bench is for .* and WanPipeline draws films"):
-        PipelineRunner(folder)
+@torch.no_grad()
+@pytest.mark.parametrize("frames", [1, 2, 6])
+def test_the_two_decoders_make_a_film_of_any_length_as_the_autoencoder_does(build_pipeline: Build, frames: int) -> None:
+    vae = build_pipeline("wan").vae
+    first, following = films.decoders(vae, height=32, width=48)
+    latents = torch.randn(2, 4, frames, 6, 5, generator=torch.Generator().manual_seed(0))
+    pixels, *caches = first.module(latents[:, :, 0])
+    for frame in latents.unbind(2)[1:]:
+        told = {cached(index): cache for index, cache in enumerate(caches)}
+        more, *caches = following.module(frame, **told)
+        pixels = torch.cat([pixels, more], dim=2)
+    assert torch.equal(pixels.clamp(-1, 1), vae.decode(latents).sample)
+
+
+@torch.no_grad()
+def test_the_graph_of_a_further_latent_frame_takes_any_size(build_pipeline: Build, tmp_path: Path) -> None:
+    """The sides of all its inputs follow those of the latents, which their names tell."""
+    _, following = films.decoders(build_pipeline("wan").vae, height=32, width=48)
+    model = export(following, tmp_path, dtype=torch.float32)
+    assert compare(following, model).max_relative_error < 1e-4
+    sides = {port.shape[-2:] for port in model.inputs}
+    assert sides == {("height", "width"), ("height_x2", "width_x2"), ("height_x4", "width_x4")}
+    asked = {"batch": (1, 1, 4), "height": (2, 60, 90), "width": 104}
+    profile = profile_for(model.inputs, asked)
+    assert profile["cache_19"].max == (4, 4, 2, 360, 416)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"is_residual": True}, r"one of Wan 2\.2"),
+        ({"patch_size": 2}, r"one of Wan 2\.2"),
+        ({"temperal_downsample": [False, True]}, "another number of frames than 4"),
+    ],
+)
+def test_another_autoencoder_is_refused(build_pipeline: Build, changes: dict[str, Any], message: str) -> None:
+    vae = build_pipeline("wan").vae
+    vae.register_to_config(**changes)
+    with pytest.raises(ModelError, match=message):
+        films.decoders(vae, height=32, width=32)
 
 
 @pytest.mark.parametrize(
