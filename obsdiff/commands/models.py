@@ -69,7 +69,8 @@ def export(run: Run) -> None:
         for note in notes(exported.report):
             console.print(f"[yellow]note[/] {note}", highlight=False)
         console.print(f"report  {output / 'report.html'}", style="dim")
-        console.print(f"next    obsdiff generate {output} '...' -o a.png", style="dim")
+        drawn = "a.png" if exported.report.recipe["sampling"]["num_frames"] is None else "a.webp"
+        console.print(f"next    obsdiff generate {output} '...' -o {drawn}", style="dim")
 
     run.print_result(exported.to_json(), show)
     exported.hold()

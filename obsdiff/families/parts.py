@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from obsdiff_export.component import Component
 from obsdiff_runtime.autoencoder import VAE_SCALE as VAE_SCALE
-from obsdiff_runtime.errors import ConfigError
 
 Size = tuple[int, int]
 
@@ -156,15 +155,6 @@ def guidance_argument(pipeline_class: type[DiffusionPipeline]) -> str:
 def draws_films(pipeline_class: type[DiffusionPipeline]) -> bool:
     """Whether its call gives frames, not images."""
     return "num_frames" in inspect.signature(pipeline_class.__call__).parameters
-
-
-def require_pictures(pipeline_class: type[DiffusionPipeline], what: str) -> None:
-    """Raises ConfigError where the pipeline draws films, and `what` knows pictures only."""
-    if draws_films(pipeline_class):
-        raise ConfigError(
-            f"{what} is for pipelines that draw pictures, and {pipeline_class.__name__} draws films; "
-            "obsdiff prune and obsdiff eval take it"
-        )
 
 
 def padded(batch: int, length: int, *, dtype: torch.dtype) -> Tensor:
