@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 
@@ -12,6 +12,10 @@ from obsdiff_runtime.errors import ConfigError
 
 FPS: Final = 16.0
 """Frames a second; Wan 2.1's."""
+MOST_FPS: Final = 50
+"""Faster than that players of GIF slow down."""
+QUALITY: Final = 90
+"""Of WebP."""
 
 Writer = Callable[[Pixels, Path, float], None]
 
@@ -27,23 +31,40 @@ def writer(output: Path, fps: float) -> Writer:
     if output.suffix.lower() not in WRITERS:
         known = ", ".join(filter(None, WRITERS))
         raise ConfigError(f"-o {output}: no film has such a file; use {known}, or a folder for a file a frame")
+    if not output.suffix and output.exists():
+        raise ConfigError(f"-o {output}: is there already, and a film's frames want a folder of their own")
     return WRITERS[output.suffix.lower()]
 
 
-MOST_FPS: Final = 50
-"""Faster than that players of GIF slow down."""
+def animate(film: Pixels, output: Path | BinaryIO, format: str, fps: float, **options: Any) -> None:
+    """Writes a film as an image that moves, again and again.
+
+    Args:
+        film: (frames, height, width, 3).
+        output: the file.
+        format: "webp", "gif" or "png", which are APNGs.
+        fps: frames a second. What is lost by rounding to the format's unit of time does not add up.
+        **options: of Pillow's writer.
+    """
+    from PIL import Image
+
+    unit = 10 if format == "gif" else 1  # ms
+    ends = [round(1000 * index / fps / unit) * unit for index in range(len(film) + 1)]
+    first, *others = (Image.fromarray(frame) for frame in film)
+    durations = [end - start for start, end in pairwise(ends)]
+    first.save(output, format, save_all=True, append_images=others, duration=durations, loop=0, **options)
 
 
 def _webp(film: Pixels, output: Path, fps: float) -> None:
-    _animated(film, output, _durations(len(film), fps, unit=1), format="WEBP", quality=90)
+    animate(film, output, "webp", fps, quality=QUALITY)
 
 
 def _gif(film: Pixels, output: Path, fps: float) -> None:
-    _animated(film, output, _durations(len(film), fps, unit=10), format="GIF")
+    animate(film, output, "gif", fps)
 
 
 def _apng(film: Pixels, output: Path, fps: float) -> None:
-    _animated(film, output, _durations(len(film), fps, unit=1), format="PNG")
+    animate(film, output, "png", fps)
 
 
 def _array(film: Pixels, output: Path, fps: float) -> None:
@@ -53,7 +74,7 @@ def _array(film: Pixels, output: Path, fps: float) -> None:
 def _folder(film: Pixels, output: Path, fps: float) -> None:
     from PIL import Image
 
-    output.mkdir(exist_ok=True)
+    output.mkdir()
     for index, frame in enumerate(film):
         Image.fromarray(frame).save(output / f"{index:04}.png")
 
@@ -66,16 +87,3 @@ WRITERS: Final[dict[str, Writer]] = {
     ".npy": _array,
     "": _folder,
 }
-
-
-def _animated(film: Pixels, output: Path, durations: list[int], **options: Any) -> None:
-    from PIL import Image
-
-    first, *others = (Image.fromarray(frame) for frame in film)
-    first.save(output, save_all=True, append_images=others, duration=durations, loop=0, **options)
-
-
-def _durations(frames: int, fps: float, *, unit: int) -> list[int]:
-    """Of each frame in ms, in whole units, so that what is lost by rounding does not add up."""
-    ends = [round(1000 * index / fps / unit) * unit for index in range(frames + 1)]
-    return [end - start for start, end in pairwise(ends)]

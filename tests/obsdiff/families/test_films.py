@@ -18,6 +18,7 @@ from obsdiff import verbs
 from obsdiff.evaluation import Evaluation, evaluate
 from obsdiff.families import films, wan
 from obsdiff.loading import Defaults, load_pipeline
+from obsdiff.pipeline_runner import PipelineRunner
 from obsdiff.recipe import Sampling, select
 from obsdiff.resolving import resolve
 from obsdiff.settings import Settings
@@ -26,7 +27,9 @@ from obsdiff_export.onnx import export
 from obsdiff_export.parity import compare
 from obsdiff_export.profiles import profile_for
 from obsdiff_runtime.autoencoder import cached
+from obsdiff_runtime.benchmark.runner import Request
 from obsdiff_runtime.errors import ConfigError, ModelError
+from obsdiff_runtime.pipeline import Pipeline
 
 PROMPTS = ["a red dog", "a cat"]
 SMALL: dict[str, Any] = {"steps": 2, "height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 8}
@@ -81,6 +84,40 @@ def test_a_folder_is_pruned_and_compared_and_its_card_makes_a_film(folder: Path,
     assert isinstance(report.evaluation, Evaluation)
     assert 0 < report.evaluation.velocity_error < 10
     assert report.pruned.parameters < report.dense.parameters
+
+
+@torch.no_grad()
+def test_the_main_job_leaves_a_bundle_that_draws_the_film_of_the_pruned_pipeline(folder: Path, tmp_path: Path) -> None:
+    settings = Settings(model=str(folder), sparsity="ffn:0.25+2:4", method="magnitude", align=4, **SMALL)
+    verbs.prune_to_folder(settings, tmp_path / "pruned")
+    exported = obsdiff.export(tmp_path / "pruned", tmp_path / "out", eval_prompts=0, **SMALL)
+    assert exported.report.recipe["sampling"]["num_frames"] == 9
+    drawn = Pipeline(tmp_path / "out", threads=1)("a cat", seed=3, noise_source="torch")
+    pipeline = obsdiff.load(tmp_path / "pruned")
+    pipeline.set_progress_bar_config(disable=True)
+    film = pipeline(
+        prompt="a cat",
+        num_inference_steps=2,
+        height=32,
+        width=32,
+        num_frames=9,
+        max_sequence_length=8,
+        generator=torch.Generator().manual_seed(3),
+    ).frames
+    assert drawn.arrays.shape == film.shape == (1, 9, 32, 32, 3)
+    assert np.mean((film - drawn.arrays / 255) ** 2) < 10**-5.8  # 58 dB
+
+
+def test_a_pipeline_in_torch_is_measured_by_its_films(folder: Path) -> None:
+    runner = PipelineRunner(folder)
+    told = {"prompt": "a cat", "num_inference_steps": 2, "guidance_scale": 5.0, "max_sequence_length": 8, "seed": 3}
+    request = Request(height=32, width=32, num_images=1, num_frames=5, **told)  # type: ignore[arg-type]
+    runner.check(request)
+    runner.load(request)
+    assert runner.draw(request).pictures.shape == (1, 5, 32, 32, 3)
+    assert runner.defaults.num_frames == 81
+    with pytest.raises(ConfigError, match="num_frames 6: a film has"):
+        runner.check(replace(request, num_frames=6))
 
 
 @torch.no_grad()
