@@ -20,12 +20,8 @@ QUALITY: Final = 90
 Writer = Callable[[Pixels, Path, float], None]
 
 
-def writer(output: Path, fps: float) -> Writer:
-    """What writes a film (frames, height, width, 3) to such a file; one without an ending is a folder.
-
-    Raises:
-        ConfigError: there is none for that ending, or so many frames a second there cannot be.
-    """
+def check(output: Path, fps: float) -> None:
+    """Raises ConfigError where no film can be written to such a file, or shown at so many frames a second."""
     if not 1 <= fps <= MOST_FPS:
         raise ConfigError(f"--fps {fps:g}: should be between 1 and {MOST_FPS}")
     if output.suffix.lower() not in WRITERS:
@@ -33,7 +29,17 @@ def writer(output: Path, fps: float) -> Writer:
         raise ConfigError(f"-o {output}: no film has such a file; use {known}, or a folder for a file a frame")
     if not output.suffix and output.exists():
         raise ConfigError(f"-o {output}: is there already, and a film's frames want a folder of their own")
-    return WRITERS[output.suffix.lower()]
+
+
+def write(film: Pixels, output: Path | str, fps: float = FPS) -> None:
+    """Writes a film (frames, height, width, 3); the name says the format, and one without an ending is a folder.
+
+    Raises:
+        ConfigError: see `check`.
+    """
+    path = Path(output)
+    check(path, fps)
+    WRITERS[path.suffix.lower()](film, path, fps)
 
 
 def animate(film: Pixels, output: Path | BinaryIO, format: str, fps: float, **options: Any) -> None:

@@ -68,8 +68,8 @@ def _writer(bundle: Bundle, output: Path, fps: float | None) -> Callable[[Pixels
 
     if bundle.manifest.defaults.num_frames is not None:
         rate = films.FPS if fps is None else fps
-        write = films.writer(output, rate)
-        return lambda film: write(film, output, rate)
+        films.check(output, rate)
+        return lambda film: films.write(film, output, rate)
     if fps is not None:
         raise ConfigError(f"--fps {fps:g}: this bundle draws pictures; leave it out")
     if output.suffix.lower() not in Image.registered_extensions():

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from obsdiff_runtime.errors import ConfigError
-from obsdiff_runtime.films import writer
+from obsdiff_runtime.films import check, write
 
 FRAMES = 9
 
@@ -35,7 +35,7 @@ def frames(path: Path) -> tuple[np.ndarray, list[float]]:
 def test_a_film_moves_at_its_pace(name: str, error: int, unit: int, tmp_path: Path) -> None:
     """16 frames a second are 62.5 ms each, which no format can say; nine of them are within one unit of 562.5 ms."""
     path = tmp_path / name
-    writer(path, 16)(film(), path, 16)
+    write(film(), path)
     shown, durations = frames(path)
     assert np.abs(shown.astype(int) - film()).max() <= error
     assert abs(sum(durations) - 1000 * FRAMES / 16) <= unit
@@ -44,7 +44,7 @@ def test_a_film_moves_at_its_pace(name: str, error: int, unit: int, tmp_path: Pa
 
 def test_a_film_is_an_array_or_a_folder_of_frames(tmp_path: Path) -> None:
     for name in ("film.npy", "frames"):
-        writer(tmp_path / name, 16)(film(), tmp_path / name, 16)
+        write(film(), tmp_path / name)
     np.testing.assert_array_equal(np.load(tmp_path / "film.npy"), film())
     files = sorted((tmp_path / "frames").iterdir())
     assert [file.name for file in files[:2]] == ["0000.png", "0001.png"]
@@ -64,4 +64,4 @@ def test_what_cannot_be_written_is_said_before_it_is_drawn(name: str, fps: float
     folder = tmp_path / "taken"
     folder.mkdir()
     with pytest.raises(ConfigError, match=message):
-        writer(folder / name, fps)
+        check(folder / name, fps)

@@ -92,6 +92,9 @@ def test_the_main_job_leaves_a_bundle_that_draws_the_film_of_the_pruned_pipeline
     verbs.prune_to_folder(settings, tmp_path / "pruned")
     exported = obsdiff.export(tmp_path / "pruned", tmp_path / "out", eval_prompts=0, **SMALL)
     assert exported.report.recipe["sampling"]["num_frames"] == 9
+    assert (
+        'films.write(pipeline("a prompt", seed=1).arrays[0], "film.webp")' in (tmp_path / "out/README.md").read_text()
+    )
     drawn = Pipeline(tmp_path / "out", threads=1)("a cat", seed=3, noise_source="torch")
     pipeline = obsdiff.load(tmp_path / "pruned")
     pipeline.set_progress_bar_config(disable=True)
