@@ -2,7 +2,7 @@
 
     b         batch
     h, w      sides of the latents
-    k         caches
+    s         VAE scale: pixels per side of a latent pixel
 
 A film is decoded one latent frame at a time. The first becomes one frame, each of the others FRAME_SCALE. Convolutions
 over time look at the two frames before their own: these are the caches, which a call gives and the next one takes, so
@@ -23,13 +23,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from obsdiff.families.parts import config_of, latent_sizes, noise, rows
+from obsdiff.families.parts import config_of, latent_sizes, noise, rows, view
 from obsdiff_export.component import Component
 from obsdiff_runtime.autoencoder import DECODER, FRAME_SCALE, NEXT_DECODER, cached, vae_scale
 from obsdiff_runtime.errors import ModelError
 
 CLASS: Final = "AutoencoderKLWan"
-_CACHED: Final = 2  # frames
 
 
 class _First(nn.Module):
@@ -38,7 +37,7 @@ class _First(nn.Module):
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.post_quant_conv = vae.post_quant_conv
-        self.decoder = vae.decoder
+        self.decoder = _resizing(vae.decoder)
 
     def forward(self, latent_sample: Tensor) -> tuple[Tensor, ...]:
         found: list[Any] = [None] * sum(1 for _ in self.decoder.modules())  # more than there are convolutions
@@ -51,9 +50,11 @@ class _First(nn.Module):
         doubling = [module for module in self.decoder.modules() if getattr(module, "mode", None) == "upsample3d"]
         hooks = [module.register_forward_pre_hook(see, with_kwargs=True) for module in doubling]
         latents = self.post_quant_conv(latent_sample[:, :, None])
-        pixels = self.decoder(latents, feat_cache=found, feat_idx=place, first_chunk=True)
-        for hook in hooks:
-            hook.remove()
+        try:
+            pixels = self.decoder(latents, feat_cache=found, feat_idx=place, first_chunk=True)
+        finally:
+            for hook in hooks:
+                hook.remove()
         seen = [unseen.get(index, found[index]) for index in range(place[0])]  # (b, c, 1, ...) each
         caches = [torch.cat([torch.zeros_like(frame), frame], dim=2) for frame in seen]
         return (pixels, *caches)
@@ -65,7 +66,7 @@ class _Next(nn.Module):
     def __init__(self, vae: Any, caches: int) -> None:
         super().__init__()
         self.post_quant_conv = vae.post_quant_conv
-        self.decoder = vae.decoder
+        self.decoder = _resizing(vae.decoder)
         named = ("latent_sample", *map(cached, range(caches)))
         parameters = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in named]
         self.forward = partial(self._decode)
@@ -124,6 +125,15 @@ def decoders(vae: Any, *, height: int, width: int) -> list[Component]:
         more_inputs=tuple(later[1:]),
     )
     return [first, following]
+
+
+def _resizing(module: nn.Module) -> Any:
+    """A view that doubles pictures by "nearest", a Resize in ONNX; "nearest-exact" does the same, by gathers."""
+    if isinstance(module, nn.Upsample):
+        seen = view(module)
+        seen.mode = "nearest"
+        return seen
+    return view(module, **{name: _resizing(child) for name, child in module.named_children()})
 
 
 def _axes(cache: Sequence[int], latent: Sequence[int]) -> dict[int, str]:
