@@ -321,6 +321,7 @@ def finish(folder: Path, job: Job, found: Report, images: Sequence[ImagePair], f
                 width=sampled.width,
                 num_inference_steps=sampled.num_inference_steps,
                 guidance_scale=sampled.guidance_scale,
+                num_frames=sampled.num_frames,
                 max_sequence_length=sampled.max_sequence_length,
             ),
             components={item.model.name: item.entry(folder) for item in finished.components},

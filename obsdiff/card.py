@@ -90,11 +90,16 @@ def _code(report: Report, index: Mapping[str, Any], kind: Kind) -> str:
     if not isinstance(evaluation, NotMeasured):
         prompt, sampling = evaluation.per_prompt[0].prompt, evaluation.sampling
         options = f", num_inference_steps={sampling.num_inference_steps}, {_guided(index, sampling.guidance_scale)}"
+        if sampling.num_frames is not None:
+            options += f", num_frames={sampling.num_frames}"
         if sampling.max_sequence_length is not None:
             options += f", max_sequence_length={sampling.max_sequence_length}"
     quoted = json.dumps(prompt, ensure_ascii=False)
     if kind == "bundle":
         first, load = "from obsdiff_runtime import Pipeline", f'pipeline = Pipeline("{FOLDER}")'
+        if _draws_films(index):
+            drawn = f'films.write(pipeline({quoted}, seed=1).arrays[0], "film.webp")'
+            return f"{first}, films\n{load}\n{drawn}"
         return f'{first}\n{load}\npipeline({quoted}, seed=1).pil()[0].save("picture.png")'
     if parse(report.sparsity).structured:
         first, load = "import obsdiff", f'pipeline = obsdiff.load("{FOLDER}")'

@@ -202,10 +202,13 @@ def time_denoisers(
     if pruned.dtype == "bfloat16":
         return NotMeasured(why="ONNX Runtime has no bfloat16 kernels on the CPU; build engines and time those")
     images = rows(family, denoiser, sampling.guidance_scale)
-    size = (sampling.height // vae_scale, sampling.width // vae_scale)
     sessions = {"dense": open_graph(dense.path), "pruned": open_graph(pruned.path)}
     example = family.example(
-        denoiser, batch=images, size=size, text_tokens=text_tokens, pixels=(sampling.height, sampling.width)
+        denoiser,
+        batch=images,
+        size=sampling.latents(vae_scale),
+        text_tokens=text_tokens,
+        pixels=(sampling.height, sampling.width),
     )
     inputs = {name: tensor.float().numpy() for name, tensor in example.items()}
     timings = time_interleaved(

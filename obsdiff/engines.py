@@ -174,10 +174,12 @@ def sizes_of(
     """
     length = (sampling.max_sequence_length or 256) + template_tokens
     longest = length + instruction_tokens
+    *frames, height, width = sampling.latents(vae_scale)
     return {
         "batch": (1, rows, IMAGES[1] * rows),
-        "height": sampling.height // vae_scale,
-        "width": sampling.width // vae_scale,
+        **({"frames": frames[0]} if frames else {}),
+        "height": height,
+        "width": width,
         "image_height": sampling.height,
         "image_width": sampling.width,
         "text_tokens": text_tokens,

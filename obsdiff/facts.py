@@ -63,7 +63,7 @@ def positions(
     inputs = family.example(
         denoiser,
         batch=1,
-        size=(sampling.height // vae_scale, sampling.width // vae_scale),
+        size=sampling.latents(vae_scale),
         text_tokens=text_tokens,
         pixels=(sampling.height, sampling.width),
     )

@@ -41,6 +41,7 @@ class Defaults:
         width: in pixels.
         num_inference_steps: denoising steps.
         guidance_scale: of classifier-free guidance.
+        num_frames: of a film; None where the pipeline draws pictures.
         max_sequence_length: text tokens of T5, or of the zeros in its place; None where the pipeline has no such thing.
         prompts: name of the prompt set the pipeline was made for; None for general ones.
         takes_guidance: whether a guidance scale above 1 makes a difference; not where a pipeline's steps are distilled.
@@ -50,6 +51,7 @@ class Defaults:
     width: int
     num_inference_steps: int
     guidance_scale: float
+    num_frames: int | None = None
     max_sequence_length: int | None = None
     prompts: str | None = None
     takes_guidance: bool = True
@@ -251,6 +253,7 @@ def _class_defaults(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "width": default("width", columns * scale),
         "num_inference_steps": default("num_inference_steps", 50),
         "guidance_scale": 1.0 if distilled else default(parts.guidance_argument(pipeline), 1.0),
+        "num_frames": default("num_frames", None),
         "max_sequence_length": default("max_sequence_length", None),
         "prompts": None,
         "takes_guidance": not distilled,

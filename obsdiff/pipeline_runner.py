@@ -13,6 +13,7 @@ from typing import Any, Final, Protocol
 import diffusers
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from obsdiff import checkpoint, job, ranks
@@ -31,6 +32,7 @@ from obsdiff.recipe import Sampling
 from obsdiff.residuals import block_modules
 from obsdiff.sampling import exactly, quiet, telling
 from obsdiff.weights import main_dtype
+from obsdiff_runtime.autoencoder import latent_frames
 from obsdiff_runtime.benchmark.runner import DeviceMemory, Drawn, Loaded, Request, Subject
 from obsdiff_runtime.bundle import Defaults
 from obsdiff_runtime.errors import CompatibilityError, ConfigError
@@ -109,7 +111,7 @@ class PipelineRunner:
             threads: of the host to use, all if None.
 
         Raises:
-            ConfigError: there is no such dtype, or no such number of threads; or the pipeline draws films.
+            ConfigError: there is no such dtype, or no such number of threads.
             ModelError: there is no such model, or no pipeline in it.
         """
         if dtype is not None and dtype not in DTYPES:
@@ -124,9 +126,6 @@ class PipelineRunner:
         self._configs: ModelConfigs = load_configs(self._model)
         if "model_index" not in self._configs.configs:
             raise ConfigError(f"{self._model} is a denoiser alone; name the folder of its pipeline")
-        parts.require_pictures(
-            getattr(diffusers, str(self._configs.configs["model_index"]["_class_name"])), "obsdiff bench"
-        )
         self._clock: _Clock = _HostClock() if self._device.type == "cpu" else _CudaClock()
         self._loaded: LoadedPipeline | None = None
         self._memory: _Memory | None = None
@@ -153,6 +152,7 @@ class PipelineRunner:
             width=found.width,
             num_inference_steps=found.num_inference_steps,
             guidance_scale=found.guidance_scale,
+            num_frames=found.num_frames,
             max_sequence_length=found.max_sequence_length,
         )
 
@@ -170,7 +170,12 @@ class PipelineRunner:
             max_sequence_length=request.max_sequence_length,
             batch_size=request.num_images,
             seed=request.seed,
+            num_frames=request.num_frames,
         )
+        if request.num_frames is not None:
+            if self.defaults.num_frames is None:
+                raise ConfigError(f"num_frames {request.num_frames}: {self._model} draws pictures; leave it out")
+            latent_frames(request.num_frames)
         pipeline = str(configs["model_index"]["_class_name"])
         job.check_size(pipeline, configs[family.denoiser], vae_scale(configs), sampling)
 
@@ -201,6 +206,9 @@ class PipelineRunner:
         options = inspect.signature(pipeline.__call__).parameters
         length = request.max_sequence_length
         told = {} if length is None or "max_sequence_length" not in options else {"max_sequence_length": length}
+        films = parts.draws_films(type(pipeline))
+        told |= {"num_videos_per_prompt" if films else "num_images_per_prompt": request.num_images}
+        told |= {} if request.num_frames is None else {"num_frames": request.num_frames}
         laps: dict[str, list[tuple[Mark, Mark]]] = {}
         steps: list[Mark] = []
 
@@ -218,16 +226,15 @@ class PipelineRunner:
                 height=request.height,
                 width=request.width,
                 num_inference_steps=request.num_inference_steps,
-                num_images_per_prompt=request.num_images,
                 generator=torch.Generator("cpu").manual_seed(request.seed),
                 **{parts.guidance_argument(type(pipeline)): request.guidance_scale},
                 **exactly(pipeline, embedded=False),
                 **telling(pipeline, note_step),
                 **told,
-            ).images
+            )[0]  # images, or frames
         self._remember(before)
         return Drawn(
-            pictures=np.stack([np.asarray(image) for image in images]),
+            pictures=np.stack([_bytes(np.asarray(image)) for image in images]),
             components={name: [clock.seconds(*lap) for lap in found] for name, found in laps.items()},
             first_step_seconds=clock.seconds(start, steps[0]),
             stages={},
@@ -281,6 +288,11 @@ class PipelineRunner:
         if before is not None and self._memory is not None:
             needed = int(torch.cuda.max_memory_allocated(self._device)) - before
             self._memory = replace(self._memory, call_bytes=max(needed, self._memory.call_bytes))
+
+
+def _bytes(drawn: NDArray[Any]) -> NDArray[np.uint8]:
+    """A picture, or the frames of a film, which come between 0 and 1."""
+    return drawn if drawn.dtype == np.uint8 else np.rint(drawn * 255).astype(np.uint8)
 
 
 def _components(loaded: LoadedPipeline) -> dict[str, tuple[nn.Module, ...]]:

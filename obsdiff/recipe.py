@@ -14,6 +14,7 @@ from typing import Any
 from obsdiff.groups import Group, LinearSpec
 from obsdiff.settings import Settings
 from obsdiff.sparsity import Sparsity
+from obsdiff_runtime.autoencoder import latent_frames
 from obsdiff_runtime.errors import ConfigError
 
 ASSETS = Path(__file__).parent / "assets"
@@ -22,7 +23,11 @@ BlockRange = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the pipeline is run, for calibration and for comparison alike."""
+    """How the pipeline is run, for calibration and for comparison alike.
+
+    Attributes:
+        num_frames: of a film, in pixels; None where pictures are drawn.
+    """
 
     num_inference_steps: int
     guidance_scale: float
@@ -31,6 +36,12 @@ class Sampling:
     max_sequence_length: int | None
     batch_size: int
     seed: int
+    num_frames: int | None = None
+
+    def latents(self, vae_scale: int) -> tuple[int, ...]:
+        """Sides of the latents: (height, width), of a film (frames, height, width)."""
+        sides = (self.height // vae_scale, self.width // vae_scale)
+        return sides if self.num_frames is None else (latent_frames(self.num_frames), *sides)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -164,6 +164,7 @@ def call_of(
         parts.guidance_argument(type(pipeline)): sampling.guidance_scale,
         "height": sampling.height,
         "width": sampling.width,
+        **({} if sampling.num_frames is None else {"num_frames": sampling.num_frames}),
         **exactly(pipeline, embedded=bool(text)),
     }
 

@@ -70,6 +70,7 @@ class Settings:
     guidance_scale: Annotated[float | None, "classifier-free guidance; default: the pipeline's"] = None
     height: Annotated[int | None, "image height in pixels; default: the pipeline's"] = None
     width: Annotated[int | None, "image width in pixels; default: the pipeline's"] = None
+    num_frames: Annotated[int | None, "frames of a film: 1, 5, 9, ...; default: the pipeline's"] = None
     max_sequence_length: Annotated[int | None, "T5 tokens; default: the pipeline's"] = None
     batch_size: Annotated[int | None, "prompts per batch; default: 4"] = None
     seed: Annotated[int | None, "each prompt's noise is seeded by this plus its index; default: 0"] = None

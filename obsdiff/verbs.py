@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline
 
@@ -31,7 +30,7 @@ from obsdiff.comparison import hold, layers_of
 from obsdiff.engines import Order, order_of
 from obsdiff.engines import build as build
 from obsdiff.evaluation import check_size
-from obsdiff.families import parts, require_described
+from obsdiff.families import require_described
 from obsdiff.folders import check_free, new_folder
 from obsdiff.gates import Gate
 from obsdiff.job import (
@@ -225,7 +224,6 @@ def export(
         require_nothing_computed(settings)
     job = open_job(settings, sparsity_required=False)
     require_described(job.family, "obsdiff export")
-    parts.require_pictures(getattr(diffusers, job.pipeline_class), "obsdiff export")
     if order is not None:
         engines.require_drawable(order, served_by(job))
     if format is not None:

@@ -1,6 +1,8 @@
 """Which shapes an engine takes: smallest, best and largest, from the sizes that will be served."""
 
+import re
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 from obsdiff_export.ports import Port
 from obsdiff_runtime.errors import ConfigError
@@ -9,8 +11,10 @@ from obsdiff_runtime.shapes import Profile, Range
 Size = int | tuple[int, int, int]
 """One size, or smallest, best (the one tactics are timed at: choose the served size) and largest."""
 
+_TIMES: Final = re.compile(r"(.+)_x([0-9]+)")
+
 Sizes = Mapping[str, Size]
-"""Symbol of a dynamic axis ("batch", "height") -> its size."""
+"""Symbol of a dynamic axis ("batch", "height") -> its size; "height_x4" is four times "height"."""
 
 
 def profile_for(inputs: Sequence[Port], sizes: Sizes) -> Profile:
@@ -40,12 +44,19 @@ def profiles_for(inputs: Sequence[Port], tables: Sequence[Sizes]) -> tuple[Profi
 def _limits(port: Port, ranges: Mapping[str, tuple[int, int, int]]) -> Range:
     axes = []
     for size in port.shape:
-        if isinstance(size, str) and size not in ranges:
+        symbol, times = _symbol(size) if isinstance(size, str) else ("", 1)
+        if symbol and symbol not in ranges:
             known = ", ".join(sorted(ranges)) or "none"
             raise ConfigError(f"no size is given for '{size}' of input {port.name}; sizes given: {known}")
-        axes.append(ranges[size] if isinstance(size, str) else (size, size, size))
+        axes.append(tuple(times * side for side in ranges[symbol]) if symbol else (size, size, size))
     low, best, high = zip(*axes, strict=True) if axes else ((), (), ())
     return Range(min=low, opt=best, max=high)
+
+
+def _symbol(text: str) -> tuple[str, int]:
+    """("height", 4) of "height_x4"."""
+    found = _TIMES.fullmatch(text)
+    return (text, 1) if found is None else (found[1], int(found[2]))
 
 
 def _range(symbol: str, size: Size) -> tuple[int, int, int]:

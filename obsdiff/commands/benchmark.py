@@ -14,7 +14,7 @@ from obsdiff_runtime.flags import BACKEND, ROUNDS, THREADS
 
 @verb(
     "bench",
-    ("steps", "guidance_scale", "height", "width", "max_sequence_length", "seed", "device"),
+    ("steps", "guidance_scale", "height", "width", "num_frames", "max_sequence_length", "seed", "device"),
     candidates=(
         Annotated[
             list[str] | None,
@@ -53,6 +53,7 @@ def bench(run: Run) -> None:
         width=settings.width,
         num_inference_steps=settings.steps,
         guidance_scale=settings.guidance_scale,
+        num_frames=settings.num_frames,
         max_sequence_length=settings.max_sequence_length,
         seed=settings.seed or 0,
         progress=run.progress,

@@ -11,13 +11,13 @@ from obsdiff_runtime.flags import GENERATE
 
 @verb(
     "generate",
-    ("steps", "guidance_scale", "height", "width", "max_sequence_length", "seed"),
+    ("steps", "guidance_scale", "height", "width", "num_frames", "max_sequence_length", "seed"),
     bundle=(Annotated[Path, typer.Argument(help="A bundle.")], ...),
     prompt=(Annotated[str, typer.Argument(help="What to draw.")], ...),
     **options(*GENERATE),
 )
 def generate(run: Run) -> None:
-    """An image, through the runtime, without torch."""
+    """An image, or a film, through the runtime, without torch."""
     from obsdiff_runtime import verbs
 
     settings, given = run.settings, run.options
@@ -28,6 +28,8 @@ def generate(run: Run) -> None:
         image=given["image"],
         height=settings.height,
         width=settings.width,
+        num_frames=settings.num_frames,
+        fps=given["fps"],
         backend=given["backend"],
         threads=given["threads"],
         progress=run.progress,

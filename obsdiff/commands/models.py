@@ -16,7 +16,10 @@ PRUNE = (
     *("allocation", "dense_share", "prompts_file", "num_samples", "time_weights", "packages", "gram_budget"),
     *("fast", "draws", "trajectory_steps", "kept_steps"),
 )
-SAMPLE = ("steps", "guidance_scale", "height", "width", "max_sequence_length", "batch_size", "seed")
+SAMPLE = (
+    *("steps", "guidance_scale", "height", "width", "num_frames", "max_sequence_length"),
+    *("batch_size", "seed"),
+)
 DELIVER = ("trt", *ENGINES, "precision", "keep_float", "quantize_outputs", "dtype", "opset")
 QUALITY = (
     *("eval_prompts", "eval_prompts_file", "clip_model", "lpips", "fid_reference", "judge"),
@@ -66,7 +69,8 @@ def export(run: Run) -> None:
         for note in notes(exported.report):
             console.print(f"[yellow]note[/] {note}", highlight=False)
         console.print(f"report  {output / 'report.html'}", style="dim")
-        console.print(f"next    obsdiff generate {output} '...' -o a.png", style="dim")
+        drawn = "a.png" if exported.report.recipe["sampling"]["num_frames"] is None else "a.webp"
+        console.print(f"next    obsdiff generate {output} '...' -o {drawn}", style="dim")
 
     run.print_result(exported.to_json(), show)
     exported.hold()

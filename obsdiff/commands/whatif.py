@@ -14,7 +14,7 @@ from obsdiff.command import Run, option, verb
     "whatif",
     (
         *("sparsity", "include", "exclude", "blocks", "align", "dtype", "opset", "trt", "targets"),
-        *("guidance_scale", "height", "width", "max_sequence_length", "revision", "variant"),
+        *("guidance_scale", "height", "width", "num_frames", "max_sequence_length", "revision", "variant"),
     ),
     model=(
         Annotated[

@@ -99,11 +99,12 @@ class Family(Protocol):
         ...
 
     def example(
-        self, denoiser: nn.Module, *, batch: int, size: tuple[int, int], text_tokens: int, pixels: tuple[int, int]
+        self, denoiser: nn.Module, *, batch: int, size: tuple[int, ...], text_tokens: int, pixels: tuple[int, int]
     ) -> dict[str, Tensor]:
         """Seeded inputs of the denoiser as exported, by ONNX name, on the CPU.
 
-        `size` is that of the latents, `pixels` that of the image; both (height, width). A denoiser on the meta device
+        `size` is that of the latents, `pixels` that of the image; both (height, width), but latents of films may have
+        their frames before. A film has as many as the family says where there are none. A denoiser on the meta device
         is enough.
         """
         ...
@@ -115,7 +116,7 @@ class Family(Protocol):
     def component(self, denoiser: nn.Module, *, height: int, width: int, vae_scale: int = 8) -> Component:
         """The denoiser as the export and the runtime see it: latents (b, channels, h, w) in, the same out.
 
-        Those of films have an axis of frames before the height, and always as many as the family says.
+        Those of films have an axis of frames before the height.
 
         Example inputs are small; the last of `more_inputs` has the asked size in pixels, up to 256 a side.
 

@@ -102,7 +102,7 @@ def encode(
 
 
 def example(
-    denoiser: nn.Module, *, batch: int, size: tuple[int, int], text_tokens: int, pixels: tuple[int, int]
+    denoiser: nn.Module, *, batch: int, size: tuple[int, ...], text_tokens: int, pixels: tuple[int, int]
 ) -> dict[str, Tensor]:
     """See `Family.example`."""
     config: Any = denoiser.config

@@ -13,16 +13,16 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from obsdiff.families import Family
+from obsdiff.families import Family, films
 from obsdiff.families.parts import config_of, latent_sizes, noise, rows
 from obsdiff_export.component import Component
-from obsdiff_runtime.autoencoder import latent_channels, vae_scale
+from obsdiff_runtime.autoencoder import DECODER, latent_channels, vae_scale
 from obsdiff_runtime.errors import ModelError
 
 PATCH: Final = 2
 """Latent pixels per side of a patch of FLUX.2's autoencoder; its pipelines fix it."""
 
-AUTOENCODERS: Final = ("AutoencoderKL", "AutoencoderDC", "AutoencoderKLFlux2", "AutoencoderKLQwenImage")
+AUTOENCODERS: Final = ("AutoencoderKL", "AutoencoderDC", "AutoencoderKLFlux2", "AutoencoderKLQwenImage", films.CLASS)
 
 
 def vae_scale_of(pipeline: DiffusionPipeline, family: Family) -> int:
@@ -91,7 +91,7 @@ def _draws_films(vae: Any) -> bool:
 
 
 def autoencoder(pipeline: DiffusionPipeline, *, height: int, width: int) -> list[Component]:
-    """The VAE's decoder and encoder; nothing where the pipeline has none.
+    """The VAE's decoder and encoder, of films the decoders alone; nothing where the pipeline has none.
 
     Raises:
         ModelError: it is none of AUTOENCODERS.
@@ -101,6 +101,8 @@ def autoencoder(pipeline: DiffusionPipeline, *, height: int, width: int) -> list
         return []
     if type(vae).__name__ not in AUTOENCODERS:
         raise ModelError(f"the vae is a {type(vae).__name__}; known are {', '.join(AUTOENCODERS)}")
+    if type(vae).__name__ == films.CLASS:
+        return films.decoders(vae, height=height, width=width)
     scale, dtype, config = vae_scale(vae.config), vae.dtype, config_of(vae)
     channels = vae.bn.num_features if hasattr(vae, "bn") else latent_channels(config)
     sizes = rows(latent_sizes(height, width, vae_scale=scale, multiple=1))
@@ -108,7 +110,7 @@ def autoencoder(pipeline: DiffusionPipeline, *, height: int, width: int) -> list
     latents = [noise(b, channels, h, w, dtype=dtype) for b, _, (h, w) in sizes]
     pixels = [noise(b, colours, h * scale, w * scale, dtype=dtype) for b, _, (h, w) in sizes]
     decoder = Component(
-        name="vae_decoder",
+        name=DECODER,
         module=_Decoder(vae).eval(),
         inputs={"latent_sample": latents[0]},
         dynamic_axes={"latent_sample": {0: "batch", 2: "height", 3: "width"}},

@@ -128,7 +128,7 @@ def encode(
 
 
 def example(
-    denoiser: nn.Module, *, batch: int, size: tuple[int, int], text_tokens: int, pixels: tuple[int, int]
+    denoiser: nn.Module, *, batch: int, size: tuple[int, ...], text_tokens: int, pixels: tuple[int, int]
 ) -> dict[str, Tensor]:
     """See `Family.example`; the text has the denoiser's own length."""
     config: Any = denoiser.config

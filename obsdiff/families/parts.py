@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from obsdiff_export.component import Component
 from obsdiff_runtime.autoencoder import VAE_SCALE as VAE_SCALE
-from obsdiff_runtime.errors import ConfigError
 
 Size = tuple[int, int]
 
@@ -71,7 +70,7 @@ def latent_sizes(height: int, width: int, *, vae_scale: int, multiple: int, limi
     ]
 
 
-def rows(sizes: Sequence[Size]) -> list[tuple[int, int, Size]]:
+def rows(sizes: Sequence[tuple[int, ...]]) -> list[tuple[int, int, tuple[int, ...]]]:
     """Per example its batch, text tokens and size; the first one is traced, so all its sizes are distinct."""
     return [(batch, length, size) for batch, length, size in zip((2, 3, 1), (11, 7, 13), sizes, strict=True)]
 
@@ -106,7 +105,7 @@ def denoiser_component(
     name: str,
     output: str,
     latents: str,
-    sizes: Sequence[Size],
+    sizes: Sequence[tuple[int, ...]],
     pixels: Size,
     text: Sequence[str] = ("encoder_hidden_states",),
 ) -> Component:
@@ -118,7 +117,7 @@ def denoiser_component(
         name: of the component.
         output: name of what it gives.
         latents: its input for latents, (b, channels, h, w), or (b, channels, frames, h, w).
-        sizes: three sizes of latents; see `latent_sizes`.
+        sizes: three sizes of latents; see `latent_sizes`. Those of films have frames before the height.
         pixels: (height, width) of the image.
         text: its inputs of text, (b, text tokens, ...).
     """
@@ -128,7 +127,7 @@ def denoiser_component(
     ]
     axes = {key: {0: "batch"} for key in examples[0]}
     sides = examples[0][latents].ndim
-    axes[latents] |= {sides - 2: "height", sides - 1: "width"}
+    axes[latents] |= {sides - 2: "height", sides - 1: "width"} | ({2: "frames"} if sides == 5 else {})
     for key in text:
         axes[key] |= {1: "text_tokens"}
     return Component(
@@ -156,15 +155,6 @@ def guidance_argument(pipeline_class: type[DiffusionPipeline]) -> str:
 def draws_films(pipeline_class: type[DiffusionPipeline]) -> bool:
     """Whether its call gives frames, not images."""
     return "num_frames" in inspect.signature(pipeline_class.__call__).parameters
-
-
-def require_pictures(pipeline_class: type[DiffusionPipeline], what: str) -> None:
-    """Raises ConfigError where the pipeline draws films, and `what` knows pictures only."""
-    if draws_films(pipeline_class):
-        raise ConfigError(
-            f"{what} is for pipelines that draw pictures, and {pipeline_class.__name__} draws films; "
-            "obsdiff prune and obsdiff eval take it"
-        )
 
 
 def padded(batch: int, length: int, *, dtype: torch.dtype) -> Tensor:

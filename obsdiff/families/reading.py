@@ -268,7 +268,9 @@ def prompt_template(pipeline: DiffusionPipeline) -> list[str]:
 
 
 def _masks_text(pipeline: DiffusionPipeline) -> bool:
-    """Whether the pipeline tells its text encoder what is padding: then it also gives the mask to its denoiser."""
+    """Whether the pipeline tells its text encoder what is padding: then its denoiser has the mask, or zeros there."""
+    if type(pipeline).__name__ == "WanPipeline":
+        return True
     encode = getattr(pipeline, "encode_prompt", None)
     return encode is not None and "prompt_attention_mask" in inspect.signature(encode).parameters
 

@@ -14,8 +14,8 @@ Queries and keys are normalised over all heads at once, so a head that goes woul
 removed. Scales, shifts and gates of all blocks come from one projection of the timestep; a block adds a table of its
 own.
 
-Latents have an axis of frames, (b, channels, frames, h, w). There are always FRAMES of them, which is what the
-pipeline's call draws where it is not told otherwise; tokens, examples and the graph count on it.
+Latents have an axis of frames, (b, channels, frames, h, w). There are FRAMES of them, which is what the pipeline's call
+draws, where nothing else is said.
 
 Known are the pipelines of Wan 2.1 that make a film of a text. Those that are also told a picture, and those of Wan 2.2
 (two denoisers, or a timestep for each token), are refused.
@@ -46,7 +46,7 @@ described: bool = True
 text_mask: str | None = None
 
 FRAMES: Final = 21
-"""Of the latents: the first of a film's 81, and one for each four behind it."""
+"""Of the latents of 81 frames."""
 
 TEXT_TOKENS: Final = 512
 
@@ -74,7 +74,7 @@ def groups(denoiser: nn.Module) -> tuple[Group, ...]:
 def tokens(
     config: Mapping[str, Any], *, height: int, width: int, text_tokens: int, vae_scale: int = 8
 ) -> dict[str, int]:
-    """See `Family.tokens`: "image", one token per patch of all frames of the latents, and "text"."""
+    """See `Family.tokens`: "image", one token per patch of all FRAMES of the latents, and "text"."""
     frames, rows, columns = config["patch_size"]
     image = (FRAMES // frames) * (height // vae_scale // rows) * (width // vae_scale // columns)
     return {"image": image, "text": text_tokens}
@@ -110,13 +110,14 @@ def encode(
 
 
 def example(
-    denoiser: nn.Module, *, batch: int, size: tuple[int, int], text_tokens: int, pixels: tuple[int, int]
+    denoiser: nn.Module, *, batch: int, size: tuple[int, ...], text_tokens: int, pixels: tuple[int, int]
 ) -> dict[str, Tensor]:
-    """See `Family.example`."""
+    """See `Family.example`; a film has FRAMES latent frames where `size` says none."""
     config: Any = denoiser.config
     dtype: Any = denoiser.dtype
+    size = size if len(size) == 3 else (FRAMES, *size)
     return {
-        "hidden_states": parts.noise(batch, config.in_channels, FRAMES, *size, dtype=dtype),
+        "hidden_states": parts.noise(batch, config.in_channels, *size, dtype=dtype),
         "encoder_hidden_states": parts.noise(batch, text_tokens, config.text_dim, dtype=dtype),
         "timestep": parts.timesteps(batch, dtype=dtype),
     }
@@ -164,16 +165,17 @@ class _Flat(parts.Flat):
 
 
 def component(denoiser: nn.Module, *, height: int, width: int, vae_scale: int = 8) -> Component:
-    """See `Family.component`; latents have FRAMES frames."""
+    """See `Family.component`."""
     config: Any = denoiser.config
     _refuse_pictures(denoiser)
+    sizes = parts.latent_sizes(height, width, vae_scale=vae_scale, multiple=config.patch_size[-1])
     return parts.denoiser_component(
         _Flat(denoiser),
         example,
         name="transformer",
         output="out_hidden_states",
         latents="hidden_states",
-        sizes=parts.latent_sizes(height, width, vae_scale=vae_scale, multiple=config.patch_size[-1]),
+        sizes=[(frames, *size) for frames, size in zip((FRAMES, 5, 1), sizes, strict=True)],
         pixels=(height, width),
     )
 

@@ -175,6 +175,7 @@ def _layers(layers: Sequence[EngineLayer], source: str, everything: bool) -> Tab
 
 def _bundle(content: BundleContent, everything: bool) -> list[RenderableType]:
     defaults = content.defaults
+    frames = "" if defaults.num_frames is None else f", {defaults.num_frames} frames,"
     built = sum(len(engines) for engines in content.engines.values())
     facts = [
         ("bundle", content.path),
@@ -183,7 +184,7 @@ def _bundle(content: BundleContent, everything: bool) -> list[RenderableType]:
         ("files", f"{content.files}, {size(content.bytes)}; every sha256 is that of the manifest"),
         (
             "draws",
-            f"{defaults.width}x{defaults.height} in {defaults.num_inference_steps} steps, "
+            f"{defaults.width}x{defaults.height}{frames} in {defaults.num_inference_steps} steps, "
             f"guidance {defaults.guidance_scale:g}",
         ),
         ("engines", str(built) if built else "none"),

@@ -20,7 +20,7 @@ from obsdiff.triton.configs import (
 from obsdiff.triton.pbtxt import Message, render
 from obsdiff_runtime.bundle import MANIFEST, Bundle, description
 from obsdiff_runtime.decoding import encode
-from obsdiff_runtime.errors import ConfigError
+from obsdiff_runtime.errors import CompatibilityError, ConfigError
 from obsdiff_runtime.triton import DESCRIPTION, model_of
 
 VERSION: Final = "1"
@@ -75,6 +75,10 @@ def write_repository(bundle: Bundle, output: Path, choice: Choice, *, force: boo
     """
     check_name(choice.name)
     manifest = bundle.manifest
+    if manifest.defaults.num_frames is not None:
+        raise CompatibilityError(
+            f"{bundle.root} draws films, and Triton's model draws pictures alone; use obsdiff serve"
+        )
     models = {component: model_of(choice.name, component) for component in manifest.components}
     configs = {
         component: component_config(component, models[component], entry, choice)

@@ -178,7 +178,8 @@ def _bundle(model: str | None) -> Bundle | None:
 def _served(settings: Settings, bundle: Bundle) -> Settings:
     """The size that the bundle is served at, where no other is given."""
     defaults = bundle.manifest.defaults
-    own = {name: getattr(defaults, name) for name in ("height", "width", "guidance_scale", "max_sequence_length")}
+    names = ("height", "width", "num_frames", "guidance_scale", "max_sequence_length")
+    own = {name: getattr(defaults, name) for name in names}
     return replace(settings, **{name: value for name, value in own.items() if getattr(settings, name) is None})
 
 

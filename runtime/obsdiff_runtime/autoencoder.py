@@ -1,6 +1,7 @@
-"""Pictures to latents and back, as the denoiser counts latents.
+"""Pictures to latents and back, and latents to films, as the denoiser counts latents.
 
-Shapes: c latent channels, h w latent height and width; a picture is `scale` times as high and wide.
+Shapes: c latent channels, h w latent height and width; a picture is `scale` times as high and wide. f latent frames of
+a film, of which the first stands for one frame and each of the others for FRAME_SCALE.
 """
 
 from collections.abc import Mapping
@@ -9,12 +10,16 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from obsdiff_runtime.errors import CompatibilityError
+from obsdiff_runtime.errors import CompatibilityError, ConfigError
 from obsdiff_runtime.networks import Array, Networks
 from obsdiff_runtime.noise import Noise
+from obsdiff_runtime.progress import Progress, silent
 
 Pixels = NDArray[np.uint8]
 VAE_SCALE: Final = 8  # pixels per side of a latent pixel of most autoencoders
+FRAME_SCALE: Final = 4  # frames of a film in a latent frame, of which the first has one alone
+DECODER: Final = "vae_decoder"  # component; of a film's first latent frame
+NEXT_DECODER: Final = "vae_decoder_next"  # of each of the others
 LOG_VARIANCES: Final = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution
 
 
@@ -32,6 +37,33 @@ def latent_channels(config: Mapping[str, Any]) -> int:
     return int(config["z_dim"] if "z_dim" in config else config["latent_channels"])
 
 
+def latent_frames(num_frames: int, name: str = "num_frames") -> int:
+    """Frames of the latents of a film of so many frames.
+
+    Raises:
+        ConfigError: there is no film of so many; says which are near, and `name` is what it is called.
+    """
+    if num_frames < 1 or (num_frames - 1) % FRAME_SCALE:
+        below = max((num_frames - 1) // FRAME_SCALE, 0) * FRAME_SCALE + 1
+        raise ConfigError(
+            f"{name} {num_frames}: a film has one frame and a multiple of {FRAME_SCALE} behind it; "
+            f"near are {below} and {below + FRAME_SCALE}"
+        )
+    return (num_frames - 1) // FRAME_SCALE + 1
+
+
+def cached(index: int, *, given: bool = False) -> str:
+    """Name of what a film's decoder is told of the frames before, or gives for those behind."""
+    return f"{'new_' if given else ''}cache_{index}"
+
+
+def _pixels(decoded: Array) -> Pixels:
+    """(3, height, width) -> (height, width, 3)."""
+    unit = np.clip(decoded / 2 + 0.5, 0, 1).transpose(1, 2, 0)
+    picture: Pixels = (unit * 255).round().astype(np.uint8)
+    return picture
+
+
 class Autoencoder:
     """The VAE of a bundle, whose encoder need not be there.
 
@@ -43,18 +75,34 @@ class Autoencoder:
         self._networks, self._config = networks, config
         self.scale = vae_scale(config)
 
-    def decode(self, sample: Array) -> Pixels:
-        """(c, h, w) -> (height, width, 3).
+    def decode(self, sample: Array, progress: Progress = silent) -> Pixels:
+        """(c, h, w) -> (height, width, 3); of a film (c, f, h, w) -> (frames, height, width, 3).
+
+        Args:
+            sample: latents, as the denoiser wants them.
+            progress: told of stage "decode" after each latent frame of a film.
 
         Raises:
             RunError: it was not finite.
         """
         factor, shift = self._affine()
-        latent = (sample * factor + shift)[None]
-        pixels = self._networks.run("vae_decoder", {"latent_sample": latent}, ["sample"])["sample"][0]
-        unit = np.clip(pixels / 2 + 0.5, 0, 1).transpose(1, 2, 0)
-        picture: Pixels = (unit * 255).round().astype(np.uint8)
-        return picture
+        if sample.ndim == 3:
+            latent = (sample * factor + shift)[None]
+            return _pixels(self._networks.run(DECODER, {"latent_sample": latent}, ["sample"])["sample"][0])
+        frames: list[Pixels] = []
+        caches: dict[str, Array] = {}
+        given = [port.name for port in self._networks.bundle.component(DECODER).outputs]
+        for index in range(sample.shape[1]):
+            told = {"latent_sample": (sample[:, index] * factor + shift)[None], **caches}
+            name = NEXT_DECODER if caches else DECODER
+            found = self._networks.run(name, told, given, finite=False)
+            pixels = found.pop("sample")
+            if not np.isfinite(pixels).all():
+                raise self._networks.not_finite(name, "sample", pixels)
+            frames += [_pixels(frame) for frame in pixels[0].swapaxes(0, 1)]
+            caches = {cached(cache): found[cached(cache, given=True)] for cache in range(len(found))}
+            progress("decode", index + 1, sample.shape[1])
+        return np.stack(frames)
 
     def check_encodes(self) -> None:
         """CompatibilityError if there is no encoder."""

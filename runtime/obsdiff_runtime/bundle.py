@@ -95,12 +95,18 @@ class FileEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
-    """What a call uses where it is told nothing. max_sequence_length: tokens of T5, or of the zeros in its place."""
+    """What a call uses where it is told nothing.
+
+    Attributes:
+        num_frames: of a film; None where pictures are drawn.
+        max_sequence_length: tokens of T5, or of the zeros in its place.
+    """
 
     height: int
     width: int
     num_inference_steps: int
     guidance_scale: float
+    num_frames: int | None = None
     max_sequence_length: int | None = None
 
 
@@ -112,7 +118,7 @@ class Manifest:
         schema: version of this layout.
         created_by: program and version: "obsdiff 0.1.0".
         family: architecture of the denoiser: "sd3", "unet", "flux", "flux2", "pixart", "auraflow", "sana", "qwen",
-            "lumina2", "hunyuan".
+            "lumina2", "hunyuan", "wan".
         pipeline_class: diffusers class; decides how the runtime samples.
         sparsity: as given on the command line: "2:4"; "dense" where nothing was pruned.
         defaults: of a call.

@@ -50,7 +50,7 @@ class Verb:
 
 
 def generate(given: Given, progress: Progress) -> None:
-    """An image from a prompt."""
+    """An image from a prompt, or a film."""
     from obsdiff_runtime import verbs
 
     seconds = verbs.generate(
@@ -60,6 +60,8 @@ def generate(given: Given, progress: Progress) -> None:
         image=given["image"],
         height=given["height"],
         width=given["width"],
+        num_frames=given["num_frames"],
+        fps=given["fps"],
         backend=given["backend"],
         threads=given["threads"],
         progress=progress,
@@ -82,7 +84,7 @@ def bench(given: Given, progress: Progress) -> None:
         *given["bundles"],
         against=given["against"],
         **{name: given[name] for name in ("iterations", "warmup", "num_images", "threads", "backend", "seed")},
-        **{name: given[name] for name in ("height", "width", "guidance_scale", "max_sequence_length")},
+        **{name: given[name] for name in ("height", "width", "num_frames", "guidance_scale", "max_sequence_length")},
         num_inference_steps=given["steps"],
         progress=progress,
     )

@@ -5,6 +5,7 @@ Shapes: n prompts, t text tokens, d width of a text token, p pooled width.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from html import unescape
 from math import isqrt
 from typing import Any, Final
 
@@ -36,6 +37,7 @@ class Settings:
     num_inference_steps: int
     guidance_scale: float
     max_sequence_length: int
+    num_frames: int | None = None  # of a film
     guided: bool  # each image is run twice, the first time on its negative prompt
     skipped_steps: int = 0
 
@@ -234,6 +236,16 @@ def encode_lumina2(networks: Networks, prompts: Sequence[str], negative: bool, s
     return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
 
 
+def encode_wan(networks: Networks, prompts: Sequence[str], negative: bool, settings: Settings) -> Conditions:
+    """UMT5, told what is padding, which becomes zeros.
+
+    As diffusers without ftfy, which it uses where that is installed: marks of HTML are read and spaces joined.
+    """
+    written = [" ".join(unescape(unescape(prompt)).split()) for prompt in prompts]
+    states, mask = _masked(networks, "", written, settings.max_sequence_length)
+    return {"encoder_hidden_states": states * mask[..., None]}
+
+
 def encode_hunyuan(networks: Networks, prompts: Sequence[str], negative: bool, settings: Settings) -> Conditions:
     """BERT and T5, told what is padding, which tokens are not; up to version 1.1 of the denoiser, the image's size.
 
@@ -407,6 +419,11 @@ HUNYUAN: Final = Kind(
     patch=lambda config: int(config["patch_size"]),
     skipped=_skipped_whole,  # as PixArt's
 )
+WAN: Final = Kind(
+    encode=encode_wan,
+    patch=lambda config: int(config["patch_size"][-1]),
+    skipped=_skipped_whole,  # as PixArt's
+)
 KINDS: Final[dict[str, Kind]] = {
     "StableDiffusion3Pipeline": SD3,
     "StableDiffusionPipeline": SD,
@@ -421,6 +438,7 @@ KINDS: Final[dict[str, Kind]] = {
     "QwenImagePipeline": QWEN,
     "Lumina2Pipeline": LUMINA2,
     "HunyuanDiTPipeline": HUNYUAN,
+    "WanPipeline": WAN,
 }
 
 

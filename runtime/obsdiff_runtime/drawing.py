@@ -3,7 +3,8 @@
 A drawing has a scheduler and a step of its own, so that drawings that began at different times, with other steps or
 guidance, can share a run of the denoiser wherever their shapes agree.
 
-Shapes: c latent channels, h w latent height and width; r rows of a drawing: 2 under guidance, the negative one first.
+Shapes: c latent channels, h w latent height and width, behind the frames of a film; r rows of a drawing: 2 under
+guidance, the negative one first.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -56,13 +56,21 @@ SAMPLING: Final = (
     Flag(name="--guidance-scale", kind=float, text="Classifier-free guidance; default: the bundle's."),
     Flag(name="--height", kind=int, text="Height in pixels; default: the bundle's."),
     Flag(name="--width", kind=int, text="Width in pixels; default: the bundle's."),
+    Flag(name="--num-frames", kind=int, text="Frames of a film: 1, 5, 9, ...; default: the bundle's."),
     Flag(name="--max-sequence-length", kind=int, text="Text tokens that T5 is given; default: the bundle's."),
     Flag(name="--seed", kind=int, text="Of the noise.", default=0),
 )
 """What `obsdiff` reads from its settings, which files can hold too."""
 
 GENERATE: Final = (
-    Flag(name="--output", short="-o", kind=Path, text="Image file.", default=Path("image.png")),
+    Flag(
+        name="--output",
+        short="-o",
+        kind=Path,
+        text="Image file; of a film .webp, .gif, .png, .npy or a folder.",
+        default=Path("image.png"),
+    ),
+    Flag(name="--fps", kind=float, text="Frames a second of a film; default: 16."),
     Flag(name="--negative-prompt", kind=str, text="What not to draw.", default=""),
     Flag(name="--image", kind=Path, text="Image to change instead of drawing one from nothing."),
     Flag(name="--strength", kind=float, text="How much of it to change, up to 1; default: 0.8."),

@@ -1,6 +1,7 @@
-"""Text, or text and an image, to image over sessions: what diffusers computes, without torch.
+"""Text, or text and an image, to image, or text to film, over sessions: what diffusers computes, without torch.
 
-Shapes: n images, c latent channels, h w latent height and width.
+Shapes: n images, c latent channels, h w latent height and width. What is said of images is said of films, whose latents
+have frames: (n, c, f, h, w).
 """
 
 import time
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from obsdiff_runtime.autoencoder import Autoencoder, Pixels
+from obsdiff_runtime.autoencoder import Autoencoder, Pixels, latent_frames
 from obsdiff_runtime.backends import Backend
 from obsdiff_runtime.bundle import Bundle, open_bundle
 from obsdiff_runtime.conditioning import IS_DISTILLED, Conditions, Kind, Settings, kind_of
@@ -38,7 +39,8 @@ class Images:
     """What a call gives.
 
     Attributes:
-        arrays: (n, height, width, 3), uint8; the images of one prompt follow each other.
+        arrays: (n, height, width, 3), uint8; the images of one prompt follow each other. Of films
+            (n, frames, height, width, 3).
         latents: (n, c, h, w), float32, before decoding.
         seconds: time of each stage: "text", "denoise", "decode".
         load_seconds: loading that happened within this call, by component.
@@ -53,10 +55,10 @@ class Images:
         return len(self.arrays)
 
     def pil(self) -> "list[Image]":
-        """The images as Pillow's."""
+        """The images as Pillow's; of films the frames, one film after another."""
         from PIL import Image
 
-        return [Image.fromarray(array) for array in self.arrays]
+        return [Image.fromarray(array) for array in self.arrays.reshape(-1, *self.arrays.shape[-3:])]
 
 
 class Pipeline:
@@ -98,6 +100,7 @@ class Pipeline:
         guidance_scale: float | None = None,
         height: int | None = None,
         width: int | None = None,
+        num_frames: int | None = None,
         seed: int | Sequence[int] = 0,
         noise_source: str = "numpy",
         num_images: int = 1,
@@ -113,10 +116,11 @@ class Pipeline:
         Args:
             prompt: one, or several drawn in one batch.
             negative_prompt: one for all, or one for each; only where guidance makes use of it.
-            num_inference_steps: the bundle's default if None; so are the next four.
+            num_inference_steps: the bundle's default if None; so are the next five.
             guidance_scale: guidance by negative prompts is off up to 1.
             height: in pixels.
             width: in pixels.
+            num_frames: of a film: 1, 5, 9 and so on.
             max_sequence_length: text tokens of T5, or of the zeros in its place.
             seed: image i of a call has noise of its own, drawn for (seed, i) whatever the batch; or one seed for each
                 image.
@@ -125,7 +129,7 @@ class Pipeline:
             latents: (n, c, h, w), the noise to start from instead, of unit variance.
             image: (height, width, 3), one to change rather than to draw from nothing; its size is the default one.
             strength: of that change, above 0 and up to 1, STRENGTH if None; the share of the steps that is taken.
-            progress: told of each stage: "text", "denoise" step by step, "decode" image by image.
+            progress: told of each stage: "text", "denoise" step by step, "decode" image by image, or by latent frames.
             on_step: called after each step.
 
         Raises:
@@ -143,6 +147,7 @@ class Pipeline:
             guidance_scale=guidance_scale,
             height=height,
             width=width,
+            num_frames=num_frames,
             seed=seed,
             noise_source=noise_source,
             num_images=num_images,
@@ -157,7 +162,8 @@ class Pipeline:
         clock.lap("denoise")
         arrays = []
         for index, drawing in enumerate(drawings):  # one at a time, since decoding needs the most memory of all
-            arrays.append(self.decode(drawing.sample))
+            films = drawing.settings.num_frames is not None
+            arrays.append(self._vae.decode(drawing.sample, progress if films else silent))
             progress("decode", index + 1, len(drawings))
         clock.lap("decode")
         load_seconds = {name: took for name, took in self.networks.load_seconds.items() if name not in loaded}
@@ -173,6 +179,7 @@ class Pipeline:
         guidance_scale: float | None = None,
         height: int | None = None,
         width: int | None = None,
+        num_frames: int | None = None,
         seed: int | Sequence[int] = 0,
         noise_source: str = "numpy",
         num_images: int = 1,
@@ -187,7 +194,14 @@ class Pipeline:
             ConfigError, CompatibilityError, RunError: as `__call__`.
         """
         settings = self.resolve(
-            num_inference_steps, guidance_scale, height, width, max_sequence_length, image=image, strength=strength
+            num_inference_steps,
+            guidance_scale,
+            height,
+            width,
+            max_sequence_length,
+            num_frames=num_frames,
+            image=image,
+            strength=strength,
         )
         prompts, negatives = _prompts(prompt, negative_prompt, num_images)
         if any(negatives) and not self._kind.negatives:
@@ -207,7 +221,7 @@ class Pipeline:
         self._stepper.step(drawings)
 
     def decode(self, sample: Array) -> Pixels:
-        """The picture of some latents: (c, h, w) -> (height, width, 3).
+        """The picture of some latents: (c, h, w) -> (height, width, 3); or the film: see `Autoencoder.decode`.
 
         Raises:
             RunError: it was not finite.
@@ -227,6 +241,7 @@ class Pipeline:
         width: int | None = None,
         max_sequence_length: int | None = None,
         *,
+        num_frames: int | None = None,
         image: Pixels | None = None,
         strength: float | None = None,
     ) -> Settings:
@@ -243,6 +258,7 @@ class Pipeline:
         settings = Settings(
             height=defaults.height if height is None else height,
             width=defaults.width if width is None else width,
+            num_frames=defaults.num_frames if num_frames is None else num_frames,
             num_inference_steps=defaults.num_inference_steps if steps is None else steps,
             guidance_scale=scale,
             guided=self._kind.negatives and scale > 1,
@@ -256,7 +272,11 @@ class Pipeline:
             raise ConfigError(f"guidance_scale should be a finite number, not {settings.guidance_scale}")
         if scale > 1 and self._distilled:
             raise ConfigError(f"guidance_scale should be at most 1, not {scale:g}: this pipeline's steps are distilled")
-        for name, axis, pixels in (("height", 2, settings.height), ("width", 3, settings.width)):
+        if settings.num_frames is not None:
+            if defaults.num_frames is None:
+                raise ConfigError(f"num_frames {settings.num_frames}: this pipeline draws pictures; leave it out")
+            latent_frames(settings.num_frames)
+        for name, axis, pixels in (("height", -2, settings.height), ("width", -1, settings.width)):
             self._check_size(name, axis, pixels)
         if image is None:
             if strength is not None:
@@ -291,8 +311,9 @@ class Pipeline:
 
     def _starts(self, sources: Sequence[Noise], settings: Settings, latents: Array | None) -> Array:
         """(n, c, h, w), what each image begins with, of unit variance."""
-        size = (settings.height // self._vae.scale, settings.width // self._vae.scale)
-        shape = (self._kind.channels(self._denoiser), *size)
+        sides = (settings.height // self._vae.scale, settings.width // self._vae.scale)
+        frames = () if settings.num_frames is None else (latent_frames(settings.num_frames),)
+        shape = (self._kind.channels(self._denoiser), *frames, *sides)
         if latents is None:
             return np.stack([source(shape) for source in sources])
         if latents.shape != (len(sources), *shape):

@@ -1,10 +1,12 @@
 """What the commands do, whichever program was asked; a function a verb. None prints anything."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from obsdiff_runtime.bundle import Bundle
+from obsdiff_runtime import films
+from obsdiff_runtime.autoencoder import Pixels
+from obsdiff_runtime.bundle import Bundle, open_bundle
 from obsdiff_runtime.decoding import encode
 from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.progress import Progress, silent
@@ -19,20 +21,22 @@ def generate(
     image: Path | None = None,
     height: int | None = None,
     width: int | None = None,
+    fps: float | None = None,
     backend: str = "onnxruntime",
     threads: int | None = None,
     progress: Progress = silent,
     **call: Any,
 ) -> Mapping[str, float]:
-    """Draws one image into a file.
+    """Draws one image, or one film, into a file.
 
     Args:
         bundle: opened, or a folder.
         prompt: what to draw.
-        output: the file; its name says the format. Folders above it are created.
+        output: the file; its name says the format. Folders above it are created. Of films see `films.WRITERS`.
         image: file of one to change, in any format that Pillow reads; see `pictures.read_picture`.
         height: in pixels.
         width: in pixels.
+        fps: frames a second of a film, films.FPS if None.
         backend: one of `backends.BACKENDS`.
         threads: of the host, all if None.
         progress: see `Pipeline.__call__`.
@@ -45,19 +49,32 @@ def generate(
         ConfigError: `output` names no format, or an argument is none that the pipeline takes.
         ObsdiffError: the bundle cannot be loaded, or cannot draw.
     """
-    from PIL import Image
-
     from obsdiff_runtime.pictures import read_picture
     from obsdiff_runtime.pipeline import Pipeline
 
-    if output.suffix.lower() not in Image.registered_extensions():
-        raise ConfigError(f"-o {output}: no image format of that name; use .png or .jpg")
-    pipeline = Pipeline(bundle, backend=backend, threads=threads)
+    opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+    write = _writer(opened, output, fps)
+    pipeline = Pipeline(opened, backend=backend, threads=threads)
     start = None if image is None else read_picture(image, pipeline.size_step, height, width)
     images = pipeline(prompt, image=start, height=height, width=width, progress=progress, **call)
     output.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(images.arrays[0]).save(output)
+    write(images.arrays[0])
     return images.seconds
+
+
+def _writer(bundle: Bundle, output: Path, fps: float | None) -> Callable[[Pixels], None]:
+    """What writes what the bundle draws to `output`."""
+    from PIL import Image
+
+    if bundle.manifest.defaults.num_frames is not None:
+        rate = films.FPS if fps is None else fps
+        films.check(output, rate)
+        return lambda film: films.write(film, output, rate)
+    if fps is not None:
+        raise ConfigError(f"--fps {fps:g}: this bundle draws pictures; leave it out")
+    if output.suffix.lower() not in Image.registered_extensions():
+        raise ConfigError(f"-o {output}: no image format of that name; use .png or .jpg")
+    return lambda picture: Image.fromarray(picture).save(output)
 
 
 def contents(bundle: Bundle) -> dict[str, Any]:
@@ -70,10 +87,11 @@ def contents(bundle: Bundle) -> dict[str, Any]:
 def describe(bundle: Bundle) -> str:
     """What is in a bundle, for a person: a line on each of its networks and engines."""
     manifest, defaults = bundle.manifest, bundle.manifest.defaults
+    frames = "" if defaults.num_frames is None else f" x {defaults.num_frames} frames"
     lines = [
         f"{bundle.root}: {manifest.pipeline_class}, {manifest.sparsity}, by {manifest.created_by}",
         f"  {len(manifest.files)} files as their sha256 says, {bundle.total_bytes() / 2**20:.1f} MiB",
-        f"  draws {defaults.width} x {defaults.height} in {defaults.num_inference_steps} steps "
+        f"  draws {defaults.width} x {defaults.height}{frames} in {defaults.num_inference_steps} steps "
         f"at guidance {defaults.guidance_scale:g}",
     ]
     for name, component in manifest.components.items():

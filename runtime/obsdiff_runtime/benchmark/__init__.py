@@ -34,6 +34,7 @@ def bench(
     prompt: str = PROMPT,
     height: int | None = None,
     width: int | None = None,
+    num_frames: int | None = None,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     max_sequence_length: int | None = None,
@@ -52,8 +53,9 @@ def bench(
         iterations: rounds that count; in each, every candidate draws once.
         warmup: rounds before that do not.
         prompt: of every call.
-        height: in pixels, the first candidate's default if None; so are the next four.
+        height: in pixels, the first candidate's default if None; so are the next five.
         width: in pixels.
+        num_frames: of a film.
         num_inference_steps: of every call.
         guidance_scale: of every call.
         max_sequence_length: of every call.
@@ -77,6 +79,7 @@ def bench(
         prompt=prompt,
         height=first.height if height is None else height,
         width=first.width if width is None else width,
+        num_frames=first.num_frames if num_frames is None else num_frames,
         num_inference_steps=first.num_inference_steps if num_inference_steps is None else num_inference_steps,
         guidance_scale=first.guidance_scale if guidance_scale is None else guidance_scale,
         max_sequence_length=first.max_sequence_length if max_sequence_length is None else max_sequence_length,

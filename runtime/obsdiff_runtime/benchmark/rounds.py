@@ -202,7 +202,7 @@ def _png_ms(pictures: NDArray[np.uint8]) -> float | None:
     seconds = []
     for _ in range(PNG_RUNS):
         start = time.perf_counter()
-        for picture in pictures:
+        for picture in pictures.reshape(-1, *pictures.shape[-3:]):
             Image.fromarray(picture).save(io.BytesIO(), "PNG")
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds) * 1000

@@ -30,6 +30,7 @@ class Request:
         max_sequence_length: text tokens of T5, or of the zeros in its place; None: the candidate's own.
         num_images: in one batch.
         seed: of the noise.
+        num_frames: of a film; None where pictures are drawn.
     """
 
     prompt: str
@@ -40,6 +41,7 @@ class Request:
     max_sequence_length: int | None
     num_images: int
     seed: int
+    num_frames: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +91,7 @@ class Drawn:
     """One call.
 
     Attributes:
-        pictures: (num_images, height, width, 3), uint8.
+        pictures: (num_images, height, width, 3), uint8; of films with frames before the height.
         components: seconds of each run of a component.
         first_step_seconds: from the call to the end of the first denoising step.
         stages: seconds of "text", "denoise" and "decode"; empty where they cannot be told apart.
@@ -181,6 +183,7 @@ class BundleRunner:
             request.height,
             request.width,
             request.max_sequence_length,
+            num_frames=request.num_frames,
         )
 
     def load(self, request: Request) -> Loaded:
@@ -233,6 +236,7 @@ class BundleRunner:
             guidance_scale=request.guidance_scale,
             height=request.height,
             width=request.width,
+            num_frames=request.num_frames,
             max_sequence_length=request.max_sequence_length,
             num_images=request.num_images,
             seed=request.seed,

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Final
 
+from obsdiff_runtime import films
 from obsdiff_runtime.conditioning import Settings
 from obsdiff_runtime.server.follow import Follower
 from obsdiff_runtime.server.orders import Drawn, Pixels, Previewed, Stepped
@@ -37,14 +38,17 @@ class Answer:
         return self._asked.progress
 
     def encode(self, pixels: Pixels) -> str:
-        """A picture, (height, width, 3), as a file in base64."""
+        """A picture, (height, width, 3), or a film, (frames, height, width, 3), as a file in base64."""
         from PIL import Image
 
         file = io.BytesIO()
         options: dict[str, Any] = {"compress_level": 1}
         if self._asked.output_format != "png":
             options = {"quality": self._asked.output_compression or QUALITY}
-        Image.fromarray(pixels).save(file, self._asked.output_format, **options)
+        if pixels.ndim == 4:
+            films.animate(pixels, file, self._asked.output_format, films.FPS, **options)
+        else:
+            Image.fromarray(pixels).save(file, self._asked.output_format, **options)
         return base64.b64encode(file.getvalue()).decode()
 
     def response(self, pictures: Sequence[str], seconds: Mapping[str, float]) -> ImagesResponse:

@@ -144,6 +144,8 @@ async def _generate(server: Server, request: Request, asked: ImageRequest) -> An
     model = server.find(asked.model)
     metrics, started = server.metrics.of(model.id), time.monotonic()
     seed = secrets.randbelow(SEEDS) if asked.seed is None else asked.seed
+    if asked.output_format == "jpeg" and model.pipeline.bundle.manifest.defaults.num_frames is not None:
+        raise Refused(400, f"{model.id} draws films, and jpeg holds none; ask for webp or png", param="output_format")
     width, height = asked.pixels or (None, None)
     call = {
         "prompt": asked.prompt,

@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 
+from obsdiff.families import films
 from obsdiff.families.table import FAMILIES
 from obsdiff_export.build import BUILDERS, build
 from obsdiff_export.onnx import export
@@ -15,6 +17,7 @@ from obsdiff_export.pattern import check
 from obsdiff_export.profiles import profiles_for
 from obsdiff_export.proof.layers import layers_of_log
 from obsdiff_export.proof.receipt import load
+from obsdiff_runtime.autoencoder import DECODER
 
 pytestmark = [
     pytest.mark.slow,
@@ -22,7 +25,7 @@ pytestmark = [
 ]
 
 FEWER = {"wan": {"num_layers": 1}, **{kind: {"num_layers": 1, "num_single_layers": 1} for kind in ("flux", "flux2")}}
-SIZES = {"batch": (1, 2, 4), "height": 8, "width": 8, "text_tokens": (1, 7, 20)}
+SIZES = {"batch": (1, 2, 4), "frames": (1, 3, 21), "height": 8, "width": 8, "text_tokens": (1, 7, 20)}
 
 
 @pytest.mark.stage("engine")
@@ -66,3 +69,20 @@ def test_every_linear_is_in_the_real_engine_and_linears_of_one_input_are_merged(
     assert {tensor.dtype for layer in products for tensor in layer.inputs} == {"float16"}
     merged = {layer.weight: layer.merged for layer in proof.layers}
     assert any(other in mate for name, mates in merged.items() if one in name for mate in mates)
+
+
+def test_both_decoders_of_films_are_built(build_pipeline: Callable[..., DiffusionPipeline], tmp_path: Path) -> None:
+    """Of the second one, sides of what it is told of the frames before follow those of the latents."""
+    pipeline: Any = build_pipeline("wan")
+    for component in films.decoders(pipeline.vae, height=64, width=64):
+        model = export(component, tmp_path / component.name, dtype=torch.float32)
+        engine = build(
+            model.path,
+            tmp_path / "engines" / component.name,
+            builder=BUILDERS["tensorrt_rtx"],
+            profiles=profiles_for(model.inputs, [{"batch": (1, 1, 2), "height": (4, 8, 16), "width": (4, 8, 16)}]),
+            targets=("8.9",),
+        )
+        assert set(engine.profiles[0]) == {port.name for port in model.inputs}
+        last = engine.profiles[0][model.inputs[-1].name]
+        assert last.max[-2:] == ((16, 16) if component.name == DECODER else (64, 64))

@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline, WanPipeline
 import obsdiff
 from obsdiff import verbs
 from obsdiff.evaluation import Evaluation, evaluate
-from obsdiff.families import exporting, wan
+from obsdiff.families import films, wan
 from obsdiff.loading import Defaults, load_pipeline
 from obsdiff.pipeline_runner import PipelineRunner
 from obsdiff.recipe import Sampling, select
@@ -25,10 +25,14 @@ from obsdiff.settings import Settings
 from obsdiff.shrinking import shrink
 from obsdiff_export.onnx import export
 from obsdiff_export.parity import compare
+from obsdiff_export.profiles import profile_for
+from obsdiff_runtime.autoencoder import cached
+from obsdiff_runtime.benchmark.runner import Request
 from obsdiff_runtime.errors import ConfigError, ModelError
+from obsdiff_runtime.pipeline import Pipeline
 
 PROMPTS = ["a red dog", "a cat"]
-SMALL: dict[str, Any] = {"steps": 2, "height": 32, "width": 32, "max_sequence_length": 8}
+SMALL: dict[str, Any] = {"steps": 2, "height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 8}
 
 Build = Callable[..., Any]
 
@@ -45,13 +49,13 @@ def test_a_film_has_the_frames_that_its_pipeline_draws() -> None:
 
 
 @torch.no_grad()
-def test_the_graph_of_a_shrunk_wan_takes_any_size(build_denoiser: Build, tmp_path: Path) -> None:
+def test_the_graph_of_a_shrunk_wan_takes_any_size_and_length(build_denoiser: Build, tmp_path: Path) -> None:
     denoiser = build_denoiser("wan", num_layers=1, cross_attn_norm=False)
     shrink(denoiser, wan, {"blocks.0.ffn.neurons": [1, *range(5, 12)]})
     component = wan.component(denoiser, height=64, width=64)
     others = [
         wan.example(denoiser, batch=batch, size=size, text_tokens=length, pixels=(64, 64))
-        for batch, length, size in ((1, 1, (2, 2)), (3, 20, (6, 14)), (2, 5, (10, 4)))
+        for batch, length, size in ((1, 1, (1, 2, 2)), (3, 20, (3, 6, 14)), (2, 5, (9, 10, 4)))
     ]
     for inputs in others:
         torch.testing.assert_close(component.module(**inputs), denoiser(**inputs).sample, rtol=0, atol=1e-5)
@@ -80,6 +84,43 @@ def test_a_folder_is_pruned_and_compared_and_its_card_makes_a_film(folder: Path,
     assert isinstance(report.evaluation, Evaluation)
     assert 0 < report.evaluation.velocity_error < 10
     assert report.pruned.parameters < report.dense.parameters
+
+
+@torch.no_grad()
+def test_the_main_job_leaves_a_bundle_that_draws_the_film_of_the_pruned_pipeline(folder: Path, tmp_path: Path) -> None:
+    settings = Settings(model=str(folder), sparsity="ffn:0.25+2:4", method="magnitude", align=4, **SMALL)
+    verbs.prune_to_folder(settings, tmp_path / "pruned")
+    exported = obsdiff.export(tmp_path / "pruned", tmp_path / "out", eval_prompts=0, **SMALL)
+    assert exported.report.recipe["sampling"]["num_frames"] == 9
+    assert (
+        'films.write(pipeline("a prompt", seed=1).arrays[0], "film.webp")' in (tmp_path / "out/README.md").read_text()
+    )
+    drawn = Pipeline(tmp_path / "out", threads=1)("a cat", seed=3, noise_source="torch")
+    pipeline = obsdiff.load(tmp_path / "pruned")
+    pipeline.set_progress_bar_config(disable=True)
+    film = pipeline(
+        prompt="a cat",
+        num_inference_steps=2,
+        height=32,
+        width=32,
+        num_frames=9,
+        max_sequence_length=8,
+        generator=torch.Generator().manual_seed(3),
+    ).frames
+    assert drawn.arrays.shape == film.shape == (1, 9, 32, 32, 3)
+    assert np.mean((film - drawn.arrays / 255) ** 2) < 10**-5.8  # 58 dB
+
+
+def test_a_pipeline_in_torch_is_measured_by_its_films(folder: Path) -> None:
+    runner = PipelineRunner(folder)
+    told = {"prompt": "a cat", "num_inference_steps": 2, "guidance_scale": 5.0, "max_sequence_length": 8, "seed": 3}
+    request = Request(height=32, width=32, num_images=1, num_frames=5, **told)  # type: ignore[arg-type]
+    runner.check(request)
+    runner.load(request)
+    assert runner.draw(request).pictures.shape == (1, 5, 32, 32, 3)
+    assert runner.defaults.num_frames == 81
+    with pytest.raises(ConfigError, match="num_frames 6: a film has"):
+        runner.check(replace(request, num_frames=6))
 
 
 @torch.no_grad()
@@ -116,14 +157,73 @@ def test_the_pictures_that_are_compared_are_four_frames_of_the_film(build_pipeli
     assert evaluation.image_mse > 0
 
 
-@pytest.mark.stage("runtime", kind="wan", refused=True)
-def test_a_bundle_is_refused_before_anything_runs(folder: Path, build_pipeline: Build, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"obsdiff export is for .* pictures, and WanPipeline draws films; .*prune"):
-        obsdiff.export(folder, tmp_path / "out", sparsity="2:4")
-    with pytest.raises(ConfigError, match=r"a bundle is for .* and WanPipeline draws films"):
-        exporting.components(wan, build_pipeline("wan"), height=32, width=32)
-    with pytest.raises(ConfigError, match=r"obsdiff bench is for .* and WanPipeline draws films"):
-        PipelineRunner(folder)
+@torch.no_grad()
+@pytest.mark.parametrize("frames", [1, 2, 6])
+def test_the_two_decoders_make_a_film_of_any_length_as_the_autoencoder_does(build_pipeline: Build, frames: int) -> None:
+    vae = build_pipeline("wan").vae
+    first, following = films.decoders(vae, height=32, width=48)
+    latents = torch.randn(2, 4, frames, 6, 5, generator=torch.Generator().manual_seed(0))
+    pixels, *caches = first.module(latents[:, :, 0])
+    for frame in latents.unbind(2)[1:]:
+        told = {cached(index): cache for index, cache in enumerate(caches)}
+        more, *caches = following.module(frame, **told)
+        pixels = torch.cat([pixels, more], dim=2)
+    assert torch.equal(pixels.clamp(-1, 1), vae.decode(latents).sample)
+
+
+@torch.no_grad()
+def test_the_graph_of_a_further_latent_frame_takes_any_size(build_pipeline: Build, tmp_path: Path) -> None:
+    """The sides of all its inputs follow those of the latents, which their names tell."""
+    _, following = films.decoders(build_pipeline("wan").vae, height=32, width=48)
+    model = export(following, tmp_path, dtype=torch.float32)
+    assert compare(following, model).max_relative_error < 1e-4
+    sides = {port.shape[-2:] for port in model.inputs}
+    assert sides == {("height", "width"), ("height_x2", "width_x2"), ("height_x4", "width_x4")}
+    asked = {"batch": (1, 1, 4), "height": (2, 60, 90), "width": 104}
+    profile = profile_for(model.inputs, asked)
+    assert profile["cache_19"].max == (4, 4, 2, 360, 416)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"is_residual": True}, r"one of Wan 2\.2"),
+        ({"patch_size": 2}, r"one of Wan 2\.2"),
+        ({"temperal_downsample": [False, True]}, "another number of frames than 4"),
+    ],
+)
+def test_another_autoencoder_is_refused(build_pipeline: Build, changes: dict[str, Any], message: str) -> None:
+    vae = build_pipeline("wan").vae
+    vae.register_to_config(**changes)
+    with pytest.raises(ModelError, match=message):
+        films.decoders(vae, height=32, width=32)
+
+
+@pytest.mark.parametrize(
+    ("frames", "near"), [(32, "29 and 33"), (2, "1 and 5"), (0, "1 and 5"), (-5, "1 and 5"), (84, "81 and 85")]
+)
+def test_a_number_of_frames_that_no_film_has_is_refused(folder: Path, frames: int, near: str) -> None:
+    with pytest.raises(ConfigError, match=rf"--num-frames {frames}: .* multiple of 4 behind it; near are {near}"):
+        verbs.plan(Settings(model=str(folder), sparsity="2:4", num_frames=frames))
+
+
+def test_pictures_have_no_frames(build_pipeline: Build) -> None:
+    with pytest.raises(ConfigError, match="--num-frames 5: this pipeline draws pictures; leave it out"):
+        obsdiff.prune(build_pipeline("sana"), prompts=PROMPTS, sparsity="2:4", num_frames=5)
+
+
+def test_a_shorter_film_is_planned_and_drawn_as_long_as_it_is(folder: Path, build_pipeline: Build) -> None:
+    """One latent frame in place of 21, and attention that grows with the square of them."""
+    whole, short = (
+        verbs.plan(Settings(model=str(folder), sparsity="2:4", num_frames=frames)).macs_before for frames in (None, 1)
+    )
+    assert whole > 20 * short
+    pipeline, seen = build_pipeline("wan"), []
+    pipeline.transformer.register_forward_pre_hook(
+        lambda _, __, told: seen.append(told["hidden_states"].shape[2]), with_kwargs=True
+    )
+    obsdiff.prune(pipeline, prompts=PROMPTS, sparsity="2:4", **SMALL)
+    assert set(seen) == {3}
 
 
 def test_a_size_that_its_pipeline_would_round_is_refused(folder: Path) -> None:

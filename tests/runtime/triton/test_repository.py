@@ -140,6 +140,14 @@ def test_bfloat16_at_the_border_of_a_network_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "models").exists()
 
 
+def test_films_are_refused(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle")
+    defaults = dataclasses.replace(bundle.manifest.defaults, num_frames=81)
+    films = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, defaults=defaults))
+    with pytest.raises(CompatibilityError, match=r"draws films, and .* pictures alone; use obsdiff serve"):
+        write_repository(films, tmp_path / "out", CHOICE)
+
+
 @pytest.mark.parametrize("name", ["", "a/b", "..", "a b", "x" * 65])
 def test_a_name_that_is_no_folder_is_refused(name: str, tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "bundle")

@@ -1,0 +1,44 @@
+"""Films as data of the images API."""
+
+import base64
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from obsdiff_runtime.pipeline import Pipeline
+
+
+def frames(encoded: str) -> np.ndarray:
+    shown = []
+    with Image.open(io.BytesIO(base64.b64decode(encoded))) as image:
+        for index in range(image.n_frames):  # type: ignore[attr-defined]
+            image.seek(index)
+            shown.append(np.asarray(image.convert("RGB")))
+    return np.stack(shown)
+
+
+@pytest.fixture(scope="module")
+def running(wan_pair: tuple[Any, Path], serving: Callable[..., Any]) -> Any:
+    with serving(wan_pair[1]) as server:
+        yield server
+
+
+def test_a_film_comes_as_a_picture_that_moves(running: Any, wan_pair: tuple[Any, Path]) -> None:
+    expected = Pipeline(wan_pair[1], threads=1)("a ring", seed=7).arrays[0]
+    answer = running.draw(prompt="a ring", seed=7).json()
+    np.testing.assert_array_equal(frames(answer["data"][0]["b64_json"]), expected)
+    lossy = running.draw(prompt="a ring", seed=7, output_format="webp", output_compression=100).json()
+    found = frames(lossy["data"][0]["b64_json"])
+    assert found.shape == (9, 32, 32, 3)
+    assert np.corrcoef(found.mean(-1).ravel(), expected.mean(-1).ravel())[0, 1] > 0.9
+
+
+def test_a_format_that_holds_no_film_is_refused(running: Any) -> None:
+    answer = running.draw(output_format="jpeg")
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == "model-0 draws films, and jpeg holds none; ask for webp or png"

@@ -1,0 +1,167 @@
+"""The same prompt and noise through diffusers and through the bundle: the same film."""
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from obsdiff_runtime import cli
+from obsdiff_runtime.benchmark import bench
+from obsdiff_runtime.bundle import Bundle
+from obsdiff_runtime.conditioning import WAN, Settings
+from obsdiff_runtime.errors import CancelledError, CompatibilityError, ConfigError, RunError
+from obsdiff_runtime.pipeline import Images, Pipeline
+
+PROMPTS = ["a large red circle above a small blue square", "a small green triangle"]
+UNWANTED = ["two yellow stars", ""]
+
+
+def both(pair: tuple[Any, Path], *, output_type: str = "np", **options: Any) -> tuple[Any, Images]:
+    """(n, frames, height, width, 3) of diffusers, in 0..1, or its latents, and what the runtime draws."""
+    theirs, folder = pair
+    given = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": 32, "width": 48, "num_frames": 9}
+    given |= {"max_sequence_length": 5, "negative_prompt": UNWANTED} | options
+    with torch.no_grad():
+        seeded = [torch.Generator().manual_seed(seed) for seed in (7, 8)]
+        expected = theirs(PROMPTS, generator=seeded, output_type=output_type, **given).frames
+    return expected, Pipeline(folder, threads=1)(PROMPTS, seed=[7, 8], noise_source="torch", **given)
+
+
+def psnr(expected: Any, images: Images) -> float:
+    error = np.mean((expected - images.arrays / 255) ** 2)
+    return float(-10 * np.log10(error))
+
+
+@pytest.mark.stage("runtime", kind="wan")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_frames": 1},
+        {"num_frames": 5, "height": 48, "width": 16},
+        {"num_frames": 21, "num_inference_steps": 2},
+        {"guidance_scale": 1.0, "num_inference_steps": 7},
+    ],
+)
+def test_the_same_noise_gives_the_same_film(wan_pair: tuple[Any, Path], options: dict[str, Any]) -> None:
+    expected, films = both(wan_pair, **options)
+    assert films.arrays.shape == expected.shape
+    assert expected.std() > 0.02
+    assert psnr(expected, films) > 58  # that of rounding to 256 values is 58.9
+
+
+def test_the_same_noise_gives_the_same_latents(wan_pair: tuple[Any, Path]) -> None:
+    """Latents tell more than the pixels of a small random decoder."""
+    expected, films = both(wan_pair, output_type="latent")
+    assert films.latents.shape == (2, 4, 3, 8, 12)
+    assert np.abs(films.latents - expected.numpy()).max() < 1e-4 * np.abs(films.latents).max()
+
+
+def test_another_sampler_draws_what_diffusers_draws_by_it(
+    wan_pair: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0)
+    monkeypatch.setattr(wan_pair[0], "scheduler", scheduler)
+    name = {"_class_name": type(scheduler).__name__}
+    monkeypatch.setattr(Bundle, "scheduler", lambda self: dict(scheduler.config) | name)
+    expected, films = both(wan_pair)
+    assert psnr(expected, films) > 58
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        ["a large red circle above a small blue square", "a small green triangle"],
+        ["  two   yellow\n\tstars &amp;amp; &lt;a ring&gt;", ""],
+    ],
+)
+def test_wan_is_told_what_diffusers_tells_it_and_zeros_behind_a_text(
+    wan_pair: tuple[Any, Path], prompts: list[str]
+) -> None:
+    theirs, folder = wan_pair
+    size = {"height": 32, "width": 32, "max_sequence_length": 48}
+    told = Settings(num_inference_steps=1, guidance_scale=3.0, guided=True, **size)
+    found = WAN.encode(Pipeline(folder, threads=1).networks, prompts, False, told)["encoder_hidden_states"]
+    with torch.no_grad():
+        expected = theirs.encode_prompt(prompts, None, False, max_sequence_length=48)[0].numpy()
+    assert not expected[:, -1].any()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_film_of_a_batch_is_the_one_drawn_alone(wan_pair: tuple[Any, Path]) -> None:
+    ours = Pipeline(wan_pair[1], threads=1)
+    together = ours(PROMPTS, seed=[3, 4], num_images=1)
+    alone = ours(PROMPTS[1], seed=4)
+    np.testing.assert_allclose(together.latents[1], alone.latents[0], atol=1e-5)
+    assert len(together) == 2
+    assert len(together.pil()) == 2 * 9
+
+
+def test_a_call_tells_how_far_it_is_and_can_be_cancelled(wan_pair: tuple[Any, Path]) -> None:
+    ours, told = Pipeline(wan_pair[1], threads=1), []
+    ours("red", num_frames=13, progress=lambda stage, done, total, note="": told.append((stage, done, total)))
+    assert [each for each in told if each[0] == "decode"] == [("decode", done, 4) for done in (1, 2, 3, 4)] + [
+        ("decode", 1, 1)
+    ]
+    with pytest.raises(CancelledError, match="after step 2 of 4"):
+        ours("red", on_step=lambda done, total, latents: latents.shape == (1, 4, 3, 8, 8) and done < 2)
+
+
+def test_values_that_are_not_finite_are_named(wan_pair: tuple[Any, Path]) -> None:
+    ours = Pipeline(wan_pair[1], threads=1)
+    latents = np.zeros((4, 3, 8, 8), np.float32)
+    latents[:, 1] = np.inf
+    with pytest.raises(RunError, match=r"vae_decoder_next: .* values of its output sample are not finite"):
+        ours.decode(latents)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"num_frames": 8}, "num_frames 8: a film has one frame and a multiple of 4 behind it; near are 5 and 9"),
+        ({"height": 36}, "height should be a multiple of 8, not 36; near are 32, 40"),
+        ({"latents": np.zeros((1, 4, 8, 8))}, r"latents should be \(1, 4, 3, 8, 8\) for this call"),
+    ],
+)
+def test_what_is_no_film_is_refused(wan_pair: tuple[Any, Path], asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Pipeline(wan_pair[1], threads=1)("red", **asked)
+
+
+def test_a_film_begins_with_no_picture(wan_pair: tuple[Any, Path]) -> None:
+    with pytest.raises(CompatibilityError, match="no VAE encoder"):
+        Pipeline(wan_pair[1], threads=1)("red", image=np.zeros((32, 32, 3), np.uint8))
+
+
+def test_a_picture_has_no_frames(sd_pair: tuple[Any, Path]) -> None:
+    with pytest.raises(ConfigError, match="num_frames 5: this pipeline draws pictures"):
+        Pipeline(sd_pair[1], threads=1)("red", num_frames=5)
+
+
+def test_the_command_writes_what_the_pipeline_draws(
+    wan_pair: tuple[Any, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, path = str(wan_pair[1]), tmp_path / "film.npy"
+    line = ["generate", folder, "red", "--seed", "3", "--num-frames", "5", "--steps", "2", "--threads", "1", "-q"]
+    assert cli.run([*line, "-o", str(path)]) == 0
+    expected = Pipeline(folder, threads=1)("red", seed=3, num_frames=5, num_inference_steps=2).arrays[0]
+    np.testing.assert_array_equal(np.load(path), expected)
+    assert cli.run([*line, "-o", str(tmp_path / "film.mp4")]) == 2
+    assert "no film has such a file" in capsys.readouterr().err
+    assert cli.run(["inspect", folder]) == 0
+    assert "draws 32 x 32 x 9 frames in 4 steps" in capsys.readouterr().out
+
+
+def test_pictures_have_no_pace(sd_pair: tuple[Any, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["generate", str(sd_pair[1]), "red", "--fps", "8", "-o", str(tmp_path / "a.png")]) == 2
+    assert "--fps 8: this bundle draws pictures" in capsys.readouterr().err
+
+
+def test_films_are_measured_as_pictures_are(wan_pair: tuple[Any, Path]) -> None:
+    report = bench(wan_pair[1], iterations=1, warmup=0, num_frames=5, num_inference_steps=2)
+    assert report.request.num_frames == 5
+    found = next(iter(report.candidates.values()))
+    assert {"vae_decoder", "vae_decoder_next"} <= found.components.keys()
