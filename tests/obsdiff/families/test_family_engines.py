@@ -34,6 +34,7 @@ SIZES = {"batch": (1, 2, 4), "frames": (1, 3, 21), "height": 8, "width": 8, "tex
     [
         ("sd3", "sd3", "transformer_blocks.0.norm1.linear.weight", "transformer_blocks.1.norm1.linear.weight"),
         ("sd15", "unet", "attn2.to_k.weight", "attn2.to_v.weight"),
+        ("sdxl", "unet", "attn2.to_k.weight", "attn2.to_v.weight"),
         ("pixart", "pixart", "attn2.to_k.weight", "attn2.to_v.weight"),
         ("auraflow", "auraflow", "single_transformer_blocks.0.ff.linear_1.weight", "ff.linear_2.weight"),
         ("sana", "sana", "attn2.to_k.weight", "attn2.to_v.weight"),
