@@ -21,13 +21,14 @@ from torch import nn
 
 from obsdiff import checkpoint, offloading, weights
 from obsdiff.checkpoint import DEFAULTS, INDEX
-from obsdiff.families import HELP, Family, parts
+from obsdiff.families import HELP, Family, dit, parts
 from obsdiff.families.table import FAMILIES, family_of
 from obsdiff.folders import MANIFEST, is_variant
 from obsdiff.manifest import PrunedManifest, read_manifest
 from obsdiff_runtime import autoencoder
 from obsdiff_runtime.conditioning import IS_DISTILLED
 from obsdiff_runtime.errors import ModelError, ResourceError
+from obsdiff_runtime.labels import Labels, read_labels
 
 _DEFAULTS_KEY = Path(DEFAULTS).stem
 
@@ -44,6 +45,7 @@ class Defaults:
         max_sequence_length: text tokens of T5, or of the zeros in its place; None where the pipeline has no such thing.
         prompts: name of the prompt set the pipeline was made for; None for general ones.
         takes_guidance: whether a guidance scale above 1 makes a difference; not where a pipeline's steps are distilled.
+        labels: the classes that it draws, where a prompt is one.
     """
 
     height: int
@@ -53,6 +55,7 @@ class Defaults:
     max_sequence_length: int | None = None
     prompts: str | None = None
     takes_guidance: bool = True
+    labels: Labels | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +201,9 @@ def defaults_of(folder: Path | None, configs: Mapping[str, Mapping[str, Any]]) -
         where = folder / DEFAULTS if folder is not None else DEFAULTS
         raise ModelError(f"{where}: unknown key {min(unknown)}; there are {', '.join(values)}")
     values |= given
-    return Defaults(**values)
+    family = _family_of(configs)
+    labels = read_labels(configs.get("model_index", {}), configs[family.denoiser]) if family is dit else None
+    return Defaults(**values, labels=labels)
 
 
 def vae_scale(configs: Mapping[str, Mapping[str, Any]]) -> int:
@@ -223,7 +228,7 @@ def require_known_experts(index: Mapping[str, Any], family: Family) -> None:
 
 def _family_of(configs: Mapping[str, Mapping[str, Any]]) -> Family:
     denoiser = next(configs[family.denoiser] for family in FAMILIES.values() if family.denoiser in configs)
-    return family_of(str(denoiser["_class_name"]))
+    return family_of(str(denoiser["_class_name"]), denoiser)
 
 
 def _class_defaults(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -340,10 +345,12 @@ def _family(folder: Path, index: Mapping[str, Any]) -> Family:
     if not hasattr(diffusers, str(index.get("_class_name"))):
         raise ModelError(f"{folder}: diffusers {diffusers.__version__} has no pipeline {index.get('_class_name')}")
     places = dict.fromkeys(["transformer", "unet", *(family.denoiser for family in FAMILIES.values())])
-    found = [index[place] for place in places if isinstance(index.get(place), list) and index[place][1] is not None]
+    entries = {place: index[place] for place in places if isinstance(index.get(place), list)}
+    found = [(place, str(entry[1])) for place, entry in entries.items() if entry[1] is not None]
     if not found:
         raise ModelError(f"{folder}: this {index['_class_name']} has no denoiser ({' or '.join(places)})")
-    family = family_of(str(found[0][1]))
+    file = folder / found[0][0] / "config.json"
+    family = family_of(found[0][1], _json(file) if file.is_file() else None)
     if family.denoiser not in index:
         raise ModelError(f"{folder}: no family describes its {found[0][1]}; {HELP}")
     require_known_experts(index, family)
@@ -372,7 +379,7 @@ def _bare(path: Path) -> ModelConfigs:
     if not file.is_file():
         raise ModelError(f"{path} is neither a diffusers pipeline ({INDEX}) nor a denoiser (config.json)")
     config = _json(file)
-    family = family_of(str(config.get("_class_name", "a model without _class_name")))
+    family = family_of(str(config.get("_class_name", "a model without _class_name")), config)
     return ModelConfigs(_empty(file, config), family, {family.denoiser: config})
 
 

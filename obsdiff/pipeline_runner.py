@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from obsdiff import checkpoint, job, ranks
+from obsdiff import checkpoint, class_calls, job, ranks
 from obsdiff.delivery import DTYPES
 from obsdiff.families import parts
 from obsdiff.loading import (
@@ -213,7 +213,7 @@ class PipelineRunner:
             stack.enter_context(self._graphs_kept())
             stack.enter_context(self._watched(laps))
             before, start = self._allocated(reset=True), clock.mark()
-            images = pipeline(
+            images = class_calls.call(pipeline)(
                 prompt=request.prompt,
                 height=request.height,
                 width=request.width,

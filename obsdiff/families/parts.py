@@ -118,7 +118,7 @@ def denoiser_component(
         name: of the component.
         output: name of what it gives.
         latents: its input for latents, (b, channels, h, w), or (b, channels, frames, h, w).
-        sizes: three sizes of latents; see `latent_sizes`.
+        sizes: three sizes of latents; see `latent_sizes`. Where they are one, the graph takes no other.
         pixels: (height, width) of the image.
         text: its inputs of text, (b, text tokens, ...).
     """
@@ -127,8 +127,9 @@ def denoiser_component(
         for batch, length, size in rows(sizes)
     ]
     axes = {key: {0: "batch"} for key in examples[0]}
-    sides = examples[0][latents].ndim
-    axes[latents] |= {sides - 2: "height", sides - 1: "width"}
+    if len(set(sizes)) > 1:
+        sides = examples[0][latents].ndim
+        axes[latents] |= {sides - 2: "height", sides - 1: "width"}
     for key in text:
         axes[key] |= {1: "text_tokens"}
     return Component(
