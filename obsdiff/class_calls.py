@@ -37,7 +37,7 @@ def _draw(
         prompt: classes by name or number, where there are no `class_labels`.
         num_images_per_prompt: of each prompt.
         output_type: as of others: "latent" gives (latents,), (n, ...), and decodes nothing.
-        callback: told of whole steps: which, at what timestep, and the latents after it, (n, ...).
+        callback: told of each call of the denoiser: which, at what timestep, and the latents after it, (n, ...).
         **told: arguments that all calls have.
     """
     prompts = [prompt] if isinstance(prompt, str) else prompt
@@ -49,10 +49,8 @@ def _draw(
 
     def note(call: int, timestep: Any, latents: Tensor) -> None:
         last[:] = [latents[: len(numbers)]]  # under guidance they stand there twice
-        order = int(getattr(pipeline.scheduler, "order", 1))
-        whole = (call + 1) % order == 0 or call + 1 == len(pipeline.scheduler.timesteps)
-        if callback is not None and whole:
-            callback(call // order, timestep, last[0])
+        if callback is not None:
+            callback(call, timestep, last[0])
 
     with ExitStack() as stack:
         stack.enter_context(_instead(pipeline.scheduler, "step", _noted(pipeline.scheduler.step, note)))

@@ -33,6 +33,7 @@ from obsdiff.sampling import exactly, quiet, telling
 from obsdiff.weights import main_dtype
 from obsdiff_runtime.benchmark.runner import DeviceMemory, Drawn, Loaded, Request, Subject
 from obsdiff_runtime.bundle import Defaults
+from obsdiff_runtime.conditioning import EXAMPLE, KINDS
 from obsdiff_runtime.errors import CompatibilityError, ConfigError
 
 COMPILED: Final = "compiled"
@@ -155,6 +156,11 @@ class PipelineRunner:
             guidance_scale=found.guidance_scale,
             max_sequence_length=found.max_sequence_length,
         )
+
+    @property
+    def example(self) -> str:
+        kind = KINDS.get(str(self._configs.configs["model_index"]["_class_name"]))
+        return EXAMPLE if kind is None else kind.example
 
     def check(self, request: Request) -> None:
         if request.num_inference_steps < 1:

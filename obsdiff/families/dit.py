@@ -91,6 +91,11 @@ def encode(
     """See `Family.encode`: numbers of the classes that the prompts name, (n,)."""
     if any(negative):
         raise ConfigError("a class-conditional model is guided away from no class, and takes no negative prompt")
+    if float(pipeline.scheduler.init_noise_sigma) != 1:
+        raise ConfigError(
+            f"diffusers' {type(pipeline).__name__} does not scale its noise, as {type(pipeline.scheduler).__name__} "
+            "needs it; give the pipeline another scheduler, such as DDIMScheduler or DPMSolverMultistepScheduler"
+        )
     labels = labels_of(pipeline)
     return {"class_labels": torch.tensor([labels.number(prompt) for prompt in prompts])}
 

@@ -25,6 +25,9 @@ LUMINA2_PROMPT: Final = "system_prompt"  # likewise: what prompts stand behind
 PROMPT_TEMPLATE: Final = "prompt_template"  # in the configuration of a chat model that encodes: what is around a prompt
 IS_DISTILLED: Final = "is_distilled"  # in the index of a pipeline whose steps are distilled: it takes no guidance
 
+EXAMPLE: Final = "a large red circle above a small blue square"
+"""A prompt that all draw that read text."""
+
 Conditions = dict[str, Array]
 
 
@@ -78,7 +81,7 @@ class Kind:
     channels: Callable[[Mapping[str, Any]], int] = lambda config: int(config["in_channels"])
     negatives: bool = True
     takes_negatives: bool = True
-    example: str = "a large red circle above a small blue square"
+    example: str = EXAMPLE
     even_sigmas: bool = False
     shift: Callable[[int, int], float] | None = None
     counted: Callable[[int, int], int] = lambda channels, tokens: tokens

@@ -217,6 +217,11 @@ class Pipeline:
         return self._vae.decode(sample)
 
     @property
+    def example(self) -> str:
+        """A prompt that it can draw."""
+        return self._kind.example
+
+    @property
     def size_step(self) -> int:
         """Height and width are multiples of this."""
         return self._vae.scale * self._kind.patch(self._denoiser)
