@@ -1,5 +1,6 @@
 """Tiny random pipelines of every family, built from configurations; no network, no stored files."""
 
+import json
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -827,6 +828,17 @@ def sd3_t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny SD3 pipeline with T5, saved by diffusers. Not to be changed: copy it."""
     folder = tmp_path_factory.mktemp("models") / "sd3-t5"
     sd3_pipeline(with_t5=True).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny DiT pipeline as published: its index has the names of classes, which diffusers does not write."""
+    folder = tmp_path_factory.mktemp("models") / "dit"
+    dit_pipeline().save_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["id2label"] = {"0": "tench, Tinca tinca", "207": "golden retriever", "208": "Labrador retriever"}
+    (folder / "model_index.json").write_text(json.dumps(index))
     return folder
 
 
