@@ -180,7 +180,7 @@ def sizes_of(
         "width": sampling.width // vae_scale,
         "image_height": sampling.height,
         "image_width": sampling.width,
-        "text_tokens": text_tokens,
+        **({"text_tokens": text_tokens} if text_tokens else {}),
         "sequence": (length, longest, longest) if instruction_tokens else length,
     }
 

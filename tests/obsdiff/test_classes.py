@@ -1,6 +1,7 @@
 """Models that draw classes, from folder to folder; diffusers' own pipeline is what their pictures are held to."""
 
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from obsdiff.job import open_job
 from obsdiff.pipeline_runner import PipelineRunner
 from obsdiff.recipe import Sampling, evaluation_prompts
 from obsdiff.settings import Settings
+from obsdiff.whatif import steps as whatif_steps
+from obsdiff.whatif.subject import subject_of
 from obsdiff_runtime.benchmark.runner import Request
+from obsdiff_runtime.bundle import open_bundle
 from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.pipeline import Pipeline
 
@@ -50,6 +54,31 @@ def test_a_cut_model_draws_in_a_bundle_what_diffusers_draws_with_it(pruned: Path
     images = Pipeline(tmp_path / "bundle", threads=1)(["golden retriever", "12"], seed=[7, 8], **given)
     error = np.square(drawn(pipeline, [207, 12]) - images.arrays / 255).mean()
     assert -10 * np.log10(error) > 58  # rounding to uint8 alone leaves 59 dB
+
+
+@pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX is not installed")
+@pytest.mark.slow
+def test_the_main_job_builds_engines_of_its_one_size(dit_folder: Path, tmp_path: Path) -> None:
+    told = {"sparsity": "2:4", "trt": True, "targets": ["8.9"], "eval_prompts": 1, "no_cache": True}
+    exported = obsdiff.export(dit_folder, tmp_path / "out", **told, **SMALL)
+    assert exported.report.sparsity == "2:4"
+    bundle = open_bundle(tmp_path / "out")
+    (engine,) = bundle.component("transformer").engines
+    assert engine.profiles[0]["class_labels"].max == (8,)  # of four images under guidance
+    assert engine.profiles[0]["hidden_states"].max == (8, 4, 16, 16)
+    assert bundle.component("transformer").inputs[2].dtype == "int64"
+    found = Pipeline(bundle, threads=1)("golden retriever", num_inference_steps=2)
+    assert found.arrays.std() > 1
+    with pytest.raises(ConfigError, match="--profile 48: width 48 is no multiple of 32"):
+        obsdiff.export(dit_folder, tmp_path / "other", profile=["48"], **told, **SMALL)
+    with pytest.raises(ConfigError, match="--profile 64: this denoiser draws at most 32 pixels a side, not 64"):
+        obsdiff.export(dit_folder, tmp_path / "other", profile=["64"], **told, **SMALL)
+
+
+def test_what_if_takes_it(dit_folder: Path) -> None:
+    settings = Settings(model=str(dit_folder), align=8)
+    steps = whatif_steps.time_steps(subject_of(settings), settings, whatif_steps.OrtRunner(threads=1), seconds=1)
+    assert [type(step.ms) for step in steps[:2]] == [float, float]  # dense, and cut
 
 
 def test_a_pruned_folder_is_compared_and_its_card_draws_a_class(
