@@ -31,6 +31,7 @@ from obsdiff_runtime.errors import ModelError, ResourceError
 from obsdiff_runtime.labels import Labels, read_labels
 
 _DEFAULTS_KEY = Path(DEFAULTS).stem
+_CONVERT = "pickled ones are not read: convert them with save_pretrained(safe_serialization=True)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,10 +304,7 @@ def _stored_dtype(folder: Path, variant: str | None) -> torch.dtype:
     files = [path for path in files if variant or not is_variant(path)]
     if not files:
         what = f"of variant {variant} " if variant else ""
-        raise ModelError(
-            f"{folder} holds no weights {what}as safetensors; pickled ones are not read: "
-            "convert them with save_pretrained(safe_serialization=True)"
-        )
+        raise ModelError(f"{folder} holds no weights {what}as safetensors; {_CONVERT}")
     with safe_open(files[0], framework="pt") as file:
         name = max(file.keys(), key=lambda key: math.prod(file.get_slice(key).get_shape()))
         dtype: torch.dtype = file.get_tensor(name).dtype
@@ -435,6 +433,8 @@ def _fetch(model: str, name: str, revision: str | None, local_files_only: bool) 
 def _unreachable(model: str, error: Exception) -> Exception:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return ResourceError(f"{model}: the disk is full; set HF_HOME to a larger one")
+    if "necessary `safetensors` weights" in str(error):  # diffusers'
+        return ModelError(f"{model} has no weights as safetensors on the Hub; {_CONVERT}")
     return ModelError(
         f"{model} is neither a folder here nor a model that can be fetched from the Hub: {_first_line(error)}; "
         "check the spelling and the network, log in with `hf auth login` if it is gated, "

@@ -10,6 +10,7 @@ import huggingface_hub
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.pipelines import pipeline_loading_utils
 from torch import Tensor, nn
 
 from obsdiff import checkpoint, loading
@@ -277,6 +278,18 @@ def test_a_name_on_the_hub_is_fetched_and_loaded_from_the_cache(pruned: Path, mo
     assert load_pipeline("someone/sd3", revision="main").manifest is not None
     assert asked == [("someone/sd3", "main", True)]
     assert load_configs("someone/sd3").family.name == "sd3"
+
+
+def test_pickled_weights_on_the_hub_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(model: str, *, use_safetensors: bool, variant: str | None, **_: Any) -> None:
+        files = {"transformer/diffusion_pytorch_model.bin", "vae/diffusion_pytorch_model.bin"}
+        pipeline_loading_utils._get_ignore_patterns(  # diffusers' own message
+            [], ["transformer", "vae"], list(files), use_safetensors, False, False, False, False, variant
+        )
+
+    monkeypatch.setattr(DiffusionPipeline, "download", download)
+    with pytest.raises(ModelError, match=r"facebook/DiT has no weights as safetensors .* convert them with save_pret"):
+        load_pipeline("facebook/DiT")
 
 
 def test_the_shipped_pipeline_is_named() -> None:
