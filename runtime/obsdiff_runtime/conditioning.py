@@ -9,6 +9,7 @@ from math import isqrt
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from obsdiff_runtime.errors import BundleError, CompatibilityError
 from obsdiff_runtime.labels import COUNT, read_labels
@@ -28,7 +29,8 @@ IS_DISTILLED: Final = "is_distilled"  # in the index of a pipeline whose steps a
 EXAMPLE: Final = "a large red circle above a small blue square"
 """A prompt that all draw that read text."""
 
-Conditions = dict[str, Array]
+Conditions = dict[str, NDArray[Any]]
+"""By input of the denoiser; float32, but for the numbers of classes, int64."""
 
 
 @dataclass(frozen=True, kw_only=True)
