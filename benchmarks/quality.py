@@ -157,7 +157,14 @@ def _measure(wanted: tuple[str, str, int, dict[str, Any]]) -> Run:
         pruned = pruning.prune(loaded.pipeline, loaded.family, job.recipe, stored=stored)
         seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - busy
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    found, _ = compare(job, pruned, dense, evaluation_prompts(settings, job.defaults.prompts), silent, keep_images=0)
+    found, _ = compare(
+        job,
+        pruned,
+        dense,
+        evaluation_prompts(settings, job.defaults.prompts, job.defaults.labels),
+        silent,
+        keep_images=0,
+    )
     if isinstance(found, NotMeasured):
         raise typer.BadParameter(found.why)
     return Run(

@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from obsdiff import offloading, padding, pointwise, ranks
+from obsdiff import class_calls, offloading, padding, pointwise, ranks
 from obsdiff.core import timesteps
 from obsdiff.core.gram import Gram, GramAccumulator
 from obsdiff.families import Family, guided
@@ -79,7 +79,7 @@ def sample(pipeline: DiffusionPipeline, prompts: Prompts, rows: range, sampling:
         "generator": generators,
         "output_type": "latent",
     }
-    latents: Tensor = pipeline(**(arguments | overrides))[0]  # images, or frames
+    latents: Tensor = class_calls.call(pipeline)(**(arguments | overrides))[0]  # images, or frames
     return latents
 
 

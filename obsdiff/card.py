@@ -10,7 +10,7 @@ import diffusers
 import yaml
 
 from obsdiff import wording
-from obsdiff.families import parts
+from obsdiff.families import dit, parts
 from obsdiff.measurements import NotMeasured, Report
 from obsdiff.sparsity import NM, Unstructured, parse
 from obsdiff.templates import environment
@@ -76,7 +76,9 @@ def licence_of(folder: Path) -> dict[str, str]:
 
 def _front_matter(report: Report, index: Mapping[str, Any], kind: Kind, base_model: str | None) -> str:
     drawn = "video" if _draws_films(index) else "image"
-    data: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": f"text-to-{drawn}"}
+    data: dict[str, Any] = {"library_name": "diffusers"}
+    if not _draws_classes(index):  # the Hub has no word for that
+        data["pipeline_tag"] = f"text-to-{drawn}"
     if base_model is not None:
         data["base_model"] = base_model
     data["tags"] = ["obsdiff", "pruned", "sparsity", report.family, *(["onnx"] if kind == "bundle" else [])]
@@ -86,7 +88,7 @@ def _front_matter(report: Report, index: Mapping[str, Any], kind: Kind, base_mod
 def _code(report: Report, index: Mapping[str, Any], kind: Kind) -> str:
     """A few lines that draw a picture, or a film, from the folder, the way it was compared."""
     evaluation = report.evaluation
-    prompt, options = "a prompt", ""
+    prompt, options = "0" if _draws_classes(index) else "a prompt", ""
     if not isinstance(evaluation, NotMeasured):
         prompt, sampling = evaluation.per_prompt[0].prompt, evaluation.sampling
         options = f", num_inference_steps={sampling.num_inference_steps}, {_guided(index, sampling.guidance_scale)}"
@@ -107,6 +109,8 @@ def _code(report: Report, index: Mapping[str, Any], kind: Kind) -> str:
         absent = "".join(f", {name}=None" for name in _absent(index))
         first = "from diffusers import DiffusionPipeline"
         load = f'pipeline = DiffusionPipeline.from_pretrained("{FOLDER}"{absent})'
+    if _draws_classes(index):
+        quoted = f"[{prompt}]" if prompt.isdecimal() else f"pipeline.get_label_ids([{quoted}])"
     if _draws_films(index):
         first = f"from diffusers.utils import export_to_video\n{first}"
         return f'{first}\n{load}\nexport_to_video(pipeline({quoted}{options}).frames[0], "film.mp4")'
@@ -116,6 +120,10 @@ def _code(report: Report, index: Mapping[str, Any], kind: Kind) -> str:
 def _draws_films(index: Mapping[str, Any]) -> bool:
     pipeline = getattr(diffusers, str(index.get("_class_name")), None)
     return pipeline is not None and parts.draws_films(pipeline)
+
+
+def _draws_classes(index: Mapping[str, Any]) -> bool:
+    return index.get("_class_name") == dit.pipeline
 
 
 def _guided(index: Mapping[str, Any], scale: float) -> str:

@@ -29,6 +29,7 @@ from obsdiff.folders import MANIFEST, new_folder
 from obsdiff.manifest import PrunedManifest, read_json, read_manifest
 from obsdiff.shrinking import shrink
 from obsdiff_runtime.errors import BundleError
+from obsdiff_runtime.labels import ID2LABEL, written_labels
 
 INDEX: Final = "model_index.json"
 DEFAULTS: Final = "obsdiff_defaults.json"
@@ -78,10 +79,23 @@ def save_into(
     _without_origin(target / "config.json")
     _write_json(target / MANIFEST, manifest.model_dump(mode="json"))
     _check_loads(target)
-    pipeline.save_config(folder)
-    _without_origin(folder / INDEX)
+    save_index(pipeline, folder)
     if source is not None and (source / DEFAULTS).is_file():
         shutil.copyfile(source / DEFAULTS, folder / DEFAULTS)
+
+
+def save_index(pipeline: DiffusionPipeline, folder: Path) -> None:
+    """Writes model_index.json."""
+    pipeline.save_config(folder)
+    config = read_json(folder / INDEX)
+    config.pop("_name_or_path", None)
+    _write_json(folder / INDEX, {**config, **unsaved(pipeline)}, sort=True)
+
+
+def unsaved(pipeline: Any) -> dict[str, Any]:
+    """What an index says of a pipeline beside its configuration, and diffusers forgets: the names of classes."""
+    labels = getattr(pipeline, "labels", None)
+    return {ID2LABEL: written_labels(labels)} if isinstance(labels, dict) and labels else {}
 
 
 def load(folder: Path, *, dtype: torch.dtype | None = None) -> DiffusionPipeline:
@@ -156,7 +170,7 @@ def empty_denoiser(folder: Path) -> nn.Module:
     manifest = read_manifest(folder)
     config = read_json(folder / "config.json")
     family, name = FAMILIES[manifest.family], config.get("_class_name")
-    if name is None or family_of(name) is not family:
+    if name is None or family_of(name, config) is not family:
         raise BundleError(f"{folder / 'config.json'}: {name} is no denoiser of family {manifest.family}")
     try:
         with init_empty_weights(include_buffers=False):

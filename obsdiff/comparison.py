@@ -182,7 +182,7 @@ def _one(
             job,
             result,
             dense.denoiser,
-            evaluation_prompts(settings, job.defaults.prompts),
+            evaluation_prompts(settings, job.defaults.prompts, job.defaults.labels),
             progress,
             judges=judges,
             scales=scales,

@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from obsdiff.checkpoint import save_index
 from obsdiff.engines import engine_entry
 from obsdiff.families import Family, autoencoders, exporting, rows
 from obsdiff.measurements import ExportedComponent, LatencyPair, NotMeasured
@@ -150,7 +151,7 @@ def copy_rest(pipeline: DiffusionPipeline, folder: Path) -> None:
 
     A tokenizer's side of padding is written, too, which transformers leaves to the class that reads it.
     """
-    pipeline.save_config(folder)
+    save_index(pipeline, folder)
     for name, component in pipeline.components.items():
         if component is not None and (name.startswith("tokenizer") or name == "scheduler"):
             tokenizer = getattr(component, "tokenizer", component)  # of a processor, which reads images, too

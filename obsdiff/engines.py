@@ -182,7 +182,7 @@ def sizes_of(
         "width": width,
         "image_height": sampling.height,
         "image_width": sampling.width,
-        "text_tokens": text_tokens,
+        **({"text_tokens": text_tokens} if text_tokens else {}),
         "sequence": (length, longest, longest) if instruction_tokens else length,
     }
 
@@ -197,12 +197,13 @@ def served(sizes: Sizes, pipeline: str, config: Mapping[str, Any]) -> Served:
     """
     batch, kind = sizes["batch"], KINDS.get(pipeline)
     scale = _one(sizes["image_height"]) // _one(sizes["height"])
-    largest = None if kind is None else kind.largest(config)
+    only = None if kind is None else kind.only(config)
+    largest = only if kind is None or only else kind.largest(config)
     return Served(
         sizes=sizes,
         rows=batch if isinstance(batch, int) else batch[1],
         scale=scale,
-        step=scale * (1 if kind is None else kind.patch(config)),
+        step=scale * (1 if kind is None else only or kind.patch(config)),
         largest=None if largest is None else largest * scale,
     )
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from obsdiff import allocation, costs, facts, latencies, moments, planning, ranks
-from obsdiff.checkpoint import DEFAULTS
+from obsdiff.checkpoint import DEFAULTS, unsaved
 from obsdiff.estimates import Streams, Workload
 from obsdiff.families import HELP, Family, generic, rows
 from obsdiff.families.table import family_of
@@ -160,7 +160,10 @@ def check_size(pipeline: str, config: Mapping[str, Any], scale: int, sampling: S
     of_films = int(patch[-1]) if isinstance(patch, (list, tuple)) else 1  # frames, rows, columns
     step = scale * (of_films if kind is None else kind.patch(config))
     largest = None if kind is None else kind.largest(config)
+    only = None if kind is None else kind.only(config)
     for flag, pixels in (("--height", sampling.height), ("--width", sampling.width)):
+        if only is not None and pixels != only * scale:
+            raise ConfigError(f"{flag} {pixels}: this denoiser draws {only * scale} pixels a side, and no other size")
         if pixels % step:
             below = max(pixels // step * step, step)
             raise ConfigError(f"{flag} {pixels}: must be a multiple of {step}; near are {below} and {below + step}")
@@ -242,7 +245,7 @@ def given(pipeline: DiffusionPipeline) -> LoadedPipeline:
     Raises:
         ModelError: it has no denoiser, or one of no known family, or is one of Wan 2.2.
     """
-    index = {**pipeline.config, "_class_name": type(pipeline).__name__}
+    index = {**pipeline.config, **unsaved(pipeline), "_class_name": type(pipeline).__name__}
     configs: dict[str, dict[str, Any]] = {
         name: dict(component.config)
         for name, component in pipeline.components.items()

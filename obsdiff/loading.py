@@ -21,15 +21,17 @@ from torch import nn
 
 from obsdiff import checkpoint, offloading, weights
 from obsdiff.checkpoint import DEFAULTS, INDEX
-from obsdiff.families import HELP, Family, parts
+from obsdiff.families import HELP, Family, dit, parts
 from obsdiff.families.table import FAMILIES, family_of
 from obsdiff.folders import MANIFEST, is_variant
 from obsdiff.manifest import PrunedManifest, read_manifest
 from obsdiff_runtime import autoencoder
 from obsdiff_runtime.conditioning import IS_DISTILLED
 from obsdiff_runtime.errors import ModelError, ResourceError
+from obsdiff_runtime.labels import Labels, read_labels
 
 _DEFAULTS_KEY = Path(DEFAULTS).stem
+_CONVERT = "pickled ones are not read: convert them with save_pretrained(safe_serialization=True)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,7 @@ class Defaults:
         max_sequence_length: text tokens of T5, or of the zeros in its place; None where the pipeline has no such thing.
         prompts: name of the prompt set the pipeline was made for; None for general ones.
         takes_guidance: whether a guidance scale above 1 makes a difference; not where a pipeline's steps are distilled.
+        labels: the classes that it draws, where a prompt is one.
     """
 
     height: int
@@ -55,6 +58,7 @@ class Defaults:
     max_sequence_length: int | None = None
     prompts: str | None = None
     takes_guidance: bool = True
+    labels: Labels | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +204,9 @@ def defaults_of(folder: Path | None, configs: Mapping[str, Mapping[str, Any]]) -
         where = folder / DEFAULTS if folder is not None else DEFAULTS
         raise ModelError(f"{where}: unknown key {min(unknown)}; there are {', '.join(values)}")
     values |= given
-    return Defaults(**values)
+    family = _family_of(configs)
+    labels = read_labels(configs.get("model_index", {}), configs[family.denoiser]) if family is dit else None
+    return Defaults(**values, labels=labels)
 
 
 def vae_scale(configs: Mapping[str, Mapping[str, Any]]) -> int:
@@ -225,7 +231,7 @@ def require_known_experts(index: Mapping[str, Any], family: Family) -> None:
 
 def _family_of(configs: Mapping[str, Mapping[str, Any]]) -> Family:
     denoiser = next(configs[family.denoiser] for family in FAMILIES.values() if family.denoiser in configs)
-    return family_of(str(denoiser["_class_name"]))
+    return family_of(str(denoiser["_class_name"]), denoiser)
 
 
 def _class_defaults(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -301,10 +307,7 @@ def _stored_dtype(folder: Path, variant: str | None) -> torch.dtype:
     files = [path for path in files if variant or not is_variant(path)]
     if not files:
         what = f"of variant {variant} " if variant else ""
-        raise ModelError(
-            f"{folder} holds no weights {what}as safetensors; pickled ones are not read: "
-            "convert them with save_pretrained(safe_serialization=True)"
-        )
+        raise ModelError(f"{folder} holds no weights {what}as safetensors; {_CONVERT}")
     with safe_open(files[0], framework="pt") as file:
         name = max(file.keys(), key=lambda key: math.prod(file.get_slice(key).get_shape()))
         dtype: torch.dtype = file.get_tensor(name).dtype
@@ -343,10 +346,12 @@ def _family(folder: Path, index: Mapping[str, Any]) -> Family:
     if not hasattr(diffusers, str(index.get("_class_name"))):
         raise ModelError(f"{folder}: diffusers {diffusers.__version__} has no pipeline {index.get('_class_name')}")
     places = dict.fromkeys(["transformer", "unet", *(family.denoiser for family in FAMILIES.values())])
-    found = [index[place] for place in places if isinstance(index.get(place), list) and index[place][1] is not None]
+    entries = {place: index[place] for place in places if isinstance(index.get(place), list)}
+    found = [(place, str(entry[1])) for place, entry in entries.items() if entry[1] is not None]
     if not found:
         raise ModelError(f"{folder}: this {index['_class_name']} has no denoiser ({' or '.join(places)})")
-    family = family_of(str(found[0][1]))
+    file = folder / found[0][0] / "config.json"
+    family = family_of(found[0][1], _json(file) if file.is_file() else None)
     if family.denoiser not in index:
         raise ModelError(f"{folder}: no family describes its {found[0][1]}; {HELP}")
     require_known_experts(index, family)
@@ -375,7 +380,7 @@ def _bare(path: Path) -> ModelConfigs:
     if not file.is_file():
         raise ModelError(f"{path} is neither a diffusers pipeline ({INDEX}) nor a denoiser (config.json)")
     config = _json(file)
-    family = family_of(str(config.get("_class_name", "a model without _class_name")))
+    family = family_of(str(config.get("_class_name", "a model without _class_name")), config)
     return ModelConfigs(_empty(file, config), family, {family.denoiser: config})
 
 
@@ -431,6 +436,8 @@ def _fetch(model: str, name: str, revision: str | None, local_files_only: bool) 
 def _unreachable(model: str, error: Exception) -> Exception:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return ResourceError(f"{model}: the disk is full; set HF_HOME to a larger one")
+    if "necessary `safetensors` weights" in str(error):  # diffusers'
+        return ModelError(f"{model} has no weights as safetensors on the Hub; {_CONVERT}")
     return ModelError(
         f"{model} is neither a folder here nor a model that can be fetched from the Hub: {_first_line(error)}; "
         "check the spelling and the network, log in with `hf auth login` if it is gated, "

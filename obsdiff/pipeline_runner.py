@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from obsdiff import checkpoint, job, ranks
+from obsdiff import checkpoint, class_calls, job, ranks
 from obsdiff.delivery import DTYPES
 from obsdiff.families import parts
 from obsdiff.loading import (
@@ -35,6 +35,7 @@ from obsdiff.weights import main_dtype
 from obsdiff_runtime.autoencoder import latent_frames
 from obsdiff_runtime.benchmark.runner import DeviceMemory, Drawn, Loaded, Request, Subject
 from obsdiff_runtime.bundle import Defaults
+from obsdiff_runtime.conditioning import EXAMPLE, KINDS
 from obsdiff_runtime.errors import CompatibilityError, ConfigError
 
 COMPILED: Final = "compiled"
@@ -156,6 +157,11 @@ class PipelineRunner:
             max_sequence_length=found.max_sequence_length,
         )
 
+    @property
+    def example(self) -> str:
+        kind = KINDS.get(str(self._configs.configs["model_index"]["_class_name"]))
+        return EXAMPLE if kind is None else kind.example
+
     def check(self, request: Request) -> None:
         if request.num_inference_steps < 1:
             raise ConfigError(f"num_inference_steps should be at least 1, not {request.num_inference_steps}")
@@ -221,7 +227,7 @@ class PipelineRunner:
             stack.enter_context(self._graphs_kept())
             stack.enter_context(self._watched(laps))
             before, start = self._allocated(reset=True), clock.mark()
-            images = pipeline(
+            images = class_calls.call(pipeline)(
                 prompt=request.prompt,
                 height=request.height,
                 width=request.width,

@@ -16,6 +16,7 @@ from obsdiff.settings import Settings
 from obsdiff.sparsity import Sparsity
 from obsdiff_runtime.autoencoder import latent_frames
 from obsdiff_runtime.errors import ConfigError
+from obsdiff_runtime.labels import Labels
 
 ASSETS = Path(__file__).parent / "assets"
 BlockRange = tuple[int, int]
@@ -150,19 +151,33 @@ def read_prompts(path: str | Path, flag: str = "--prompts-file") -> tuple[str, .
     return prompts
 
 
-def calibration_prompts(settings: Settings, kind: str | None) -> tuple[tuple[str, ...], str]:
-    """The prompts to calibrate on, and where they come from. `kind` is the pipeline's own set, "shapes" or None."""
+def calibration_prompts(
+    settings: Settings, kind: str | None, labels: Labels | None = None
+) -> tuple[tuple[str, ...], str]:
+    """The prompts to calibrate on, and where they come from.
+
+    Args:
+        settings: as given.
+        kind: the pipeline's own set, "shapes" or None.
+        labels: the classes that it draws, where a prompt is one.
+
+    Raises:
+        ConfigError: there are not so many, or the file that is named holds none, or what is no class.
+    """
     wanted = settings.num_samples
     if wanted is not None and wanted < 1:
         raise ConfigError(f"--num-samples {wanted}: calibration needs at least one prompt")
     if settings.prompts_file is not None:
-        prompts = read_prompts(settings.prompts_file)
-        return prompts[:wanted], str(settings.prompts_file)
+        prompts = read_prompts(settings.prompts_file)[:wanted]
+        require_classes(prompts, labels)
+        return prompts, str(settings.prompts_file)
     if kind == "shapes":
         from obsdiff import shapes
 
         return tuple(shapes.calibration_captions(wanted or 24, seed=0)), "shapes"
     prompts = read_prompts(ASSETS / "prompts.txt")
+    if labels is not None:
+        prompts = labels.spread(wanted or len(prompts), first=0)
     if wanted is not None and wanted > len(prompts):
         raise ConfigError(
             f"--num-samples {wanted}: the built-in set has {len(prompts)} prompts; give more with --prompts-file"
@@ -170,18 +185,30 @@ def calibration_prompts(settings: Settings, kind: str | None) -> tuple[tuple[str
     return prompts[:wanted], "built-in"
 
 
-def evaluation_prompts(settings: Settings, kind: str | None) -> tuple[str, ...]:
-    """Prompts that calibration never sees, for comparing the pruned with the dense model."""
+def evaluation_prompts(settings: Settings, kind: str | None, labels: Labels | None = None) -> tuple[str, ...]:
+    """Prompts that calibration never sees, for comparing the pruned with the dense model; see calibration_prompts."""
     wanted = settings.eval_prompts
     if wanted is not None and wanted < 0:
         raise ConfigError(f"--eval-prompts {wanted}: must not be negative; 0 compares nothing")
     if settings.eval_prompts_file is not None:
-        return read_prompts(settings.eval_prompts_file, "--eval-prompts-file")[:wanted]
+        prompts = read_prompts(settings.eval_prompts_file, "--eval-prompts-file")[:wanted]
+        require_classes(prompts, labels)
+        return prompts
     if kind == "shapes":
         from obsdiff import shapes
 
         return tuple(shapes.evaluation_captions(32 if wanted is None else wanted, seed=0))
-    return read_prompts(ASSETS / "evaluation_prompts.txt")[: 16 if wanted is None else wanted]
+    wanted = 16 if wanted is None else wanted
+    if labels is not None:
+        return labels.spread(wanted, first=1)
+    return read_prompts(ASSETS / "evaluation_prompts.txt")[:wanted]
+
+
+def require_classes(prompts: Iterable[str], labels: Labels | None) -> None:
+    """Raises ConfigError for a prompt that is none of the classes, where the model draws classes."""
+    if labels is not None:
+        for prompt in prompts:
+            labels.number(prompt)
 
 
 def parse_blocks(texts: Iterable[str]) -> tuple[BlockRange, ...]:

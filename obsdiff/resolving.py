@@ -10,7 +10,7 @@ from obsdiff.core.timesteps import SCHEDULES
 from obsdiff.families import Family, require_described
 from obsdiff.loading import Defaults
 from obsdiff.methods.table import METHODS
-from obsdiff.recipe import Recipe, Sampling, calibration_prompts, parse_blocks, parse_bytes
+from obsdiff.recipe import Recipe, Sampling, calibration_prompts, parse_blocks, parse_bytes, require_classes
 from obsdiff.settings import Settings
 from obsdiff.sparsity import Sparsity, Unstructured, parse
 from obsdiff_runtime.autoencoder import latent_frames
@@ -65,9 +65,10 @@ def resolve(
     if settings.sparsity is None:
         raise ConfigError("--sparsity is missing; for example --sparsity 2:4")
     if prompts is None:
-        texts, source = calibration_prompts(settings, defaults.prompts)
+        texts, source = calibration_prompts(settings, defaults.prompts, defaults.labels)
     else:
         texts, source = tuple(prompts), "given"
+        require_classes(texts, defaults.labels)
     if not texts:
         raise ConfigError("there is no prompt to calibrate on; give some with --prompts-file")
     options = _options(settings.method_options or {})

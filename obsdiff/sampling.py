@@ -18,6 +18,7 @@ from diffusers import DiffusionPipeline
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from obsdiff import class_calls
 from obsdiff.families import Family, guided, parts
 from obsdiff.metrics import Picture
 from obsdiff.recipe import Sampling
@@ -124,7 +125,7 @@ class Sampler:
             stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
             torch.manual_seed(batch.seeds[0])
             stack.enter_context(_swapped(self.pipeline, self.family.denoiser, denoiser))
-            images = self.pipeline(
+            images = class_calls.call(self.pipeline)(
                 **call_of(self.pipeline, batch.text, batch.prompts, self.sampling),
                 generator=[torch.Generator("cpu").manual_seed(seed) for seed in batch.seeds],
                 output_type="np",

@@ -102,7 +102,10 @@ def record(
             raise CalibrationError(f"step {step + 1}, {texts}: the denoiser's output is not finite; are its weights?")
         if step in keeping:
             paired = len(velocity) == 2 * len(passes[place])
-            call = Call(step=step, arguments=_copied(args, kwargs), prompts=texts, paired=paired)
+            arguments = _copied(args, kwargs)
+            if paired and not family.negative_first:
+                arguments = _exchanged(arguments, len(velocity))
+            call = Call(step=step, arguments=arguments, prompts=texts, paired=paired)
             if waiting and (waiting[0].step, waiting[0].prompts) == (step, texts):
                 calls.extend(_together(call, waiting.pop()))
             elif combined and not paired:
@@ -195,6 +198,17 @@ def _together(negative: Call, positive: Call) -> list[Call]:
     joined = tuple(both(*pair) for pair in zip(others, args, strict=True))
     named = {name: both(more[name], value) for name, value in kwargs.items()}
     return [replace(positive, arguments=(joined, named), paired=True)]
+
+
+def _exchanged(arguments: Arguments, rows: int) -> Arguments:
+    """Arguments of a call with the second half of its rows before the first."""
+
+    def turned(value: Any) -> Any:
+        has_rows = isinstance(value, Tensor) and value.ndim > 0 and len(value) == rows
+        return value.roll(rows // 2, 0) if has_rows else value
+
+    args, kwargs = arguments
+    return tuple(turned(value) for value in args), {name: turned(value) for name, value in kwargs.items()}
 
 
 def _shape(value: Any) -> tuple[int, ...] | None:

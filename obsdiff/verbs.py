@@ -228,7 +228,7 @@ def export(
         engines.require_drawable(order, served_by(job))
     if format is not None:
         quantizable(job.family.linears(job.denoiser), job.recipe.keep_float)
-    held_out = evaluation_prompts(settings, job.defaults.prompts)
+    held_out = evaluation_prompts(settings, job.defaults.prompts, job.defaults.labels)
     if held_out:
         check_size(job.recipe.sampling)
     elif settings.fail_if:

@@ -109,6 +109,8 @@ class FakeRunner:
 
         return Defaults(height=8, width=16, num_inference_steps=2, guidance_scale=3.0, max_sequence_length=None)
 
+    example = "a fake"
+
     def check(self, request: Any) -> None:
         from obsdiff_runtime.errors import ConfigError
 

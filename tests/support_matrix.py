@@ -25,6 +25,7 @@ FAMILIES: Final = {
     "qwen": "`qwen`: Qwen-Image",
     "lumina2": "`lumina2`: Lumina-2",
     "hunyuan": "`hunyuan`: HunyuanDiT",
+    "dit": "`dit`: DiT, class-conditional",
     "wan": "`wan`: Wan 2.1, text to film",
     "chroma": "no family: Chroma",
 }

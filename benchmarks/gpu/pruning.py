@@ -63,7 +63,7 @@ def _small(row: Row, asked: dict[str, Any], options: Options) -> None:
     started = time.perf_counter()
     pruned = pruning.prune(loaded.pipeline, loaded.family, job.recipe, stored=stored)
     row.figures["seconds"] = time.perf_counter() - started
-    held_out = evaluation_prompts(settings, job.defaults.prompts)
+    held_out = evaluation_prompts(settings, job.defaults.prompts, job.defaults.labels)
     found, _ = compare(job, pruned, dense, held_out, silent, keep_images=0)
     if not isinstance(found, NotMeasured):
         row.figures["velocity_error"] = found.velocity_error

@@ -26,6 +26,7 @@ class Family(Protocol):
         negatives: whether guidance runs every image twice, once on a negative prompt (classifier-free guidance); where
             not, it is distilled into the denoiser, which is told its scale. A denoiser whose configuration has
             `guidance_embeds` is told it in any family.
+        negative_first: whether rows of negative prompts stand before the others in one call of the denoiser.
         described: whether the denoiser's units, inputs and outputs are known; of `generic` only its linears are.
         text_mask: keyword argument of the denoiser's forward, (rows, text tokens), 1 for text and 0 for padding that no
             image token looks at; None: it looks at all of it. Where there is one, a "joint" sequence has no padding
@@ -39,6 +40,7 @@ class Family(Protocol):
     protect: tuple[int, int]
     vae_scale: int
     negatives: bool
+    negative_first: bool
     described: bool
     text_mask: str | None
 
@@ -94,7 +96,7 @@ class Family(Protocol):
 
         Raises:
             ModelError: the pipeline lacks what reads prompts.
-            ConfigError: max_sequence_length is given and the family has no use for it.
+            ConfigError: max_sequence_length is given and the family has no use for it; or a prompt is none it can draw.
         """
         ...
 

@@ -38,6 +38,7 @@ classes: tuple[str, ...] = ("AuraFlowTransformer2DModel",)
 pipeline: str = "AuraFlowPipeline"
 protect: tuple[int, int] = (1, 1)
 negatives: bool = True
+negative_first: bool = True
 described: bool = True
 text_mask: str | None = None
 vae_scale: int = parts.VAE_SCALE

@@ -91,7 +91,7 @@ def _readers(case: _Case) -> Iterator[str]:
 
 def _tokens(case: _Case) -> Iterator[str]:
     """Each linear runs over as many tokens as `tokens` says of its sequence, and `plan` counts."""
-    latents = next(name for name, axes in case.component.dynamic_axes.items() if "height" in axes.values())
+    latents = _latents(case)
     height, width = (side * VAE_SCALE for side in case.component.inputs[latents].shape[-2:])
     text = {
         case.component.inputs[name].shape[axis]
@@ -228,7 +228,7 @@ def _component(case: _Case) -> Iterator[str]:
         for name, parameter in case.component.module.named_parameters()
         if own.get(name) is not parameter
     )
-    latents = next(name for name, axes in case.component.dynamic_axes.items() if "height" in axes.values())
+    latents = _latents(case)
     for inputs in (case.component.inputs, *case.component.more_inputs):
         with torch.no_grad():
             found = case.component.module(**inputs)
@@ -249,6 +249,11 @@ FACTS: Final[Sequence[Callable[[_Case], Iterator[str]]]] = (
     *(_readers, _tokens, _padding, _tiers, _blocks),
     *(_groups, _shrunk, _component),
 )
+
+
+def _latents(case: _Case) -> str:
+    """The component's input for latents: the only one that has sides."""
+    return next(name for name, tensor in case.component.inputs.items() if tensor.ndim >= 4)
 
 
 def _some(group: Group, index: int) -> list[int]:

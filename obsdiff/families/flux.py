@@ -42,6 +42,7 @@ pipeline: str = "FluxPipeline"
 protect: tuple[int, int] = (1, 1)
 vae_scale: int = parts.VAE_SCALE
 negatives: bool = False
+negative_first: bool = True
 described: bool = True
 text_mask: str | None = None
 

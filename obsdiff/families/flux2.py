@@ -41,6 +41,7 @@ pipeline: str = "Flux2KleinPipeline"
 protect: tuple[int, int] = (1, 1)
 vae_scale: int = 2 * parts.VAE_SCALE
 negatives: bool = True
+negative_first: bool = True
 described: bool = True
 text_mask: str | None = None
 

@@ -29,6 +29,7 @@ pipeline: str = ""
 protect: tuple[int, int] = (1, 1)
 vae_scale: int = parts.VAE_SCALE
 negatives: bool = False
+negative_first: bool = True
 described: bool = False
 text_mask: str | None = "encoder_attention_mask"
 

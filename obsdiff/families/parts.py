@@ -117,7 +117,8 @@ def denoiser_component(
         name: of the component.
         output: name of what it gives.
         latents: its input for latents, (b, channels, h, w), or (b, channels, frames, h, w).
-        sizes: three sizes of latents; see `latent_sizes`. Those of films have frames before the height.
+        sizes: three sizes of latents; see `latent_sizes`. Those of films have frames before the height. Where they are
+            one, the graph takes no other.
         pixels: (height, width) of the image.
         text: its inputs of text, (b, text tokens, ...).
     """
@@ -127,7 +128,8 @@ def denoiser_component(
     ]
     axes = {key: {0: "batch"} for key in examples[0]}
     sides = examples[0][latents].ndim
-    axes[latents] |= {sides - 2: "height", sides - 1: "width"} | ({2: "frames"} if sides == 5 else {})
+    if len(set(sizes)) > 1:
+        axes[latents] |= {sides - 2: "height", sides - 1: "width"} | ({2: "frames"} if sides == 5 else {})
     for key in text:
         axes[key] |= {1: "text_tokens"}
     return Component(

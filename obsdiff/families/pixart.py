@@ -34,12 +34,13 @@ from obsdiff_runtime.errors import ModelError
 name: str = "pixart"
 denoiser: str = "transformer"
 classes: tuple[str, ...] = ("PixArtTransformer2DModel", "Transformer2DModel")
-"""The second is what alpha's published configurations call the first, and those of DiT theirs."""
+"""The second is what alpha's published configurations call the first; DiT's call theirs so, too."""
 
 pipeline: str = "PixArtAlphaPipeline"
 protect: tuple[int, int] = (1, 1)
 vae_scale: int = parts.VAE_SCALE
 negatives: bool = True
+negative_first: bool = True
 described: bool = True
 text_mask: str | None = "encoder_attention_mask"
 

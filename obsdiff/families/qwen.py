@@ -46,6 +46,7 @@ pipeline: str = "QwenImagePipeline"
 protect: tuple[int, int] = (1, 1)
 vae_scale: int = parts.VAE_SCALE
 negatives: bool = True
+negative_first: bool = True
 described: bool = True
 text_mask: str | None = "encoder_hidden_states_mask"
 

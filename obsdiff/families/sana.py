@@ -44,6 +44,7 @@ pipeline: str = "SanaPipeline"
 protect: tuple[int, int] = (1, 1)
 vae_scale: int = 32
 negatives: bool = True
+negative_first: bool = True
 described: bool = True
 text_mask: str | None = "encoder_attention_mask"
 

@@ -33,6 +33,7 @@ pipeline: str = "StableDiffusion3Pipeline"
 protect: tuple[int, int] = (1, 1)
 vae_scale: int = parts.VAE_SCALE
 negatives: bool = True
+negative_first: bool = True
 described: bool = True
 text_mask: str | None = None
 

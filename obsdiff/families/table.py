@@ -1,6 +1,7 @@
 """The families there are, and which one a denoiser belongs to."""
 
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 import diffusers
 from torch import nn
@@ -8,6 +9,7 @@ from torch import nn
 from obsdiff.families import (
     Family,
     auraflow,
+    dit,
     flux,
     flux2,
     generic,
@@ -34,17 +36,27 @@ FAMILIES: Final[dict[str, Family]] = {
     "lumina2": lumina2,
     "hunyuan": hunyuan,
     "wan": wan,
+    "dit": dit,
     "generic": generic,
 }
 
 
-def family_of(denoiser: nn.Module | str) -> Family:
+_LEGACY: Final = {("Transformer2DModel", "ada_norm_zero"): "DiTTransformer2DModel"}
+"""What class and norm_type of older configurations are now, where `Family.classes` does not say it."""
+
+
+def family_of(denoiser: nn.Module | str, config: Mapping[str, Any] | None = None) -> Family:
     """The family of a denoiser, or of the diffusers class of that name; `generic` where none describes it.
+
+    Args:
+        denoiser: itself, or the name of its class.
+        config: its configuration, where only the name is known; older names stand for several classes.
 
     Raises:
         ModelError: diffusers has no class of that name; lists those that a family describes.
     """
     class_name = denoiser if isinstance(denoiser, str) else type(denoiser).__name__
+    class_name = _LEGACY.get((class_name, str((config or {}).get("norm_type"))), class_name)
     for family in FAMILIES.values():
         if class_name in family.classes:
             return family

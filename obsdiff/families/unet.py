@@ -31,6 +31,7 @@ pipeline: str = "StableDiffusionPipeline"
 protect: tuple[int, int] = (0, 0)
 vae_scale: int = parts.VAE_SCALE
 negatives: bool = True
+negative_first: bool = True
 described: bool = True
 text_mask: str | None = None
 

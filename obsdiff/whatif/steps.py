@@ -200,7 +200,7 @@ def _of_model(subject: Subject, settings: Settings, runner: Runner, folder: Path
         model=subject.model,
         family=subject.job.family,
         defaults=subject.job.defaults,
-        prompts=["none is drawn"],
+        prompts=subject.job.recipe.prompts[:1],  # none is drawn
     )
     name = f"{units} by magnitude"
     if pruning.prune(loaded.pipeline, subject.job.family, recipe).kept:

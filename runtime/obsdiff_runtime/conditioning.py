@@ -10,8 +10,10 @@ from math import isqrt
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from obsdiff_runtime.errors import BundleError, CompatibilityError
+from obsdiff_runtime.labels import COUNT, read_labels
 from obsdiff_runtime.networks import Array, Networks
 
 PACKED: Final = 2  # latent pixels a side of a token, which the pipeline packs; the denoiser's patch_size is 1
@@ -25,7 +27,11 @@ LUMINA2_PROMPT: Final = "system_prompt"  # likewise: what prompts stand behind
 PROMPT_TEMPLATE: Final = "prompt_template"  # in the configuration of a chat model that encodes: what is around a prompt
 IS_DISTILLED: Final = "is_distilled"  # in the index of a pipeline whose steps are distilled: it takes no guidance
 
-Conditions = dict[str, Array]
+EXAMPLE: Final = "a large red circle above a small blue square"
+"""A prompt that all draw that read text."""
+
+Conditions = dict[str, NDArray[Any]]
+"""By input of the denoiser; float32, but for the numbers of classes, int64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +62,10 @@ class Kind:
         channels: of the latents, from the denoiser's config.
         largest: largest latent side the denoiser takes, from its config; None where there is no limit.
         skipped: steps of so many that are left out where an image is changed by a strength.
+        only: the one latent side it draws, from its config; None where it draws others.
         negatives: whether guidance runs an image on its negative prompt too; if not, the denoiser is told its scale.
+        takes_negatives: whether that can be another than the empty one.
+        example: a prompt that it can draw.
         even_sigmas: whether diffusers' pipeline gives the scheduler its noise levels; see `make_scheduler`.
         shift: mu of a shift that depends on the image's tokens and the steps, where the pipeline says it and not the
             scheduler.
@@ -71,9 +80,12 @@ class Kind:
     encode: Callable[[Networks, Sequence[str], bool, Settings], Conditions]
     patch: Callable[[Mapping[str, Any]], int]
     largest: Callable[[Mapping[str, Any]], int | None] = lambda config: None
+    only: Callable[[Mapping[str, Any]], int | None] = lambda config: None
     skipped: Callable[[int, float], int]
     channels: Callable[[Mapping[str, Any]], int] = lambda config: int(config["in_channels"])
     negatives: bool = True
+    takes_negatives: bool = True
+    example: str = EXAMPLE
     even_sigmas: bool = False
     shift: Callable[[int, int], float] | None = None
     counted: Callable[[int, int], int] = lambda channels, tokens: tokens
@@ -262,6 +274,14 @@ def encode_hunyuan(networks: Networks, prompts: Sequence[str], negative: bool, s
     return told
 
 
+def encode_dit(networks: Networks, prompts: Sequence[str], negative: bool, settings: Settings) -> Conditions:
+    """Numbers of classes; the negative one is that behind the last, which stands for none."""
+    config = networks.bundle.config("transformer")
+    labels = read_labels(networks.bundle.index(), config)
+    numbers = [int(config[COUNT]) if negative else labels.number(prompt) for prompt in prompts]
+    return {"class_labels": np.array(numbers, np.int64)}
+
+
 def _clip(networks: Networks, suffix: str, prompts: Sequence[str], length: int, pooled: str | None) -> dict[str, Array]:
     """Penultimate hidden states (n, t, d) as "hidden", and the pooled output (n, p) if one is named."""
     encoder = f"text_encoder{suffix}"
@@ -419,6 +439,14 @@ HUNYUAN: Final = Kind(
     patch=lambda config: int(config["patch_size"]),
     skipped=_skipped_whole,  # as PixArt's
 )
+DIT: Final = Kind(
+    encode=encode_dit,
+    patch=lambda config: int(config["patch_size"]),
+    only=lambda config: int(config["sample_size"]),
+    skipped=_skipped_whole,  # as PixArt's
+    takes_negatives=False,
+    example="0",
+)
 WAN: Final = Kind(
     encode=encode_wan,
     patch=lambda config: int(config["patch_size"][-1]),
@@ -438,6 +466,7 @@ KINDS: Final[dict[str, Kind]] = {
     "QwenImagePipeline": QWEN,
     "Lumina2Pipeline": LUMINA2,
     "HunyuanDiTPipeline": HUNYUAN,
+    "DiTPipeline": DIT,
     "WanPipeline": WAN,
 }
 

@@ -206,6 +206,8 @@ class Pipeline:
         prompts, negatives = _prompts(prompt, negative_prompt, num_images)
         if any(negatives) and not self._kind.negatives:
             raise ConfigError("this pipeline takes no negative prompt: its denoiser is told the guidance scale instead")
+        if any(negatives) and not self._kind.takes_negatives:
+            raise ConfigError("this pipeline takes no negative prompt: it is guided away from the picture of no class")
         sources = noise_sources(noise_source, seed, len(prompts))
         cleans = self._cleans(image, sources)
         starts = self._starts(sources, settings, latents)
@@ -227,6 +229,11 @@ class Pipeline:
             RunError: it was not finite.
         """
         return self._vae.decode(sample)
+
+    @property
+    def example(self) -> str:
+        """A prompt that it can draw."""
+        return self._kind.example
 
     @property
     def size_step(self) -> int:
@@ -301,13 +308,13 @@ class Pipeline:
         largest = self._kind.largest(self._denoiser)
         most = None if largest is None else largest * self._vae.scale
         fixed = _fixed_size(self.bundle, self._kind, axis)
+        if fixed is not None and pixels != fixed * self._vae.scale:
+            raise ConfigError(f"{name} is fixed to {fixed * self._vae.scale} in this bundle's graph, not {pixels}")
         if pixels < 1 or pixels % step:
             below = max(pixels // step * step, step)
             raise ConfigError(f"{name} should be a multiple of {step}, not {pixels}; near are {below}, {below + step}")
         if most is not None and pixels > most:
             raise ConfigError(f"{name} should be at most {most} for this model, not {pixels}")
-        if fixed is not None and pixels != fixed * self._vae.scale:
-            raise ConfigError(f"{name} is fixed to {fixed * self._vae.scale} in this bundle's graph, not {pixels}")
 
     def _starts(self, sources: Sequence[Noise], settings: Settings, latents: Array | None) -> Array:
         """(n, c, h, w), what each image begins with, of unit variance."""

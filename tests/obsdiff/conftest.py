@@ -1,5 +1,6 @@
 """Tiny random pipelines of every family, built from configurations; no network, no stored files."""
 
+import json
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -21,6 +22,8 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
@@ -306,6 +309,20 @@ def wan_transformer(**changes: Any) -> WanTransformer3DModel:
     return WanTransformer3DModel(**{**config, **changes})
 
 
+def dit_transformer(**changes: Any) -> DiTTransformer2DModel:
+    """Three blocks of 4 heads of 8 and 128 neurons; it also gives a variance. It draws 16 x 16 latents alone."""
+    config: dict[str, Any] = {
+        "num_attention_heads": 4,
+        "attention_head_dim": 8,
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_layers": 3,
+        "sample_size": 16,
+        "patch_size": 2,
+    }
+    return DiTTransformer2DModel(**{**config, **changes})
+
+
 DENOISERS: dict[str, Callable[..., nn.Module]] = {
     "sd3": sd3_transformer,
     "sd35": sd35_transformer,
@@ -321,6 +338,7 @@ DENOISERS: dict[str, Callable[..., nn.Module]] = {
     "lumina2": lumina2_transformer,
     "hunyuan": hunyuan_transformer,
     "wan": wan_transformer,
+    "dit": dit_transformer,
 }
 
 
@@ -661,6 +679,16 @@ def wan_pipeline(**changes: Any) -> WanPipeline:
     )
 
 
+def dit_pipeline(**changes: Any) -> DiTPipeline:
+    torch.manual_seed(0)
+    return DiTPipeline(
+        transformer=dit_transformer(**changes).eval(),
+        vae=autoencoder().eval(),
+        scheduler=DDIMScheduler(beta_schedule="linear", beta_end=0.02, clip_sample=False),
+        id2label={0: "tench, Tinca tinca", 207: "golden retriever", 208: "Labrador retriever"},
+    )
+
+
 PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "sd3": sd3_pipeline,
     "sd15": sd15_pipeline,
@@ -675,6 +703,7 @@ PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "lumina2": lumina2_pipeline,
     "hunyuan": hunyuan_pipeline,
     "wan": wan_pipeline,
+    "dit": dit_pipeline,
 }
 
 
@@ -776,6 +805,9 @@ def denoise() -> Callable[[nn.Module], torch.Tensor]:
                 family = family_of(denoiser)
                 shape = {"batch": 2, "size": (12, 16), "text_tokens": 7, "pixels": (24, 32)}
                 return denoiser(**family.arguments(family.example(denoiser, **shape)), return_dict=False)[0]
+            if isinstance(denoiser, DiTTransformer2DModel):  # draws squares alone
+                labels = torch.tensor([207, 1000])
+                return denoiser(noise(2, config.in_channels, 16, 16), time, labels, return_dict=False)[0]
             added = {"text_embeds": noise(2, 16), "time_ids": torch.ones(2, 6)}
             text = noise(2, 7, config.cross_attention_dim)
             return denoiser(sample, time, text, added_cond_kwargs=added, return_dict=False)[0]
@@ -796,6 +828,17 @@ def sd3_t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny SD3 pipeline with T5, saved by diffusers. Not to be changed: copy it."""
     folder = tmp_path_factory.mktemp("models") / "sd3-t5"
     sd3_pipeline(with_t5=True).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny DiT pipeline as published: its index has the names of classes, which diffusers does not write."""
+    folder = tmp_path_factory.mktemp("models") / "dit"
+    dit_pipeline().save_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["id2label"] = {"0": "tench, Tinca tinca", "207": "golden retriever", "208": "Labrador retriever"}
+    (folder / "model_index.json").write_text(json.dumps(index))
     return folder
 
 

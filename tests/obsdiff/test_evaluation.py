@@ -18,6 +18,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
+from kinds import prompts_of
 from obsdiff.evaluation import Evaluation, ImagePair, evaluate, figure_names
 from obsdiff.families.table import FAMILIES
 from obsdiff.judges import Judges
@@ -425,6 +426,7 @@ def test_a_model_is_not_compared_with_itself_or_in_another_precision() -> None:
         ("qwen", "qwen", "proj_out", None),
         ("lumina2", "lumina2", "norm_out.linear_2", None),
         ("hunyuan", "hunyuan", "proj_out", None),
+        ("dit", "dit", "proj_out_2", PNDMScheduler),
         pytest.param(
             *("pixart_sigma", "pixart", "proj_out", HeunDiscreteScheduler),
             # diffusers' Heun hands torch tensors to numpy functions
@@ -445,7 +447,7 @@ def test_every_family_is_measured_on_its_own_pipeline(
         guidance_scale=3.0,
         height=32,
         width=32,
-        max_sequence_length=None if family in ("unet", "hunyuan") else 8,
+        max_sequence_length=None if family in ("unet", "hunyuan", "dit") else 8,
         batch_size=2,
         seed=0,
     )
@@ -454,7 +456,7 @@ def test_every_family_is_measured_on_its_own_pipeline(
         FAMILIES[family],
         dense=dense,
         pruned=scaled(dense, 1.1, last),
-        prompts=["a red dog", "a cat", "a"],
+        prompts=prompts_of(family, ["a red dog", "a cat", "a"]),
         sampling=sampling,
     )
     assert evaluation.velocity_error_per_step == pytest.approx([0.01] * 3, rel=1e-3)

@@ -10,13 +10,16 @@ import huggingface_hub
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.pipelines import pipeline_loading_utils
 from torch import Tensor, nn
 
 from obsdiff import checkpoint, loading
+from obsdiff.families.table import FAMILIES
 from obsdiff.loading import Defaults, load_configs, load_pipeline
 from obsdiff.manifest import GroupCut, PrunedManifest
 from obsdiff.shrinking import shrink
 from obsdiff_runtime.errors import ModelError
+from obsdiff_runtime.labels import Labels
 
 HEADS = "transformer_blocks.1.attn.heads"
 
@@ -277,6 +280,18 @@ def test_a_name_on_the_hub_is_fetched_and_loaded_from_the_cache(pruned: Path, mo
     assert load_configs("someone/sd3").family.name == "sd3"
 
 
+def test_pickled_weights_on_the_hub_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(model: str, *, use_safetensors: bool, variant: str | None, **_: Any) -> None:
+        files = {"transformer/diffusion_pytorch_model.bin", "vae/diffusion_pytorch_model.bin"}
+        pipeline_loading_utils._get_ignore_patterns(  # diffusers' own message
+            [], ["transformer", "vae"], list(files), use_safetensors, False, False, False, False, variant
+        )
+
+    monkeypatch.setattr(DiffusionPipeline, "download", download)
+    with pytest.raises(ModelError, match=r"facebook/DiT has no weights as safetensors .* convert them with save_pret"):
+        load_pipeline("facebook/DiT")
+
+
 def test_the_shipped_pipeline_is_named() -> None:
     assert loading.shipped_pipeline().name == "shapes"
 
@@ -296,9 +311,36 @@ def test_alpha_s_published_class_name_is_pixart_s(build_pipeline: Callable[..., 
 
 
 def test_a_transformer_without_text_is_no_pixart(tmp_path: Path) -> None:
-    config = {"_class_name": "Transformer2DModel", "norm_type": "ada_norm_zero", "num_layers": 1, "sample_size": 32}
-    config |= {"in_channels": 4, "patch_size": 2, "num_embeds_ada_norm": 10, "activation_fn": "gelu-approximate"}
+    config = {"_class_name": "Transformer2DModel", "norm_type": "layer_norm", "in_channels": 32, "num_layers": 1}
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = load_configs(tmp_path)
-    with pytest.raises(ModelError, match="this DiTTransformer2DModel does not look at a text"):
+    with pytest.raises(ModelError, match="this Transformer2DModel does not look at a text"):
         found.family.linears(found.denoiser)
+
+
+def test_dit_s_published_class_name_is_its_own_by_its_norms(build_pipeline: Callable[..., Any], tmp_path: Path) -> None:
+    build_pipeline("dit").save_pretrained(tmp_path)
+    names = {"0": "tench, Tinca tinca", "207": "golden retriever"}
+    edit_index(tmp_path, transformer=["diffusers", "Transformer2DModel"], id2label=names)
+    path = tmp_path / "transformer" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "_class_name": "Transformer2DModel"}))
+    loaded = load_pipeline(tmp_path)
+    assert loaded.family.name == load_configs(tmp_path).family.name == load_configs(path).family.name == "dit"
+    assert type(loaded.denoiser).__name__ == type(load_configs(path).denoiser).__name__ == "DiTTransformer2DModel"
+    labels = Labels(count=1000, numbers={"tench": 0, "Tinca tinca": 0, "golden retriever": 207})
+    assert loaded.defaults == Defaults(height=32, width=32, num_inference_steps=50, guidance_scale=4.0, labels=labels)
+
+
+def test_names_of_classes_that_there_are_not_are_refused(build_pipeline: Callable[..., Any], tmp_path: Path) -> None:
+    build_pipeline("dit").save_pretrained(tmp_path)
+    edit_index(tmp_path, id2label={"1000": "nothing"})
+    with pytest.raises(
+        ModelError, match=r"id2label of model_index.json gives no names of one of 1000 classes by '1000'"
+    ):
+        load_pipeline(tmp_path)
+
+
+def test_a_dit_of_other_classes_than_its_pipeline_guides_by_is_refused(build_denoiser: Callable[..., Any]) -> None:
+    denoiser = build_denoiser("dit", num_embeds_ada_norm=10)
+    with pytest.raises(ModelError, match="has 10 classes, and diffusers' pipeline guides by class 1000"):
+        FAMILIES["dit"].linears(denoiser)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kinds import EVERY
+from kinds import EVERY, latents_of
 from obsdiff import moments, pausing, pointwise
 from obsdiff.families.table import family_of
 from obsdiff.groups import LinearSpec, Write
@@ -224,7 +224,7 @@ def test_a_residual_stream_that_is_not_finite_is_an_error_that_names_the_layer(p
 def test_a_glance_sees_what_hooks_on_the_whole_model_see(kind: str, build_denoiser: Callable[..., nn.Module]) -> None:
     denoiser: Any = build_denoiser(kind)
     family = family_of(denoiser)
-    size = (4, 8) if kind == "wan" else (12, 16)  # no more tokens than count
+    size = (4, 8) if kind == "wan" else latents_of(kind)  # no more tokens than count
     inputs = family.example(denoiser, batch=2, size=size, text_tokens=7, pixels=(24, 32))
     call = (), {**family.arguments(inputs), "return_dict": False}
     linears = family.linears(denoiser)
@@ -271,7 +271,7 @@ def test_the_stream_before_a_linear_does_not_depend_on_what_it_writes(
     denoiser: Any = build_denoiser(kind).double()
     family = family_of(denoiser)
     linears = [linear for linear in family.linears(denoiser) if linear.writes is not None]
-    inputs = family.example(denoiser, batch=2, size=(12, 16), text_tokens=7, pixels=(24, 32))
+    inputs = family.example(denoiser, batch=2, size=latents_of(kind), text_tokens=7, pixels=(24, 32))
     names = block_modules(family.linears(denoiser))
     with pausing.gated([denoiser.get_submodule(name) for name in names]):
         waiting = PausedPass(denoiser, ((), {**family.arguments(inputs), "return_dict": False}))

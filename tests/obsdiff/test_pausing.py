@@ -8,7 +8,7 @@ import torch
 from greenlet import getcurrent
 from torch import Tensor, nn
 
-from kinds import EVERY
+from kinds import EVERY, latents_of
 from obsdiff import pausing
 from obsdiff.families.table import family_of
 from obsdiff.pausing import PausedPass
@@ -27,9 +27,9 @@ def blocks_of(denoiser: nn.Module) -> list[str]:
 
 
 def arguments_of(denoiser: Any, rows: int = 2) -> pausing.Arguments:
-    """Seeded inputs: 12 x 16 latents and 7 text tokens."""
+    """Seeded inputs, of 7 text tokens."""
     family = family_of(denoiser)
-    inputs = family.example(denoiser, batch=rows, size=(12, 16), text_tokens=7, pixels=(24, 32))
+    inputs = family.example(denoiser, batch=rows, size=latents_of(family.name), text_tokens=7, pixels=(24, 32))
     return (), {**family.arguments(inputs), "return_dict": False}
 
 

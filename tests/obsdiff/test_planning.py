@@ -105,7 +105,11 @@ INPUTS: dict[str, dict[str, Any]] = {
 
 
 def _inputs(family: Family, config: dict[str, Any]) -> dict[str, Any]:
-    """Widths of text differ between the models of FLUX.2."""
+    """Widths of text differ between the models of FLUX.2, and sizes between those of DiT."""
+    if family.name == "dit":
+        sides = (config["sample_size"],) * 2
+        label = torch.zeros(1, dtype=torch.int64, device="meta")
+        return {"hidden_states": nothing(1, 4, *sides), "timestep": nothing(1), "class_labels": label}
     if family.name != "flux2":
         return INPUTS[family.name]
     return {
@@ -308,6 +312,23 @@ def test_wan_has_its_published_size_and_reads_all_frames_at_once() -> None:
     lost = 30 * (2 * width + 1) * neurons // 4
     assert plan.parameters_before - plan.parameters_after == lost
     assert plan.macs_before - plan.macs_after == pytest.approx(lost * image, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "published"), [("dit_xl_2_256", 16, 118.64e9), ("dit_xl_2_512", 32, 524.60e9)]
+)
+def test_dit_has_its_published_size_and_work(name: str, side: int, published: float) -> None:
+    """diffusers has tables of timesteps and classes in each block, and none of places, which the paper counts."""
+    plan = planned(name, "structured:25%")
+    width, neurons, image, places = 1152, 4608, side**2, 256 * 1152
+    tables = 1001 * width + (256 + 1) * width + (width + 1) * width
+    assert plan.parameters_before - 27 * tables == 675_129_632 - places
+    attention = 28 * 2 * width * image**2  # which the paper counts and a plan does not
+    assert plan.macs_before + attention == pytest.approx(published, rel=5e-3)
+    heads = 4 * 72  # of 16
+    lost = 4 * width * heads + 3 * heads + (2 * width + 1) * neurons // 4
+    assert plan.parameters_before - plan.parameters_after == 28 * lost
+    assert plan.macs_before - plan.macs_after == 28 * lost * image
 
 
 def test_hunyuan_holds_nineteen_skips_in_both_streams_at_its_middle() -> None:
@@ -608,10 +629,11 @@ def test_tokens_of_the_family_agree_with_those_of_a_call() -> None:
     texts |= {"flux2_klein_4b": 512, "auraflow_v03": 256, "sana_600m_1024": 300, "qwen_image": 512}
     texts |= {"lumina_image_2": 256, "wan21_1_3b": 512}
     texts |= {"auraflow_v03": 256, "sana_600m_1024": 300, "hunyuan_v12": 77 + 256}
+    texts |= {"dit_xl_2_512": 0}
     for name, text in texts.items():
         denoiser, family, positions = model(name)
         config: Any = denoiser.config
-        height, width = (480, 832) if family.name == "wan" else (1024, 1024)
+        height, width = {"wan": (480, 832), "dit": (512, 512)}.get(family.name, (1024, 1024))
         tokens = family.tokens(config, height=height, width=width, text_tokens=text, vae_scale=family.vae_scale)
         for linear in family.linears(denoiser):
             assert positions[linear.name] == tokens[linear.tokens], linear.name

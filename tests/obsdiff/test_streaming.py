@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 import obsdiff
-from kinds import EVERY
+from kinds import EVERY, prompts_of
 from obsdiff import allocation, calibration, pointwise, pruning, streaming
 from obsdiff.core import permutation
 from obsdiff.families.table import family_of
@@ -64,7 +64,8 @@ def pruned_from(pipeline: DiffusionPipeline, sparsity: str, *, journal: Any = No
     if loaded.defaults.max_sequence_length is not None:
         small["max_sequence_length"] = 2
     asked = Settings(**{**small, **WHOLE, **settings})
-    recipe = resolve(asked, model="tiny", family=loaded.family, defaults=loaded.defaults, prompts=PROMPTS)
+    prompts = prompts_of(loaded.family.name, PROMPTS)
+    recipe = resolve(asked, model="tiny", family=loaded.family, defaults=loaded.defaults, prompts=prompts)
     return pruning.prune(pipeline, loaded.family, recipe, stored=stored, journal=journal)
 
 
@@ -346,6 +347,7 @@ def test_only_linears_that_are_reported_change(kind: str, shared: Shared, dense:
         ("auraflow", "structured:0.25+2:4"),
         ("qwen", "structured:0.25+2:4"),
         ("hunyuan", "structured:0.25+2:4"),
+        ("dit", "structured:0.25+2:4"),
     ],
 )
 def test_saved_and_loaded_it_gives_the_same_output(

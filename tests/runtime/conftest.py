@@ -781,6 +781,36 @@ PIPELINES: dict[str, Callable[[], Any]] = {
 FILMS = ("wan",)
 
 
+def dit_pipeline() -> Any:
+    """It draws classes, and takes no prompt; see test_class_conditional.py."""
+    from diffusers import DDIMScheduler, DiTPipeline
+
+    return DiTPipeline(
+        transformer=dit_transformer(),
+        vae=vae(scaling_factor=0.13),
+        scheduler=DDIMScheduler(beta_schedule="linear", beta_end=0.02, clip_sample=False),
+        id2label={0: "tench, Tinca tinca", 134: "crane", 207: "golden retriever", 517: "crane"},
+    )
+
+
+@seeded
+def dit_transformer() -> Any:
+    from diffusers import DiTTransformer2DModel
+
+    return DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        sample_size=16,
+        patch_size=2,
+    ).eval()
+
+
+OF_CLASSES: dict[str, Callable[[], Any]] = {"dit": dit_pipeline}
+
+
 def write_bundle(pipeline: Any, folder: Path, *, sparsity: str = "dense") -> Path:
     """What `obsdiff export` leaves, without engines."""
     from obsdiff.delivery import copy_rest
@@ -896,6 +926,11 @@ def hunyuan_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
 
 
 @pytest.fixture(scope="session")
+def dit_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    return _pair("dit", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
 def wan_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return _pair("wan", tmp_path_factory)
 
@@ -919,7 +954,7 @@ def _pair(name: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Pat
 
     if name not in _PAIRS:
         torch.set_num_threads(1)
-        pipeline = PIPELINES[name]()
+        pipeline = {**PIPELINES, **OF_CLASSES}[name]()
         pipeline.set_progress_bar_config(disable=True)
         place = _shared(tmp_path_factory) / name
         folder = place / "bundle"

@@ -6,7 +6,6 @@ A candidate is a `runner.Runner`; names and folders are bundles. `rounds` measur
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
 
 from obsdiff_runtime import vitals
 from obsdiff_runtime.benchmark import rounds
@@ -23,15 +22,13 @@ from obsdiff_runtime.progress import Progress, silent
 from obsdiff_runtime.timing import Comparison, check_rounds, compare, host_peak_bytes, machine
 from obsdiff_runtime.vitals import CpuTime, CpuVitals, Sensors
 
-PROMPT: Final = "a large red circle above a small blue square"
-
 
 def bench(
     *candidates: Runner | Bundle | Path | str,
     against: Runner | Bundle | Path | str | None = None,
     iterations: int = 10,
     warmup: int = 2,
-    prompt: str = PROMPT,
+    prompt: str | None = None,
     height: int | None = None,
     width: int | None = None,
     num_frames: int | None = None,
@@ -52,8 +49,8 @@ def bench(
         against: what each of them is compared with; the first of them if None.
         iterations: rounds that count; in each, every candidate draws once.
         warmup: rounds before that do not.
-        prompt: of every call.
-        height: in pixels, the first candidate's default if None; so are the next five.
+        prompt: of every call, the first candidate's default if None; so are the next six.
+        height: in pixels.
         width: in pixels.
         num_frames: of a film.
         num_inference_steps: of every call.
@@ -74,9 +71,10 @@ def bench(
     load_average = sensors.load_average()
     everyone = [*candidates, *([] if against is None else [against])]
     runners = _named([_runner(each, backend, threads) for each in everyone])
-    first = next(iter(runners.values())).defaults
+    leader = next(iter(runners.values()))
+    first = leader.defaults
     request = Request(
-        prompt=prompt,
+        prompt=leader.example if prompt is None else prompt,
         height=first.height if height is None else height,
         width=first.width if width is None else width,
         num_frames=first.num_frames if num_frames is None else num_frames,

@@ -122,6 +122,11 @@ class Runner(Protocol):
         """How it draws where nothing else is asked for."""
         ...
 
+    @property
+    def example(self) -> str:
+        """What it draws then: any prompt that it can."""
+        ...
+
     def check(self, request: Request) -> None:
         """Raises ConfigError where it cannot draw that; asked before anything is loaded."""
         ...
@@ -175,6 +180,10 @@ class BundleRunner:
     @property
     def defaults(self) -> Defaults:
         return self._pipeline.bundle.manifest.defaults
+
+    @property
+    def example(self) -> str:
+        return self._pipeline.example
 
     def check(self, request: Request) -> None:
         self._pipeline.resolve(

@@ -95,7 +95,7 @@ def serve_bundle(
     pipeline = Pipeline(bundle if isinstance(bundle, Bundle) else open_bundle(bundle), backend=backend, threads=threads)
     name = name or pipeline.bundle.root.resolve().name
     if warm_up:
-        pipeline("", num_inference_steps=_fewest_steps(pipeline))
+        pipeline(pipeline.example, num_inference_steps=_fewest_steps(pipeline))
     batcher = Batcher(pipeline, limits, None if watch is None else watch(name), name)
     return ServedModel(id=name, pipeline=pipeline, batcher=batcher, bounds=bounds, created=int(time.time()))
 

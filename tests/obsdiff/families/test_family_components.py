@@ -35,6 +35,7 @@ CASES += [
     ("qwen", {}),
     ("lumina2", {}),
     ("hunyuan", {}),
+    ("dit", {}),
 ]
 NAMES = {
     "sd3": ["text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae_decoder", "vae_encoder"],
@@ -48,6 +49,7 @@ NAMES = {
     "qwen": ["text_encoder", "transformer", "vae_decoder", "vae_encoder"],
     "lumina2": ["text_encoder", "transformer", "vae_decoder", "vae_encoder"],
     "hunyuan": ["text_encoder", "text_encoder_2", "transformer", "vae_decoder", "vae_encoder"],
+    "dit": ["transformer", "vae_decoder", "vae_encoder"],
 }
 
 

@@ -42,6 +42,7 @@ SIZES = {"batch": (1, 2, 4), "frames": (1, 3, 21), "height": 8, "width": 8, "tex
         ("qwen", "qwen", "transformer_blocks.0.attn.to_k.weight", "transformer_blocks.0.attn.to_v.weight"),
         ("lumina2", "lumina2", "layers.0.attn.to_k.weight", "layers.0.attn.to_v.weight"),
         ("hunyuan", "hunyuan", "attn2.to_k.weight", "attn2.to_v.weight"),
+        ("dit", "dit", "transformer_blocks.0.attn1.to_q.weight", "transformer_blocks.0.attn1.to_k.weight"),
         ("wan", "wan", "blocks.0.attn2.to_k.weight", "blocks.0.attn2.to_v.weight"),
         ("flux", "flux", "single_transformer_blocks.0.attn.to_q.weight", "single_transformer_blocks.0.proj_mlp.weight"),
     ],

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,22 @@ def test_fields_of_diffusion_servers_go_to_the_pipeline(shared: Any, alone: Pipe
     np.testing.assert_array_equal(pixels(answer["data"][0]["b64_json"]), expected.arrays[0])
     assert answer["metrics"]["seed"] == 1
     assert set(answer["metrics"]["stage_seconds"]) == {"queue", "text", "denoise", "decode"}
+
+
+def test_classes_are_drawn_by_name_and_one_that_there_is_not_is_explained(
+    dit_pair: tuple[Any, Path], serving: Callable[..., Any]
+) -> None:
+    expected = Pipeline(dit_pair[1], threads=1)("golden retriever", seed=3).arrays[0]
+    with serving(dit_pair[1]) as running:
+        answer = running.draw(prompt="golden retriever", seed=3).json()
+        np.testing.assert_array_equal(pixels(answer["data"][0]["b64_json"]), expected)
+        for asked, message in (
+            ({"prompt": "goldn retriever"}, "close are golden retriever"),
+            ({"prompt": "0", "negative_prompt": "tench"}, "takes no negative prompt"),
+        ):
+            refused = running.draw(**asked)
+            assert refused.status_code == 400
+            assert message in refused.json()["error"]["message"]
 
 
 def test_without_a_seed_images_differ_and_the_seed_that_was_drawn_repeats_them(shared: Any) -> None:
