@@ -155,6 +155,7 @@ async def _generate(server: Server, request: Request, asked: ImageRequest) -> An
         "height": height,
         "width": width,
         "seed": seed,
+        "noise_source": asked.noise_source,
         "num_images": asked.n,
     }
     try:

@@ -30,6 +30,9 @@ class ImageRequest(BaseModel):
     num_inference_steps: int | None = Field(None, ge=1, description="Denoising steps; the model's own if none.")
     guidance_scale: float | None = Field(None, ge=0, le=100, allow_inf_nan=False, description="1 and less: off.")
     seed: int | None = Field(None, ge=0, lt=2**63, description="Of the noise; drawn by lot if none is given.")
+    noise_source: Literal["numpy", "torch"] = Field(
+        "numpy", description="torch: a seed means what it does in diffusers."
+    )
 
     @field_validator("size")
     @classmethod

@@ -11,6 +11,7 @@ import openai
 import pytest
 from PIL import Image
 
+from obsdiff_runtime.noise import SOURCES
 from obsdiff_runtime.pipeline import Pipeline
 
 PROMPT = "a large red circle above a small blue square"
@@ -62,6 +63,13 @@ def test_classes_are_drawn_by_name_and_one_that_there_is_not_is_explained(
             refused = running.draw(**asked)
             assert refused.status_code == 400
             assert message in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_seed_means_what_its_source_of_noise_makes_of_it(source: str, shared: Any, alone: Pipeline) -> None:
+    answer = shared.draw(prompt=PROMPT, seed=5, n=2, noise_source=source).json()
+    expected = alone(PROMPT, seed=5, num_images=2, noise_source=source).arrays
+    np.testing.assert_array_equal(np.stack([pixels(each["b64_json"]) for each in answer["data"]]), expected)
 
 
 def test_without_a_seed_images_differ_and_the_seed_that_was_drawn_repeats_them(shared: Any) -> None:
@@ -118,6 +126,7 @@ def test_progress_is_told_where_it_is_asked_for(shared: Any) -> None:
         ({"num_inference_steps": 151}, None, "num_inference_steps is 151; at most 150 are taken"),
         ({"prompt": ""}, "prompt", "prompt: string should have at least 1 character"),
         ({"prompt": "x" * 4001}, None, "prompt has 4001 characters; at most 4000 are taken"),
+        ({"noise_source": "cuda"}, "noise_source", "noise_source: input should be 'numpy' or 'torch'"),
         ({"seed": -1}, "seed", "seed: input should be greater than or equal to 0"),
         ({"guidance_scale": 1e9}, "guidance_scale", "guidance_scale: input should be less than or equal to 100"),
     ],
