@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from obsdiff.families import Family
+from obsdiff.folders import let_read
 from obsdiff.manifest import PrunedManifest
 from obsdiff_runtime.errors import ModelError
 
@@ -227,4 +228,7 @@ def write(adapter: Adapter, path: Path, denoiser: str, *, strength: float = 1.0)
     for name, delta in adapter.deltas.items():
         tensors[f"{denoiser}.{name}.lora_A.weight"] = delta.down.contiguous()
         tensors[f"{denoiser}.{name}.lora_B.weight"] = (delta.up * (delta.scale * strength)).contiguous()
+    path.touch()
+    mode = path.stat().st_mode
     save_file(tensors, path, metadata={"format": "pt"})
+    let_read(path, mode)

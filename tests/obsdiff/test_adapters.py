@@ -172,6 +172,8 @@ def test_the_cut_file_is_what_diffusers_loads(pruned: Path, lora_file: Path, tmp
     out = tmp_path / "cut.safetensors"
     found = verbs.lora(pruned, lora_file, out, strength=0.5)
     assert (found.masked, found.left_out) == (0, 0)
+    (tmp_path / "any file").touch()
+    assert out.stat().st_mode == (tmp_path / "any file").stat().st_mode
     pipeline = verbs.load(pruned)
     expected = copy.deepcopy(pipeline.transformer)
     whole = adapters.read(lora_file, "StableDiffusion3Pipeline", "transformer")

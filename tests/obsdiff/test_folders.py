@@ -1,8 +1,12 @@
 """Result folders: whole or absent."""
 
+import os
+import stat
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from obsdiff.folders import copy, new_folder, partial_of
 from obsdiff_runtime.errors import ConfigError
@@ -20,6 +24,21 @@ def test_a_folder_appears_when_the_block_ends(tmp_path: Path) -> None:
         assert not path.exists()
     assert (path / "file").read_text() == "x"
     assert [entry.name for entry in path.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(("mask", "expected"), [(0o022, 0o644), (0o027, 0o640)])
+def test_weights_can_be_read_by_whom_the_umask_lets(mask: int, expected: int, tmp_path: Path) -> None:
+    blob = tmp_path / "blob"
+    blob.touch(0o600)
+    before = os.umask(mask)
+    try:
+        with new_folder(tmp_path / "out") as partial:
+            save_file({"a": torch.zeros(1)}, partial / "model.safetensors")
+            os.link(blob, partial / "linked.safetensors")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "out" / "model.safetensors").stat().st_mode) == expected
+    assert stat.S_IMODE(blob.stat().st_mode) == 0o600
 
 
 def fail(path: Path, error: type[BaseException], *, keep_partial: bool = False) -> None:
