@@ -21,7 +21,7 @@ from obsdiff_runtime.errors import CalibrationError
 from obsdiff_runtime.progress import Progress, silent
 
 GOLDEN: Final = (5**0.5 - 1) / 2
-LATE: Final = 0.4
+LATE: Final = 0.7
 """Power of the share of steps behind which the denoiser computes; 1 is evenly."""
 
 

@@ -131,7 +131,8 @@ def test_as_many_steps_as_asked_are_computed_and_together_all(steps: int, count:
 
 def test_more_steps_are_computed_towards_the_end() -> None:
     halves = [sum(step >= 10 for step in computed(20, 10, batch)) for batch in range(9)]
-    assert min(halves) >= 6
+    assert sum(halves) > 5.5 * len(halves)
+    assert min(halves) >= 5
 
 
 @pytest.mark.parametrize("kind", ["sd3", "qwen"])
