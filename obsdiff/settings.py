@@ -79,7 +79,7 @@ class Settings:
         "log-decrease (1.2 to 0.8), uniform, linear-increase, linear-decrease or log-increase; default: the method's",
     ] = None
     packages: Annotated[int | None, "calibration passes the layers are split into, unless streamed; default: 4"] = None
-    fast: Annotated[bool | None, "streamed only: a third of the calibration, for about two fifths more error"] = None
+    fast: Annotated[bool | None, "streamed only: a third of the calibration, for about half more error"] = None
     draws: Annotated[
         int | None, "pictures drawn of each prompt by a streamed method; default: 1 to 3, so that there are 72; fast: 1"
     ] = None
