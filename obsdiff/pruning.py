@@ -257,8 +257,12 @@ class _Run:
         """Calibrates and solves package by package; finished ones come from the journal."""
         if not linears:
             return []
-        packages = planning.split_packages(
-            linears, packages=self._recipe.packages, budget_bytes=self._recipe.gram_budget_bytes
+        packages = (
+            planning.split_packages(
+                linears, packages=self._recipe.packages, budget_bytes=self._recipe.gram_budget_bytes
+            )
+            if self._method.calibrates
+            else [tuple(linears)]
         )
         results: list[PackageResult] = []
         solved, total = 0, sum(pieces(package) for package in packages)
