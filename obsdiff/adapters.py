@@ -228,7 +228,5 @@ def write(adapter: Adapter, path: Path, denoiser: str, *, strength: float = 1.0)
     for name, delta in adapter.deltas.items():
         tensors[f"{denoiser}.{name}.lora_A.weight"] = delta.down.contiguous()
         tensors[f"{denoiser}.{name}.lora_B.weight"] = (delta.up * (delta.scale * strength)).contiguous()
-    path.touch()
-    mode = path.stat().st_mode
     save_file(tensors, path, metadata={"format": "pt"})
-    let_read(path, mode)
+    let_read(path)

@@ -87,9 +87,7 @@ def save_into(
 def save_index(pipeline: DiffusionPipeline, folder: Path) -> None:
     """Writes model_index.json."""
     pipeline.save_config(folder)
-    config = read_json(folder / INDEX)
-    config.pop("_name_or_path", None)
-    _write_json(folder / INDEX, {**config, **unsaved(pipeline)}, sort=True)
+    _without_origin(folder / INDEX, **unsaved(pipeline))
 
 
 def unsaved(pipeline: Any) -> dict[str, Any]:
@@ -254,11 +252,11 @@ def _save_component(component: Any, target: Path, source: Path | None) -> None:
         folders.copy(path, target / path.name)
 
 
-def _without_origin(path: Path) -> None:
-    """Rewrites a config without the place it was loaded from, so that the same model gives the same bytes."""
+def _without_origin(path: Path, **more: Any) -> None:
+    """Rewrites a config with `more`, and without the place it came from: so the same model gives the same bytes."""
     config = json.loads(path.read_text(encoding="utf-8"))
     config.pop("_name_or_path", None)
-    _write_json(path, config, sort=True)
+    _write_json(path, {**config, **more}, sort=True)
 
 
 def _write_json(path: Path, data: Mapping[str, Any], *, sort: bool = False) -> None:

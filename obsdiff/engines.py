@@ -198,7 +198,7 @@ def served(sizes: Sizes, pipeline: str, config: Mapping[str, Any]) -> Served:
     batch, kind = sizes["batch"], KINDS.get(pipeline)
     scale = _one(sizes["image_height"]) // _one(sizes["height"])
     only = None if kind is None else kind.only(config)
-    largest = only if kind is None or only else kind.largest(config)
+    largest = None if kind is None else only or kind.largest(config)
     return Served(
         sizes=sizes,
         rows=batch if isinstance(batch, int) else batch[1],

@@ -68,18 +68,15 @@ def new_folder(path: Path, *, force: bool = False, keep_partial: bool = False) -
         raise
     for weights in partial.rglob("*.safetensors"):
         if weights.stat().st_nlink == 1 and not weights.is_symlink():  # else others' files, too
-            let_read(weights, partial.stat().st_mode)
+            let_read(weights)
     _replace(path, partial)
 
 
-def let_read(path: Path, mode: int) -> None:
-    """Gives a file the permissions that its owner's umask gives: safetensors writes files for the owner's eyes alone.
-
-    Args:
-        path: of the file.
-        mode: of a file or folder made as any other.
-    """
-    path.chmod(mode & 0o666)
+def let_read(path: Path) -> None:
+    """Gives a file the permissions that any new one has: safetensors writes files for their owner's eyes alone."""
+    mask = os.umask(0)  # to ask is to set
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def _replace(path: Path, partial: Path) -> None:

@@ -32,7 +32,7 @@ from obsdiff.recipe import Sampling
 from obsdiff.residuals import block_modules
 from obsdiff.sampling import exactly, quiet, telling
 from obsdiff.weights import main_dtype
-from obsdiff_runtime.autoencoder import latent_frames
+from obsdiff_runtime.autoencoder import film_frames
 from obsdiff_runtime.benchmark.runner import DeviceMemory, Drawn, Loaded, Request, Subject
 from obsdiff_runtime.bundle import Defaults
 from obsdiff_runtime.conditioning import EXAMPLE, KINDS
@@ -178,10 +178,7 @@ class PipelineRunner:
             seed=request.seed,
             num_frames=request.num_frames,
         )
-        if request.num_frames is not None:
-            if self.defaults.num_frames is None:
-                raise ConfigError(f"num_frames {request.num_frames}: {self._model} draws pictures; leave it out")
-            latent_frames(request.num_frames)
+        film_frames(request.num_frames, self.defaults.num_frames, who=str(self._model))
         pipeline = str(configs["model_index"]["_class_name"])
         job.check_size(pipeline, configs[family.denoiser], vae_scale(configs), sampling)
 

@@ -13,7 +13,7 @@ from obsdiff.methods.table import METHODS
 from obsdiff.recipe import Recipe, Sampling, calibration_prompts, parse_blocks, parse_bytes, require_classes
 from obsdiff.settings import Settings
 from obsdiff.sparsity import Sparsity, Unstructured, parse
-from obsdiff_runtime.autoencoder import latent_frames
+from obsdiff_runtime.autoencoder import film_frames
 from obsdiff_runtime.errors import ConfigError
 
 ALLOCATIONS: Final = ("measured", "uniform", f"{latencies.PREFIX}FILE")
@@ -140,11 +140,6 @@ def sampling(settings: Settings, defaults: Defaults) -> Sampling:
         raise ConfigError(f"--guidance-scale {guidance:g}: this pipeline's steps are distilled; give 1 or leave it out")
     if settings.max_sequence_length is not None and defaults.max_sequence_length is None:
         raise ConfigError(f"--max-sequence-length {settings.max_sequence_length}: this pipeline has no such length")
-    if settings.num_frames is not None and defaults.num_frames is None:
-        raise ConfigError(f"--num-frames {settings.num_frames}: this pipeline draws pictures; leave it out")
-    frames = defaults.num_frames if settings.num_frames is None else settings.num_frames
-    if frames is not None:
-        latent_frames(frames, "--num-frames")
     return Sampling(
         num_inference_steps=_at_least("--steps", 1, settings.steps, defaults.num_inference_steps),
         guidance_scale=guidance,
@@ -153,7 +148,7 @@ def sampling(settings: Settings, defaults: Defaults) -> Sampling:
         max_sequence_length=_text_tokens(settings.max_sequence_length, defaults.max_sequence_length),
         batch_size=_at_least("--batch-size", 1, settings.batch_size, 4),
         seed=_at_least("--seed", 0, settings.seed, 0, most=LARGEST_SEED),
-        num_frames=frames,
+        num_frames=film_frames(settings.num_frames, defaults.num_frames, "--num-frames"),
     )
 
 

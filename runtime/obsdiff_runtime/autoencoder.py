@@ -52,6 +52,27 @@ def latent_frames(num_frames: int, name: str = "num_frames") -> int:
     return (num_frames - 1) // FRAME_SCALE + 1
 
 
+def film_frames(asked: int | None, own: int | None, name: str = "num_frames", who: str = "this pipeline") -> int | None:
+    """Frames of the film to draw; None where pictures are drawn.
+
+    Args:
+        asked: None for its own.
+        own: what the pipeline draws by default, None where that is pictures.
+        name: what the number is called.
+        who: draws.
+
+    Raises:
+        ConfigError: a film is asked for where pictures are drawn, or there is none of so many frames.
+    """
+    frames = own if asked is None else asked
+    if frames is None:
+        return None
+    if own is None:
+        raise ConfigError(f"{name} {frames}: {who} draws pictures; leave it out")
+    latent_frames(frames, name)
+    return frames
+
+
 def cached(index: int, *, given: bool = False) -> str:
     """Name of what a film's decoder is told of the frames before, or gives for those behind."""
     return f"{'new_' if given else ''}cache_{index}"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from obsdiff_runtime.autoencoder import Autoencoder, Pixels, latent_frames
+from obsdiff_runtime.autoencoder import Autoencoder, Pixels, film_frames, latent_frames
 from obsdiff_runtime.backends import Backend
 from obsdiff_runtime.bundle import Bundle, open_bundle
 from obsdiff_runtime.conditioning import IS_DISTILLED, Conditions, Kind, Settings, kind_of
@@ -265,7 +265,7 @@ class Pipeline:
         settings = Settings(
             height=defaults.height if height is None else height,
             width=defaults.width if width is None else width,
-            num_frames=defaults.num_frames if num_frames is None else num_frames,
+            num_frames=film_frames(num_frames, defaults.num_frames),
             num_inference_steps=defaults.num_inference_steps if steps is None else steps,
             guidance_scale=scale,
             guided=self._kind.negatives and scale > 1,
@@ -279,10 +279,6 @@ class Pipeline:
             raise ConfigError(f"guidance_scale should be a finite number, not {settings.guidance_scale}")
         if scale > 1 and self._distilled:
             raise ConfigError(f"guidance_scale should be at most 1, not {scale:g}: this pipeline's steps are distilled")
-        if settings.num_frames is not None:
-            if defaults.num_frames is None:
-                raise ConfigError(f"num_frames {settings.num_frames}: this pipeline draws pictures; leave it out")
-            latent_frames(settings.num_frames)
         for name, axis, pixels in (("height", -2, settings.height), ("width", -1, settings.width)):
             self._check_size(name, axis, pixels)
         if image is None:
