@@ -83,8 +83,8 @@ def url(sd3_bundle: Path) -> Iterator[str]:
 
 
 def test_openai_s_client_gets_the_picture_of_that_seed_and_events(url: str, sd3_bundle: Path) -> None:
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
-    found = client.images.generate(prompt=PROMPT, model="tiny", extra_body={"seed": 7})
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        found = client.images.generate(prompt=PROMPT, model="tiny", extra_body={"seed": 7})
     assert found.data is not None
     expected = Pipeline(sd3_bundle, threads=1)(PROMPT, seed=7).arrays[0]
     picture = Image.open(io.BytesIO(base64.b64decode(found.data[0].b64_json or "")))
@@ -99,16 +99,16 @@ def test_openai_s_client_gets_the_picture_of_that_seed_and_events(url: str, sd3_
 def test_a_replica_that_is_killed_under_load_loses_no_request_of_a_client_that_retries(url: str) -> None:
     before = replicas()
     assert len(before) == 2
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=8, timeout=60)
 
-    def draw(seed: int) -> str:
+    def draw(client: openai.OpenAI, seed: int) -> str:
         extra = {"seed": seed, "num_inference_steps": 60}
         data = client.images.generate(prompt=PROMPT, extra_body=extra).data
         assert data is not None
         return data[0].b64_json or ""
 
-    with ThreadPoolExecutor(6) as clients:
-        answers = [clients.submit(draw, seed % 6) for seed in range(60)]
+    patient = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=8, timeout=60)
+    with patient as client, ThreadPoolExecutor(6) as clients:
+        answers = [clients.submit(draw, client, seed % 6) for seed in range(60)]
         while sum(answer.done() for answer in answers) < 6:
             time.sleep(0.01)
         killed = next(iter(before))
