@@ -77,6 +77,7 @@ class _Decomposed(ExportedProgram):
         self, decomp_table: dict[Any, Callable[..., Any]] | None = None, decompose_custom_triton_ops: bool = False
     ) -> ExportedProgram:
         targets = {node.target for node in self.graph.nodes if node.op == "call_function"}
+        targets.discard(torch.ops.aten.detach_.default)  # in place by name only; constants come with it
         pure = all(not target._schema.is_mutable for target in targets if isinstance(target, torch._ops.OpOverload))
         nested = any(isinstance(target, torch._ops.HigherOrderOperator) for target in targets)
         if pure and not nested and decomp_table is not None and not targets & decomp_table.keys():

@@ -23,6 +23,10 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         aten.rms_norm.default: rms_norm,
         aten.outer.default: outer,
         aten.clip.default: clip,
+        aten.rsub.Scalar: subtract_from,
+        aten.meshgrid.indexing: meshgrid,
+        aten.detach_.default: detach,
+        aten.__and__.Tensor: both,
         aten.to.dtype: cast,
         aten.to.dtype_layout: lay_out,
         aten.to.device: move,
@@ -93,6 +97,35 @@ def clip(x: Any, least: float | None = None, most: float | None = None) -> Any:
     for bound, limit in ((least, op.Max), (most, op.Min)):
         x = x if bound is None else limit(x, op.Constant(value=ir.tensor(bound, dtype=dtype)))
     return x
+
+
+def subtract_from(x: Any, number: float, alpha: float = 1) -> Any:
+    """number - alpha * x."""
+    first, factor = (op.Constant(value=ir.tensor(value, dtype=x.dtype)) for value in (number, alpha))
+    return op.Sub(first, x if alpha == 1 else op.Mul(x, factor))
+
+
+def meshgrid(axes: Sequence[Any], indexing: str) -> tuple[Any, ...]:
+    """Each axis over the whole grid: its first dimension is the first axis's ("ij"), or the second one's ("xy")."""
+    places = list(range(len(axes)))
+    if indexing == "xy":
+        places[:2] = reversed(places[:2])
+    shape = op.Concat(*(op.Shape(axes[place]) for place in places), axis=0)
+    found = []
+    for axis, place in zip(axes, places, strict=True):
+        others = [other for other in range(len(axes)) if other != place]
+        found.append(op.Expand(op.Unsqueeze(axis, op.Constant(value_ints=others)) if others else axis, shape))
+    return tuple(found)
+
+
+def detach(x: Any) -> Any:
+    """Of a constant, which capture detaches in place."""
+    return op.Identity(x)
+
+
+def both(x: Any, y: Any) -> Any:
+    """Of truth values; bits of numbers are opset 18's BitwiseAnd."""
+    return op.And(x, y) if x.dtype == ir.DataType.BOOL else op.BitwiseAnd(x, y)
 
 
 def cast(x: Any, dtype: int, non_blocking: bool = False, copy: bool = False, memory_format: Any = None) -> Any:

@@ -218,6 +218,27 @@ def test_norms_splits_and_clips_of_flux_are_those_of_torch(tmp_path, dtype):
     assert not any("Sequence" in node.op_type for node in graph_of(model).node)
 
 
+class Grids(nn.Module):
+    """Operations of positions and masks of which the exporter has no translation: it would trace the module again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, columns = torch.arange(x.shape[0]), torch.arange(8)
+        down, along = torch.meshgrid(rows, columns, indexing="ij")
+        same = torch.meshgrid(columns, rows, torch.tensor([3, 4]), indexing="xy")
+        inner = (rows > 0) & (rows < 3)
+        grids = (1 - x) * (1 - down) + along * torch.tensor([[2]]) + sum(grid.sum(-1) for grid in same)
+        return grids * inner[:, None] + (down & along)
+
+
+def test_grids_and_differences_are_translated_without_tracing_again(tmp_path, monkeypatch):
+    def traced(*_: object) -> None:
+        raise AssertionError("traced again")
+
+    monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", traced)
+    component = one_input(Grids(), more_inputs=({"x": torch.linspace(-3, 3, 40).reshape(5, 8)},))
+    assert compare(component, export(component, tmp_path, dtype=torch.float32)).max_relative_error == 0
+
+
 class CentreCrop(nn.Module):
     """As SD3 crops its position table: the end of the crop is captured as a floor division of a negative size."""
 
