@@ -19,6 +19,7 @@ A block behind them ("single") reads two, attention and feed-forward side by sid
 Outside of this module the denoiser takes latents (b, channels, h, w) and the scheduler's timesteps, as the others do:
 packing 2 x 2 latent pixels into a token, the tokens' places and the timestep's unit are part of the graph. Its guidance
 is distilled: it is told the scale. True guidance, by a negative prompt and diffusers' true_cfg_scale, is left out.
+FLUX.1 Kontext is the same denoiser told a picture; see references.py.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from obsdiff.families import layers, parts, reading
+from obsdiff.families import layers, parts, reading, references
 from obsdiff.groups import Consumer, Group, LinearSpec, Producer, Size, Write
 from obsdiff_export.component import Component
 from obsdiff_runtime.conditioning import PACKED as PATCH
@@ -139,11 +140,10 @@ def arguments(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
     """See `Family.arguments`: latents as tokens, their places, and the timestep in the denoiser's unit."""
     latents, text = inputs["hidden_states"], inputs["encoder_hidden_states"]
     rows, columns = latents.shape[-2] // PATCH, latents.shape[-1] // PATCH
+    tokens = pixel_unshuffle(latents, PATCH).flatten(2).transpose(1, 2)  # (b, tokens, channels * 4)
     return {
-        **inputs,
-        "hidden_states": pixel_unshuffle(latents, PATCH).flatten(2).transpose(1, 2),  # (b, tokens, channels * 4)
+        **references.joined(inputs, tokens, _places(rows, columns, latents.device)),
         "timestep": inputs["timestep"] / _TIMESTEPS,
-        "img_ids": _places(rows, columns, latents.device),
         "txt_ids": torch.zeros(text.shape[1], 3, device=text.device),
     }
 
@@ -158,15 +158,21 @@ class _Flat(parts.Flat):
         pooled_projections: Tensor,
         timestep: Tensor,
         guidance: Tensor | None = None,
+        reference_states: Tensor | None = None,
+        reference_places: Tensor | None = None,
     ) -> Tensor:
-        inputs = {
-            "hidden_states": hidden_states,
-            "encoder_hidden_states": encoder_hidden_states,
-            "pooled_projections": pooled_projections,
-            "timestep": timestep,
-        }
+        inputs = references.given(
+            hidden_states=hidden_states,
+            encoder_hidden_states=encoder_hidden_states,
+            pooled_projections=pooled_projections,
+            timestep=timestep,
+            reference_states=reference_states,
+            reference_places=reference_places,
+        )
         found = self.source(**arguments(inputs), guidance=guidance, return_dict=False)[0]  # (b, tokens, channels * 4)
         rows, columns = hidden_states.shape[-2] // PATCH, hidden_states.shape[-1] // PATCH
+        if reference_states is not None:
+            found = found[:, : rows * columns]
         velocity: Tensor = pixel_shuffle(found.transpose(1, 2).unflatten(2, (rows, columns)), PATCH)
         return velocity
 

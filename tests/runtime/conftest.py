@@ -240,6 +240,13 @@ def flux_pipeline() -> Any:
     )
 
 
+def kontext_pipeline() -> Any:
+    """FLUX.1 told a picture."""
+    from diffusers import FluxKontextPipeline
+
+    return FluxKontextPipeline(**flux_pipeline().components)
+
+
 @seeded
 def flux_transformer() -> Any:
     from diffusers import FluxTransformer2DModel
@@ -782,7 +789,7 @@ FILMS = ("wan",)
 
 
 def dit_pipeline() -> Any:
-    """It draws classes, and takes no prompt; see test_class_conditional.py."""
+    """It draws classes, and takes no prompt."""
     from diffusers import DDIMScheduler, DiTPipeline
 
     return DiTPipeline(
@@ -808,7 +815,8 @@ def dit_transformer() -> Any:
     ).eval()
 
 
-OF_CLASSES: dict[str, Callable[[], Any]] = {"dit": dit_pipeline}
+OTHERS: dict[str, Callable[[], Any]] = {"dit": dit_pipeline, "kontext": kontext_pipeline}
+"""Pipelines whose calls are others: see test_class_conditional.py and test_references.py."""
 
 
 def write_bundle(pipeline: Any, folder: Path, *, sparsity: str = "dense") -> Path:
@@ -931,6 +939,11 @@ def dit_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
 
 
 @pytest.fixture(scope="session")
+def kontext_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    return _pair("kontext", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
 def wan_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return _pair("wan", tmp_path_factory)
 
@@ -954,7 +967,7 @@ def _pair(name: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Pat
 
     if name not in _PAIRS:
         torch.set_num_threads(1)
-        pipeline = {**PIPELINES, **OF_CLASSES}[name]()
+        pipeline = {**PIPELINES, **OTHERS}[name]()
         pipeline.set_progress_bar_config(disable=True)
         place = _shared(tmp_path_factory) / name
         folder = place / "bundle"
