@@ -21,7 +21,7 @@ from torch import nn
 
 from obsdiff import checkpoint, offloading, weights
 from obsdiff.checkpoint import DEFAULTS, INDEX
-from obsdiff.families import HELP, Family, dit, parts
+from obsdiff.families import HELP, Family, dit, parts, references
 from obsdiff.families.table import FAMILIES, family_of
 from obsdiff.folders import MANIFEST, is_variant
 from obsdiff.manifest import PrunedManifest, read_manifest
@@ -47,6 +47,7 @@ class Defaults:
         max_sequence_length: text tokens of T5, or of the zeros in its place; None where the pipeline has no such thing.
         prompts: name of the prompt set the pipeline was made for; None for general ones.
         takes_guidance: whether a guidance scale above 1 makes a difference; not where a pipeline's steps are distilled.
+        takes_references: whether its denoiser is told pictures beside the prompt.
         labels: the classes that it draws, where a prompt is one.
     """
 
@@ -58,6 +59,7 @@ class Defaults:
     max_sequence_length: int | None = None
     prompts: str | None = None
     takes_guidance: bool = True
+    takes_references: bool = False
     labels: Labels | None = None
 
 
@@ -263,6 +265,7 @@ def _class_defaults(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "max_sequence_length": default("max_sequence_length", None),
         "prompts": None,
         "takes_guidance": not distilled,
+        "takes_references": references.of(name) is not None,
     }
 
 

@@ -1,11 +1,35 @@
 """Image files as what a pipeline takes."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
 from obsdiff_runtime.autoencoder import Pixels
 from obsdiff_runtime.errors import ConfigError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def open_picture(source: Path | BinaryIO, name: str | None = None) -> "Image":
+    """An image of any format that Pillow reads, in RGB, upright where a camera says how it was held.
+
+    Args:
+        source: a file, by its place or opened.
+        name: what messages call it; its place if None.
+
+    Raises:
+        ConfigError: it is no image.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(source) as opened:
+            return ImageOps.exif_transpose(opened).convert("RGB")
+    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ConfigError(f"{name or source}: no image that can be read: {reason}") from None
 
 
 def read_picture(path: Path, step: int, height: int | None = None, width: int | None = None) -> Pixels:
@@ -20,15 +44,10 @@ def read_picture(path: Path, step: int, height: int | None = None, width: int | 
     Raises:
         ConfigError: the file is no image, or smaller than one step.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL.Image import Resampling
 
-    try:
-        with Image.open(path) as opened:
-            image = opened.convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise ConfigError(f"{path}: no image that can be read: {reason}") from None
+    image = open_picture(path)
     size = (width or image.width // step * step, height or image.height // step * step)
     if 0 in size:
         raise ConfigError(f"{path}: {image.width} x {image.height} pixels, and the model draws no fewer than {step}")
-    return np.asarray(image if size == image.size else image.resize(size, Image.Resampling.LANCZOS))
+    return np.asarray(image if size == image.size else image.resize(size, Resampling.LANCZOS))

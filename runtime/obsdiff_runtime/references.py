@@ -48,6 +48,7 @@ class References:
         served: of the drawn size, that engines take where nothing else is asked for.
         axes: a of a token's place: the picture, its row, its column, and what else is always 0.
         step: from one picture to the next on the first axis, on which what is drawn is at 0.
+        pixels: of the largest picture that is fitted.
         fitted: what diffusers' pipeline makes of a picture by default; told the size of a token in pixels.
     """
 
@@ -55,6 +56,7 @@ class References:
     served: int
     axes: int
     step: int
+    pixels: int
     fitted: Callable[["Image", int], "Image"]
 
     def places(self, sides: Sequence[Sides]) -> Array:
@@ -113,5 +115,12 @@ def _resized(image: "Image", width: int, height: int) -> "Image":
     return image if image.size == (width, height) else image.resize((width, height), Resampling.LANCZOS)
 
 
-KONTEXT: Final = References(most=1, served=1, axes=3, step=1, fitted=fitted_by_shape)
-FLUX2: Final = References(most=None, served=2, axes=4, step=10, fitted=fitted_by_area)
+KONTEXT: Final = References(
+    most=1,
+    served=1,
+    axes=3,
+    step=1,
+    pixels=max(width * height for width, height in KONTEXT_SIZES),
+    fitted=fitted_by_shape,
+)
+FLUX2: Final = References(most=None, served=2, axes=4, step=10, pixels=_MEGAPIXEL, fitted=fitted_by_area)

@@ -11,6 +11,7 @@ from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RES
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image
 
+from obsdiff_runtime import cli
 from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.pipeline import Images, Pipeline
 from obsdiff_runtime.references import FLUX2, KONTEXT, KONTEXT_SIZES, packed, pixels_of
@@ -113,6 +114,28 @@ def test_a_picture_is_fitted_as_diffusers_does(size: tuple[int, int]) -> None:
     wide, high = (side // 16 * 16 for side in smaller.size)
     wanted = processor.preprocess(smaller, height=high, width=wide, resize_mode="crop")[0].permute(1, 2, 0)
     np.testing.assert_allclose(pixels_of(image, 16, FLUX2) / 127.5 - 1, wanted.numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("held", [1, 6], ids=["upright", "on its side"])
+def test_the_command_tells_pictures_of_files_in_their_order(
+    flux2_pair: tuple[Any, Path], held: int, tmp_path: Path
+) -> None:
+    """As a camera says that it was held; what is no whole token is cut off."""
+    pixels = [picture(67, 98), picture(92, 64, seed=1)]
+    for index, each in enumerate(pixels):
+        exif = Image.Exif()
+        exif[0x0112] = held  # orientation
+        Image.fromarray(each).save(tmp_path / f"{index}.png", exif=exif)
+    asked = ["--steps", "2", "--seed", "7", "--height", "24", "--width", "32", "--max-sequence-length", "60"]
+    told = [word for index in range(2) for word in ("--reference", str(tmp_path / f"{index}.png"))]
+    output = str(tmp_path / "out.png")
+    assert cli.run(["generate", str(flux2_pair[1]), "red", "-o", output, *told, *asked, "--threads", "1", "-q"]) == 0
+    ours = Pipeline(flux2_pair[1], threads=1)
+    upright = [np.rot90(each, 0 if held == 1 else -1) for each in pixels]
+    references = [ours.fit(Image.fromarray(each)) for each in upright]
+    given = GIVEN | {"num_inference_steps": 2, "max_sequence_length": 60}
+    expected = ours("red", seed=7, reference=references, **given)
+    np.testing.assert_array_equal(np.asarray(Image.open(output)), expected.arrays[0])
 
 
 def test_what_is_no_reference_is_explained(kontext_pair: tuple[Any, Path], sd3_bundle: Path) -> None:
