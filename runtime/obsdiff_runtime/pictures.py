@@ -12,20 +12,24 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-def open_picture(source: Path | BinaryIO, name: str | None = None) -> "Image":
+def open_picture(source: Path | BinaryIO, name: str | None = None, *, most_pixels: int | None = None) -> "Image":
     """An image of any format that Pillow reads, in RGB, upright where a camera says how it was held.
 
     Args:
         source: a file, by its place or opened.
         name: what messages call it; its place if None.
+        most_pixels: of it; None where that is Pillow's own limit.
 
     Raises:
-        ConfigError: it is no image.
+        ConfigError: it is no image, or too large.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(source) as opened:
+            pixels = opened.width * opened.height
+            if most_pixels is not None and pixels > most_pixels:
+                raise ConfigError(f"{name or source}: {pixels} pixels; at most {most_pixels} are read")
             return ImageOps.exif_transpose(opened).convert("RGB")
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
