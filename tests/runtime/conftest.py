@@ -818,18 +818,26 @@ def dit_transformer() -> Any:
 OTHERS: dict[str, Callable[[], Any]] = {"dit": dit_pipeline, "kontext": kontext_pipeline}
 """Pipelines whose calls are others: see test_class_conditional.py and test_references.py."""
 
+LIKE = {"kontext": "flux"}
+"""Pipelines that share all networks with another but for the denoiser's graph."""
 
-def write_bundle(pipeline: Any, folder: Path, *, sparsity: str = "dense") -> Path:
-    """What `obsdiff export` leaves, without engines."""
+
+def write_bundle(pipeline: Any, folder: Path, *, sparsity: str = "dense", like: Path | None = None) -> Path:
+    """What `obsdiff export` leaves, without engines; `like` is a bundle of the same networks but for the denoiser."""
     from obsdiff.delivery import copy_rest
     from obsdiff.families import exporting
     from obsdiff.families.table import family_of
-    from obsdiff_runtime.bundle import ComponentEntry, Defaults, Manifest, TensorEntry, write_manifest
+    from obsdiff_runtime.bundle import ComponentEntry, Defaults, Manifest, TensorEntry, open_bundle, write_manifest
 
     denoiser = getattr(pipeline, "transformer", None) or pipeline.unet
     family = family_of(denoiser)
-    components = {}
+    components = {} if like is None else dict(open_bundle(like).manifest.components)
+    for name in components.keys() - {family.denoiser}:
+        shutil.copytree(like / name, folder / name)
+    components.pop(family.denoiser, None)
     for component in exporting.components(family, pipeline, height=32, width=32):
+        if component.name in components:
+            continue
         model = _exported(component, folder / component.name)
         inputs, outputs = (
             tuple(TensorEntry(name=port.name, dtype=port.dtype, shape=port.shape) for port in ports)
@@ -974,7 +982,8 @@ def _pair(name: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Pat
         with _only_here(place):
             if not (folder / "obsdiff.json").exists():
                 shutil.rmtree(folder, ignore_errors=True)
-                write_bundle(pipeline, folder)
+                like = _pair(LIKE[name], tmp_path_factory)[1] if name in LIKE else None
+                write_bundle(pipeline, folder, like=like)
         _PAIRS[name] = pipeline, folder
     return _PAIRS[name]
 
