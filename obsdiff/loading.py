@@ -21,12 +21,12 @@ from torch import nn
 
 from obsdiff import checkpoint, offloading, weights
 from obsdiff.checkpoint import DEFAULTS, INDEX
-from obsdiff.families import HELP, Family, dit, parts, references
+from obsdiff.families import HELP, Family, dit, flux, flux2, parts, references
 from obsdiff.families.table import FAMILIES, family_of
 from obsdiff.folders import MANIFEST, is_variant
 from obsdiff.manifest import PrunedManifest, read_manifest
 from obsdiff_runtime import autoencoder
-from obsdiff_runtime.conditioning import IS_DISTILLED
+from obsdiff_runtime.conditioning import IS_DISTILLED, KINDS
 from obsdiff_runtime.errors import ModelError, ResourceError
 from obsdiff_runtime.labels import Labels, read_labels
 
@@ -231,6 +231,14 @@ def require_known_experts(index: Mapping[str, Any], family: Family) -> None:
         )
 
 
+def require_known_flux(index: Mapping[str, Any], family: Family) -> None:
+    """Raises ModelError for pipelines of FLUX that tell its denoiser other things; `index` as above."""
+    name = str(index["_class_name"])
+    known = [each for each in KINDS if each.startswith("Flux") and each.startswith("Flux2") == (family is flux2)]
+    if family in (flux, flux2) and name not in known:
+        raise ModelError(f"of pipelines of FLUX with this denoiser obsdiff knows {', '.join(known)}, not {name}")
+
+
 def _family_of(configs: Mapping[str, Mapping[str, Any]]) -> Family:
     denoiser = next(configs[family.denoiser] for family in FAMILIES.values() if family.denoiser in configs)
     return family_of(str(denoiser["_class_name"]), denoiser)
@@ -358,6 +366,7 @@ def _family(folder: Path, index: Mapping[str, Any]) -> Family:
     if family.denoiser not in index:
         raise ModelError(f"{folder}: no family describes its {found[0][1]}; {HELP}")
     require_known_experts(index, family)
+    require_known_flux(index, family)
     return family
 
 

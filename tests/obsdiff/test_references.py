@@ -1,10 +1,12 @@
 """Reference pictures in calibration, comparison and plans: FLUX.1 Kontext and FLUX.2."""
 
 import copy
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -21,7 +23,7 @@ from obsdiff.settings import Settings
 from obsdiff_export.build import BUILDERS, build
 from obsdiff_export.onnx import export
 from obsdiff_export.profiles import profiles_for
-from obsdiff_runtime.errors import ConfigError
+from obsdiff_runtime.errors import ConfigError, ModelError
 from obsdiff_runtime.references import PLACES, STATES, TOKENS
 
 PROMPTS = ["a red circle", "a blue square", "a star"]
@@ -247,6 +249,21 @@ def test_comparison_tells_both_models_pictures(build_pipeline: Build, folder: Pa
         assert evaluation.velocity_error == 0
         drawn.append(np.stack([each.dense for each in images]).astype(int))
     assert np.abs(drawn[0] - drawn[1]).max() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("FluxFillPipeline", "flux"), ("FluxControlPipeline", "flux"), ("Flux2KleinKVPipeline", "flux2")],
+)
+def test_other_pipelines_of_flux_are_refused(name: str, kind: str, build_pipeline: Build, tmp_path: Path) -> None:
+    parts = build_pipeline(kind, num_layers=1, num_single_layers=1).components
+    known = inspect.signature(getattr(diffusers, name).__init__).parameters
+    pipeline = getattr(diffusers, name)(**{part: value for part, value in parts.items() if part in known})
+    with pytest.raises(ModelError, match=f"of pipelines of FLUX with this denoiser .*, not {name}"):
+        obsdiff.prune(pipeline, sparsity="2:4", prompts=PROMPTS)
+    pipeline.save_pretrained(tmp_path / "model")
+    with pytest.raises(ModelError, match=f"not {name}"):
+        verbs.plan(Settings(model=str(tmp_path / "model"), sparsity="2:4"))
 
 
 def test_a_folder_of_pictures_is_listed_and_refused_where_there_are_none(

@@ -28,6 +28,7 @@ class BoundedBodies:
         app: App,
         max_bytes: int = MAX_BODY_BYTES,
         seconds: float = BODY_SECONDS,
+        *,
         forms: Collection[str] = (),
     ) -> None:
         self._app, self._max_bytes, self._seconds, self._forms = app, max_bytes, seconds, forms
