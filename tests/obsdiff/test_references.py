@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 
 import obsdiff
 from obsdiff import calibration, pictures, pruning, trajectories, verbs
+from obsdiff.engines import sizes_of
 from obsdiff.evaluation import evaluate
 from obsdiff.families import references
 from obsdiff.families.table import family_of
@@ -230,6 +231,20 @@ def test_a_plan_counts_one_picture_where_some_are_given_and_says_so_where_not(
         assert tokens["transformer_blocks.0.attn.to_q"] == pictures_of_image * 64
         assert tokens["single_transformer_blocks.0.proj_mlp"] == pictures_of_image * 64 + 6
         assert any("calibration told it none" in note for note in plan.notes) == (name is None)
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "expected"),
+    [
+        ("FluxKontextPipeline", 8, (0, 512 * 512 // 256, 800 * 1328 // 256)),
+        ("Flux2KleinPipeline", 16, (0, 512 * 512 // 256, 2 * 1024 * 1024 // 256)),
+        ("FluxPipeline", 8, None),
+    ],
+)
+def test_engines_hold_pictures_as_large_as_they_are_fitted(name: str, scale: int, expected: Any) -> None:
+    asked = sampling(None, height=512, width=512)
+    sizes = sizes_of(asked, name, {"in_channels": 64}, rows=1, text_tokens=6, vae_scale=scale)
+    assert sizes.get(TOKENS) == expected
 
 
 def test_comparison_tells_both_models_pictures(build_pipeline: Build, folder: Path) -> None:
