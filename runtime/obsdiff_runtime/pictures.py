@@ -12,12 +12,19 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-def open_picture(source: Path | BinaryIO, name: str | None = None, *, most_pixels: int | None = None) -> "Image":
-    """An image of any format that Pillow reads, in RGB, upright where a camera says how it was held.
+def open_picture(
+    source: Path | BinaryIO,
+    name: str | None = None,
+    *,
+    formats: tuple[str, ...] | None = None,
+    most_pixels: int | None = None,
+) -> "Image":
+    """An image in RGB, upright where a camera says how it was held.
 
     Args:
         source: a file, by its place or opened.
         name: what messages call it; its place if None.
+        formats: that are read, as Pillow calls them; None for all of its.
         most_pixels: of it; None where that is Pillow's own limit.
 
     Raises:
@@ -26,12 +33,12 @@ def open_picture(source: Path | BinaryIO, name: str | None = None, *, most_pixel
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with Image.open(source) as opened:
+        with Image.open(source, formats=formats) as opened:
             pixels = opened.width * opened.height
             if most_pixels is not None and pixels > most_pixels:
                 raise ConfigError(f"{name or source}: {pixels} pixels; at most {most_pixels} are read")
             return ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except (OSError, EOFError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ConfigError(f"{name or source}: no image that can be read: {reason}") from None
 

@@ -22,6 +22,9 @@ NAMES: Final = ("image", "image[]")
 """Of the pictures in the form: one, or several."""
 
 MOST_PICTURES: Final = 4
+FORMATS: Final = ("PNG", "JPEG", "WEBP")
+"""OpenAI's; to read others can start other programs."""
+
 MOST_PIXELS: Final = 25_000_000
 """Of a picture as it is sent; it is scaled down before the model reads it."""
 
@@ -90,7 +93,7 @@ async def read_pictures(pipeline: Pipeline, uploads: Sequence[Upload]) -> list[P
     """
 
     def read(upload: Upload) -> Pixels:
-        image = open_picture(io.BytesIO(upload.content), upload.name, most_pixels=MOST_PIXELS)
+        image = open_picture(io.BytesIO(upload.content), upload.name, formats=FORMATS, most_pixels=MOST_PIXELS)
         return pipeline.fit(image)
 
     return [await asyncio.to_thread(read, upload) for upload in uploads]

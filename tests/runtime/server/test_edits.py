@@ -29,11 +29,11 @@ def client(running: Any) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def file_of(height: int, width: int, seed: int = 0) -> tuple[str, bytes]:
+def file_of(height: int, width: int, seed: int = 0, kind: str = "png") -> tuple[str, bytes]:
     pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "png")
-    return f"{seed}.png", file.getvalue()
+    Image.fromarray(pixels).save(file, kind)
+    return f"{seed}.{kind}", file.getvalue()
 
 
 def test_openai_s_client_edits_pictures(client: openai.OpenAI, flux2_pair: tuple[Any, Path]) -> None:
@@ -71,6 +71,7 @@ def test_an_edit_is_streamed_under_its_own_name(client: openai.OpenAI) -> None:
         ({"prompt": PROMPT, "seeds": "3"}, [("image", file_of(64, 64))], 400, "did you mean seed?"),
         ({"prompt": PROMPT}, [("mask", file_of(64, 64))], 400, "mask: no file of that name is read"),
         ({"prompt": PROMPT}, [("image", ("a.png", b"no picture"))], 400, "a.png: no image that can be read"),
+        ({"prompt": PROMPT}, [("image", file_of(64, 64, kind="bmp"))], 400, "0.bmp: no image that can be read"),
         ({"prompt": PROMPT}, [("image", file_of(3, 64))], 400, "the model reads no fewer than 4"),
         ({"prompt": PROMPT, "model": "model-1"}, [("image", file_of(64, 64))], 400, "is told no pictures"),
         ({"prompt": PROMPT, "model": "dall-e-3"}, [("image", file_of(64, 64))], 404, "there is no model 'dall-e-3'"),
