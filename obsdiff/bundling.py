@@ -223,6 +223,7 @@ def deliver(
                 before,
                 denoiser.model,
                 sampled,
+                job.pipeline_class,
                 text_tokens=job.text_tokens,
                 vae_scale=vae_scale(job.configs),
                 progress=progress,
@@ -255,6 +256,8 @@ def served_by(job: Job, pipeline: DiffusionPipeline | None = None) -> Served:
     """What the job's engines are for; without its pipeline, what the denoiser's are for."""
     sizes = engines.sizes_of(
         job.recipe.sampling,
+        job.pipeline_class,
+        job.configs[job.family.denoiser],
         rows=job.rows,
         text_tokens=job.text_tokens,
         vae_scale=vae_scale(job.configs),

@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from obsdiff import class_calls, offloading, padding, pointwise, ranks
+from obsdiff import calls, offloading, padding, pictures, pointwise, ranks
 from obsdiff.core import timesteps
 from obsdiff.core.gram import Gram, GramAccumulator
 from obsdiff.families import Family, guided
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """Prompts as the pipeline's call takes them: embeddings of (prompts, ...) on the CPU, encoded once."""
+    """Prompts, and pictures, as the pipeline's call takes them: (prompts, ...) on the CPU, encoded once."""
 
     texts: tuple[str, ...]
     embeddings: Mapping[str, Tensor]
@@ -44,14 +44,15 @@ class Prompts:
 def encode(
     pipeline: DiffusionPipeline, family: Family, texts: Sequence[str], sampling: Sampling, *, negative: str = ""
 ) -> Prompts:
-    """Runs the text encoders once over all prompts, in batches."""
+    """Runs the text encoders once over all prompts, in batches, and the VAE over what pictures they are told with."""
     negatives = guided(family, getattr(pipeline, family.denoiser), sampling.guidance_scale)
     options = {} if sampling.max_sequence_length is None else {"max_sequence_length": sampling.max_sequence_length}
     parts: list[dict[str, Tensor]] = []
     with offloading.borrowed(offloading.encoders(pipeline), pipeline.device):
         for rows in batches(len(texts), sampling.batch_size):
             chunk = texts[rows.start : rows.stop]
-            parts.append(family.encode(pipeline, chunk, [negative] * len(chunk) if negatives else [], **options))
+            text = family.encode(pipeline, chunk, [negative] * len(chunk) if negatives else [], **options)
+            parts.append(text | pictures.latents(pipeline, sampling, rows))
     return Prompts(
         texts=tuple(texts), embeddings={name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
     )
@@ -79,7 +80,7 @@ def sample(pipeline: DiffusionPipeline, prompts: Prompts, rows: range, sampling:
         "generator": generators,
         "output_type": "latent",
     }
-    latents: Tensor = class_calls.call(pipeline)(**(arguments | overrides))[0]  # images, or frames
+    latents: Tensor = calls.call(pipeline)(**(arguments | overrides))[0]  # images, or frames
     return latents
 
 

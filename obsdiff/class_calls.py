@@ -1,22 +1,21 @@
 """Pipelines that draw classes, called as those that draw prompts are."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, Final
+from typing import Any
 
-from diffusers import DiffusionPipeline, DiTPipeline
+from diffusers import DiTPipeline
 from torch import Tensor
 
 from obsdiff.families import dit
+from obsdiff.instead import instead
 
-_ABSENT: Final = object()
 
-
-def call(pipeline: DiffusionPipeline) -> Callable[..., Any]:
-    """The pipeline's call; that of a DiTPipeline with the arguments and results that others have."""
-    return partial(_draw, pipeline) if isinstance(pipeline, DiTPipeline) else pipeline
+def call(pipeline: DiTPipeline) -> Callable[..., Any]:
+    """The pipeline's call with the arguments and results that others have."""
+    return partial(_draw, pipeline)
 
 
 def _draw(
@@ -53,10 +52,10 @@ def _draw(
             callback(call, timestep, last[0])
 
     with ExitStack() as stack:
-        stack.enter_context(_instead(pipeline.scheduler, "step", _noted(pipeline.scheduler.step, note)))
+        stack.enter_context(instead(pipeline.scheduler, "step", _noted(pipeline.scheduler.step, note)))
         if output_type != "latent":
             return pipeline(class_labels=numbers, output_type=output_type, **same)
-        stack.enter_context(_instead(pipeline, "vae", _Undecoding()))
+        stack.enter_context(instead(pipeline, "vae", _Undecoding()))
         pipeline(class_labels=numbers, output_type="pt", **same)
     return (last[0],)
 
@@ -82,18 +81,3 @@ def _noted(step: Callable[..., Any], note: Callable[[int, Any, Tensor], None]) -
         return found
 
     return noted
-
-
-@contextmanager
-def _instead(thing: object, name: str, value: object) -> Iterator[None]:
-    """The thing with another attribute under this name, until the block ends."""
-    own = vars(thing)
-    before = own.get(name, _ABSENT)
-    own[name] = value
-    try:
-        yield
-    finally:
-        if before is _ABSENT:
-            del own[name]
-        else:
-            own[name] = before

@@ -57,13 +57,18 @@ def options(*flags: Flag) -> dict[str, Declared]:
     """Flags that the runtime's own command has too, by the names of their values."""
     return {
         flag.key: option(
-            flag.kind if flag.default is not None else flag.kind | None,
+            _kind(flag),
             *(name for name in (flag.name, flag.short) if name is not None),
             text=flag.text,
             default=flag.default,
         )
         for flag in flags
     }
+
+
+def _kind(flag: Flag) -> Any:
+    kind = list[flag.kind] if flag.many else flag.kind  # type: ignore[name-defined]
+    return kind if flag.default is not None else kind | None
 
 
 COMMON = {

@@ -11,7 +11,7 @@ from torch import nn
 
 from obsdiff.checkpoint import save_index
 from obsdiff.engines import engine_entry
-from obsdiff.families import Family, autoencoders, exporting, rows
+from obsdiff.families import Family, autoencoders, exporting, references, rows
 from obsdiff.measurements import ExportedComponent, LatencyPair, NotMeasured
 from obsdiff.recipe import Sampling
 from obsdiff.settings import Settings
@@ -171,8 +171,13 @@ def export_denoiser(
     opset: int | None,
 ) -> OnnxModel:
     """Writes the graph of another denoiser than the pipeline's, the dense one say, to `folder`."""
-    component = family.component(
-        denoiser, height=sampling.height, width=sampling.width, vae_scale=autoencoders.vae_scale_of(pipeline, family)
+    component = references.component(
+        family,
+        denoiser,
+        type(pipeline).__name__,
+        height=sampling.height,
+        width=sampling.width,
+        vae_scale=autoencoders.vae_scale_of(pipeline, family),
     )
     return onnx.export(component, folder, dtype=getattr(torch, dtype), opset=opset)
 
@@ -183,6 +188,7 @@ def time_denoisers(
     dense: OnnxModel,
     pruned: OnnxModel,
     sampling: Sampling,
+    pipeline_class: str,
     *,
     text_tokens: int,
     vae_scale: int,
@@ -196,6 +202,7 @@ def time_denoisers(
         dense: the graph of the denoiser before pruning.
         pruned: the graph in the bundle, in the same dtype.
         sampling: the served size.
+        pipeline_class: of both; where it is told pictures, the calls are told none.
         text_tokens: of one prompt.
         vae_scale: pixels per side of a latent pixel.
         progress: told of the runs.
@@ -210,7 +217,7 @@ def time_denoisers(
         size=sampling.latents(vae_scale),
         text_tokens=text_tokens,
         pixels=(sampling.height, sampling.width),
-    )
+    ) | references.example(denoiser, pipeline_class, batch=images, tokens=0)
     inputs = {name: tensor.float().numpy() for name, tensor in example.items()}
     timings = time_interleaved(
         {name: lambda session=session: session.run(inputs) for name, session in sessions.items()},  # type: ignore[misc]

@@ -28,6 +28,7 @@ from obsdiff_runtime.bundle import Bundle, EngineEntry, open_bundle, write_manif
 from obsdiff_runtime.conditioning import KINDS
 from obsdiff_runtime.errors import CompatibilityError, ConfigError, SparsityProofError
 from obsdiff_runtime.progress import Progress, silent
+from obsdiff_runtime.references import TOKENS
 from obsdiff_runtime.shapes import Profile, Symbols, words
 
 HARDWARE: Final = (2, 4)
@@ -161,6 +162,8 @@ def order_of(settings: Settings) -> Order:
 
 def sizes_of(
     sampling: Sampling,
+    pipeline: str,
+    config: Mapping[str, Any],
     *,
     rows: int,
     text_tokens: int,
@@ -170,11 +173,18 @@ def sizes_of(
 ) -> dict[str, Size]:
     """What every dynamic axis is at the served size: one image, of so many rows of the denoiser, or up to four.
 
-    Prompts, not negative ones, may stand behind an instruction, and all of them in a template.
+    Prompts, not negative ones, may stand behind an instruction, and all of them in a template. A denoiser that is told
+    pictures is told none, best one of the served size, and at most as many as `References.served` says, of that size or
+    as large as they are fitted. `pipeline` and `config` are as for `served`.
     """
     length = (sampling.max_sequence_length or 256) + template_tokens
     longest = length + instruction_tokens
     *frames, height, width = sampling.latents(vae_scale)
+    kind, pictures = KINDS.get(pipeline), {}
+    if kind is not None and kind.references is not None:
+        step = vae_scale * kind.patch(config)
+        own = (sampling.height // step) * (sampling.width // step)
+        pictures = {TOKENS: (0, own, kind.references.served * max(own, kind.references.pixels // step**2))}
     return {
         "batch": (1, rows, IMAGES[1] * rows),
         **({"frames": frames[0]} if frames else {}),
@@ -183,6 +193,7 @@ def sizes_of(
         "image_height": sampling.height,
         "image_width": sampling.width,
         **({"text_tokens": text_tokens} if text_tokens else {}),
+        **pictures,
         "sequence": (length, longest, longest) if instruction_tokens else length,
     }
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from obsdiff import costs
-from obsdiff.families import Family
+from obsdiff.families import Family, references
 from obsdiff.measurements import Counts, Environment, NotMeasured
 from obsdiff.recipe import Sampling
 from obsdiff_export.stored import values
@@ -48,14 +48,14 @@ def _version(name: str) -> str | None:
 
 
 def positions(
-    denoiser: nn.Module, family: Family, sampling: Sampling, *, text_tokens: int, vae_scale: int
+    denoiser: nn.Module, family: Family, sampling: Sampling, pipeline_class: str, *, text_tokens: int, vae_scale: int
 ) -> dict[str, int]:
-    """costs.positions of one denoiser call on one image of the sampled size.
+    """costs.positions of one denoiser call on one image of the sampled size, told a picture where there are some.
 
     Of a denoiser that no family describes they are an estimate: all linears of its blocks run over the image's tokens.
     """
+    config: Any = denoiser.config
     if not family.described:
-        config: Any = denoiser.config
         tokens = family.tokens(
             config, height=sampling.height, width=sampling.width, text_tokens=text_tokens, vae_scale=vae_scale
         )
@@ -67,6 +67,9 @@ def positions(
         text_tokens=text_tokens,
         pixels=(sampling.height, sampling.width),
     )
+    if sampling.references:
+        tokens = family.tokens(config, height=sampling.height, width=sampling.width, text_tokens=0, vae_scale=vae_scale)
+        inputs |= references.example(denoiser, pipeline_class, batch=1, tokens=tokens["image"])
     return costs.positions(denoiser, family.arguments(inputs))
 
 

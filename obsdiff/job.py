@@ -13,7 +13,7 @@ from diffusers.utils.logging import disable_progress_bar
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from obsdiff import allocation, costs, facts, latencies, moments, planning, ranks
+from obsdiff import allocation, costs, facts, latencies, moments, pictures, planning, ranks
 from obsdiff.checkpoint import DEFAULTS, unsaved
 from obsdiff.estimates import Streams, Workload
 from obsdiff.families import HELP, Family, generic, rows
@@ -26,6 +26,7 @@ from obsdiff.loading import (
     load_configs,
     load_pipeline,
     require_known_experts,
+    require_known_flux,
     shipped_pipeline,
     vae_scale,
 )
@@ -71,6 +72,7 @@ class Job:
             denoiser,
             self.family,
             self.recipe.sampling,
+            self.pipeline_class,
             text_tokens=self.text_tokens,
             vae_scale=vae_scale(self.configs),
         )
@@ -83,7 +85,7 @@ class Job:
     def plan(self) -> Plan:
         recipe = self.recipe
         linears, groups = select(recipe, self.family.linears(self.denoiser), self.family.groups(self.denoiser))
-        return planning.plan(
+        planned = planning.plan(
             self.denoiser,
             self.family,
             recipe.sparsity,
@@ -104,6 +106,13 @@ class Job:
                 streams=streams_of(recipe) if METHODS[recipe.method].streams else None,
             ),
         )
+        return dataclasses.replace(planned, notes=(*planned.notes, *self.notes()))
+
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of how it is calibrated."""
+        sparsity = self.recipe.sparsity
+        calibrates = METHODS[self.recipe.method].calibrates and (sparsity.structured or sparsity.pattern is not None)
+        return pictures.note(self.pipeline_class, self.recipe.sampling) if calibrates else ()
 
 
 def streams_of(recipe: Recipe) -> Streams:
@@ -258,6 +267,7 @@ def given(pipeline: DiffusionPipeline) -> LoadedPipeline:
     if family.denoiser != name:
         raise ModelError(f"no family describes this {type(getattr(pipeline, name)).__name__}; {HELP}")
     require_known_experts(index, family)
+    require_known_flux(index, family)
     configs[name]["_class_name"] = type(getattr(pipeline, name)).__name__
     configs["model_index"] = index
     folder = Path(str(pipeline.config.get("_name_or_path") or "in memory"))

@@ -18,6 +18,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from obsdiff.metrics import Picture
 from obsdiff.perceptual import load_lpips
+from obsdiff.recipe import PICTURES
 from obsdiff.settings import Settings
 from obsdiff_runtime.errors import ConfigError, MissingPackageError
 
@@ -27,7 +28,6 @@ Distance = Callable[[Picture, Picture], float]
 
 OBEDIENCE: Final = "obedience"
 CLIP_SCORE: Final = "clip_score"
-PICTURES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclass(frozen=True, kw_only=True)

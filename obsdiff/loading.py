@@ -21,12 +21,12 @@ from torch import nn
 
 from obsdiff import checkpoint, offloading, weights
 from obsdiff.checkpoint import DEFAULTS, INDEX
-from obsdiff.families import HELP, Family, dit, parts
+from obsdiff.families import HELP, Family, dit, flux, flux2, parts, references
 from obsdiff.families.table import FAMILIES, family_of
 from obsdiff.folders import MANIFEST, is_variant
 from obsdiff.manifest import PrunedManifest, read_manifest
 from obsdiff_runtime import autoencoder
-from obsdiff_runtime.conditioning import IS_DISTILLED
+from obsdiff_runtime.conditioning import IS_DISTILLED, KINDS
 from obsdiff_runtime.errors import ModelError, ResourceError
 from obsdiff_runtime.labels import Labels, read_labels
 
@@ -47,6 +47,7 @@ class Defaults:
         max_sequence_length: text tokens of T5, or of the zeros in its place; None where the pipeline has no such thing.
         prompts: name of the prompt set the pipeline was made for; None for general ones.
         takes_guidance: whether a guidance scale above 1 makes a difference; not where a pipeline's steps are distilled.
+        takes_references: whether its denoiser is told pictures beside the prompt.
         labels: the classes that it draws, where a prompt is one.
     """
 
@@ -58,6 +59,7 @@ class Defaults:
     max_sequence_length: int | None = None
     prompts: str | None = None
     takes_guidance: bool = True
+    takes_references: bool = False
     labels: Labels | None = None
 
 
@@ -229,6 +231,14 @@ def require_known_experts(index: Mapping[str, Any], family: Family) -> None:
         )
 
 
+def require_known_flux(index: Mapping[str, Any], family: Family) -> None:
+    """Raises ModelError for pipelines of FLUX that tell its denoiser other things; `index` as above."""
+    name = str(index["_class_name"])
+    known = [each for each in KINDS if each.startswith("Flux") and each.startswith("Flux2") == (family is flux2)]
+    if family in (flux, flux2) and name not in known:
+        raise ModelError(f"of pipelines of FLUX with this denoiser obsdiff knows {', '.join(known)}, not {name}")
+
+
 def _family_of(configs: Mapping[str, Mapping[str, Any]]) -> Family:
     denoiser = next(configs[family.denoiser] for family in FAMILIES.values() if family.denoiser in configs)
     return family_of(str(denoiser["_class_name"]), denoiser)
@@ -263,6 +273,7 @@ def _class_defaults(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "max_sequence_length": default("max_sequence_length", None),
         "prompts": None,
         "takes_guidance": not distilled,
+        "takes_references": references.of(name) is not None,
     }
 
 
@@ -355,6 +366,7 @@ def _family(folder: Path, index: Mapping[str, Any]) -> Family:
     if family.denoiser not in index:
         raise ModelError(f"{folder}: no family describes its {found[0][1]}; {HELP}")
     require_known_experts(index, family)
+    require_known_flux(index, family)
     return family
 
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from obsdiff import pictures
 from obsdiff.families import Family
 from obsdiff_runtime.errors import CalibrationError, ModelError
 
@@ -20,11 +21,15 @@ is not in it, it looks at all."""
 def masks(family: Family, denoiser: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
     """The masks of a denoiser call, by its keyword arguments.
 
+    Of what is drawn, the last linear's, tokens of pictures that the denoiser is told count nothing: nobody reads them.
     Where text and image are one sequence, a row's image is taken to stand right behind its text, and padding behind it.
 
     Raises:
         ModelError: the argument holds something else than a token's 0 or 1.
     """
+    own = pictures.drawn(arguments)
+    if own is not None:
+        return {"drawn": own.expand(len(arguments["hidden_states"]), -1)}
     mask = None if family.text_mask is None else arguments.get(family.text_mask)
     if mask is None:
         return {}

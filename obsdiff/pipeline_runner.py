@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from obsdiff import checkpoint, class_calls, job, ranks
+from obsdiff import calls, checkpoint, job, ranks
 from obsdiff.delivery import DTYPES
 from obsdiff.families import parts
 from obsdiff.loading import (
@@ -224,14 +224,14 @@ class PipelineRunner:
             stack.enter_context(self._graphs_kept())
             stack.enter_context(self._watched(laps))
             before, start = self._allocated(reset=True), clock.mark()
-            images = class_calls.call(pipeline)(
+            images = calls.call(pipeline)(
                 prompt=request.prompt,
                 height=request.height,
                 width=request.width,
                 num_inference_steps=request.num_inference_steps,
                 generator=torch.Generator("cpu").manual_seed(request.seed),
                 **{parts.guidance_argument(type(pipeline)): request.guidance_scale},
-                **exactly(pipeline, embedded=False),
+                **exactly(pipeline, embedded=False, pixels=request.height * request.width),
                 **telling(pipeline, note_step),
                 **told,
             )[0]  # images, or frames

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from obsdiff.groups import Group, LinearSpec
 from obsdiff.settings import Settings
@@ -21,6 +21,9 @@ from obsdiff_runtime.labels import Labels
 ASSETS = Path(__file__).parent / "assets"
 BlockRange = tuple[int, int]
 
+PICTURES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+"""Names of files that are looked at where a folder of pictures is given."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -28,6 +31,7 @@ class Sampling:
 
     Attributes:
         num_frames: of a film, in pixels; None where pictures are drawn.
+        references: files of the pictures that drawings are told, in turn; see pictures.py.
     """
 
     num_inference_steps: int
@@ -38,6 +42,7 @@ class Sampling:
     batch_size: int
     seed: int
     num_frames: int | None = None
+    references: tuple[str, ...] = ()
 
     def latents(self, vae_scale: int) -> tuple[int, ...]:
         """Sides of the latents: (height, width), of a film (frames, height, width)."""
@@ -122,6 +127,10 @@ class Recipe:
         data["sparsity"] = str(self.sparsity)
         data["prompts"] = len(self.prompts)
         data["prompts_sha256"] = prompts_digest(self.prompts)
+        files = self.sampling.references
+        data["sampling"]["references"] = len(files)
+        if files:
+            data["references_sha256"] = files_digest(files)
         return data
 
     def digest(self) -> str:
@@ -131,6 +140,29 @@ class Recipe:
 
 def prompts_digest(prompts: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+
+
+def files_digest(files: Sequence[str]) -> str:
+    """A hash of what is in the files, in their order."""
+    found = hashlib.sha256()
+    for file in files:
+        found.update(hashlib.sha256(Path(file).read_bytes()).digest())
+    return found.hexdigest()
+
+
+def list_references(folder: str | Path) -> tuple[str, ...]:
+    """The pictures of a folder, by name.
+
+    Raises:
+        ConfigError: there is no such folder, or no picture in it.
+    """
+    place = Path(folder)
+    if not place.is_dir():
+        raise ConfigError(f"--references {folder}: there is no such folder")
+    found = tuple(str(path) for path in sorted(place.iterdir()) if path.suffix.lower() in PICTURES)
+    if not found:
+        raise ConfigError(f"--references {folder}: holds no picture, such as a .png or .jpg")
+    return found
 
 
 def read_prompts(path: str | Path, flag: str = "--prompts-file") -> tuple[str, ...]:

@@ -10,7 +10,15 @@ from obsdiff.core.timesteps import SCHEDULES
 from obsdiff.families import Family, require_described
 from obsdiff.loading import Defaults
 from obsdiff.methods.table import METHODS
-from obsdiff.recipe import Recipe, Sampling, calibration_prompts, parse_blocks, parse_bytes, require_classes
+from obsdiff.recipe import (
+    Recipe,
+    Sampling,
+    calibration_prompts,
+    list_references,
+    parse_blocks,
+    parse_bytes,
+    require_classes,
+)
 from obsdiff.settings import Settings
 from obsdiff.sparsity import Sparsity, Unstructured, parse
 from obsdiff_runtime.autoencoder import film_frames
@@ -149,7 +157,16 @@ def sampling(settings: Settings, defaults: Defaults) -> Sampling:
         batch_size=_at_least("--batch-size", 1, settings.batch_size, 4),
         seed=_at_least("--seed", 0, settings.seed, 0, most=LARGEST_SEED),
         num_frames=film_frames(settings.num_frames, defaults.num_frames, "--num-frames"),
+        references=_references(settings.references, defaults),
     )
+
+
+def _references(folder: str | None, defaults: Defaults) -> tuple[str, ...]:
+    if folder is None:
+        return ()
+    if not defaults.takes_references:
+        raise ConfigError(f"--references {folder}: this pipeline's denoiser is told no pictures; leave it out")
+    return list_references(folder)
 
 
 def _method(asked: str | None, sparsity: Sparsity) -> str:

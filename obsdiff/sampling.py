@@ -18,7 +18,7 @@ from diffusers import DiffusionPipeline
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from obsdiff import class_calls
+from obsdiff import calls, pictures
 from obsdiff.families import Family, guided, parts
 from obsdiff.metrics import Picture
 from obsdiff.recipe import Sampling
@@ -84,8 +84,10 @@ class Sampler:
         blocks = BlockErrors(block_modules(self.family.linears(dense)), prompts, steps, clock)
 
         def compare(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            dense_velocity = _finite(velocity_of(dense, output), "dense", clock.step, batch.prompts)
-            pruned_velocity = _finite(velocity_of(dense, pruned(*args, **kwargs)), "pruned", clock.step, batch.prompts)
+            found = {"dense": output, "pruned": pruned(*args, **kwargs)}
+            dense_velocity, pruned_velocity = (
+                _finite(velocity_of(dense, each, kwargs), who, clock.step, batch.prompts) for who, each in found.items()
+            )
             velocities.add(dense_velocity, pruned_velocity)
 
         with blocks.watching(dense, pruned):
@@ -125,7 +127,7 @@ class Sampler:
             stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
             torch.manual_seed(batch.seeds[0])
             stack.enter_context(_swapped(self.pipeline, self.family.denoiser, denoiser))
-            images = class_calls.call(self.pipeline)(
+            images = calls.call(self.pipeline)(
                 **call_of(self.pipeline, batch.text, batch.prompts, self.sampling),
                 generator=[torch.Generator("cpu").manual_seed(seed) for seed in batch.seeds],
                 output_type="np",
@@ -149,6 +151,7 @@ def batches(sampler: Sampler, prompts: Sequence[str], negative: str) -> Iterator
     for start in range(0, len(prompts), sampling.batch_size):
         texts = prompts[start : start + sampling.batch_size]
         text = sampler.family.encode(sampler.pipeline, texts, [negative] * len(texts) if negatives else [], **options)
+        text = text | pictures.latents(sampler.pipeline, sampling, range(start, start + len(texts)))
         yield Batch(prompts=texts, seeds=[sampling.seed + start + i for i in range(len(texts))], text=text)
 
 
@@ -156,8 +159,9 @@ def call_of(
     pipeline: DiffusionPipeline, text: Mapping[str, Tensor], prompts: Sequence[str], sampling: Sampling
 ) -> dict[str, Any]:
     """What the pipeline's call is told; the prompts themselves where `text`, which is embedded, is empty."""
-    told: dict[str, Any] = dict(text) or {"prompt": list(prompts)}
-    if not text and sampling.max_sequence_length is not None:
+    embedded = text.keys() != {pictures.ARGUMENT} and bool(text)
+    told: dict[str, Any] = dict(text) if embedded else {"prompt": list(prompts), **text}
+    if not embedded and sampling.max_sequence_length is not None:
         told["max_sequence_length"] = sampling.max_sequence_length
     return {
         **told,
@@ -166,18 +170,19 @@ def call_of(
         "height": sampling.height,
         "width": sampling.width,
         **({} if sampling.num_frames is None else {"num_frames": sampling.num_frames}),
-        **exactly(pipeline, embedded=bool(text)),
+        **exactly(pipeline, embedded=embedded, pixels=sampling.height * sampling.width),
     }
 
 
-def exactly(pipeline: DiffusionPipeline, *, embedded: bool) -> dict[str, Any]:
-    """Arguments by which a call draws what it is asked for, whether its text is embedded or not.
+def exactly(pipeline: DiffusionPipeline, *, embedded: bool, pixels: int) -> dict[str, Any]:
+    """Arguments by which a call draws what it is asked for, so many pixels, whether its text is embedded or not.
 
     By default PixArt's calls rewrite a prompt, draw the nearest of the sizes they were trained on and scale it, and
     have an empty negative prompt, which excludes an embedded one. Qwen-Image's has none, and does not guide without.
+    FLUX.1 Kontext's scale what is drawn to a megapixel.
     """
     known = inspect.signature(type(pipeline).__call__).parameters
-    told: dict[str, Any] = {"use_resolution_binning": False, "clean_caption": False}
+    told: dict[str, Any] = {"use_resolution_binning": False, "clean_caption": False, "max_area": pixels}
     if embedded:
         told["negative_prompt"] = None
     elif parts.guidance_argument(type(pipeline)) != parts.GUIDANCE:
@@ -214,13 +219,17 @@ def _picture(drawn: NDArray[Any]) -> Picture:
     return picture
 
 
-def velocity_of(denoiser: nn.Module, output: Any) -> Tensor:
-    """What the sampler reads of what a denoiser's call gives, (rows, ...).
+def velocity_of(denoiser: nn.Module, output: Any, arguments: Mapping[str, Any]) -> Tensor:
+    """What the sampler reads of what a denoiser's call with these arguments gives, (rows, ...).
 
     It is the first thing; some give it as a list of rows, and PixArt's has a variance behind it, which is not read.
+    Nor is what is given at tokens of pictures that it was told.
     """
     first = output[0] if isinstance(output, tuple) else output.sample
     velocity = torch.stack(list(first)) if isinstance(first, list) else first
+    drawn = pictures.drawn(arguments)
+    if drawn is not None:
+        return velocity[:, drawn]
     channels = getattr(denoiser.config, "in_channels", None)
     learned = channels is not None and velocity.ndim == 4 and velocity.shape[1] == 2 * channels
     return velocity[:, :channels] if learned else velocity

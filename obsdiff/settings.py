@@ -72,6 +72,10 @@ class Settings:
     width: Annotated[int | None, "image width in pixels; default: the pipeline's"] = None
     num_frames: Annotated[int | None, "frames of a film: 1, 5, 9, ...; default: the pipeline's"] = None
     max_sequence_length: Annotated[int | None, "T5 tokens; default: the pipeline's"] = None
+    references: Annotated[
+        str | None,
+        "folder of pictures that FLUX.1 Kontext and FLUX.2 are told, in turn with the prompts; default: none",
+    ] = None
     batch_size: Annotated[int | None, "prompts per batch; default: 4"] = None
     seed: Annotated[int | None, "each prompt's noise is seeded by this plus its index; default: 0"] = None
     time_weights: Annotated[

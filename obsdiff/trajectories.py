@@ -97,7 +97,7 @@ def record(
     def look(step: int, compute: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         texts = f"prompts {passes[place].start + 1} to {passes[place].stop}"
         output = compute(*args, **kwargs)
-        velocity = velocity_of(denoiser, output)
+        velocity = velocity_of(denoiser, output, kwargs)
         if not bool(velocity.isfinite().all()):
             raise CalibrationError(f"step {step + 1}, {texts}: the denoiser's output is not finite; are its weights?")
         if step in keeping:

@@ -266,7 +266,11 @@ def export(
             command=command,
             licence=card.licence_of(loaded.folder),
             quantized=() if rounding is None else rounding.linears,
-            notes=(*(() if rounding is None else (rounding.note(),)), *delivery.notes(finished.components)),
+            notes=(
+                *job.notes(),
+                *(() if rounding is None else (rounding.note(),)),
+                *delivery.notes(finished.components),
+            ),
         )
         finish(folder, job, found, images, finished)
         built = [engine for item in finished.components for engine in item.engines]

@@ -18,6 +18,7 @@ FAMILIES: Final = {
     "sdxl": "`unet`: SDXL",
     "sd3": "`sd3`: SD3, SD3.5",
     "flux": "`flux`: FLUX.1",
+    "kontext": "`flux`: FLUX.1 Kontext",
     "flux2": "`flux2`: FLUX.2-klein, FLUX.2-dev",
     "pixart": "`pixart`: PixArt-alpha, PixArt-sigma",
     "auraflow": "`auraflow`: AuraFlow",

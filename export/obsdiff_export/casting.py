@@ -10,7 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 _Leaves = dict[str, Tensor | None]
 
-FLOAT32_INPUTS: Final = frozenset({"timestep", "time_ids", "resolution", "aspect_ratio", "image_meta_size"})
+FLOAT32_INPUTS: Final = frozenset(
+    {"timestep", "time_ids", "resolution", "aspect_ratio", "image_meta_size", "reference_places"}
+)
 """Inputs that stay float32 in every graph: bfloat16 knows 996 and 1000, but no timestep between them."""
 
 

@@ -6,6 +6,7 @@ from typing import Final
 
 from obsdiff_export.ports import Port
 from obsdiff_runtime.errors import ConfigError
+from obsdiff_runtime.references import TOKENS
 from obsdiff_runtime.shapes import Profile, Range
 
 Size = int | tuple[int, int, int]
@@ -25,7 +26,7 @@ def profile_for(inputs: Sequence[Port], sizes: Sizes) -> Profile:
         sizes: may name more symbols than these inputs have, so that one table serves all components.
 
     Raises:
-        ConfigError: a symbol has no size, or a size is not 1 <= min <= opt <= max.
+        ConfigError: a symbol has no size, or a size is not 1 <= min <= opt <= max; that of references may begin at 0.
     """
     ranges = {symbol: _range(symbol, size) for symbol, size in sizes.items()}
     return {port.name: _limits(port, ranges) for port in inputs}
@@ -61,6 +62,7 @@ def _symbol(text: str) -> tuple[str, int]:
 
 def _range(symbol: str, size: Size) -> tuple[int, int, int]:
     low, best, high = (size, size, size) if isinstance(size, int) else size
-    if not 1 <= low <= best <= high:
-        raise ConfigError(f"sizes of '{symbol}' must be 1 <= min <= opt <= max, not {low}, {best}, {high}")
+    least = 0 if symbol == TOKENS else 1
+    if not least <= low <= best <= high:
+        raise ConfigError(f"sizes of '{symbol}' must be {least} <= min <= opt <= max, not {low}, {best}, {high}")
     return low, best, high

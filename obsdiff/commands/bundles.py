@@ -26,6 +26,8 @@ def generate(run: Run) -> None:
         given["prompt"],
         given["output"],
         image=given["image"],
+        references=given["reference"] or (),
+        own_size=given["own_size"],
         height=settings.height,
         width=settings.width,
         num_frames=settings.num_frames,

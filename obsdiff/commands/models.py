@@ -18,7 +18,7 @@ PRUNE = (
 )
 SAMPLE = (
     *("steps", "guidance_scale", "height", "width", "num_frames", "max_sequence_length"),
-    *("batch_size", "seed"),
+    *("references", "batch_size", "seed"),
 )
 DELIVER = ("trt", *ENGINES, "precision", "keep_float", "quantize_outputs", "dtype", "opset")
 QUALITY = (
@@ -92,10 +92,13 @@ def prune(run: Run) -> None:
     def show() -> None:
         from rich.console import Console
 
+        from obsdiff import pictures
         from obsdiff.display import layers_table
 
         console = Console()
         console.print(layers_table(result.layers))
+        for note in pictures.note(type(result.pipeline).__name__, result.recipe.sampling):
+            console.print(f"[yellow]note[/] {note}", highlight=False)
         console.print(f"next    obsdiff export {output} --trt -o {output}-bundle", style="dim")
 
     run.print_result({"folder": str(output), **result.to_json()}, show)

@@ -3,7 +3,7 @@
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from obsdiff.families import Family
+from obsdiff.families import Family, references
 from obsdiff.families.autoencoders import autoencoder, vae_scale_of
 from obsdiff.families.reading import text_encoders
 from obsdiff_export.component import Component
@@ -18,5 +18,7 @@ def components(family: Family, pipeline: DiffusionPipeline, *, height: int, widt
         ModelError: a component of a class that is not known, or with inputs that are not exported.
     """
     model: nn.Module = getattr(pipeline, family.denoiser)
-    denoiser = family.component(model, height=height, width=width, vae_scale=vae_scale_of(pipeline, family))
+    denoiser = references.component(
+        family, model, type(pipeline).__name__, height=height, width=width, vae_scale=vae_scale_of(pipeline, family)
+    )
     return (*text_encoders(pipeline), denoiser, *autoencoder(pipeline, height=height, width=width))

@@ -19,6 +19,7 @@ A block behind them ("single") reads two, attention and feed-forward side by sid
 Outside of this module the denoiser takes latents (b, channels, h, w) and the scheduler's timesteps, as the others do:
 packing 2 x 2 latent pixels into a token, the tokens' places and the timestep's unit are part of the graph. Its guidance
 is distilled: it is told the scale. True guidance, by a negative prompt and diffusers' true_cfg_scale, is left out.
+FLUX.1 Kontext is the same denoiser told a picture; see references.py.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from obsdiff.families import layers, parts, reading
+from obsdiff.families import layers, parts, reading, references
 from obsdiff.groups import Consumer, Group, LinearSpec, Producer, Size, Write
 from obsdiff_export.component import Component
 from obsdiff_runtime.conditioning import PACKED as PATCH
@@ -61,7 +62,7 @@ def linears(denoiser: nn.Module) -> tuple[LinearSpec, ...]:
 
 def output(denoiser: nn.Module) -> LinearSpec | None:
     """See `Family.output`."""
-    return layers.output(denoiser, "proj_out", blocks=sum(1 for _ in _blocks(denoiser)))
+    return layers.output(denoiser, "proj_out", blocks=sum(1 for _ in _blocks(denoiser)), tokens="drawn")
 
 
 def groups(denoiser: nn.Module) -> tuple[Group, ...]:
@@ -79,9 +80,10 @@ def groups(denoiser: nn.Module) -> tuple[Group, ...]:
 def tokens(
     config: Mapping[str, Any], *, height: int, width: int, text_tokens: int, vae_scale: int = 8
 ) -> dict[str, int]:
-    """See `Family.tokens`: "image", one token per 2 x 2 latent pixels, "text", and "joint", one behind the other."""
+    """See `Family.tokens`: "image", one token per 2 x 2 latent pixels, "text", "joint", one behind the other,
+    and "drawn", the image's without those of pictures that it is told."""
     image = (height // vae_scale // PATCH) * (width // vae_scale // PATCH)
-    return {"image": image, "text": text_tokens, "joint": text_tokens + image}
+    return {"image": image, "text": text_tokens, "joint": text_tokens + image, "drawn": image}
 
 
 def text_tokens(configs: Mapping[str, Mapping[str, Any]], max_sequence_length: int | None) -> int:
@@ -139,11 +141,10 @@ def arguments(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
     """See `Family.arguments`: latents as tokens, their places, and the timestep in the denoiser's unit."""
     latents, text = inputs["hidden_states"], inputs["encoder_hidden_states"]
     rows, columns = latents.shape[-2] // PATCH, latents.shape[-1] // PATCH
+    tokens = pixel_unshuffle(latents, PATCH).flatten(2).transpose(1, 2)  # (b, tokens, channels * 4)
     return {
-        **inputs,
-        "hidden_states": pixel_unshuffle(latents, PATCH).flatten(2).transpose(1, 2),  # (b, tokens, channels * 4)
+        **references.joined(inputs, tokens, _places(rows, columns, latents.device)),
         "timestep": inputs["timestep"] / _TIMESTEPS,
-        "img_ids": _places(rows, columns, latents.device),
         "txt_ids": torch.zeros(text.shape[1], 3, device=text.device),
     }
 
@@ -158,15 +159,21 @@ class _Flat(parts.Flat):
         pooled_projections: Tensor,
         timestep: Tensor,
         guidance: Tensor | None = None,
+        reference_states: Tensor | None = None,
+        reference_places: Tensor | None = None,
     ) -> Tensor:
-        inputs = {
-            "hidden_states": hidden_states,
-            "encoder_hidden_states": encoder_hidden_states,
-            "pooled_projections": pooled_projections,
-            "timestep": timestep,
-        }
+        inputs = references.given(
+            hidden_states=hidden_states,
+            encoder_hidden_states=encoder_hidden_states,
+            pooled_projections=pooled_projections,
+            timestep=timestep,
+            reference_states=reference_states,
+            reference_places=reference_places,
+        )
         found = self.source(**arguments(inputs), guidance=guidance, return_dict=False)[0]  # (b, tokens, channels * 4)
         rows, columns = hidden_states.shape[-2] // PATCH, hidden_states.shape[-1] // PATCH
+        if reference_states is not None:
+            found = found[:, : rows * columns]
         velocity: Tensor = pixel_shuffle(found.transpose(1, 2).unflatten(2, (rows, columns)), PATCH)
         return velocity
 

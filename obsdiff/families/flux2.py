@@ -29,7 +29,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from obsdiff.families import layers, parts, reading
+from obsdiff.families import layers, parts, reading, references
 from obsdiff.groups import Consumer, Group, LinearSpec, Producer, Size, ToldGate, Write
 from obsdiff_export.component import Component
 from obsdiff_runtime.errors import ConfigError
@@ -60,7 +60,7 @@ def linears(denoiser: nn.Module) -> tuple[LinearSpec, ...]:
 
 def output(denoiser: nn.Module) -> LinearSpec | None:
     """See `Family.output`."""
-    return layers.output(denoiser, "proj_out", blocks=sum(1 for _ in _blocks(denoiser)))
+    return layers.output(denoiser, "proj_out", blocks=sum(1 for _ in _blocks(denoiser)), tokens="drawn")
 
 
 def groups(denoiser: nn.Module) -> tuple[Group, ...]:
@@ -78,9 +78,10 @@ def groups(denoiser: nn.Module) -> tuple[Group, ...]:
 def tokens(
     config: Mapping[str, Any], *, height: int, width: int, text_tokens: int, vae_scale: int = 2 * parts.VAE_SCALE
 ) -> dict[str, int]:
-    """See `Family.tokens`: "image", one token a latent pixel, "text", and "joint", one behind the other."""
+    """See `Family.tokens`: "image", one token a latent pixel, "text", "joint", one behind the other,
+    and "drawn", the image's without those of pictures that it is told."""
     image = (height // vae_scale) * (width // vae_scale)
-    return {"image": image, "text": text_tokens, "joint": text_tokens + image}
+    return {"image": image, "text": text_tokens, "joint": text_tokens + image, "drawn": image}
 
 
 def text_tokens(configs: Mapping[str, Mapping[str, Any]], max_sequence_length: int | None) -> int:
@@ -133,11 +134,10 @@ def example(
 def arguments(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
     """See `Family.arguments`: latents as tokens, their places, and the timestep in the denoiser's unit."""
     latents, text = inputs["hidden_states"], inputs["encoder_hidden_states"]
+    tokens = latents.flatten(2).transpose(1, 2)  # (b, tokens, channels)
     return {
-        **inputs,
-        "hidden_states": latents.flatten(2).transpose(1, 2),  # (b, tokens, channels)
+        **references.joined(inputs, tokens, _places(1, *latents.shape[-2:], 1, device=latents.device)),
         "timestep": inputs["timestep"] / _TIMESTEPS,
-        "img_ids": _places(1, *latents.shape[-2:], 1, device=latents.device),
         "txt_ids": _places(1, 1, 1, text.shape[1], device=text.device),
     }
 
@@ -146,14 +146,24 @@ class _Flat(parts.Flat):
     """The transformer, without options; (b, channels, h, w) to the same."""
 
     def forward(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor, guidance: Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        timestep: Tensor,
+        guidance: Tensor | None = None,
+        reference_states: Tensor | None = None,
+        reference_places: Tensor | None = None,
     ) -> Tensor:
-        inputs = {
-            "hidden_states": hidden_states,
-            "encoder_hidden_states": encoder_hidden_states,
-            "timestep": timestep,
-        }
+        inputs = references.given(
+            hidden_states=hidden_states,
+            encoder_hidden_states=encoder_hidden_states,
+            timestep=timestep,
+            reference_states=reference_states,
+            reference_places=reference_places,
+        )
         found = self.source(**arguments(inputs), guidance=guidance, return_dict=False)[0]  # (b, tokens, channels)
+        if reference_states is not None:
+            found = found[:, : hidden_states.shape[-2] * hidden_states.shape[-1]]
         velocity: Tensor = found.transpose(1, 2).unflatten(2, hidden_states.shape[-2:])
         return velocity
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from obsdiff import engines, job, pruning
+from obsdiff.families import references
 from obsdiff.loading import vae_scale
 from obsdiff.measurements import NotMeasured
 from obsdiff.resolving import resolve
@@ -97,6 +98,8 @@ def time_steps(
         progress("end to end", 1, 3, "load")
         sizes = engines.sizes_of(
             subject.job.recipe.sampling,
+            subject.job.pipeline_class,
+            subject.job.configs[subject.job.family.denoiser],
             rows=subject.job.rows,
             text_tokens=subject.job.text_tokens,
             vae_scale=vae_scale(subject.job.configs),
@@ -187,8 +190,13 @@ def _of_model(subject: Subject, settings: Settings, runner: Runner, folder: Path
 
     def export(name: str) -> Path:
         sampled = subject.job.recipe.sampling
-        denoiser = subject.job.family.component(
-            loaded.denoiser, height=sampled.height, width=sampled.width, vae_scale=vae_scale(subject.job.configs)
+        denoiser = references.component(
+            subject.job.family,
+            loaded.denoiser,
+            subject.job.pipeline_class,
+            height=sampled.height,
+            width=sampled.width,
+            vae_scale=vae_scale(subject.job.configs),
         )
         return onnx.export(denoiser, folder / name, dtype=runner.dtype, opset=settings.opset).path
 
@@ -219,5 +227,5 @@ def _inputs(subject: Subject, denoiser: nn.Module) -> dict[str, Any]:
         size=(call["height"] // scale, call["width"] // scale),
         text_tokens=call["text_tokens"],
         pixels=(call["height"], call["width"]),
-    )
+    ) | references.example(denoiser, subject.job.pipeline_class, batch=call["rows"], tokens=0)
     return {name: tensor.float().numpy() for name, tensor in example.items()}

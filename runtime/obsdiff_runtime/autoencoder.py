@@ -128,7 +128,7 @@ class Autoencoder:
     def check_encodes(self) -> None:
         """CompatibilityError if there is no encoder."""
         if not self._networks.has("vae_encoder"):
-            raise CompatibilityError("this bundle has no VAE encoder, so that it cannot begin with an image")
+            raise CompatibilityError("this bundle has no VAE encoder, so that it reads no images")
 
     def encode(self, picture: Pixels) -> tuple[Array, Array]:
         """Mean and standard deviation, (c, h, w) each, of the latents of a picture (height, width, 3).

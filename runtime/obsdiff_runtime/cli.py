@@ -58,6 +58,8 @@ def generate(given: Given, progress: Progress) -> None:
         given["prompt"],
         given["output"],
         image=given["image"],
+        references=given["reference"] or (),
+        own_size=given["own_size"],
         height=given["height"],
         width=given["width"],
         num_frames=given["num_frames"],
@@ -187,7 +189,10 @@ def _add(command: argparse.ArgumentParser, flag: Flag) -> None:
         return
     told = "" if flag.default in (None, "") else f" (default: {flag.default})"
     metavar = flag.kind.__name__.upper()
-    command.add_argument(*names, type=flag.kind, default=flag.default, metavar=metavar, help=flag.text + told)
+    action = "append" if flag.many else "store"
+    command.add_argument(
+        *names, action=action, type=flag.kind, default=flag.default, metavar=metavar, help=flag.text + told
+    )
 
 
 def _print(given: Given, data: Given, text: str) -> None:

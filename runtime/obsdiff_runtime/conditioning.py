@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from obsdiff_runtime.errors import BundleError, CompatibilityError
 from obsdiff_runtime.labels import COUNT, read_labels
 from obsdiff_runtime.networks import Array, Networks
+from obsdiff_runtime.references import FLUX2 as FLUX2_REFERENCES
+from obsdiff_runtime.references import KONTEXT, References, Sides
 
 PACKED: Final = 2  # latent pixels a side of a token, which the pipeline packs; the denoiser's patch_size is 1
 PIXART_ADDED: Final = 128  # sample_size of a denoiser that is told the image's size where its config does not say
@@ -46,6 +48,7 @@ class Settings:
     num_frames: int | None = None  # of a film
     guided: bool  # each image is run twice, the first time on its negative prompt
     skipped_steps: int = 0
+    references: tuple[Sides, ...] = ()  # pictures that the denoiser is told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +75,7 @@ class Kind:
         counted: what a schedule that depends on the image's tokens is told; from the latents' channels and the tokens.
         kept_lengths: lengths of parts of (c, h, w) latents, which what guidance gives takes from what the prompt alone
             gives; they broadcast to (c, h, w). None where it does not.
+        references: how the denoiser is told pictures; None where it is told none.
     """
 
     denoiser: str = "transformer"
@@ -90,6 +94,7 @@ class Kind:
     shift: Callable[[int, int], float] | None = None
     counted: Callable[[int, int], int] = lambda channels, tokens: tokens
     kept_lengths: Callable[[Array], Array] | None = None
+    references: References | None = None
 
 
 def encode_sd3(networks: Networks, prompts: Sequence[str], negative: bool, settings: Settings) -> Conditions:
@@ -393,6 +398,7 @@ FLUX: Final = Kind(
     negatives=False,
     even_sigmas=True,
 )
+FLUX_KONTEXT: Final = replace(FLUX, references=KONTEXT)
 PIXART: Final = Kind(
     encode=encode_pixart,
     patch=lambda config: int(config["patch_size"]),
@@ -415,6 +421,7 @@ FLUX2_KLEIN: Final = Kind(
     skipped=_skipped_part,  # diffusers has no pipeline of FLUX.2 that changes an image by a strength; as FLUX.1's
     even_sigmas=True,
     shift=_flux2_shift,
+    references=FLUX2_REFERENCES,
 )
 FLUX2: Final = replace(FLUX2_KLEIN, encode=encode_flux2_dev, negatives=False)
 QWEN: Final = Kind(
@@ -457,6 +464,7 @@ KINDS: Final[dict[str, Kind]] = {
     "StableDiffusionPipeline": SD,
     "StableDiffusionXLPipeline": SDXL,
     "FluxPipeline": FLUX,
+    "FluxKontextPipeline": FLUX_KONTEXT,
     "PixArtAlphaPipeline": PIXART,
     "PixArtSigmaPipeline": PIXART,
     "AuraFlowPipeline": AURAFLOW,

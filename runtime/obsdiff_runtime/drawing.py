@@ -14,6 +14,7 @@ import numpy as np
 
 from obsdiff_runtime.conditioning import Conditions, Kind, Settings
 from obsdiff_runtime.networks import Array, Networks
+from obsdiff_runtime.references import PLACES
 from obsdiff_runtime.schedulers import Scheduler
 
 
@@ -69,7 +70,7 @@ class Drawing:
     def shapes(self) -> tuple[Any, ...]:
         """Drawings for which this is equal can share a run of the denoiser."""
         told = sorted((name, value.shape[1:]) for name, value in self.conditions.items())
-        return (self.sample.shape, *told)
+        return (self.sample.shape, self.settings.references, *told)
 
     def asked(self) -> tuple[Array, float]:
         """The sample as the denoiser wants it, (c, h, w), and the timestep."""
@@ -159,6 +160,8 @@ class Stepper:
                 name: np.concatenate([drawing.conditions[name] for drawing in drawings])
                 for name in drawings[0].conditions
             }
+            if self._kind.references is not None:
+                self._told[PLACES] = self._kind.references.places(drawings[0].settings.references)
         samples, timesteps = [], []
         for drawing in drawings:
             sample, timestep = drawing.asked()

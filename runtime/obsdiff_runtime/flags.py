@@ -18,6 +18,7 @@ class Flag:
     text: its help.
     kind: of its value; bool for a flag without one.
     short: "-o".
+    many: whether it can be repeated.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Flag:
     kind: type
     default: Any = None
     short: str | None = None
+    many: bool = False
 
     @property
     def key(self) -> str:
@@ -74,6 +76,18 @@ GENERATE: Final = (
     Flag(name="--negative-prompt", kind=str, text="What not to draw.", default=""),
     Flag(name="--image", kind=Path, text="Image to change instead of drawing one from nothing."),
     Flag(name="--strength", kind=float, text="How much of it to change, up to 1; default: 0.8."),
+    Flag(
+        name="--reference",
+        kind=Path,
+        text="Picture that FLUX.1 Kontext or FLUX.2 is told beside the prompt; FLUX.2 takes several: repeat it.",
+        many=True,
+    ),
+    Flag(
+        name="--own-size",
+        kind=bool,
+        text="Leave references at their own sizes, instead of those that the model was trained on.",
+        default=False,
+    ),
     Flag(
         name="--noise", kind=str, text="numpy, or torch: the noise that diffusers draws for the seed.", default="numpy"
     ),

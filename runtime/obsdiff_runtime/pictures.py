@@ -1,11 +1,46 @@
 """Image files as what a pipeline takes."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
 from obsdiff_runtime.autoencoder import Pixels
 from obsdiff_runtime.errors import ConfigError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def open_picture(
+    source: Path | BinaryIO,
+    name: str | None = None,
+    *,
+    formats: tuple[str, ...] | None = None,
+    most_pixels: int | None = None,
+) -> "Image":
+    """An image in RGB, upright where a camera says how it was held.
+
+    Args:
+        source: a file, by its place or opened.
+        name: what messages call it; its place if None.
+        formats: that are read, as Pillow calls them; None for all of its.
+        most_pixels: of it; None where that is Pillow's own limit.
+
+    Raises:
+        ConfigError: it is no image, or too large.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(source, formats=formats) as opened:
+            pixels = opened.width * opened.height
+            if most_pixels is not None and pixels > most_pixels:
+                raise ConfigError(f"{name or source}: {pixels} pixels; at most {most_pixels} are read")
+            return ImageOps.exif_transpose(opened).convert("RGB")
+    except (OSError, EOFError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ConfigError(f"{name or source}: no image that can be read: {reason}") from None
 
 
 def read_picture(path: Path, step: int, height: int | None = None, width: int | None = None) -> Pixels:
@@ -20,15 +55,10 @@ def read_picture(path: Path, step: int, height: int | None = None, width: int | 
     Raises:
         ConfigError: the file is no image, or smaller than one step.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL.Image import Resampling
 
-    try:
-        with Image.open(path) as opened:
-            image = opened.convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise ConfigError(f"{path}: no image that can be read: {reason}") from None
+    image = open_picture(path)
     size = (width or image.width // step * step, height or image.height // step * step)
     if 0 in size:
         raise ConfigError(f"{path}: {image.width} x {image.height} pixels, and the model draws no fewer than {step}")
-    return np.asarray(image if size == image.size else image.resize(size, Image.Resampling.LANCZOS))
+    return np.asarray(image if size == image.size else image.resize(size, Resampling.LANCZOS))

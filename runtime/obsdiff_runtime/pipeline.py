@@ -22,6 +22,7 @@ from obsdiff_runtime.errors import CancelledError, ConfigError
 from obsdiff_runtime.networks import Array, Networks
 from obsdiff_runtime.noise import Noise, noise_sources
 from obsdiff_runtime.progress import Progress, silent
+from obsdiff_runtime.references import STATES, References, Sides, packed, pixels_of
 from obsdiff_runtime.schedulers import Scheduler, make_scheduler
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class Pipeline:
         """
         self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
         self.networks = Networks(self.bundle, backend, threads)
-        self._kind = kind_of(self.bundle.manifest.pipeline_class)
+        self._kind = _kind_of(self.bundle)
         self._stepper = Stepper(self.networks, self._kind)
         self._denoiser: dict[str, Any] = self.bundle.config(self._kind.denoiser)
         self._distilled = bool(self.bundle.index().get(IS_DISTILLED))
@@ -108,6 +109,7 @@ class Pipeline:
         latents: Array | None = None,
         image: Pixels | None = None,
         strength: float | None = None,
+        reference: Pixels | Sequence[Pixels] = (),
         progress: Progress = silent,
         on_step: OnStep | None = None,
     ) -> Images:
@@ -129,12 +131,14 @@ class Pipeline:
             latents: (n, c, h, w), the noise to start from instead, of unit variance.
             image: (height, width, 3), one to change rather than to draw from nothing; its size is the default one.
             strength: of that change, above 0 and up to 1, STRENGTH if None; the share of the steps that is taken.
+            reference: (height, width, 3), a picture that the denoiser is told beside the text, or several, for all
+                images; of any size in multiples of `size_step`. `fit` makes of a file's what diffusers makes of it.
             progress: told of each stage: "text", "denoise" step by step, "decode" image by image, or by latent frames.
             on_step: called after each step.
 
         Raises:
             ConfigError: an argument the pipeline cannot take; says what it can.
-            CompatibilityError: the scheduler or a component cannot run here; there is an image and no VAE encoder.
+            CompatibilityError: the scheduler or a component cannot run here; there is a picture and no VAE encoder.
             RunError: a component's output was not finite.
             CancelledError: `on_step` gave False.
         """
@@ -155,6 +159,7 @@ class Pipeline:
             latents=latents,
             image=image,
             strength=strength,
+            reference=reference,
         )
         progress("text", 1, 1)
         clock.lap("text")
@@ -187,12 +192,14 @@ class Pipeline:
         latents: Array | None = None,
         image: Pixels | None = None,
         strength: float | None = None,
+        reference: Pixels | Sequence[Pixels] = (),
     ) -> list[Drawing]:
         """The images of a call before their first step, for whoever takes the steps; see `__call__`, `step`, `decode`.
 
         Raises:
             ConfigError, CompatibilityError, RunError: as `__call__`.
         """
+        references = [reference] if isinstance(reference, np.ndarray) else list(reference)
         settings = self.resolve(
             num_inference_steps,
             guidance_scale,
@@ -202,6 +209,7 @@ class Pipeline:
             num_frames=num_frames,
             image=image,
             strength=strength,
+            references=references,
         )
         prompts, negatives = _prompts(prompt, negative_prompt, num_images)
         if any(negatives) and not self._kind.negatives:
@@ -211,7 +219,7 @@ class Pipeline:
         sources = noise_sources(noise_source, seed, len(prompts))
         cleans = self._cleans(image, sources)
         starts = self._starts(sources, settings, latents)
-        conditions = self._conditions(prompts, negatives, settings)
+        conditions = self._conditions(prompts, negatives, settings) | self._told(references, len(prompts), settings)
         rows = [{name: value[index] for name, value in conditions.items()} for index in range(len(prompts))]
         return [
             Drawing(self._kind, settings, told, self._scheduler(settings, source), start, clean)
@@ -251,6 +259,7 @@ class Pipeline:
         num_frames: int | None = None,
         image: Pixels | None = None,
         strength: float | None = None,
+        references: Sequence[Pixels] = (),
     ) -> Settings:
         """What a call will use; the bundle's defaults where it is told nothing.
 
@@ -270,6 +279,7 @@ class Pipeline:
             guidance_scale=scale,
             guided=self._kind.negatives and scale > 1,
             max_sequence_length=MAX_SEQUENCE_LENGTH if length is None else length,
+            references=self._sides(references),
         )
         if settings.num_inference_steps < 1:
             raise ConfigError(f"num_inference_steps should be at least 1, not {settings.num_inference_steps}")
@@ -285,8 +295,53 @@ class Pipeline:
             if strength is not None:
                 raise ConfigError("strength says how much an image is changed, and there is no image")
             return settings
+        if references:
+            raise ConfigError("an image is changed, or a reference is told to the denoiser; give one of them")
         self._vae.check_encodes()
         return replace(settings, skipped_steps=self._skipped(settings.num_inference_steps, strength))
+
+    def fit(self, image: "Image", *, own_size: bool = False) -> Pixels:
+        """A picture as `reference` takes it, at the size that diffusers gives it, or its own in whole tokens.
+
+        Raises:
+            ConfigError: the denoiser is told no pictures, or this one is smaller than a token.
+        """
+        references = self._referring()
+        return pixels_of(image, self.size_step, None if own_size else references)
+
+    def _referring(self) -> References:
+        if self._kind.references is None:
+            raise ConfigError(
+                "this bundle's denoiser is told no pictures; those of FLUX.1 Kontext and FLUX.2 are, in bundles "
+                "of this version or a later one"
+            )
+        return self._kind.references
+
+    def _sides(self, references: Sequence[Pixels]) -> tuple[Sides, ...]:
+        """Tokens of each of these pictures."""
+        if not references:
+            return ()
+        most, step = self._referring().most, self.size_step
+        if most is not None and len(references) > most:
+            raise ConfigError(f"{len(references)} reference pictures; this pipeline takes {most}")
+        self._vae.check_encodes()
+        sizes = [_size_of(picture, None, None, "reference") for picture in references]
+        for height, width in sizes:
+            if height % step or width % step or 0 in (height, width):
+                raise ConfigError(f"a reference of {width} x {height} pixels; its sides should be multiples of {step}")
+        return tuple((height // step, width // step) for height, width in sizes)
+
+    def _told(self, references: Sequence[Pixels], images: int, settings: Settings) -> Conditions:
+        """(n, r, tokens, ...): latents of the pictures that the denoiser is told, which all images have in common."""
+        if self._kind.references is None:
+            return {}
+        patch, channels = self._kind.patch(self._denoiser), self._kind.channels(self._denoiser)
+        found = [np.zeros((0, channels * patch**2), np.float32)]
+        for picture in references:
+            latents = self._vae.sample(self._vae.encode(picture), lambda shape: np.zeros(shape, np.float32))
+            found.append(packed(latents, patch))
+        rows = (images, 2 if settings.guided else 1, 1, 1)
+        return {STATES: np.tile(np.concatenate(found), rows)}
 
     def _skipped(self, steps: int, strength: float | None) -> int:
         share = STRENGTH if strength is None else strength
@@ -401,10 +456,17 @@ def _prompts(
     return [text for text in prompts for _ in repeated], [text for text in negatives for _ in repeated]
 
 
-def _size_of(image: Pixels, height: int | None, width: int | None) -> tuple[int, int]:
+def _kind_of(bundle: Bundle) -> Kind:
+    """How the bundle's pipeline samples; the graphs of older bundles are told no pictures."""
+    kind = kind_of(bundle.manifest.pipeline_class)
+    told = {port.name for port in bundle.component(kind.denoiser).inputs}
+    return kind if STATES in told else replace(kind, references=None)
+
+
+def _size_of(image: Pixels, height: int | None, width: int | None, name: str = "image") -> tuple[int, int]:
     """(height, width) of an image; ConfigError if it is none, or is not of the size that is asked for."""
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ConfigError(f"image should be (height, width, 3) of uint8, not {image.shape} of {image.dtype}")
+        raise ConfigError(f"{name} should be (height, width, 3) of uint8, not {image.shape} of {image.dtype}")
     for name, asked, own in (("height", height, image.shape[0]), ("width", width, image.shape[1])):
         if asked not in (None, own):
             raise ConfigError(f"{name} {asked} is not that of the image, {own}; resize it before")

@@ -1,6 +1,6 @@
 """What the commands do, whichever program was asked; a function a verb. None prints anything."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ def generate(
     output: Path,
     *,
     image: Path | None = None,
+    references: Sequence[Path] = (),
+    own_size: bool = False,
     height: int | None = None,
     width: int | None = None,
     fps: float | None = None,
@@ -34,6 +36,8 @@ def generate(
         prompt: what to draw.
         output: the file; its name says the format. Folders above it are created. Of films see `films.WRITERS`.
         image: file of one to change, in any format that Pillow reads; see `pictures.read_picture`.
+        references: files of pictures that the denoiser is told.
+        own_size: see `Pipeline.fit`.
         height: in pixels.
         width: in pixels.
         fps: frames a second of a film, films.FPS if None.
@@ -49,14 +53,15 @@ def generate(
         ConfigError: `output` names no format, or an argument is none that the pipeline takes.
         ObsdiffError: the bundle cannot be loaded, or cannot draw.
     """
-    from obsdiff_runtime.pictures import read_picture
+    from obsdiff_runtime.pictures import open_picture, read_picture
     from obsdiff_runtime.pipeline import Pipeline
 
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     write = _writer(opened, output, fps)
     pipeline = Pipeline(opened, backend=backend, threads=threads)
     start = None if image is None else read_picture(image, pipeline.size_step, height, width)
-    images = pipeline(prompt, image=start, height=height, width=width, progress=progress, **call)
+    told = [pipeline.fit(open_picture(path), own_size=own_size) for path in references]
+    images = pipeline(prompt, image=start, reference=told, height=height, width=width, progress=progress, **call)
     output.parent.mkdir(parents=True, exist_ok=True)
     write(images.arrays[0])
     return images.seconds

@@ -27,6 +27,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     HunyuanDiT2DModel,
@@ -559,6 +560,11 @@ def flux_pipeline(**changes: Any) -> FluxPipeline:
     )
 
 
+def kontext_pipeline(**changes: Any) -> FluxKontextPipeline:
+    """FLUX.1 told a picture."""
+    return FluxKontextPipeline(**flux_pipeline(**changes).components)
+
+
 def flux2_pipeline(**changes: Any) -> Flux2KleinPipeline:
     torch.manual_seed(0)
     tokenizer, text_encoder = qwen3()
@@ -694,6 +700,7 @@ PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "sd15": sd15_pipeline,
     "sdxl": sdxl_pipeline,
     "flux": flux_pipeline,
+    "kontext": kontext_pipeline,
     "flux2": flux2_pipeline,
     "pixart": pixart_pipeline,
     "pixart_sigma": partial(pixart_pipeline, sigma=True),

@@ -240,6 +240,13 @@ def flux_pipeline() -> Any:
     )
 
 
+def kontext_pipeline() -> Any:
+    """FLUX.1 told a picture."""
+    from diffusers import FluxKontextPipeline
+
+    return FluxKontextPipeline(**flux_pipeline().components)
+
+
 @seeded
 def flux_transformer() -> Any:
     from diffusers import FluxTransformer2DModel
@@ -782,7 +789,7 @@ FILMS = ("wan",)
 
 
 def dit_pipeline() -> Any:
-    """It draws classes, and takes no prompt; see test_class_conditional.py."""
+    """It draws classes, and takes no prompt."""
     from diffusers import DDIMScheduler, DiTPipeline
 
     return DiTPipeline(
@@ -808,20 +815,29 @@ def dit_transformer() -> Any:
     ).eval()
 
 
-OF_CLASSES: dict[str, Callable[[], Any]] = {"dit": dit_pipeline}
+OTHERS: dict[str, Callable[[], Any]] = {"dit": dit_pipeline, "kontext": kontext_pipeline}
+"""Pipelines whose calls are others: see test_class_conditional.py and test_references.py."""
+
+LIKE = {"kontext": "flux"}
+"""Pipelines that share all networks with another but for the denoiser's graph."""
 
 
-def write_bundle(pipeline: Any, folder: Path, *, sparsity: str = "dense") -> Path:
-    """What `obsdiff export` leaves, without engines."""
+def write_bundle(pipeline: Any, folder: Path, *, sparsity: str = "dense", like: Path | None = None) -> Path:
+    """What `obsdiff export` leaves, without engines; `like` is a bundle of the same networks but for the denoiser."""
     from obsdiff.delivery import copy_rest
     from obsdiff.families import exporting
     from obsdiff.families.table import family_of
-    from obsdiff_runtime.bundle import ComponentEntry, Defaults, Manifest, TensorEntry, write_manifest
+    from obsdiff_runtime.bundle import ComponentEntry, Defaults, Manifest, TensorEntry, open_bundle, write_manifest
 
     denoiser = getattr(pipeline, "transformer", None) or pipeline.unet
     family = family_of(denoiser)
-    components = {}
+    components = {} if like is None else dict(open_bundle(like).manifest.components)
+    for name in components.keys() - {family.denoiser}:
+        shutil.copytree(like / name, folder / name)
+    components.pop(family.denoiser, None)
     for component in exporting.components(family, pipeline, height=32, width=32):
+        if component.name in components:
+            continue
         model = _exported(component, folder / component.name)
         inputs, outputs = (
             tuple(TensorEntry(name=port.name, dtype=port.dtype, shape=port.shape) for port in ports)
@@ -931,6 +947,11 @@ def dit_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
 
 
 @pytest.fixture(scope="session")
+def kontext_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    return _pair("kontext", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
 def wan_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return _pair("wan", tmp_path_factory)
 
@@ -954,14 +975,15 @@ def _pair(name: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Pat
 
     if name not in _PAIRS:
         torch.set_num_threads(1)
-        pipeline = {**PIPELINES, **OF_CLASSES}[name]()
+        pipeline = {**PIPELINES, **OTHERS}[name]()
         pipeline.set_progress_bar_config(disable=True)
         place = _shared(tmp_path_factory) / name
         folder = place / "bundle"
         with _only_here(place):
             if not (folder / "obsdiff.json").exists():
                 shutil.rmtree(folder, ignore_errors=True)
-                write_bundle(pipeline, folder)
+                like = _pair(LIKE[name], tmp_path_factory)[1] if name in LIKE else None
+                write_bundle(pipeline, folder, like=like)
         _PAIRS[name] = pipeline, folder
     return _PAIRS[name]
 

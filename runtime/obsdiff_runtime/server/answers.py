@@ -29,8 +29,9 @@ NO_TOKENS: Final = {
 class Answer:
     """How the pictures of one request are told."""
 
-    def __init__(self, asked: ImageRequest, settings: Settings, seed: int) -> None:
+    def __init__(self, asked: ImageRequest, settings: Settings, seed: int, *, edits: bool = False) -> None:
         self._asked, self._settings, self._seed = asked, settings, seed
+        self._kind = "image_edit" if edits else "image_generation"
         self.size = f"{settings.width}x{settings.height}"
 
     @property
@@ -71,7 +72,7 @@ class Answer:
     def event(self, kind: str, picture: str, **more: Any) -> bytes:
         """A server-sent event that holds a picture."""
         data = {
-            "type": kind,
+            "type": f"{self._kind}.{kind}",
             "b64_json": picture,
             "created_at": int(time.time()),
             "size": self.size,
@@ -80,7 +81,7 @@ class Answer:
             "output_format": self._asked.output_format,
             **more,
         }
-        return sse(kind, data)
+        return sse(f"{self._kind}.{kind}", data)
 
     def _data(self, picture: str) -> ImageData:
         if self._asked.response_format == "b64_json":
@@ -98,11 +99,11 @@ async def events(follower: Follower, answer: Answer, told: Callable[[int, int], 
             elif isinstance(event, Previewed):
                 picture = await asyncio.to_thread(answer.encode, event.pixels)
                 more = {"partial_image_index": event.index, "image_index": event.image}
-                yield answer.event("image_generation.partial_image", picture, **more)
+                yield answer.event("partial_image", picture, **more)
             elif isinstance(event, Drawn):
                 picture = await asyncio.to_thread(answer.encode, event.pixels)
                 images += 1
-                yield answer.event("image_generation.completed", picture, usage=NO_TOKENS, image_index=event.image)
+                yield answer.event("completed", picture, usage=NO_TOKENS, image_index=event.image)
         status = 200
         if answer.tells_progress:
             metrics = answer.measured(follower.seconds).model_dump()

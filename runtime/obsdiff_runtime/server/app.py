@@ -5,7 +5,7 @@ import hmac
 import logging
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any, Final
@@ -16,12 +16,12 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from starlette.exceptions import HTTPException
 
 from obsdiff_runtime.errors import ObsdiffError
-from obsdiff_runtime.server import answers
+from obsdiff_runtime.server import answers, edits
 from obsdiff_runtime.server.follow import Follower
 from obsdiff_runtime.server.limits import BoundedBodies
 from obsdiff_runtime.server.metrics import Metrics
 from obsdiff_runtime.server.models import ServedModel
-from obsdiff_runtime.server.orders import BusyError, Drawn
+from obsdiff_runtime.server.orders import BusyError, Drawn, Pixels
 from obsdiff_runtime.server.problems import Refused, problem_of, response_of
 from obsdiff_runtime.server.schemas import ErrorResponse, ImageRequest, ImagesResponse, Model, ModelList
 from obsdiff_runtime.version import __version__
@@ -77,7 +77,7 @@ def create_app(server: Server) -> FastAPI:
     """The application; whoever runs it starts and stops the models."""
     app = FastAPI(title="obsdiff", version=__version__, docs_url=None, redoc_url=None)
     app.state.server = server
-    app.add_middleware(BoundedBodies)
+    app.add_middleware(BoundedBodies, forms=(edits.PATH,))
     page = files("obsdiff_runtime.server").joinpath("page.html").read_text(encoding="utf-8")
 
     def authorised(request: Request) -> None:
@@ -119,17 +119,27 @@ def create_app(server: Server) -> FastAPI:
 
     @app.post("/v1/images/generations", dependencies=protected, responses=ANSWERS, response_model=ImagesResponse)
     async def generations(request: Request, asked: ImageRequest) -> Any:
-        try:
-            return await _generate(server, request, asked)
-        except (Refused, ObsdiffError):
-            raise
-        except Exception as bug:  # Starlette would answer it, and then close the connection on the answer
-            log.exception("a request failed")
-            return response_of(bug)
+        return await _caught(_generate(server, request, asked))
+
+    @app.post(
+        edits.PATH, dependencies=protected, responses=ANSWERS, response_model=ImagesResponse, openapi_extra=edits.BODY
+    )
+    async def edit(request: Request) -> Any:
+        return await _caught(_edit(server, request))
 
     for kind in (Refused, ObsdiffError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _answer)
     return app
+
+
+async def _caught(answer: Awaitable[Any]) -> Any:
+    try:
+        return await answer
+    except (Refused, ObsdiffError, HTTPException, RequestValidationError):
+        raise
+    except Exception as bug:  # Starlette would answer it, and then close the connection on the answer
+        log.exception("a request failed")
+        return response_of(bug)
 
 
 async def _answer(request: Request, error: Exception) -> Response:
@@ -140,7 +150,13 @@ def _described(model: ServedModel) -> Model:
     return Model(id=model.id, created=model.created, details=model.details)
 
 
-async def _generate(server: Server, request: Request, asked: ImageRequest) -> Any:
+async def _edit(server: Server, request: Request) -> Any:
+    asked, uploads = await edits.read_form(request)
+    references = await edits.read_pictures(server.find(asked.model).pipeline, uploads)
+    return await _generate(server, request, asked, references)
+
+
+async def _generate(server: Server, request: Request, asked: ImageRequest, references: Sequence[Pixels] = ()) -> Any:
     model = server.find(asked.model)
     metrics, started = server.metrics.of(model.id), time.monotonic()
     seed = secrets.randbelow(SEEDS) if asked.seed is None else asked.seed
@@ -157,6 +173,7 @@ async def _generate(server: Server, request: Request, asked: ImageRequest) -> An
         "seed": seed,
         "noise_source": asked.noise_source,
         "num_images": asked.n,
+        "reference": references,
     }
     try:
         order = model.order(call, asked.n, asked.partial_images if asked.stream else 0)
@@ -165,7 +182,7 @@ async def _generate(server: Server, request: Request, asked: ImageRequest) -> An
         metrics.rejected("draining" if server.draining else "queue full")
         metrics.answered(problem_of(error).status, time.monotonic() - started, 0)
         raise
-    answer = answers.Answer(asked, model.pipeline.resolve(*_sizes(call)), seed)
+    answer = answers.Answer(asked, model.pipeline.resolve(*_sizes(call)), seed, edits=bool(references))
 
     def told(status: int, images: int) -> None:
         metrics.answered(status, time.monotonic() - started, images)

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any, Final
 
 Message = MutableMapping[str, Any]
@@ -11,27 +11,40 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 MAX_BODY_BYTES: Final = 1 << 20
+MAX_FORM_BYTES: Final = 1 << 24
+"""Of a form, which holds pictures."""
 BODY_SECONDS: Final = 30.0
 """From the first wait for a body to its last byte."""
 
 
 class BoundedBodies:
-    """Reads each request's body before the application does, up to a size and within a time."""
+    """Reads each request's body before the application does, up to a size and within a time.
 
-    def __init__(self, app: App, max_bytes: int = MAX_BODY_BYTES, seconds: float = BODY_SECONDS) -> None:
-        self._app, self._max_bytes, self._seconds = app, max_bytes, seconds
+    `forms` are the paths at which a body may be a form.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        max_bytes: int = MAX_BODY_BYTES,
+        seconds: float = BODY_SECONDS,
+        *,
+        forms: Collection[str] = (),
+    ) -> None:
+        self._app, self._max_bytes, self._seconds, self._forms = app, max_bytes, seconds, forms
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        most = MAX_FORM_BYTES if scope["path"] in self._forms else self._max_bytes
         try:
-            body = await asyncio.wait_for(self._body(receive), self._seconds)
+            body = await asyncio.wait_for(_body(receive, most), self._seconds)
         except TimeoutError:
             await _refuse(send, 408, f"the body of the request did not come within {self._seconds:g} s")
             return
         if body is None:
-            await _refuse(send, 413, f"the body of the request is larger than {self._max_bytes} bytes")
+            await _refuse(send, 413, f"the body of the request is larger than {most} bytes")
             return
         waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -40,20 +53,21 @@ class BoundedBodies:
 
         await self._app(scope, replay, send)
 
-    async def _body(self, receive: Receive) -> bytes | None:
-        """The whole body, or None where it is too large."""
-        parts: list[bytes] = []
-        size = 0
-        while True:
-            message = await receive()
-            if message["type"] != "http.request":  # the client is gone; the application will hear of it
-                return b"".join(parts)
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            if size > self._max_bytes:
-                return None
-            if not message.get("more_body", False):
-                return b"".join(parts)
+
+async def _body(receive: Receive, most: int) -> bytes | None:
+    """The whole body, or None where it is too large."""
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":  # the client is gone; the application will hear of it
+            return b"".join(parts)
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > most:
+            return None
+        if not message.get("more_body", False):
+            return b"".join(parts)
 
 
 async def _refuse(send: Send, status: int, message: str) -> None:

@@ -55,7 +55,11 @@ class ServedModel:
             ConfigError: it asks for too much, or for what the pipeline cannot do.
         """
         settings = self.pipeline.resolve(
-            call["num_inference_steps"], call["guidance_scale"], call["height"], call["width"]
+            call["num_inference_steps"],
+            call["guidance_scale"],
+            call["height"],
+            call["width"],
+            references=call["reference"],
         )
         self.bounds.check(
             {name: call[name] for name in ("prompt", "negative_prompt")},

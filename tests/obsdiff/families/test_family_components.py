@@ -443,7 +443,7 @@ def test_every_prompt_of_qwen_image_stands_in_the_template_of_its_pipeline(build
         batch_size=1,
         seed=0,
     )
-    sizes = sizes_of(sampling, rows=2, text_tokens=512, vae_scale=8, template_tokens=34)
+    sizes = sizes_of(sampling, "QwenImagePipeline", {}, rows=2, text_tokens=512, vae_scale=8, template_tokens=34)
     assert (sizes["sequence"], sizes["text_tokens"]) == (546, 512)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from obsdiff.families import films
+from obsdiff.families import films, references
 from obsdiff.families.table import FAMILIES
 from obsdiff_export.build import BUILDERS, build
 from obsdiff_export.onnx import export
@@ -18,6 +18,7 @@ from obsdiff_export.profiles import profiles_for
 from obsdiff_export.proof.layers import layers_of_log
 from obsdiff_export.proof.receipt import load
 from obsdiff_runtime.autoencoder import DECODER
+from obsdiff_runtime.references import TOKENS
 
 pytestmark = [
     pytest.mark.slow,
@@ -25,7 +26,14 @@ pytestmark = [
 ]
 
 FEWER = {"wan": {"num_layers": 1}, **{kind: {"num_layers": 1, "num_single_layers": 1} for kind in ("flux", "flux2")}}
-SIZES = {"batch": (1, 2, 4), "frames": (1, 3, 21), "height": 8, "width": 8, "text_tokens": (1, 7, 20)}
+SIZES = {
+    "batch": (1, 2, 4),
+    "frames": (1, 3, 21),
+    "height": 8,
+    "width": 8,
+    "text_tokens": (1, 7, 20),
+    TOKENS: (0, 8, 16),
+}
 
 
 @pytest.mark.stage("engine")
@@ -51,7 +59,8 @@ def test_every_linear_is_in_the_real_engine_and_linears_of_one_input_are_merged(
     kind: str, family: str, one: str, other: str, build_pipeline: Callable[..., DiffusionPipeline], tmp_path: Path
 ) -> None:
     pipeline = build_pipeline(kind, **FEWER.get(kind, {}))
-    component = FAMILIES[family].component(getattr(pipeline, FAMILIES[family].denoiser), height=64, width=64)
+    denoiser, name = getattr(pipeline, FAMILIES[family].denoiser), type(pipeline).__name__
+    component = references.component(FAMILIES[family], denoiser, name, height=64, width=64, vae_scale=8)
     model = export(component, tmp_path / component.name, dtype=torch.float16)
     engine = build(
         model.path,

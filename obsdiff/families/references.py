@@ -1,0 +1,79 @@
+"""Denoisers that are told pictures beside the text: which are, and what their graphs take for it.
+
+Tokens of the pictures stand behind those of the latents, with places of their own; what the denoiser makes of them,
+nobody reads.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from obsdiff.families import Family, parts
+from obsdiff_export.component import Component
+from obsdiff_runtime.conditioning import KINDS
+from obsdiff_runtime.references import PLACES, STATES, TOKENS, References
+
+_EXAMPLES: Final = (17, 0, 21)
+"""Tokens of the examples that a graph is captured on and compared with."""
+
+
+def of(pipeline_class: str) -> References | None:
+    """How a pipeline's denoiser is told pictures; None where it is told none."""
+    kind = KINDS.get(pipeline_class)
+    return None if kind is None else kind.references
+
+
+def component(
+    family: Family, denoiser: nn.Module, pipeline_class: str, *, height: int, width: int, vae_scale: int
+) -> Component:
+    """`Family.component` as a pipeline of that class calls the denoiser: also on pictures, where it does."""
+    found = family.component(denoiser, height=height, width=width, vae_scale=vae_scale)
+    if of(pipeline_class) is None:
+        return found
+    examples = [
+        {**inputs, **example(denoiser, pipeline_class, batch=len(inputs["timestep"]), tokens=tokens)}
+        for inputs, tokens in zip((found.inputs, *found.more_inputs), _EXAMPLES, strict=True)
+    ]
+    axes = {STATES: {0: "batch", 1: TOKENS}, PLACES: {0: TOKENS}}
+    return replace(
+        found,
+        inputs=examples[0],
+        dynamic_axes={**found.dynamic_axes, **axes},
+        more_inputs=tuple(examples[1:]),
+    )
+
+
+def example(denoiser: nn.Module, pipeline_class: str, *, batch: int, tokens: int) -> dict[str, Tensor]:
+    """What `Family.example` lacks where a pipeline is told pictures: so many tokens of one; nothing where it is not."""
+    references = of(pipeline_class)
+    if references is None:
+        return {}
+    config: Any = denoiser.config
+    dtype: Any = denoiser.dtype
+    return {
+        STATES: parts.noise(batch, tokens, config.in_channels, dtype=dtype),
+        PLACES: torch.from_numpy(references.places([(1, tokens)])),
+    }
+
+
+def joined(inputs: Mapping[str, Tensor], tokens: Tensor, places: Tensor) -> dict[str, Any]:
+    """The inputs as keyword arguments of the denoiser, those of pictures behind those of the latents.
+
+    Args:
+        inputs: by ONNX name, with or without those of pictures.
+        tokens: of the latents, (b, tokens, channels).
+        places: of these, (tokens, axes).
+    """
+    told = {name: value for name, value in inputs.items() if name not in (STATES, PLACES)}
+    if STATES in inputs:
+        tokens = torch.cat([tokens, inputs[STATES]], dim=1)
+        places = torch.cat([places, inputs[PLACES]])
+    return {**told, "hidden_states": tokens, "img_ids": places}
+
+
+def given(**inputs: Tensor | None) -> dict[str, Tensor]:
+    """Those of a graph's inputs that are there."""
+    return {name: value for name, value in inputs.items() if value is not None}

@@ -1,0 +1,99 @@
+"""POST /v1/images/edits: a form with pictures, as OpenAI's clients send it, beside the fields of a generation."""
+
+import asyncio
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from starlette.datastructures import UploadFile
+
+from obsdiff_runtime.autoencoder import Pixels
+from obsdiff_runtime.pictures import open_picture
+from obsdiff_runtime.pipeline import Pipeline
+from obsdiff_runtime.server.problems import Refused
+from obsdiff_runtime.server.schemas import ImageRequest
+
+PATH: Final = "/v1/images/edits"
+NAMES: Final = ("image", "image[]")
+"""Of the pictures in the form: one, or several."""
+
+MOST_PICTURES: Final = 4
+FORMATS: Final = ("PNG", "JPEG", "WEBP")
+"""OpenAI's; to read others can start other programs."""
+
+MOST_PIXELS: Final = 25_000_000
+"""Of a picture as it is sent; it is scaled down before the model reads it."""
+
+BODY: Final = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["image", "prompt"],
+                    "properties": {
+                        "image": {"type": "array", "items": {"type": "string", "format": "binary"}},
+                        "prompt": {"type": "string"},
+                    },
+                    "description": "Also the other fields of /v1/images/generations, as text.",
+                }
+            }
+        },
+    }
+}
+"""For the description of the API."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upload:
+    """A file of a form."""
+
+    name: str
+    content: bytes
+
+
+async def read_form(request: Request) -> tuple[ImageRequest, list[Upload]]:
+    """The fields of the form, and its pictures in their order.
+
+    Raises:
+        Refused: it is no form, there is no picture, or there are too many.
+        HTTPException: the form cannot be read.
+        RequestValidationError: a field is unknown, or is not what it should be.
+    """
+    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        raise Refused(400, "the body should be a form (multipart/form-data) with image and prompt")
+    pictures: list[Upload] = []
+    fields: dict[str, Any] = {}
+    async with request.form(max_files=2 * MOST_PICTURES, max_fields=len(ImageRequest.model_fields) + 1) as form:
+        for name, value in form.multi_items():
+            if not isinstance(value, UploadFile):
+                fields[name] = value
+            elif name in NAMES:
+                pictures.append(Upload(name=value.filename or name, content=await value.read()))
+            else:
+                raise Refused(400, f"{name}: no file of that name is read; give pictures as image", param=name)
+    if not 0 < len(pictures) <= MOST_PICTURES:
+        raise Refused(400, f"image: {len(pictures)} pictures; 1 to {MOST_PICTURES} are taken", param="image")
+    try:
+        return ImageRequest.model_validate_strings(fields), pictures
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from None
+
+
+async def read_pictures(pipeline: Pipeline, uploads: Sequence[Upload]) -> list[Pixels]:
+    """The pictures as `Pipeline.begin` takes references.
+
+    Raises:
+        ConfigError: one is no picture, or too large, or the denoiser is told none.
+    """
+
+    def read(upload: Upload) -> Pixels:
+        image = open_picture(io.BytesIO(upload.content), upload.name, formats=FORMATS, most_pixels=MOST_PIXELS)
+        return pipeline.fit(image)
+
+    return [await asyncio.to_thread(read, upload) for upload in uploads]

@@ -1,0 +1,290 @@
+"""Reference pictures in calibration, comparison and plans: FLUX.1 Kontext and FLUX.2."""
+
+import copy
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+import obsdiff
+from obsdiff import calibration, pictures, pruning, trajectories, verbs
+from obsdiff.engines import sizes_of
+from obsdiff.evaluation import evaluate
+from obsdiff.families import references
+from obsdiff.families.table import family_of
+from obsdiff.recipe import Sampling
+from obsdiff.sampling import velocity_of
+from obsdiff.settings import Settings
+from obsdiff_export.build import BUILDERS, build
+from obsdiff_export.onnx import export
+from obsdiff_export.profiles import profiles_for
+from obsdiff_runtime.errors import ConfigError, ModelError
+from obsdiff_runtime.references import PLACES, STATES, TOKENS
+
+PROMPTS = ["a red circle", "a blue square", "a star"]
+SIZES = {"height": 64, "width": 80}
+STEPS = 2
+Build = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two pictures of other shapes than what is drawn, and a file that is none."""
+    place = tmp_path_factory.mktemp("references")
+    for name, size in {"b.png": (90, 70, 3), "a.jpg": (96, 128, 3)}.items():
+        pixels = np.random.default_rng(len(name)).integers(0, 255, size, dtype=np.uint8)
+        Image.fromarray(pixels).resize((size[1] // 8, size[0] // 8)).resize((size[1], size[0])).save(place / name)
+    (place / "notes.txt").write_text("no picture")
+    return place
+
+
+def sampling(folder: Path | None, **changes: Any) -> Sampling:
+    files = () if folder is None else (str(folder / "a.jpg"), str(folder / "b.png"))
+    given = {"num_inference_steps": STEPS, "guidance_scale": 3.0, "max_sequence_length": 30, "batch_size": 3, "seed": 0}
+    return Sampling(**{**given, **SIZES, "references": files, **changes})
+
+
+@pytest.mark.parametrize("kind", ["kontext", "flux2"])
+def test_calibration_draws_what_diffusers_draws_of_prompt_and_picture(
+    kind: str, build_pipeline: Build, folder: Path
+) -> None:
+    """Of a batch whose prompts have pictures of their own, beside diffusers given them one at a time."""
+    pipeline = build_pipeline(kind)
+    asked = sampling(folder)
+    prompts = calibration.encode(pipeline, family_of(pipeline.transformer), PROMPTS, asked)
+    seen: list[Any] = []
+    hook = pipeline.transformer.register_forward_pre_hook(lambda _, __, told: seen.append(told), with_kwargs=True)
+    found = calibration.sample(pipeline, prompts, range(3), asked)
+    hook.remove()
+    alone = []
+    for row, prompt in enumerate(PROMPTS):
+        image = Image.open(asked.references[row % 2]).convert("RGB")
+        image = ImageOps.fit(image, (SIZES["width"], SIZES["height"]), Image.Resampling.LANCZOS)
+        own = {"_auto_resize": False, "max_area": SIZES["width"] * SIZES["height"]} if kind == "kontext" else {}
+        with torch.no_grad():
+            alone.append(
+                pipeline(
+                    image=image if kind == "kontext" else [image],
+                    prompt=prompt,
+                    generator=torch.Generator().manual_seed(row),
+                    num_inference_steps=STEPS,
+                    guidance_scale=3.0,
+                    max_sequence_length=30,
+                    output_type="latent",
+                    **SIZES,
+                    **own,
+                )[0]
+            )
+    torch.testing.assert_close(found, torch.cat(alone), atol=1e-4, rtol=1e-4)
+    plain = calibration.encode(pipeline, family_of(pipeline.transformer), PROMPTS, sampling(None))
+    assert (calibration.sample(pipeline, plain, range(3), sampling(None)) - found).abs().max() > 1e-2
+    drawn = pictures.drawn(seen[0])
+    assert drawn is not None
+    assert len(drawn) == 2 * int(drawn.sum())  # as many tokens of a picture as of what is drawn
+    assert bool(drawn[: len(drawn) // 2].all())
+
+
+@pytest.mark.parametrize("kind", ["kontext", "flux2"])
+def test_what_nobody_reads_is_not_measured(kind: str, build_pipeline: Build, folder: Path) -> None:
+    """Of the last linear, and of velocities, tokens of pictures count nothing; of blocks they do."""
+    pipeline = build_pipeline(kind)
+    family = family_of(pipeline.transformer)
+    output = family.output(pipeline.transformer)
+    assert output is not None
+    asked = sampling(folder, guidance_scale=1.0)
+    prompts = calibration.encode(pipeline, family, PROMPTS, asked)
+    calls = trajectories.record(pipeline, family, prompts, asked, computed_steps=1, kept_steps=1)
+    (call,) = calls
+    half = call.arguments[1]["hidden_states"].shape[1] // 2
+    assert call.masks["drawn"].tolist() == [[True] * half + [False] * half] * 3
+    assert output.tokens == "drawn"
+    whole = torch.randn(3, 2 * half, 16)
+    assert torch.equal(velocity_of(pipeline.transformer, (whole,), call.arguments[1]), whole[:, :half])
+
+
+def test_grams_count_tokens_of_pictures_as_those_of_what_is_drawn(build_pipeline: Build, folder: Path) -> None:
+    pipeline = build_pipeline("kontext")
+    family = family_of(pipeline.transformer)
+    (linear,) = (each for each in family.linears(pipeline.transformer) if each.name == "transformer_blocks.1.attn.to_q")
+    asked = sampling(folder)
+    prompts = calibration.encode(pipeline, family, PROMPTS, asked)
+    seen: list[torch.Tensor] = []
+    hook = pipeline.transformer.get_submodule(linear.name).register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].double().flatten(0, 1))
+    )
+    grams = calibration.calibrate(pipeline, family, [linear], prompts, asked, time_weights="uniform")
+    hook.remove()
+    assert {len(each) for each in seen} == {3 * 2 * (64 * 80 // 4**2)}
+    counted = torch.cat(seen)
+    assert grams[linear.reads].tokens == len(counted)
+    torch.testing.assert_close(grams[linear.reads].matrix, counted.T @ counted / len(counted), atol=1e-5, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def made() -> dict[str, Any]:
+    return {}
+
+
+@pytest.fixture
+def editor(folder: Path, build_pipeline: Build, made: dict[str, Any]) -> tuple[Any, torch.nn.Module]:
+    """FLUX.1 Kontext pruned on pictures by the default method, and its denoiser before it was cut; made once."""
+    if "editor" not in made:
+        made["editor"] = pruned_on(folder, build_pipeline("kontext"))
+    found: tuple[Any, torch.nn.Module] = made["editor"]
+    return found
+
+
+def pruned_on(folder: Path, pipeline: Any) -> tuple[Any, torch.nn.Module]:
+    masked: list[torch.nn.Module] = []
+    shrink = pruning.shrink
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            pruning, "shrink", lambda model, *rest: (masked.append(copy.deepcopy(model)), shrink(model, *rest))
+        )
+        pruned = obsdiff.prune(
+            pipeline,
+            sparsity="structured:0.25+2:4",
+            prompts=PROMPTS,
+            references=str(folder),
+            steps=STEPS,
+            draws=1,
+            max_sequence_length=6,
+            protect_first=0,
+            protect_last=0,
+            align=4,
+            allocation="uniform",
+            height=32,
+            width=32,
+        )
+    return pruned, masked[0]
+
+
+def told(denoiser: Any) -> dict[str, Any]:
+    """Arguments of a call with 12 tokens of a picture."""
+    family = family_of(denoiser)
+    inputs = family.example(denoiser, batch=2, size=(12, 16), text_tokens=7, pixels=(24, 32))
+    inputs |= references.example(denoiser, "FluxKontextPipeline", batch=2, tokens=12)
+    return family.arguments(inputs)
+
+
+@pytest.mark.stage("weights", "structured", "saved", kind="kontext")
+def test_an_editor_that_was_pruned_on_pictures_is_cut_and_comes_back(
+    editor: tuple[Any, torch.nn.Module], tmp_path: Path
+) -> None:
+    pruned, masked = editor
+    with torch.no_grad():
+        expected = masked(**told(masked), return_dict=False)[0]
+        found = pruned.denoiser(**told(masked), return_dict=False)[0]
+    assert pruned.kept
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()  # sums over fewer terms in another order
+    for layer in pruned.layers:
+        if layer.pattern.endswith("2:4"):
+            weight = pruned.denoiser.get_submodule(layer.name).weight
+            assert bool(((weight.unflatten(1, (-1, 4)) == 0).sum(-1) >= 2).all()), layer.name
+    obsdiff.save(pruned, tmp_path / "out")
+    loaded = obsdiff.load(tmp_path / "out")
+    assert type(loaded).__name__ == "FluxKontextPipeline"
+    with torch.no_grad():
+        assert torch.equal(loaded.transformer(**told(masked), return_dict=False)[0], found)
+    recipe = pruned.to_json()["recipe"]
+    assert recipe["sampling"]["references"] == 2
+    assert recipe["references_sha256"]
+
+
+@pytest.mark.slow
+@pytest.mark.stage("engine", kind="kontext")
+def test_the_real_builder_takes_a_graph_that_is_told_pictures_or_none(build_pipeline: Build, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    denoiser = build_pipeline("kontext", num_layers=1, num_single_layers=1).transformer
+    family = family_of(denoiser)
+    component = references.component(family, denoiser, "FluxKontextPipeline", height=32, width=32, vae_scale=2)
+    model = export(component, tmp_path / "transformer", dtype=torch.float16)
+    ports = {port.name: (port.dtype, port.shape) for port in model.inputs}
+    assert ports[PLACES] == ("float", (TOKENS, 3))  # places are counted, and float16 ends at 2048
+    sizes = {"batch": (1, 1, 4), "height": 16, "width": 16, "text_tokens": (6, 6, 20), TOKENS: (0, 64, 128)}
+    engine = build(
+        model.path,
+        tmp_path / "engines",
+        builder=BUILDERS["tensorrt_rtx"],
+        profiles=profiles_for(model.inputs, [sizes]),
+        targets=("8.9",),
+    )
+    limits = engine.profiles[0][STATES]
+    assert (limits.min[1], limits.opt[1], limits.max[1]) == (0, 64, 128)
+
+
+def test_a_plan_counts_one_picture_where_some_are_given_and_says_so_where_not(
+    build_pipeline: Build, folder: Path, tmp_path: Path
+) -> None:
+    build_pipeline("kontext").save_pretrained(tmp_path / "model")
+    asked = {"model": str(tmp_path / "model"), "sparsity": "2:4", "height": 32, "width": 32, "max_sequence_length": 6}
+    plans = {name: verbs.plan(Settings(**asked, references=name)) for name in (None, str(folder))}
+    for name, plan in plans.items():
+        tokens = {layer.name: layer.positions for layer in plan.layers}
+        pictures_of_image = 1 if name is None else 2
+        assert tokens["transformer_blocks.0.attn.to_q"] == pictures_of_image * 64
+        assert tokens["single_transformer_blocks.0.proj_mlp"] == pictures_of_image * 64 + 6
+        assert any("calibration told it none" in note for note in plan.notes) == (name is None)
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "expected"),
+    [
+        ("FluxKontextPipeline", 8, (0, 512 * 512 // 256, 800 * 1328 // 256)),
+        ("Flux2KleinPipeline", 16, (0, 512 * 512 // 256, 2 * 1024 * 1024 // 256)),
+        ("FluxPipeline", 8, None),
+    ],
+)
+def test_engines_hold_pictures_as_large_as_they_are_fitted(name: str, scale: int, expected: Any) -> None:
+    asked = sampling(None, height=512, width=512)
+    sizes = sizes_of(asked, name, {"in_channels": 64}, rows=1, text_tokens=6, vae_scale=scale)
+    assert sizes.get(TOKENS) == expected
+
+
+def test_comparison_tells_both_models_pictures(build_pipeline: Build, folder: Path) -> None:
+    """A pruned model that is the dense one has no error, whatever it is told; told others it draws others."""
+    pipeline = build_pipeline("flux2")
+    drawn = []
+    for files in (folder, None):
+        asked = sampling(files, height=32, width=32)
+        evaluation, images = evaluate(
+            pipeline,
+            family_of(pipeline.transformer),
+            dense=pipeline.transformer,
+            pruned=copy.deepcopy(pipeline.transformer),
+            prompts=PROMPTS,
+            sampling=asked,
+        )
+        assert evaluation.velocity_error == 0
+        drawn.append(np.stack([each.dense for each in images]).astype(int))
+    assert np.abs(drawn[0] - drawn[1]).max() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("FluxFillPipeline", "flux"), ("FluxControlPipeline", "flux"), ("Flux2KleinKVPipeline", "flux2")],
+)
+def test_other_pipelines_of_flux_are_refused(name: str, kind: str, build_pipeline: Build, tmp_path: Path) -> None:
+    parts = build_pipeline(kind, num_layers=1, num_single_layers=1).components
+    known = inspect.signature(getattr(diffusers, name).__init__).parameters
+    pipeline = getattr(diffusers, name)(**{part: value for part, value in parts.items() if part in known})
+    with pytest.raises(ModelError, match=f"of pipelines of FLUX with this denoiser .*, not {name}"):
+        obsdiff.prune(pipeline, sparsity="2:4", prompts=PROMPTS)
+    pipeline.save_pretrained(tmp_path / "model")
+    with pytest.raises(ModelError, match=f"not {name}"):
+        verbs.plan(Settings(model=str(tmp_path / "model"), sparsity="2:4"))
+
+
+def test_a_folder_of_pictures_is_listed_and_refused_where_there_are_none(
+    build_pipeline: Build, folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"--references .*: holds no picture"):
+        obsdiff.prune(build_pipeline("kontext"), sparsity="2:4", prompts=PROMPTS, references=str(tmp_path))
+    with pytest.raises(ConfigError, match="this pipeline's denoiser is told no pictures"):
+        obsdiff.prune(build_pipeline("flux"), sparsity="2:4", prompts=PROMPTS, references=str(folder))

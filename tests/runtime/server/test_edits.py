@@ -1,0 +1,103 @@
+"""Editing by OpenAI's images API: pictures in a form, asked by OpenAI's own client."""
+
+import base64
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+
+from obsdiff_runtime.pipeline import Pipeline
+from obsdiff_runtime.server.limits import MAX_FORM_BYTES
+
+PROMPT = "make it winter"
+
+
+@pytest.fixture(scope="module")
+def running(flux2_pair: tuple[Any, Path], sd3_bundle: Path, serving: Callable[..., Any]) -> Iterator[Any]:
+    with serving(flux2_pair[1], sd3_bundle) as found:
+        yield found
+
+
+@pytest.fixture
+def client(running: Any) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def file_of(height: int, width: int, seed: int = 0, kind: str = "png") -> tuple[str, bytes]:
+    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind)
+    return f"{seed}.{kind}", file.getvalue()
+
+
+def test_openai_s_client_edits_pictures(client: openai.OpenAI, flux2_pair: tuple[Any, Path]) -> None:
+    files = [file_of(66, 96), file_of(64, 64, seed=1)]
+    more = {"seed": 7, "num_inference_steps": 2}
+    found = client.images.edit(image=files, prompt=PROMPT, model="model-0", size="32x24", extra_body=more)  # type: ignore[call-overload]
+    ours = Pipeline(flux2_pair[1], threads=1)
+    references = [ours.fit(Image.open(io.BytesIO(content))) for _, content in files]
+    given = {"seed": 7, "num_inference_steps": 2, "height": 24, "width": 32}
+    expected = ours(PROMPT, reference=references, **given).arrays[0]
+    drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(found.data[0].b64_json))))
+    np.testing.assert_array_equal(drawn, expected)
+    assert not np.array_equal(drawn, ours(PROMPT, **given).arrays[0])
+
+
+def test_an_edit_is_streamed_under_its_own_name(client: openai.OpenAI) -> None:
+    events = client.images.edit(
+        image=file_of(64, 64),
+        prompt=PROMPT,
+        size="32x24",  # type: ignore[call-overload]
+        stream=True,
+        partial_images=1,
+        extra_body={"num_inference_steps": 2},
+    )
+    assert [event.type for event in events] == ["image_edit.partial_image", "image_edit.completed"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "files", "status", "message"),
+    [
+        ({"prompt": PROMPT}, [], 400, "image: 0 pictures; 1 to 4 are taken"),
+        ({"prompt": PROMPT}, [("image[]", file_of(4, 4))] * 5, 400, "image: 5 pictures"),
+        ({}, [("image", file_of(64, 64))], 400, "prompt: field required"),
+        ({"prompt": PROMPT, "n": "two"}, [("image", file_of(64, 64))], 400, "n: input should be a valid integer"),
+        ({"prompt": PROMPT, "seeds": "3"}, [("image", file_of(64, 64))], 400, "did you mean seed?"),
+        ({"prompt": PROMPT}, [("mask", file_of(64, 64))], 400, "mask: no file of that name is read"),
+        ({"prompt": PROMPT}, [("image", ("a.png", b"no picture"))], 400, "a.png: no image that can be read"),
+        ({"prompt": PROMPT}, [("image", file_of(64, 64, kind="bmp"))], 400, "0.bmp: no image that can be read"),
+        ({"prompt": PROMPT}, [("image", file_of(3, 64))], 400, "the model reads no fewer than 4"),
+        ({"prompt": PROMPT, "model": "model-1"}, [("image", file_of(64, 64))], 400, "is told no pictures"),
+        ({"prompt": PROMPT, "model": "dall-e-3"}, [("image", file_of(64, 64))], 404, "there is no model 'dall-e-3'"),
+        ({"prompt": PROMPT}, [("image", ("a.png", bytes(MAX_FORM_BYTES)))], 413, "larger than"),
+    ],
+)
+def test_what_cannot_be_edited_is_said_in_openai_s_shape(
+    running: Any, fields: dict[str, str], files: list[Any], status: int, message: str
+) -> None:
+    plain = [(name, (None, value)) for name, value in fields.items()] or [("user", (None, "x"))]
+    answer = running.client.post("/v1/images/edits", files=[*plain, *files])
+    assert answer.status_code == status
+    assert message in answer.json()["error"]["message"]
+
+
+def test_a_body_that_is_no_form_is_refused(running: Any) -> None:
+    answer = running.client.post("/v1/images/edits", json={"prompt": PROMPT})
+    assert answer.status_code == 400
+    assert "should be a form" in answer.json()["error"]["message"]
+
+
+def test_a_picture_of_too_many_pixels_is_not_decoded(running: Any) -> None:
+    file = io.BytesIO()
+    Image.new("1", (6000, 5000)).save(file, "png")
+    answer = running.client.post(
+        "/v1/images/edits", files={"image": ("big.png", file.getvalue())}, data={"prompt": PROMPT}
+    )
+    assert answer.status_code == 400
+    assert "big.png: 30000000 pixels; at most 25000000 are read" in answer.json()["error"]["message"]
