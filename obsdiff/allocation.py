@@ -8,13 +8,12 @@ With a latency table (`latency:FILE`, latencies.py) it is time that is saved: th
 would save by that table, and a group's units are worth what the table says. Removals cost the same error either way.
 """
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from obsdiff import costs, latencies, planning, ranks, sensitivities
 from obsdiff.core import budget, timesteps
@@ -27,6 +26,7 @@ from obsdiff.methods import Method, Options
 from obsdiff.recipe import Recipe, select
 from obsdiff.residuals import block_modules
 from obsdiff.results import Journal, PackageResult, Sensitivity
+from obsdiff.sampling import named
 from obsdiff.sensitivities import Candidate
 from obsdiff.sparsity import NM, Pattern, Unstructured
 from obsdiff.streaming import Assignment, assign
@@ -356,9 +356,8 @@ def _probes(recipe: Recipe, candidates: Sequence[Candidate], blocks: int, calls:
 def positions(denoiser: nn.Module, call: Call, *, on_meta: bool = True) -> dict[str, int]:
     """Tokens of each linear for one image; of a denoiser that does not run on shapes alone the call is made."""
     args, kwargs = call.arguments
-    inputs = inspect.signature(denoiser.forward).bind(*args, **kwargs).arguments
-    inputs |= inputs.pop("kwargs", {})
-    rows = len(next(value for value in inputs.values() if isinstance(value, Tensor) and value.ndim > 1))
+    inputs = named(denoiser, args, kwargs)
+    rows = next(len(each) for each in inputs.values() if isinstance(each, list) or getattr(each, "ndim", 0) > 1)
     if on_meta:
         found = costs.positions(denoiser, inputs)
     else:

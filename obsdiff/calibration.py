@@ -22,7 +22,7 @@ from obsdiff.families import Family, guided
 from obsdiff.groups import LinearSpec
 from obsdiff.padding import Masks
 from obsdiff.recipe import Sampling
-from obsdiff.sampling import call_of, quiet
+from obsdiff.sampling import call_of, named, quiet
 from obsdiff_runtime.errors import CalibrationError
 from obsdiff_runtime.progress import Progress, silent
 
@@ -187,7 +187,7 @@ class _Collector:
     def attached(self, steps: StepIndex) -> Iterator[None]:
         def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._step = steps.advance(kwargs["timestep"] if "timestep" in kwargs else args[1])
-            self._masks = padding.masks(self._family, self._denoiser, kwargs)
+            self._masks = padding.masks(self._family, self._denoiser, named(module, args, kwargs))
             self.told(self._step)
 
         hooks = [self._denoiser.register_forward_pre_hook(count, with_kwargs=True)]

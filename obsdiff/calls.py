@@ -1,11 +1,13 @@
-"""The calls of pipelines as one: some draw classes, some are told pictures in a way of their own."""
+"""The calls of pipelines as one: some draw classes, some are told pictures or texts in a way of their own."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
-from diffusers import DiffusionPipeline, DiTPipeline, Flux2KleinPipeline, Flux2Pipeline
+from diffusers import DiffusionPipeline, DiTPipeline, Flux2KleinPipeline, Flux2Pipeline, ZImagePipeline
 
 from obsdiff import class_calls, pictures
+from obsdiff.families import parts
 
 
 def call(pipeline: DiffusionPipeline) -> Callable[..., Any]:
@@ -14,4 +16,15 @@ def call(pipeline: DiffusionPipeline) -> Callable[..., Any]:
         return class_calls.call(pipeline)
     if isinstance(pipeline, (Flux2KleinPipeline, Flux2Pipeline)):
         return pictures.call(pipeline)
+    if isinstance(pipeline, ZImagePipeline):
+        return partial(_listed, pipeline)
     return cast("Callable[..., Any]", pipeline)
+
+
+def _listed(pipeline: ZImagePipeline, **told: Any) -> Any:
+    """Draws; of embedded texts, told with their masks, the call takes each without its padding."""
+    for prefix in ("", "negative_"):
+        mask = told.pop(f"{prefix}prompt_attention_mask", None)
+        if mask is not None:
+            told[f"{prefix}prompt_embeds"] = parts.listed(told[f"{prefix}prompt_embeds"], mask)
+    return pipeline(**told)

@@ -39,7 +39,7 @@ def positions(denoiser: nn.Module, inputs: Mapping[str, Any]) -> dict[str, int]:
         module name -> positions, summed over calls; modules that were not called are absent.
     """
     state = {name: _shape_of(tensor) for name, tensor in (*denoiser.named_parameters(), *denoiser.named_buffers())}
-    with counting(denoiser) as found, torch.no_grad(), torch.device("meta"), _Shown():
+    with counting(denoiser) as found, _forgotten(denoiser), torch.no_grad(), torch.device("meta"), _Shown():
         torch.func.functional_call(denoiser, state, (), tree_map_only(Tensor, _shape_of, dict(inputs)))
     return found
 
@@ -86,6 +86,19 @@ def matmul_speed(device: torch.device | str = "cpu", *, size: int = 1024, second
         multiply()
         products += 1
     return products * 2 * size**3 / (time.perf_counter() - start)
+
+
+@contextmanager
+def _forgotten(denoiser: nn.Module) -> Iterator[None]:
+    """What modules keep beside their tensors is as before in the end: Z-Image keeps the waves of its places."""
+    things = [thing for module in denoiser.modules() for thing in vars(module).values() if hasattr(thing, "__dict__")]
+    before = [(thing, dict(vars(thing))) for thing in things if not isinstance(thing, type)]
+    try:
+        yield
+    finally:
+        for thing, values in before:
+            vars(thing).clear()
+            vars(thing).update(values)
 
 
 class _Shown(TorchFunctionMode):

@@ -93,7 +93,7 @@ def sweep_guidance(
         fixed: what the evaluation found at sampling.guidance_scale.
         scales: guidance scales.
         judge: name and function.
-        negative: negative prompt; used where the guidance scale is above 1.
+        negative: negative prompt; used where there is guidance.
         dense_scores: the dense model's mean scores by scale, where an earlier sweep found them.
         progress: told of every step of the sampler, as stage "retune guidance".
     """

@@ -19,10 +19,11 @@ is not in it, it looks at all."""
 
 
 def masks(family: Family, denoiser: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The masks of a denoiser call, by its keyword arguments.
+    """The masks of a denoiser call, by its arguments' names.
 
     Of what is drawn, the last linear's, tokens of pictures that the denoiser is told count nothing: nobody reads them.
-    Where text and image are one sequence, a row's image is taken to stand right behind its text, and padding behind it.
+    Where text and image are one sequence, a row's padding is taken to stand behind both. A text that comes without its
+    padding has as many tokens as `Family.tokens` says.
 
     Raises:
         ModelError: the argument holds something else than a token's 0 or 1.
@@ -33,19 +34,29 @@ def masks(family: Family, denoiser: nn.Module, arguments: Mapping[str, Any]) -> 
     mask = None if family.text_mask is None else arguments.get(family.text_mask)
     if mask is None:
         return {}
-    if mask.ndim != 2:
+
+    def tokens(length: int) -> Mapping[str, int]:
+        latents = arguments["hidden_states"] if "hidden_states" in arguments else arguments["x"][0]
+        height, width = latents.shape[-2:]
+        config = cast("Mapping[str, Any]", denoiser.config)
+        return family.tokens(config, height=height, width=width, text_tokens=length, vae_scale=1)
+
+    if isinstance(mask, list):
+        lengths = torch.tensor([tokens(len(text))["text"] for text in mask])
+        found = {"text": torch.arange(int(lengths.max())) < lengths[:, None]}
+    elif mask.ndim == 2:
+        found = {"text": mask.bool()}
+        lengths = found["text"].sum(dim=1)
+    else:
         raise ModelError(
             f"{family.text_mask} is not (rows, text tokens), 0 for padding, but {tuple(mask.shape)}; "
             "which tokens count is not known"
         )
-    found = {"text": mask.bool()}
-    if not family.described or "hidden_states" not in arguments:
+    if not family.described or not {"hidden_states", "x"} & arguments.keys():
         return found
-    lengths, config = found["text"].sum(dim=1), cast("Mapping[str, Any]", denoiser.config)
-    height, width = arguments["hidden_states"].shape[-2:]
-    sizes = family.tokens(config, height=height, width=width, text_tokens=int(lengths.max()), vae_scale=1)
+    sizes = tokens(int(lengths.max()))
     if "joint" in sizes:
-        found["joint"] = torch.arange(sizes["joint"], device=mask.device) < lengths[:, None] + sizes["image"]
+        found["joint"] = torch.arange(sizes["joint"], device=lengths.device) < lengths[:, None] + sizes["image"]
     return found
 
 

@@ -219,6 +219,12 @@ def _picture(drawn: NDArray[Any]) -> Picture:
     return picture
 
 
+def named(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a denoiser's call by their names."""
+    found = inspect.signature(type(denoiser).forward).bind(denoiser, *args, **kwargs).arguments
+    return {**{name: found[name] for name in list(found)[1:] if name != "kwargs"}, **found.get("kwargs", {})}
+
+
 def velocity_of(denoiser: nn.Module, output: Any, arguments: Mapping[str, Any]) -> Tensor:
     """What the sampler reads of what a denoiser's call with these arguments gives, (rows, ...).
 

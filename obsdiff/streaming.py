@@ -20,7 +20,7 @@ from obsdiff import calibration, moments, offloading, pausing, pointwise, ranks,
 from obsdiff.clusters import clusters
 from obsdiff.core import timesteps
 from obsdiff.core.permutation import permute
-from obsdiff.families import Family, guided
+from obsdiff.families import Family, guided, usual_scale
 from obsdiff.groups import Group, LinearSpec
 from obsdiff.methods import Layer, Method, Options, Pruned
 from obsdiff.methods.result import cast
@@ -138,8 +138,8 @@ class _Run:
         weights = timesteps.weights(recipe.time_weights, recipe.sampling.num_inference_steps).tolist()
         self._weights = [weights[call.step] for call in calls]
         self._recipe = recipe
-        scale = recipe.sampling.guidance_scale
-        combined = recipe.guided and guided(family, denoiser, scale)
+        combined = recipe.guided and guided(family, denoiser, recipe.sampling.guidance_scale)
+        scale = usual_scale(family, recipe.sampling.guidance_scale)
         self._guidance = moments.Guidance(scale=scale, weight=recipe.guided) if combined else None
         self._groups = family.groups(denoiser)
         losing = [group for group in assignment.groups if assignment.removals.get(group.name)]

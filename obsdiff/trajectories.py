@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from obsdiff import padding, ranks
 from obsdiff.calibration import Prompts, StepIndex, batches, sample
@@ -16,7 +17,7 @@ from obsdiff.families import Family, guided
 from obsdiff.padding import Masks
 from obsdiff.pausing import Arguments
 from obsdiff.recipe import Sampling
-from obsdiff.sampling import quiet, velocity_of
+from obsdiff.sampling import named, quiet, velocity_of
 from obsdiff_runtime.errors import CalibrationError
 from obsdiff_runtime.progress import Progress, silent
 
@@ -125,7 +126,7 @@ def record(
             sample(pipeline, prompts, passes[place], sampling)
     progress(stage, total, total)
     calls.extend(waiting)
-    return [replace(call, masks=padding.masks(family, denoiser, call.arguments[1])) for call in calls]
+    return [replace(call, masks=padding.masks(family, denoiser, named(denoiser, *call.arguments))) for call in calls]
 
 
 def computed(steps: int, count: int, batch: int) -> frozenset[int]:
@@ -204,6 +205,8 @@ def _exchanged(arguments: Arguments, rows: int) -> Arguments:
     """Arguments of a call with the second half of its rows before the first."""
 
     def turned(value: Any) -> Any:
+        if isinstance(value, list) and len(value) == rows:
+            return [*value[rows // 2 :], *value[: rows // 2]]
         has_rows = isinstance(value, Tensor) and value.ndim > 0 and len(value) == rows
         return value.roll(rows // 2, 0) if has_rows else value
 
@@ -217,5 +220,5 @@ def _shape(value: Any) -> tuple[int, ...] | None:
 
 def _copied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
     """The sampler goes on to change some of its tensors in place."""
-    values = tuple(value.clone() if isinstance(value, Tensor) else value for value in args)
-    return values, {name: value.clone() if isinstance(value, Tensor) else value for name, value in kwargs.items()}
+    copies: Arguments = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
+    return copies

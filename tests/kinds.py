@@ -16,6 +16,7 @@ EVERY: Final = (
     "sana",
     "qwen",
     "lumina2",
+    "zimage",
     "hunyuan",
     "wan",
     "dit",

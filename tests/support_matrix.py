@@ -25,6 +25,7 @@ FAMILIES: Final = {
     "sana": "`sana`: Sana",
     "qwen": "`qwen`: Qwen-Image",
     "lumina2": "`lumina2`: Lumina-2",
+    "zimage": "`zimage`: Z-Image, Z-Image-Turbo",
     "hunyuan": "`hunyuan`: HunyuanDiT",
     "dit": "`dit`: DiT, class-conditional",
     "wan": "`wan`: Wan 2.1, text to film",

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from obsdiff.groups import Group, LinearSpec
 from obsdiff_export.component import Component
+from obsdiff_runtime.conditioning import KINDS
 from obsdiff_runtime.errors import ConfigError
 
 HELP: Final = "docs/add-a-family.md in obsdiff's repository says how to describe one"
@@ -28,9 +29,9 @@ class Family(Protocol):
             `guidance_embeds` is told it in any family.
         negative_first: whether rows of negative prompts stand before the others in one call of the denoiser.
         described: whether the denoiser's units, inputs and outputs are known; of `generic` only its linears are.
-        text_mask: keyword argument of the denoiser's forward, (rows, text tokens), 1 for text and 0 for padding that no
-            image token looks at; None: it looks at all of it. Where there is one, a "joint" sequence has no padding
-            between a row's text and its image; see `padding.masks`.
+        text_mask: argument of the denoiser's forward, (rows, text tokens), 1 for text and 0 for padding that no image
+            token looks at; or the text itself, row by row without padding. None: it looks at all of it. Where there is
+            one, a "joint" sequence has no padding between a row's text and its image; see `padding.masks`.
     """
 
     name: str
@@ -140,7 +141,13 @@ def require_described(family: Family, what: str) -> None:
 def guided(family: Family, denoiser: nn.Module, guidance_scale: float) -> bool:
     """Whether every image is run twice, the first time on its negative prompt."""
     config: Any = denoiser.config
-    return family.negatives and not config.get("guidance_embeds") and guidance_scale > 1
+    return family.negatives and not config.get("guidance_embeds") and usual_scale(family, guidance_scale) > 1
+
+
+def usual_scale(family: Family, guidance_scale: float) -> float:
+    """A pipeline's scale as most count it: 1 is what the prompt alone gives, and of Z-Image's that is 0."""
+    kind = KINDS.get(family.pipeline)
+    return guidance_scale if kind is None else guidance_scale + (1 - kind.unguided)
 
 
 def rows(family: Family, denoiser: nn.Module, guidance_scale: float) -> int:

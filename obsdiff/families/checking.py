@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from obsdiff import costs, padding
 from obsdiff.families import Family
 from obsdiff.groups import Group
+from obsdiff.sampling import velocity_of
 from obsdiff.shrinking import columns, shrink
 from obsdiff_export import parity
 from obsdiff_export.component import Component
@@ -41,8 +42,7 @@ class _Case:
 
     def run(self, denoiser: nn.Module) -> Tensor:
         with torch.no_grad():
-            found: Tensor = denoiser(**self.arguments, return_dict=False)[0]
-        return found
+            return velocity_of(denoiser, denoiser(**self.arguments, return_dict=False), self.arguments)
 
     def names(self) -> list[str]:
         return [linear.name for linear in self.family.linears(self.denoiser)]

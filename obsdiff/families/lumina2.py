@@ -26,9 +26,9 @@ from typing import Any, Final
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle, scaled_dot_product_attention
 
 from obsdiff.families import layers, parts, reading
+from obsdiff.families.rotations import Waves, attention, waves_of
 from obsdiff.groups import Consumer, Group, LinearSpec, Producer
 from obsdiff_export.component import Component
 
@@ -137,29 +137,24 @@ class _Flat(parts.Flat):
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor, timestep: Tensor
     ) -> Tensor:
-        source, patch = self.source, self.source.config.patch_size
+        source, patch, rotary = self.source, self.source.config.patch_size, self.source.rope_embedder
         rows, columns = hidden_states.shape[-2] // patch, hidden_states.shape[-1] // patch
         shown = encoder_attention_mask.bool()
         time, text = source.time_caption_embed(hidden_states, 1 - timestep / _TIMESTEPS, encoder_hidden_states)
-        # diffusers puts the channels of a patch behind its pixels: (b, h / p * w / p, p * p * channels)
-        pixels = torch.unflatten(pixel_unshuffle(hidden_states, patch), 1, (-1, patch**2)).transpose(1, 2)
-        image = source.x_embedder(pixels.flatten(1, 2).flatten(2).transpose(1, 2))
+        image = source.x_embedder(parts.patches(hidden_states, patch))
         first, second = _places(shown, rows, columns)
-        waves = _waves(first, source.rope_embedder)
+        waves = waves_of(first, rotary.theta, rotary.axes_dim)
         for block in source.context_refiner:
             text = _block(block, text, waves, shown)
-        waves = _waves(second, source.rope_embedder)
+        waves = waves_of(second, rotary.theta, rotary.axes_dim)
         for block in source.noise_refiner:
             image = _block(block, image, waves, time=time)
         both = torch.cat([text, image], dim=1)
         shown = torch.cat([shown, torch.ones_like(image[..., 0], dtype=torch.bool)], dim=1)
-        waves = _waves(torch.cat([first, second], dim=1), source.rope_embedder)
+        waves = waves_of(torch.cat([first, second], dim=1), rotary.theta, rotary.axes_dim)
         for block in source.layers:
             both = _block(block, both, waves, shown, time)
-        velocity = source.norm_out(both[:, text.shape[1] :], time)  # (b, h / p * w / p, p * p * channels)
-        pixels = velocity.transpose(1, 2).unflatten(2, (rows, columns)).unflatten(1, (patch**2, -1)).transpose(1, 2)
-        found: Tensor = -pixel_shuffle(pixels.flatten(1, 2), patch)
-        return found
+        return -parts.unpatched(source.norm_out(both[:, text.shape[1] :], time), rows, columns, patch)
 
 
 def component(denoiser: nn.Module, *, height: int, width: int, vae_scale: int = 8) -> Component:
@@ -208,55 +203,17 @@ def _places(shown: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
     return text, torch.stack([length, row, column], dim=-1).flatten(1, 2)
 
 
-def _waves(places: Tensor, rotary: Any) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of places (b, s, 3), (b, s, 1, size of a head) each, float32 whatever the model is in."""
-    angles = []
-    for axis, width in enumerate(rotary.axes_dim):
-        frequencies = [rotary.theta ** (-2 * index / width) for index in range(width // 2)]
-        angles.append(places[..., axis, None] * torch.tensor(frequencies, dtype=torch.float32, device=places.device))
-    angle = torch.cat(angles, dim=-1)
-    cosine, sine = angle.cos(), angle.sin()  # of a pair of channels the first one loses what the second one gets
-    return _paired(cosine, cosine), _paired(-sine, sine)
-
-
-def _paired(first: Tensor, second: Tensor) -> Tensor:
-    """(b, s, pairs) each -> (b, s, 1, 2 pairs), in turns."""
-    return torch.stack([first, second], dim=-1).flatten(-2)[:, :, None]
-
-
-def _turned(heads: Tensor, waves: tuple[Tensor, Tensor]) -> Tensor:
-    """Pairs of channels of (b, s, heads, size), each turned by its wave's angle."""
-    wide, (cosine, sine) = heads.float(), waves
-    swapped = torch.unflatten(wide, -1, (-1, 2)).flip(-1).flatten(-2)
-    return (wide * cosine + swapped * sine).to(heads.dtype)
-
-
-def _attention(attention: Any, states: Tensor, waves: tuple[Tensor, Tensor], shown: Tensor | None) -> Tensor:
-    size = attention.to_q.out_features // attention.heads
-    shared = attention.to_q.out_features // attention.to_k.out_features
-    query, key, value = (
-        project(states).unflatten(2, (-1, size)) for project in (attention.to_q, attention.to_k, attention.to_v)
-    )  # (b, s, heads, size)
-    query, key = _turned(attention.norm_q(query), waves), _turned(attention.norm_k(key), waves)
-    key, value = (each[:, :, :, None].expand(-1, -1, -1, shared, -1).flatten(2, 3) for each in (key, value))
-    query, key, value = (each.transpose(1, 2) for each in (query, key, value))
-    mask = None if shown is None else shown[:, None, None]
-    found = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=attention.scale)
-    result: Tensor = attention.to_out[0](found.transpose(1, 2).flatten(2))
-    return result
-
-
 def _block(
     block: Any,
     states: Tensor,
-    waves: tuple[Tensor, Tensor],
+    waves: Waves,
     shown: Tensor | None = None,
     time: Tensor | None = None,
 ) -> Tensor:
     """A block of diffusers' with that attention; blocks of text are not told the time."""
     normed, *told = (block.norm1(states),) if time is None else block.norm1(states, time)
     gate, scale, last = (each[:, None] for each in told) if told else (None, 0, None)
-    attended = block.norm2(_attention(block.attn, normed, waves, shown))
+    attended = block.norm2(attention(block.attn, normed, waves, shown))
     states = states + (attended if gate is None else gate.tanh() * attended)
     fed = block.ffn_norm2(block.feed_forward(block.ffn_norm1(states) * (1 + scale)))
     result: Tensor = states + (fed if last is None else last.tanh() * fed)

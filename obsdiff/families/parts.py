@@ -15,6 +15,7 @@ from typing import Any, Final
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from obsdiff_export.component import Component
 from obsdiff_runtime.autoencoder import VAE_SCALE as VAE_SCALE
@@ -70,14 +71,29 @@ def latent_sizes(height: int, width: int, *, vae_scale: int, multiple: int, limi
     ]
 
 
-def rows(sizes: Sequence[tuple[int, ...]]) -> list[tuple[int, int, tuple[int, ...]]]:
+def rows(
+    sizes: Sequence[tuple[int, ...]], text_tokens: tuple[int, int, int] = (11, 7, 13)
+) -> list[tuple[int, int, tuple[int, ...]]]:
     """Per example its batch, text tokens and size; the first one is traced, so all its sizes are distinct."""
-    return [(batch, length, size) for batch, length, size in zip((2, 3, 1), (11, 7, 13), sizes, strict=True)]
+    return [(batch, length, size) for batch, length, size in zip((2, 3, 1), text_tokens, sizes, strict=True)]
 
 
 def noise(*shape: int, dtype: torch.dtype) -> Tensor:
     """Seeded normal numbers, on the CPU."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(SEED)).to(dtype)
+
+
+def patches(latents: Tensor, side: int) -> Tensor:
+    """(b, channels, h, w) -> (b, h / side * w / side, side * side * channels): the channels behind a patch's pixels."""
+    pixels = torch.unflatten(pixel_unshuffle(latents, side), 1, (-1, side**2)).transpose(1, 2)
+    return pixels.flatten(1, 2).flatten(2).transpose(1, 2)
+
+
+def unpatched(tokens: Tensor, rows: int, columns: int, side: int) -> Tensor:
+    """What `patches` took apart: rows * columns patches -> (b, channels, h, w)."""
+    grid = torch.unflatten(tokens.transpose(1, 2), 2, (rows, columns))
+    pixels = torch.unflatten(grid, 1, (side**2, -1)).transpose(1, 2)
+    return pixel_shuffle(pixels.flatten(1, 2), side)
 
 
 def timesteps(batch: int, *, dtype: torch.dtype) -> Tensor:
@@ -108,6 +124,7 @@ def denoiser_component(
     sizes: Sequence[tuple[int, ...]],
     pixels: Size,
     text: Sequence[str] = ("encoder_hidden_states",),
+    text_tokens: tuple[int, int, int] = (11, 7, 13),
 ) -> Component:
     """A denoiser whose inputs all have a batch, whose latents any size, and whose text any length.
 
@@ -121,10 +138,11 @@ def denoiser_component(
             one, the graph takes no other.
         pixels: (height, width) of the image.
         text: its inputs of text, (b, text tokens, ...).
+        text_tokens: of each example.
     """
     examples = [
         example(flat.source, batch=batch, size=size, text_tokens=length, pixels=pixels)
-        for batch, length, size in rows(sizes)
+        for batch, length, size in rows(sizes, text_tokens)
     ]
     axes = {key: {0: "batch"} for key in examples[0]}
     sides = examples[0][latents].ndim
@@ -162,3 +180,8 @@ def draws_films(pipeline_class: type[DiffusionPipeline]) -> bool:
 def padded(batch: int, length: int, *, dtype: torch.dtype) -> Tensor:
     """(b, l): 1 for text, 0 for padding behind it, one token more in each row."""
     return (torch.arange(length) < (length - torch.arange(batch)[:, None]).clamp_min(1)).to(dtype)
+
+
+def listed(text: Tensor, mask: Tensor) -> list[Tensor]:
+    """Each row of (b, l, width) without its padding, which is where (b, l) is 0."""
+    return [row[shown] for row, shown in zip(text, mask.bool(), strict=True)]

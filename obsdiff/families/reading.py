@@ -91,6 +91,12 @@ def encode_template(pipeline: DiffusionPipeline) -> dict[str, Any]:
     return {name: getattr(pipeline, name) for name in (QWEN_TEMPLATE, QWEN_DROPPED)}
 
 
+def require_z_image(pipeline: DiffusionPipeline) -> None:
+    """Raises ModelError for other pipelines of Z-Image's networks, which read images beside the text."""
+    if type(pipeline).__name__ != "ZImagePipeline":
+        raise ModelError(f"of pipelines of Z-Image obsdiff knows ZImagePipeline, not {type(pipeline).__name__}")
+
+
 def template_tokens(pipeline: DiffusionPipeline) -> int:
     """Tokens by which every prompt's sequence is longer than what the denoiser reads of it."""
     return int(getattr(pipeline, QWEN_DROPPED, 0))
@@ -122,7 +128,7 @@ def text_encoders(pipeline: DiffusionPipeline) -> list[Component]:
         elif kind == "Qwen2_5_VLForConditionalGeneration":
             told = encode_template(pipeline)
             found.append(_sequence(name, model, _Qwen(model), masked=True, told=told))
-        elif kind in ("Qwen3ForCausalLM", "Mistral3ForConditionalGeneration"):
+        elif kind in ("Qwen3Model", "Qwen3ForCausalLM", "Mistral3ForConditionalGeneration"):
             told = {PROMPT_TEMPLATE: prompt_template(pipeline)}
             flat = _Layers(model, read_layers(pipeline))
             found.append(_sequence(name, model, flat, masked=True, told=told, output="prompt_embeds"))
@@ -130,7 +136,7 @@ def text_encoders(pipeline: DiffusionPipeline) -> list[Component]:
             raise ModelError(
                 f"{name} is a {kind}; known are CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel, "
                 "UMT5EncoderModel, BertModel, Gemma2Model, Qwen2_5_VLForConditionalGeneration, "
-                "Qwen3ForCausalLM and Mistral3ForConditionalGeneration"
+                "Qwen3Model, Qwen3ForCausalLM and Mistral3ForConditionalGeneration"
             )
     return found
 
@@ -241,15 +247,23 @@ class _Layers(Flat):
 
 
 def read_layers(pipeline: DiffusionPipeline) -> tuple[int, ...]:
-    """The hidden states of its text encoder that a pipeline reads: 0 is the embedding."""
-    layers = inspect.signature(type(pipeline).__call__).parameters["text_encoder_out_layers"].default
-    return tuple(layers)
+    """The hidden states of its text encoder that a pipeline reads: 0 is the embedding.
+
+    Of a pipeline whose call does not say so (Z-Image) those in front of the last layer.
+    """
+    told = inspect.signature(type(pipeline).__call__).parameters.get("text_encoder_out_layers")
+    model: Any = pipeline.text_encoder
+    return (model.config.num_hidden_layers - 1,) if told is None else tuple(told.default)
 
 
 def prompt_template(pipeline: DiffusionPipeline) -> list[str]:
     """What a chat model's tokenizer puts before and behind a prompt.
 
-    It is to be answered without thinking aloud, or, where the pipeline has a message of the system, stands behind that.
+    It is to be answered, of FLUX.2 without and of Z-Image with thinking aloud, or, where the pipeline has a message of
+    the system, stands behind that.
+
+    Raises:
+        ModelError: see `need` and `require_z_image`.
     """
     need(pipeline, "tokenizer")
     place = "{prompt}"
@@ -257,7 +271,10 @@ def prompt_template(pipeline: DiffusionPipeline) -> list[str]:
     system = getattr(pipeline, "system_message", None)
     if system is None:
         told: Any = [{"role": "user", "content": place}]
-        options = {"add_generation_prompt": True, "enable_thinking": False}
+        thinks = not type(pipeline).__name__.startswith("Flux2")
+        if thinks:
+            require_z_image(pipeline)
+        options = {"add_generation_prompt": True, "enable_thinking": thinks}
     else:
         texts = {"system": system, "user": place}
         told = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in texts.items()]

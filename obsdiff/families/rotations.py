@@ -1,6 +1,8 @@
-"""Qwen-Image's attention for a graph: queries and keys rotated as pairs of numbers, at any size.
+"""Attention for a graph: queries and keys rotated as pairs of numbers, at any size.
 
-diffusers rotates complex numbers, which ONNX has none of, by angles that it keeps for the places it knows.
+diffusers rotates complex numbers, which ONNX has none of, by angles that it keeps for the places it knows. Qwen-Image's
+places are those of all rows alike, and its text and image have projections of their own; in Lumina-2 and Z-Image places
+differ from row to row, and attention runs over one sequence.
 """
 
 from collections.abc import Sequence
@@ -11,6 +13,9 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from obsdiff.families import parts
+
+Waves = tuple[Tensor, Tensor]
+"""Cosines and sines by which each channel of a head is turned, (b, tokens, 1, size of a head) each."""
 
 
 class Places(nn.Module):
@@ -87,3 +92,67 @@ def rotating(attention: Any) -> Any:
     view = parts.view(attention)
     view.processor = Pairs()
     return view
+
+
+def waves_of(places: Tensor, theta: float, widths: Sequence[int]) -> Waves:
+    """Of places (b, tokens, axes), each axis turning so many channels of a head; float32 whatever the model is in."""
+    angles = []
+    for axis, width in enumerate(widths):
+        frequencies = [theta ** (-2 * index / width) for index in range(width // 2)]
+        angles.append(places[..., axis, None] * torch.tensor(frequencies, dtype=torch.float32, device=places.device))
+    angle = torch.cat(angles, dim=-1)
+    cosine, sine = angle.cos(), angle.sin()  # of a pair of channels the first one loses what the second one gets
+    return _paired(cosine, cosine), _paired(-sine, sine)
+
+
+def attention(module: Any, states: Tensor, waves: Waves, shown: Tensor | None) -> Tensor:
+    """Self-attention of diffusers' module over states (b, tokens, width); `shown`, (b, tokens), is what is looked at.
+
+    Several heads of queries may read the same keys and values.
+    """
+    size = module.to_q.out_features // module.heads
+    shared = module.to_q.out_features // module.to_k.out_features
+    query, key, value = (
+        project(states).unflatten(2, (-1, size)) for project in (module.to_q, module.to_k, module.to_v)
+    )  # (b, tokens, heads, size)
+    query, key = _turned(module.norm_q, query, waves), _turned(module.norm_k, key, waves)
+    key, value = (each[:, :, :, None].expand(-1, -1, -1, shared, -1).flatten(2, 3) for each in (key, value))
+    query, key, value = (each.transpose(1, 2) for each in (query, key, value))
+    mask = None if shown is None else shown[:, None, None]
+    found = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=module.scale)
+    result: Tensor = module.to_out[0](found.transpose(1, 2).flatten(2))
+    return result
+
+
+class Turned:
+    """diffusers' processor of Z-Image's attention, told waves in place of complex numbers."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: None,
+        attention_mask: Tensor | None,
+        freqs_cis: Waves,
+    ) -> Tensor:
+        return attention(attn, hidden_states, freqs_cis, attention_mask)
+
+
+def turning(block: Any) -> Any:
+    """A view of a block of Z-Image whose attention has this processor."""
+    seen = parts.view(block.attention)
+    seen.processor = Turned()
+    return parts.view(block, attention=seen)
+
+
+def _paired(first: Tensor, second: Tensor) -> Tensor:
+    """(b, tokens, pairs) each -> (b, tokens, 1, 2 pairs), in turns."""
+    return torch.stack([first, second], dim=-1).flatten(-2)[:, :, None]
+
+
+def _turned(norm: nn.Module | None, heads: Tensor, waves: Waves) -> Tensor:
+    """Pairs of channels of (b, tokens, heads, size), normalised, each turned by its wave's angle."""
+    heads = heads if norm is None else norm(heads)
+    wide, (cosine, sine) = heads.float(), waves
+    swapped = torch.unflatten(wide, -1, (-1, 2)).flip(-1).flatten(-2)
+    return (wide * cosine + swapped * sine).to(heads.dtype)

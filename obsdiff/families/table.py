@@ -21,6 +21,7 @@ from obsdiff.families import (
     sd3,
     unet,
     wan,
+    zimage,
 )
 from obsdiff_runtime.errors import ModelError
 
@@ -36,6 +37,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "lumina2": lumina2,
     "hunyuan": hunyuan,
     "wan": wan,
+    "zimage": zimage,
     "dit": dit,
     "generic": generic,
 }

@@ -67,6 +67,8 @@ class Kind:
         skipped: steps of so many that are left out where an image is changed by a strength.
         only: the one latent side it draws, from its config; None where it draws others.
         negatives: whether guidance runs an image on its negative prompt too; if not, the denoiser is told its scale.
+        unguided: the scale up to which there is no such guidance. It is 0 where diffusers' pipeline means by its scale
+            how much is added, which is one less than what others mean.
         takes_negatives: whether that can be another than the empty one.
         example: a prompt that it can draw.
         even_sigmas: whether diffusers' pipeline gives the scheduler its noise levels; see `make_scheduler`.
@@ -88,6 +90,7 @@ class Kind:
     skipped: Callable[[int, float], int]
     channels: Callable[[Mapping[str, Any]], int] = lambda config: int(config["in_channels"])
     negatives: bool = True
+    unguided: float = 1.0
     takes_negatives: bool = True
     example: str = EXAMPLE
     even_sigmas: bool = False
@@ -250,6 +253,15 @@ def encode_lumina2(networks: Networks, prompts: Sequence[str], negative: bool, s
     written = list(prompts) if negative else [f"{prompt} <Prompt Start> {text}" for text in prompts]
     output = f"hidden_states.{networks.hidden_layers('text_encoder')}"
     states, mask = _masked(networks, "", written, settings.max_sequence_length, output=output, pads_left=False)
+    return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+
+
+def encode_zimage(networks: Networks, prompts: Sequence[str], negative: bool, settings: Settings) -> Conditions:
+    """Qwen3 on the prompt inside of the template that the bundle has of its tokenizer, and which tokens are padding."""
+    before, behind = networks.bundle.config("text_encoder")[PROMPT_TEMPLATE]
+    written = [f"{before}{prompt}{behind}" for prompt in prompts]
+    # padded behind, for the denoiser counts places from the first token
+    states, mask = _masked(networks, "", written, settings.max_sequence_length, output="prompt_embeds", pads_left=False)
     return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
 
 
@@ -459,6 +471,14 @@ WAN: Final = Kind(
     patch=lambda config: int(config["patch_size"][-1]),
     skipped=_skipped_whole,  # as PixArt's
 )
+ZIMAGE: Final = Kind(
+    encode=encode_zimage,
+    patch=lambda config: PACKED,
+    largest=lambda config: int(min(config["axes_lens"][1:])) * PACKED,
+    skipped=_skipped_part,
+    unguided=0.0,
+    even_sigmas=True,
+)
 KINDS: Final[dict[str, Kind]] = {
     "StableDiffusion3Pipeline": SD3,
     "StableDiffusionPipeline": SD,
@@ -476,6 +496,7 @@ KINDS: Final[dict[str, Kind]] = {
     "HunyuanDiTPipeline": HUNYUAN,
     "DiTPipeline": DIT,
     "WanPipeline": WAN,
+    "ZImagePipeline": ZIMAGE,
 }
 
 

@@ -81,7 +81,8 @@ class Drawing:
         """Takes the denoiser's answer, (r, c, h, w), and goes on to the next step."""
         guided = output[0]
         if self.settings.guided:
-            guided = output[0] + np.float32(self.settings.guidance_scale) * (output[1] - output[0])
+            scale = self.settings.guidance_scale + (1 - self._kind.unguided)
+            guided = output[0] + np.float32(scale) * (output[1] - output[0])
             lengths = self._kind.kept_lengths
             if lengths is not None:
                 guided = guided * (lengths(output[1]) / lengths(guided))

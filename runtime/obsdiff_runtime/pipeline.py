@@ -119,7 +119,7 @@ class Pipeline:
             prompt: one, or several drawn in one batch.
             negative_prompt: one for all, or one for each; only where guidance makes use of it.
             num_inference_steps: the bundle's default if None; so are the next five.
-            guidance_scale: guidance by negative prompts is off up to 1.
+            guidance_scale: guidance by negative prompts is off up to 1, of Z-Image up to 0.
             height: in pixels.
             width: in pixels.
             num_frames: of a film: 1, 5, 9 and so on.
@@ -277,7 +277,7 @@ class Pipeline:
             num_frames=film_frames(num_frames, defaults.num_frames),
             num_inference_steps=defaults.num_inference_steps if steps is None else steps,
             guidance_scale=scale,
-            guided=self._kind.negatives and scale > 1,
+            guided=self._kind.negatives and scale > self._kind.unguided,
             max_sequence_length=MAX_SEQUENCE_LENGTH if length is None else length,
             references=self._sides(references),
         )

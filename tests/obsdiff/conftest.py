@@ -49,6 +49,8 @@ from diffusers import (
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from diffusers.utils import logging as diffusers_logging
 from tokenizers import pre_tokenizers
@@ -69,6 +71,7 @@ from transformers import (
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -78,6 +81,7 @@ from transformers import (
 
 from obsdiff.families import flux
 from obsdiff.families.table import family_of
+from obsdiff.sampling import velocity_of
 
 TEXT_TOKENS = 12
 CHAT_TEMPLATE = (
@@ -324,6 +328,25 @@ def dit_transformer(**changes: Any) -> DiTTransformer2DModel:
     return DiTTransformer2DModel(**{**config, **changes})
 
 
+def zimage_transformer(**changes: Any) -> ZImageTransformer2DModel:
+    """Four blocks of 6 heads of 8, two of them refiners, and 128 neurons."""
+    config: dict[str, Any] = {
+        "in_channels": 4,
+        "dim": 48,
+        "n_layers": 2,
+        "n_refiner_layers": 1,
+        "n_heads": 6,
+        "n_kv_heads": 6,
+        "cap_feat_dim": 24,
+        "axes_dims": [4, 2, 2],
+        "axes_lens": [300, 64, 64],
+    }
+    denoiser = ZImageTransformer2DModel(**config | changes)
+    for token in (denoiser.x_pad_token, denoiser.cap_pad_token):  # zeros before they are trained
+        nn.init.normal_(token)
+    return denoiser
+
+
 DENOISERS: dict[str, Callable[..., nn.Module]] = {
     "sd3": sd3_transformer,
     "sd35": sd35_transformer,
@@ -340,6 +363,7 @@ DENOISERS: dict[str, Callable[..., nn.Module]] = {
     "hunyuan": hunyuan_transformer,
     "wan": wan_transformer,
     "dit": dit_transformer,
+    "zimage": zimage_transformer,
 }
 
 
@@ -403,7 +427,9 @@ def gemma2() -> tuple[GemmaTokenizer, Gemma2Model]:
     return tokenizer, Gemma2Model(config).eval()
 
 
-def qwen3() -> tuple[Qwen2Tokenizer, Qwen3ForCausalLM]:
+def qwen3(
+    kind: type[Qwen3ForCausalLM | Qwen3Model] = Qwen3ForCausalLM, hidden_size: int = 8, num_hidden_layers: int = 28
+) -> tuple[Qwen2Tokenizer, Qwen3ForCausalLM | Qwen3Model]:
     """One token a letter, and a layer more than FLUX.2 reads."""
     marks = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -412,14 +438,14 @@ def qwen3() -> tuple[Qwen2Tokenizer, Qwen3ForCausalLM]:
     tokenizer.chat_template = CHAT_TEMPLATE
     config = Qwen3Config(
         vocab_size=len(vocabulary),
-        hidden_size=8,
+        hidden_size=hidden_size,
         intermediate_size=8,
-        num_hidden_layers=28,
+        num_hidden_layers=num_hidden_layers,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=4,
     )
-    return tokenizer, Qwen3ForCausalLM(config).eval()
+    return tokenizer, kind(config).eval()
 
 
 def patch_autoencoder() -> AutoencoderKLFlux2:
@@ -685,6 +711,18 @@ def wan_pipeline(**changes: Any) -> WanPipeline:
     )
 
 
+def zimage_pipeline(**changes: Any) -> ZImagePipeline:
+    torch.manual_seed(0)
+    tokenizer, text_encoder = qwen3(Qwen3Model, hidden_size=24, num_hidden_layers=3)
+    return ZImagePipeline(
+        transformer=zimage_transformer(**changes).eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=autoencoder(shift_factor=0.1).eval(),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+    )
+
+
 def dit_pipeline(**changes: Any) -> DiTPipeline:
     torch.manual_seed(0)
     return DiTPipeline(
@@ -711,6 +749,7 @@ PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "hunyuan": hunyuan_pipeline,
     "wan": wan_pipeline,
     "dit": dit_pipeline,
+    "zimage": zimage_pipeline,
 }
 
 
@@ -808,10 +847,11 @@ def denoise() -> Callable[[nn.Module], torch.Tensor]:
                 return denoiser(**flux.arguments(inputs), return_dict=False)[0]
             if isinstance(denoiser, AuraFlowTransformer2DModel):
                 return denoiser(sample, noise(2, 7, config.joint_attention_dim), time / 1000, return_dict=False)[0]
-            if family_of(denoiser).name in ("flux2", "pixart", "sana", "qwen", "lumina2", "hunyuan", "wan"):
+            if family_of(denoiser).name in ("flux2", "pixart", "sana", "qwen", "lumina2", "hunyuan", "wan", "zimage"):
                 family = family_of(denoiser)
                 shape = {"batch": 2, "size": (12, 16), "text_tokens": 7, "pixels": (24, 32)}
-                return denoiser(**family.arguments(family.example(denoiser, **shape)), return_dict=False)[0]
+                told = family.arguments(family.example(denoiser, **shape))
+                return velocity_of(denoiser, denoiser(**told, return_dict=False), told)
             if isinstance(denoiser, DiTTransformer2DModel):  # draws squares alone
                 labels = torch.tensor([207, 1000])
                 return denoiser(noise(2, config.in_channels, 16, 16), time, labels, return_dict=False)[0]

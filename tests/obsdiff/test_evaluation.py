@@ -35,6 +35,7 @@ class FakeText:
     name = "sd3"
     denoiser = "transformer"
     classes = ("SD3Transformer2DModel",)
+    pipeline = "StableDiffusion3Pipeline"
     negatives = True
 
     def linears(self, denoiser: nn.Module) -> Any:
@@ -425,6 +426,7 @@ def test_a_model_is_not_compared_with_itself_or_in_another_precision() -> None:
         ("sana", "sana", "proj_out", None),
         ("qwen", "qwen", "proj_out", None),
         ("lumina2", "lumina2", "norm_out.linear_2", None),
+        ("zimage", "zimage", "all_final_layer.2-1.linear", None),
         ("hunyuan", "hunyuan", "proj_out", None),
         ("dit", "dit", "proj_out_2", PNDMScheduler),
         pytest.param(

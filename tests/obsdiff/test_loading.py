@@ -14,7 +14,8 @@ from diffusers.pipelines import pipeline_loading_utils
 from torch import Tensor, nn
 
 from obsdiff import checkpoint, loading
-from obsdiff.families.table import FAMILIES
+from obsdiff.families import guided, usual_scale
+from obsdiff.families.table import FAMILIES, family_of
 from obsdiff.loading import Defaults, load_configs, load_pipeline
 from obsdiff.manifest import GroupCut, PrunedManifest
 from obsdiff.shrinking import shrink
@@ -180,6 +181,16 @@ def test_defaults_come_from_diffusers(sd3_folder: Path, sd15_folder: Path) -> No
     assert load_pipeline(sd15_folder).defaults == Defaults(
         height=32, width=32, num_inference_steps=50, guidance_scale=7.5
     )
+
+
+def test_the_guidance_of_z_image_is_counted_as_its_pipeline_counts_it() -> None:
+    loaded = load_configs(Path(__file__).parent / "configs" / "z_image_turbo.json")
+    assert loading.defaults_of(None, loaded.configs) == Defaults(
+        height=1024, width=1024, num_inference_steps=50, guidance_scale=5.0, max_sequence_length=512
+    )
+    assert usual_scale(loaded.family, 5.0) == 6.0
+    assert [guided(loaded.family, loaded.denoiser, scale) for scale in (0.0, 0.5)] == [False, True]
+    assert usual_scale(family_of("SD3Transformer2DModel"), 5.0) == 5.0
 
 
 def test_the_guidance_of_qwen_image_is_that_by_negative_prompts() -> None:

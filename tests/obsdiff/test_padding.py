@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from obsdiff import calibration, moments, padding, pruning, ranges, trajectories
-from obsdiff.families import generic, lumina2, pixart, sd3
+from obsdiff.families import generic, lumina2, pixart, sd3, zimage
 from obsdiff.groups import LinearSpec, Write
 from obsdiff.job import given
 from obsdiff.methods import Layer
@@ -130,6 +130,23 @@ def test_of_text_and_image_in_one_sequence_the_padding_behind_a_row_is_left_out(
 
 
 @torch.no_grad()
+def test_what_fills_up_text_and_image_of_z_image_counts_and_what_pads_a_batch_does_not(build_pipeline: Build) -> None:
+    """Text around each prompt is 18 tokens long; an image has 16 patches of the 32 tokens that it is filled up to."""
+    pipeline: Any = build_pipeline("zimage")
+    recipe = recipe_for(pipeline, method="obsdiff", max_sequence_length=60, height=32, width=8)
+    prompts = calibration.encode(pipeline, zimage, PROMPTS, recipe.sampling)
+    linears, steps, image = zimage.linears(pipeline.transformer), 2, 32
+    grams = calibration.calibrate(pipeline, zimage, linears, prompts, recipe.sampling, time_weights="uniform")
+    text = 64 + 5 * 32
+    assert grams["noise_refiner.0.attention_norm1"].tokens == steps * 6 * image
+    assert grams["context_refiner.0.attention_norm1"].tokens == steps * text
+    assert grams["layers.0.attention_norm1"].tokens == steps * (text + 6 * image)
+    calls = trajectories.record(pipeline, zimage, prompts, recipe.sampling, computed_steps=2, kept_steps=2)
+    assert [[len(text) for text in call.arguments[0][2]] for call in calls[::2]] == [[18, 18, 47, 21], [18, 29]]
+    assert calls[0].masks["joint"].sum(1).tolist() == [64, 64, 96, 64]
+
+
+@torch.no_grad()
 def test_a_long_sequence_of_text_and_image_counts_at_evenly_spaced_tokens() -> None:
     block, x = nn.Sequential(nn.Linear(6, 6)), torch.randn(2, 1000, 6, generator=torch.Generator().manual_seed(0))
     mask = torch.arange(1000) < torch.tensor([1000, 400])[:, None]
@@ -140,7 +157,7 @@ def test_a_long_sequence_of_text_and_image_counts_at_evenly_spaced_tokens() -> N
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["pixart", "lumina2"])
+@pytest.mark.parametrize("kind", ["pixart", "lumina2", "zimage"])
 def test_rows_of_guidance_are_combined_where_none_of_their_tokens_is_masked(kind: str, build_pipeline: Build) -> None:
     """Lumina-2's pipeline calls the denoiser twice."""
     pipeline: Any = build_pipeline(kind)
@@ -208,12 +225,13 @@ def noisy(encode: Callable[..., dict[str, Tensor]], *args: Any, **options: Any) 
         ("pixart", "dsnot", "0.5"),
         ("lumina2", "streamed", "2:4"),
         ("lumina2", "obsdiff", "structured:0.4"),
+        ("zimage", "streamed", "2:4"),
     ],
 )
 def test_what_padding_holds_changes_no_bit(
     kind: str, method: str, sparsity: str, build_pipeline: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weights, family = [], {"pixart": pixart, "lumina2": lumina2}[kind]
+    weights, family = [], {"pixart": pixart, "lumina2": lumina2, "zimage": zimage}[kind]
     for encode in (family.encode, partial(noisy, family.encode)):
         monkeypatch.setattr(family, "encode", encode)
         pipeline: Any = build_pipeline(kind)

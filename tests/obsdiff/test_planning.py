@@ -96,6 +96,7 @@ INPUTS: dict[str, dict[str, Any]] = {
         "image_meta_size": nothing(1, 6),
         "style": torch.zeros(1, dtype=torch.int64, device="meta"),
     },
+    "zimage": {"x": [nothing(16, 1, 128, 128)], "t": nothing(1), "cap_feats": [nothing(512, 2560)]},
     "wan": {
         "hidden_states": nothing(1, 16, 21, 60, 104),
         "encoder_hidden_states": nothing(1, 512, 4096),
@@ -283,6 +284,19 @@ def test_lumina2_has_its_published_size_and_a_third_of_keys_and_values() -> None
     assert weights * tokens < plan.macs_before < 1.01 * weights * tokens  # beside them embeddings, and the output
     lost = weights // 4  # 2 of 8 keys with 6 of 24 heads that read them; a quarter of the neurons
     assert plan.parameters_before - plan.parameters_after == 30 * lost
+    assert plan.macs_before - plan.macs_after == lost * tokens
+
+
+def test_z_image_has_its_published_size_and_twelve_squares_a_token_in_each_block() -> None:
+    """Of the published transformer/config.json, as others quote it: those of Turbo and of Z-Image are the same."""
+    plan = planned("z_image_turbo", "structured:20%")
+    assert plan.parameters_before == 6_154_908_736  # 6 B, says the model's card
+    width, image, text = 3840, 64 * 64, 512
+    weights = 4 * width**2 + 3 * width * (8 * width // 3)
+    tokens = 30 * (text + image) + 2 * image + 2 * text
+    assert weights * tokens < plan.macs_before < 1.01 * weights * tokens  # beside them embeddings, and the output
+    lost = weights // 5  # 6 of 30 heads, and a fifth of the neurons
+    assert plan.parameters_before - plan.parameters_after == 34 * lost
     assert plan.macs_before - plan.macs_after == lost * tokens
 
 
@@ -627,7 +641,7 @@ def test_a_plan_is_json() -> None:
 def test_tokens_of_the_family_agree_with_those_of_a_call() -> None:
     texts = {"sd3_medium": 77, "sdxl": 77, "flux1_dev": 512, "pixart_alpha_1024": 120}
     texts |= {"flux2_klein_4b": 512, "auraflow_v03": 256, "sana_600m_1024": 300, "qwen_image": 512}
-    texts |= {"lumina_image_2": 256, "wan21_1_3b": 512}
+    texts |= {"lumina_image_2": 256, "z_image_turbo": 512, "wan21_1_3b": 512}
     texts |= {"auraflow_v03": 256, "sana_600m_1024": 300, "hunyuan_v12": 77 + 256}
     texts |= {"dit_xl_2_512": 0}
     for name, text in texts.items():

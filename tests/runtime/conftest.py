@@ -343,14 +343,14 @@ def qwen3_tokenizer() -> Any:
 
 
 @seeded
-def qwen3() -> Any:
+def qwen3(*, layers: int = 4) -> Any:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
         vocab_size=264,
         hidden_size=16,
         intermediate_size=16,
-        num_hidden_layers=4,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=8,
@@ -653,6 +653,39 @@ def lumina2_transformer() -> Any:
     ).eval()
 
 
+def zimage_pipeline() -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
+
+    return ZImagePipeline(
+        transformer=zimage_transformer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae(scaling_factor=0.36, shift_factor=0.12),
+        text_encoder=qwen3(layers=2).model,
+        tokenizer=qwen3_tokenizer(),
+    )
+
+
+@seeded
+def zimage_transformer() -> Any:
+    import torch
+    from diffusers import ZImageTransformer2DModel
+
+    denoiser = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=4,
+        n_kv_heads=4,
+        cap_feat_dim=16,
+        axes_dims=[4, 2, 2],
+        axes_lens=[300, 64, 64],
+    ).eval()
+    for token in (denoiser.x_pad_token, denoiser.cap_pad_token):  # zeros before they are trained
+        torch.nn.init.normal_(token)
+    return denoiser
+
+
 def hunyuan_pipeline() -> Any:
     """Its call counts on 8 pixels a side of a latent pixel. The published sampler draws noise; this one does not."""
     from diffusers import DDIMScheduler, HunyuanDiTPipeline
@@ -782,6 +815,7 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "sana": sana_pipeline,
     "qwen": qwen_pipeline,
     "lumina2": lumina2_pipeline,
+    "zimage": zimage_pipeline,
     "hunyuan": hunyuan_pipeline,
     "wan": wan_pipeline,
 }
@@ -929,6 +963,11 @@ def qwen_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
 @pytest.fixture(scope="session")
 def lumina2_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return _pair("lumina2", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def zimage_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    return _pair("zimage", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

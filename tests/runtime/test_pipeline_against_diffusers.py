@@ -1,5 +1,6 @@
 """The same prompt and noise through diffusers and through the bundle: the same image."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,14 @@ def is_hunyuan(pipeline: Any) -> bool:
     return type(pipeline).__name__.startswith("Hunyuan")
 
 
+def is_zimage(pipeline: Any) -> bool:
+    return type(pipeline).__name__.startswith("ZImage")
+
+
 def length_of(pipeline: Any) -> dict[str, int]:
     """The argument that a pipeline with T5, Gemma or Qwen takes."""
-    if is_flux2(pipeline):
-        return {"max_sequence_length": 80}  # 52 of them are around the prompt
+    if is_flux2(pipeline) or is_zimage(pipeline):
+        return {"max_sequence_length": 80}  # 52 of them, or 33, are around the prompt
     names = ("AuraFlow", "Flux", "Lumina2", "PixArt", "Qwen", "Sana", "StableDiffusion3")
     return {"max_sequence_length": 5} if type(pipeline).__name__.startswith(names) else {}
 
@@ -87,7 +92,7 @@ def both(
     given = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": height, "width": width}
     given |= length_of(theirs) | options
     with torch.no_grad():
-        told = {name: value for name, value in given.items() if name != "num_images"}
+        told = copy.deepcopy({name: value for name, value in given.items() if name != "num_images"})
         if is_flux2(theirs) and "negative_prompt" in told:  # its call takes no such texts, only what was read of them
             embeds = theirs.encode_prompt(
                 told.pop("negative_prompt"),
@@ -96,7 +101,7 @@ def both(
             )[0]
             told["negative_prompt_embeds"] = embeds
         expected = theirs(
-            prompt=prompts,
+            prompt=list(prompts),  # Z-Image's writes its template into such lists
             num_images_per_prompt=given.get("num_images", 1),
             latents=latents,
             output_type="np",
@@ -233,6 +238,32 @@ def test_lumina2_reads_prompts_of_different_lengths_behind_its_system_prompt(
     assert psnr(expected, images) > 58
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.5, 5.0])
+def test_z_image_is_guided_by_how_much_is_added(zimage_pair: tuple[Any, Path], scale: float) -> None:
+    """In one batch of texts that are filled up to 64 and 96 tokens, negative ones to others, and 30 patches to 32."""
+    theirs, folder = zimage_pair
+    unwanted = ["two yellow stars, left of a purple ring and more", ""]
+    given = {"num_inference_steps": 3, "guidance_scale": scale, "height": 20, "width": 24, "max_sequence_length": 100}
+    told = {"generator": [torch.Generator().manual_seed(seed) for seed in (7, 8)], "output_type": "latent"}
+    with torch.no_grad():
+        expected = theirs(list(PROMPTS), negative_prompt=list(unwanted), **given, **told).images.numpy()
+    ours = Pipeline(folder, threads=1)
+    found = ours(PROMPTS, negative_prompt=unwanted, seed=[7, 8], noise_source="torch", **given).latents
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+    assert ours.resolve(guidance_scale=scale).guided == (scale > 0)
+
+
+def test_z_image_is_drawn_by_a_schedule_of_its_size(
+    zimage_pair: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_image_seq_len=16, max_image_seq_len=99)
+    monkeypatch.setattr(zimage_pair[0], "scheduler", scheduler)
+    name = {"_class_name": type(scheduler).__name__}
+    monkeypatch.setattr(Bundle, "scheduler", lambda self: dict(scheduler.config) | name)
+    expected, images = both(zimage_pair, height=20, width=24)
+    assert psnr(expected, images) > 50
+
+
 def test_hunyuan_draws_by_its_own_sampler_at_any_size(
     hunyuan_pair: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -339,7 +370,7 @@ def test_a_seed_of_diffusers_draws_the_same_image(pair: tuple[Any, Path], seed: 
     given = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": 32, "width": 32} | length_of(theirs)
     with torch.no_grad():
         expected = theirs(
-            prompt=PROMPTS,
+            prompt=list(PROMPTS),
             generator=seeded if isinstance(seed, list) else seeded[0],
             output_type="np",
             **guided(theirs, **given),

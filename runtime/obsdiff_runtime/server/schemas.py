@@ -28,7 +28,9 @@ class ImageRequest(BaseModel):
     user: str | None = Field(None, description="Accepted for OpenAI's clients, and not kept.")
     negative_prompt: str = Field("", description="What to keep away from.")
     num_inference_steps: int | None = Field(None, ge=1, description="Denoising steps; the model's own if none.")
-    guidance_scale: float | None = Field(None, ge=0, le=100, allow_inf_nan=False, description="1 and less: off.")
+    guidance_scale: float | None = Field(
+        None, ge=0, le=100, allow_inf_nan=False, description="1 and less, of Z-Image 0: off."
+    )
     seed: int | None = Field(None, ge=0, lt=2**63, description="Of the noise; drawn by lot if none is given.")
     noise_source: Literal["numpy", "torch"] = Field(
         "numpy", description="torch: a seed means what it does in diffusers."

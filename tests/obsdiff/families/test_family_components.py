@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import QwenImageEditPipeline
@@ -13,6 +14,7 @@ from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
 from torch import Tensor
 
+from obsdiff import costs
 from obsdiff.engines import sizes_of
 from obsdiff.families import exporting, parts, reading
 from obsdiff.families.places import rotations
@@ -34,6 +36,7 @@ CASES += [
     ("sana", {}),
     ("qwen", {}),
     ("lumina2", {}),
+    ("zimage", {}),
     ("hunyuan", {}),
     ("dit", {}),
 ]
@@ -48,6 +51,7 @@ NAMES = {
     "sana": ["text_encoder", "transformer", "vae_decoder", "vae_encoder"],
     "qwen": ["text_encoder", "transformer", "vae_decoder", "vae_encoder"],
     "lumina2": ["text_encoder", "transformer", "vae_decoder", "vae_encoder"],
+    "zimage": ["text_encoder", "transformer", "vae_decoder", "vae_encoder"],
     "hunyuan": ["text_encoder", "text_encoder_2", "transformer", "vae_decoder", "vae_encoder"],
     "dit": ["transformer", "vae_decoder", "vae_encoder"],
 }
@@ -297,6 +301,27 @@ def test_the_graph_of_a_shrunk_lumina2_packs_texts_of_any_length_as_diffusers_do
     assert compare(component, export(component, tmp_path, dtype=torch.float32)).max_relative_error < 1e-4
 
 
+def test_the_graph_of_a_shrunk_z_image_fills_up_text_and_image_as_diffusers_does(
+    build_denoiser: Callable[..., Any], tmp_path: Path
+) -> None:
+    """A batch has texts of 1 to 65 tokens; images have a multiple of 32 patches, or nearly one."""
+    denoiser, family = build_denoiser("zimage", n_layers=1), FAMILIES["zimage"]
+    shrink(denoiser, family, {"context_refiner.0.attention.heads": [0, 2], "layers.0.feed_forward.neurons": [1, 4, 6]})
+    others = []
+    for lengths, size in (([1], (2, 2)), ([64, 1, 33], (6, 22)), ([31, 32], (128, 4)), ([65, 7], (16, 16))):
+        inputs = family.example(denoiser, batch=len(lengths), size=size, text_tokens=max(lengths), pixels=(64, 96))
+        shown = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).float()
+        others.append({**inputs, "encoder_attention_mask": shown})
+    component = family.component(denoiser, height=64, width=64)
+    with torch.no_grad():
+        for inputs in others:
+            expected = -torch.cat(denoiser(**family.arguments(inputs)).sample, dim=1).transpose(0, 1)
+            # places are float32 sines here and float64 ones there
+            torch.testing.assert_close(run(component, inputs)[0], expected, rtol=0, atol=1e-5)
+    component = replace(component, more_inputs=tuple(others))
+    assert compare(component, export(component, tmp_path, dtype=torch.float32)).max_relative_error < 1e-4
+
+
 def test_lumina2_reads_gemma_in_front_of_its_last_layer_behind_a_system_prompt(
     build_pipeline: Callable[..., Any],
 ) -> None:
@@ -453,6 +478,24 @@ def test_a_pipeline_that_edits_images_with_qwen_image_is_refused(build_pipeline:
     for refused in (lambda: of(edits, "qwen"), lambda: FAMILIES["qwen"].encode(edits, ["red"], [])):
         with pytest.raises(ModelError, match="knows QwenImagePipeline, not QwenImageEditPipeline"):
             refused()
+
+
+@pytest.mark.parametrize("kind", ["ZImageOmniPipeline", "ZImageControlNetPipeline"])
+def test_a_pipeline_that_draws_by_images_with_z_image_is_refused(kind: str, build_pipeline: Callable[..., Any]) -> None:
+    pipeline = build_pipeline("zimage")
+    pipeline.__class__ = getattr(diffusers, kind)
+    for refused in (lambda: of(pipeline, "zimage"), lambda: FAMILIES["zimage"].encode(pipeline, ["red"], [])):
+        with pytest.raises(ModelError, match=f"knows ZImagePipeline, not {kind}"):
+            refused()
+
+
+def test_a_z_image_runs_as_before_after_its_tokens_were_counted_on_shapes(build_denoiser: Callable[..., Any]) -> None:
+    """It keeps the waves of its places where they were computed last."""
+    denoiser, family = build_denoiser("zimage"), FAMILIES["zimage"]
+    inputs = family.arguments(family.component(denoiser, height=32, width=32).inputs)
+    counted = costs.positions(denoiser, inputs)
+    assert counted["layers.0.attention.to_q"] == 2 * (32 + 64)
+    assert denoiser(**inputs).sample[0].isfinite().all()
 
 
 def test_absent_components_are_left_out(build_pipeline: Callable[..., Any]) -> None:

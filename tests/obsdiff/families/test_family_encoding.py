@@ -7,7 +7,8 @@ import pytest
 import torch
 from diffusers import Lumina2Pipeline, SanaPipeline, WanPipeline
 
-from obsdiff.families import parts
+from obsdiff import calls
+from obsdiff.families import guided, parts
 from obsdiff.families.table import FAMILIES
 from obsdiff.sampling import exactly
 from obsdiff_runtime.errors import ConfigError, ModelError
@@ -26,6 +27,7 @@ CASES = [
     ("sana", {}),
     ("qwen", {}),
     ("lumina2", {}),
+    ("zimage", {}),
     ("hunyuan", {}),
     ("wan", {}),
 ]
@@ -39,7 +41,7 @@ def latents(pipeline: Any, *, guidance_scale: float, **call: Any) -> torch.Tenso
         (32, 64) if isinstance(pipeline, SanaPipeline | Lumina2Pipeline | WanPipeline) else (16, 24)
     )  # multiples of 32 and 16
     sized = dict(zip(("height", "width"), size, strict=True))
-    found: torch.Tensor = pipeline(
+    found: torch.Tensor = calls.call(pipeline)(
         num_inference_steps=2, generator=generator, output_type="latent", **(sized | exact | guided | call)
     )[0]
     return found
@@ -47,7 +49,7 @@ def latents(pipeline: Any, *, guidance_scale: float, **call: Any) -> torch.Tenso
 
 def options(kind: str) -> dict[str, int]:
     named = ("sd3", "flux", "pixart", "auraflow", "sana", "qwen", "lumina2", "wan")
-    lengths = dict.fromkeys(named, 6) | {"flux2": 30}  # its template is 20 long
+    lengths = dict.fromkeys(named, 6) | {"flux2": 30, "zimage": 30}  # their template is 20 long
     return {"max_sequence_length": lengths[kind]} if kind in lengths else {}
 
 
@@ -60,10 +62,11 @@ def test_a_call_with_embeddings_equals_a_call_with_prompts(
     family = FAMILIES.get(kind, FAMILIES["unet"])
     unwanted = (negative or ["", ""]) if family.negatives else []
     encoded = family.encode(pipeline, PROMPTS, unwanted, **options(kind))
-    given: dict[str, Any] = {} if negative is None else {"negative_prompt": negative}
+    given: dict[str, Any] = {} if negative is None else {"negative_prompt": list(negative)}
     if given and kind == "flux2":  # whose call has no negative texts
         given = {"negative_prompt_embeds": pipeline.encode_prompt(negative, **options(kind))[0]}
-    expected = latents(pipeline, prompt=PROMPTS, guidance_scale=4.0, **given, **options(kind))
+    told = {"prompt": list(PROMPTS), **given}  # lists of its own: Z-Image's call writes its template into them
+    expected = latents(pipeline, guidance_scale=4.0, **told, **options(kind))
     assert torch.equal(latents(pipeline, guidance_scale=4.0, **encoded), expected)
     assert all(tensor.shape[0] == len(PROMPTS) and not tensor.requires_grad for tensor in encoded.values())
 
@@ -76,8 +79,11 @@ def test_without_guidance_there_are_no_negative_embeddings(
     family = FAMILIES.get(kind, FAMILIES["unet"])
     encoded = family.encode(pipeline, PROMPTS, [])
     assert not any(name.startswith("negative") for name in encoded)
-    expected = latents(pipeline, prompt=PROMPTS, guidance_scale=1.0)
-    found = latents(pipeline, guidance_scale=1.0, **encoded)
+    scale = 0.0 if kind == "zimage" else 1.0
+    assert not guided(family, getattr(pipeline, family.denoiser), scale)
+    assert guided(family, getattr(pipeline, family.denoiser), scale + 0.1) == (kind != "flux" and family.negatives)
+    expected = latents(pipeline, prompt=list(PROMPTS), guidance_scale=scale)
+    found = latents(pipeline, guidance_scale=scale, **encoded)
     if kind == "qwen":  # its own call pads to the longest prompt only, and sums run in another order
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     else:

@@ -25,7 +25,11 @@ pytestmark = [
     pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX is not installed"),
 ]
 
-FEWER = {"wan": {"num_layers": 1}, **{kind: {"num_layers": 1, "num_single_layers": 1} for kind in ("flux", "flux2")}}
+FEWER = {
+    "wan": {"num_layers": 1},
+    "zimage": {"n_layers": 1},
+    **{kind: {"num_layers": 1, "num_single_layers": 1} for kind in ("flux", "flux2")},
+}
 SIZES = {
     "batch": (1, 2, 4),
     "frames": (1, 3, 21),
@@ -49,6 +53,7 @@ SIZES = {
         ("flux2", "flux2", "transformer_blocks.0.attn.to_q.weight", "transformer_blocks.0.attn.to_k.weight"),
         ("qwen", "qwen", "transformer_blocks.0.attn.to_k.weight", "transformer_blocks.0.attn.to_v.weight"),
         ("lumina2", "lumina2", "layers.0.attn.to_k.weight", "layers.0.attn.to_v.weight"),
+        ("zimage", "zimage", "layers.0.attention.to_k.weight", "layers.0.attention.to_v.weight"),
         ("hunyuan", "hunyuan", "attn2.to_k.weight", "attn2.to_v.weight"),
         ("dit", "dit", "transformer_blocks.0.attn1.to_q.weight", "transformer_blocks.0.attn1.to_k.weight"),
         ("wan", "wan", "blocks.0.attn2.to_k.weight", "blocks.0.attn2.to_v.weight"),

@@ -133,6 +133,11 @@ def test_the_last_block_of_qwen_image_loses_only_neurons_of_the_image(build_deno
         assert torch.equal(denoiser(**inputs).sample, expected)
 
 
+def test_a_z_image_that_reads_images_is_refused(build_denoiser: Callable[..., Any]) -> None:
+    with pytest.raises(ModelError, match="siglip_feat_dim: this denoiser is told images"):
+        FAMILIES["zimage"].linears(build_denoiser("zimage", n_layers=1, siglip_feat_dim=8))
+
+
 @pytest.mark.parametrize("option", ["guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"])
 def test_a_qwen_image_of_another_kind_is_refused(option: str, build_denoiser: Callable[..., Any]) -> None:
     denoiser = build_denoiser("qwen", num_layers=1, **{option: True})

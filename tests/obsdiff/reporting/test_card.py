@@ -69,6 +69,7 @@ def test_three_lines_load_it(make_report: MakeReport, kind: Any, sparsity: str) 
     [
         ("StableDiffusion3Pipeline", "guidance_scale=3.5"),
         ("FluxPipeline", "guidance_scale=3.5"),
+        ("ZImagePipeline", "guidance_scale=3.5"),
         ("QwenImagePipeline", 'true_cfg_scale=3.5, negative_prompt=""'),
     ],
 )
