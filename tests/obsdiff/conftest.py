@@ -380,7 +380,7 @@ def clip_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=2 * width,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=TEXT_TOKENS,
         projection_dim=width,
@@ -713,7 +713,7 @@ def wan_pipeline(**changes: Any) -> WanPipeline:
 
 def zimage_pipeline(**changes: Any) -> ZImagePipeline:
     torch.manual_seed(0)
-    tokenizer, text_encoder = qwen3(Qwen3Model, hidden_size=24, num_hidden_layers=3)
+    tokenizer, text_encoder = qwen3(Qwen3Model, hidden_size=24, num_hidden_layers=2)
     return ZImagePipeline(
         transformer=zimage_transformer(**changes).eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),

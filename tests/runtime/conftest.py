@@ -86,7 +86,7 @@ def clip(*, width: int, projection: bool) -> Any:
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=2 * width,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=16,
         projection_dim=width + 4,

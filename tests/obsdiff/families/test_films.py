@@ -26,8 +26,9 @@ from obsdiff.shrinking import shrink
 from obsdiff_export.onnx import export
 from obsdiff_export.parity import compare
 from obsdiff_export.profiles import profile_for
-from obsdiff_runtime.autoencoder import cached
+from obsdiff_runtime.autoencoder import DECODER, NEXT_DECODER, cached
 from obsdiff_runtime.benchmark.runner import Request
+from obsdiff_runtime.bundle import open_bundle
 from obsdiff_runtime.errors import ConfigError, ModelError
 from obsdiff_runtime.pipeline import Pipeline
 
@@ -90,7 +91,13 @@ def test_a_folder_is_pruned_and_compared_and_its_card_makes_a_film(folder: Path,
 def test_the_main_job_leaves_a_bundle_that_draws_the_film_of_the_pruned_pipeline(folder: Path, tmp_path: Path) -> None:
     settings = Settings(model=str(folder), sparsity="ffn:0.25+2:4", method="magnitude", align=4, **SMALL)
     verbs.prune_to_folder(settings, tmp_path / "pruned")
-    exported = obsdiff.export(tmp_path / "pruned", tmp_path / "out", eval_prompts=0, **SMALL)
+    told = {"trt": True, "targets": ["8.9"], "dtype": "fp32", "eval_prompts": 0, "no_cache": True}
+    exported = obsdiff.export(tmp_path / "pruned", tmp_path / "out", **told, **SMALL)
+    bundle = open_bundle(tmp_path / "out")
+    following = bundle.component(NEXT_DECODER)
+    assert bundle.component(DECODER).engines
+    last = following.inputs[-1]  # of what it is told of the frames before, sides follow those of the latents
+    assert following.engines[0].profiles[0][last.name].max[-2:] == (32, 32)
     assert exported.report.recipe["sampling"]["num_frames"] == 9
     assert (
         'films.write(pipeline("a prompt", seed=1).arrays[0], "film.webp")' in (tmp_path / "out/README.md").read_text()
