@@ -28,6 +28,7 @@ FORMATS: Final = ("PNG", "JPEG", "WEBP")
 MOST_PIXELS: Final = 25_000_000
 """Of a picture as it is sent; it is scaled down before the model reads it."""
 
+_FIELDS: Final = ImageRequest.model_json_schema()
 BODY: Final = {
     "requestBody": {
         "required": True,
@@ -35,12 +36,17 @@ BODY: Final = {
             "multipart/form-data": {
                 "schema": {
                     "type": "object",
-                    "required": ["image", "prompt"],
+                    "required": ["image", *_FIELDS["required"]],
                     "properties": {
-                        "image": {"type": "array", "items": {"type": "string", "format": "binary"}},
-                        "prompt": {"type": "string"},
+                        "image": {
+                            "type": "array",
+                            "items": {"type": "string", "format": "binary"},
+                            "minItems": 1,
+                            "maxItems": MOST_PICTURES,
+                        },
+                        **_FIELDS["properties"],
                     },
-                    "description": "Also the other fields of /v1/images/generations, as text.",
+                    "additionalProperties": False,
                 }
             }
         },

@@ -3,28 +3,44 @@
 OBSDIFF_FUZZ=2000 makes that many; the suite makes a few.
 """
 
+import io
 import os
+from pathlib import Path
 from typing import Any
 
 import hypothesis
+import numpy as np
 import pytest
+from hypothesis import strategies
+from PIL import Image
 
 schemathesis = pytest.importorskip("schemathesis")
 checks = pytest.importorskip("schemathesis.specs.openapi.checks")
 REQUESTS = int(os.environ.get("OBSDIFF_FUZZ", "60"))
 
 
+def pictures() -> strategies.SearchStrategy[bytes]:
+    """Bytes, and files of pictures, some of them cut off."""
+    file = io.BytesIO()
+    Image.fromarray(np.arange(32 * 48 * 3, dtype=np.uint8).reshape(32, 48, 3)).save(file, "png")
+    whole = file.getvalue()
+    cut = strategies.integers(0, len(whole)).map(lambda length: whole[:length])
+    return strategies.binary(max_size=64) | strategies.just(whole) | cut
+
+
 @pytest.fixture(scope="module")
-def api(sd3_bundle: Any, serving: Any) -> Any:
+def api(flux2_pair: tuple[Any, Path], serving: Any) -> Any:
     from obsdiff_runtime.server.options import Bounds
 
-    with serving(sd3_bundle, bounds=Bounds(steps=5, pixels=48 * 48)) as running:
+    schemathesis.openapi.format("binary", pictures())
+    with serving(flux2_pair[1], bounds=Bounds(steps=5, pixels=48 * 48)) as running:
         yield schemathesis.openapi.from_url(f"{running.url}/openapi.json")
 
 
 @pytest.mark.parametrize("mode", ["POSITIVE", "NEGATIVE"])
-def test_requests_by_the_schema_are_answered_by_the_schema(mode: str, api: Any) -> None:
-    operation = api["/v1/images/generations"]["POST"]
+@pytest.mark.parametrize("path", ["generations", "edits"])
+def test_requests_by_the_schema_are_answered_by_the_schema(path: str, mode: str, api: Any) -> None:
+    operation = api[f"/v1/images/{path}"]["POST"]
 
     @hypothesis.settings(
         max_examples=REQUESTS // 2,
