@@ -5,7 +5,6 @@ is drawn and scaled to its size, so that it has as many tokens as that.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,8 +68,7 @@ def _draw(pipeline: Any, *, image: Tensor | None = None, **told: Any) -> Any:
         return tokens.to(device, dtype), places.repeat(batch_size, 1, 1).to(device)
 
     unread = Image.new("RGB", (64, 64))
-    with ExitStack() as stack:
-        stack.enter_context(instead(pipeline, "prepare_image_latents", prepared))
+    with instead(pipeline, "prepare_image_latents", prepared):
         return pipeline(image=[unread], **told)
 
 

@@ -159,7 +159,7 @@ class _Probe:
             index = pausing.next_block(waiting, ahead, names)
             self._outputs[index] = pausing.run(ahead.pop(index), waiting.arguments)
             waiting.resume(self._outputs[index])
-        self._dense = velocity_of(denoiser, waiting.output, call.arguments[1]).double().flatten(1)  # (rows, numbers)
+        self._dense = self._velocity(waiting)
         self._energy = self._dense.square().sum(1)  # (rows,)
         if not bool((self._energy > 0).all()):
             raise CalibrationError(f"{call.prompts}: the denoiser's output is exactly zero; is the model trained?")
@@ -171,12 +171,12 @@ class _Probe:
         for place, output in self._outputs.items():
             reached = reached or place == index
             waiting.resume(pausing.run(self._blocks[place], waiting.arguments) if reached else output)
-        change = (
-            (velocity_of(self._denoiser, waiting.output, self._call.arguments[1]).double().flatten(1) - self._dense)
-            .square()
-            .sum(1)
-        )
+        change = (self._velocity(waiting) - self._dense).square().sum(1)
         return float((change / self._energy).mean())
+
+    def _velocity(self, ended: PausedPass) -> Tensor:
+        """(rows, numbers) in float64."""
+        return velocity_of(self._denoiser, ended.output, self._call.arguments[1]).double().flatten(1)
 
 
 class _Solver:

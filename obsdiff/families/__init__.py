@@ -145,9 +145,9 @@ def guided(family: Family, denoiser: nn.Module, guidance_scale: float) -> bool:
 
 
 def usual_scale(family: Family, guidance_scale: float) -> float:
-    """A pipeline's scale as most count it: 1 is what the prompt alone gives, and of Z-Image's that is 0."""
+    """See `Kind.usual_scale`; of a family that the runtime does not know it is the scale itself."""
     kind = KINDS.get(family.pipeline)
-    return guidance_scale if kind is None else guidance_scale + (1 - kind.unguided)
+    return guidance_scale if kind is None else kind.usual_scale(guidance_scale)
 
 
 def rows(family: Family, denoiser: nn.Module, guidance_scale: float) -> int:

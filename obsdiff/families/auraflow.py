@@ -167,9 +167,7 @@ _SINGLE: Final[layers.Inputs] = (
 
 def _blocks(denoiser: nn.Module) -> Iterator[tuple[str, layers.Inputs]]:
     """Name and inputs of each block, in forward order."""
-    for stage, inputs in (("joint_transformer_blocks", _JOINT), ("single_transformer_blocks", _SINGLE)):
-        for child, _ in denoiser.get_submodule(stage).named_children():
-            yield f"{stage}.{child}", inputs
+    return layers.in_stages(denoiser, {"joint_transformer_blocks": _JOINT, "single_transformer_blocks": _SINGLE})
 
 
 def _neurons(denoiser: nn.Module, feed: str, block: int) -> Group:

@@ -3,13 +3,16 @@
 Sizes always come from the modules, so that everything here holds on the meta device and on shrunk models.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TypeVar
 
 from torch import nn
 
 from obsdiff import pointwise
 from obsdiff.groups import Consumer, Group, LinearSpec, Producer, Size, Write
 from obsdiff_runtime.errors import ModelError
+
+T = TypeVar("T")
 
 
 def linear(
@@ -72,6 +75,13 @@ def of_blocks(
         for tier, reads, tokens, names in inputs
         for name in names
     )
+
+
+def in_stages(denoiser: nn.Module, stages: Mapping[str, T]) -> Iterator[tuple[str, T]]:
+    """The names of the blocks of each of these lists, one list after the other, and what is told of their list."""
+    for stage, told in stages.items():
+        for child, _ in denoiser.get_submodule(stage).named_children():
+            yield f"{stage}.{child}", told
 
 
 def output(denoiser: nn.Module, name: str, *, blocks: int, tokens: str = "image") -> LinearSpec:

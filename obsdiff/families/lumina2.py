@@ -116,13 +116,7 @@ def example(
 ) -> dict[str, Tensor]:
     """See `Family.example`."""
     config: Any = denoiser.config
-    dtype: Any = denoiser.dtype
-    return {
-        "hidden_states": parts.noise(batch, config.in_channels, *size, dtype=dtype),
-        "encoder_hidden_states": parts.noise(batch, text_tokens, config.cap_feat_dim, dtype=dtype),
-        "encoder_attention_mask": parts.padded(batch, text_tokens, dtype=dtype),
-        "timestep": parts.timesteps(batch, dtype=dtype),
-    }
+    return parts.masked_example(denoiser, batch, size, text_tokens, config.cap_feat_dim)
 
 
 def arguments(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -185,9 +179,7 @@ def _inputs(sequence: str) -> layers.Inputs:
 
 def _blocks(denoiser: nn.Module) -> Iterator[tuple[str, str]]:
     """Name and sequence of each block, in forward order."""
-    for stage, sequence in _SEQUENCES.items():
-        for child, _ in denoiser.get_submodule(stage).named_children():
-            yield f"{stage}.{child}", sequence
+    return layers.in_stages(denoiser, _SEQUENCES)
 
 
 def _places(shown: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:

@@ -182,6 +182,20 @@ def padded(batch: int, length: int, *, dtype: torch.dtype) -> Tensor:
     return (torch.arange(length) < (length - torch.arange(batch)[:, None]).clamp_min(1)).to(dtype)
 
 
+def masked_example(
+    denoiser: nn.Module, batch: int, size: tuple[int, ...], text_tokens: int, text_width: int
+) -> dict[str, Tensor]:
+    """See `Family.example`: of a denoiser that is told latents, text, which of it is padding, and the timestep."""
+    config: Any = denoiser.config
+    dtype: Any = denoiser.dtype
+    return {
+        "hidden_states": noise(batch, config.in_channels, *size, dtype=dtype),
+        "encoder_hidden_states": noise(batch, text_tokens, text_width, dtype=dtype),
+        "encoder_attention_mask": padded(batch, text_tokens, dtype=dtype),
+        "timestep": timesteps(batch, dtype=dtype),
+    }
+
+
 def listed(text: Tensor, mask: Tensor) -> list[Tensor]:
     """Each row of (b, l, width) without its padding, which is where (b, l) is 0."""
     return [row[shown] for row, shown in zip(text, mask.bool(), strict=True)]

@@ -106,14 +106,8 @@ def example(
     """See `Family.example`."""
     config: Any = denoiser.config
     dtype: Any = denoiser.dtype
-    inputs = {
-        "hidden_states": parts.noise(batch, config.in_channels, *size, dtype=dtype),
-        "encoder_hidden_states": parts.noise(
-            batch, text_tokens, config.caption_channels or config.cross_attention_dim, dtype=dtype
-        ),
-        "encoder_attention_mask": parts.padded(batch, text_tokens, dtype=dtype),
-        "timestep": parts.timesteps(batch, dtype=dtype),
-    }
+    text_width = config.caption_channels or config.cross_attention_dim
+    inputs = parts.masked_example(denoiser, batch, size, text_tokens, text_width)
     if denoiser.use_additional_conditions:
         height, width = pixels
         inputs["resolution"] = torch.tensor([height, width], dtype=dtype).repeat(batch, 1)

@@ -113,13 +113,7 @@ def example(
 ) -> dict[str, Tensor]:
     """See `Family.example`."""
     config: Any = denoiser.config
-    dtype: Any = denoiser.dtype
-    return {
-        "hidden_states": parts.noise(batch, config.in_channels, *size, dtype=dtype),
-        "encoder_hidden_states": parts.noise(batch, text_tokens, config.caption_channels, dtype=dtype),
-        "encoder_attention_mask": parts.padded(batch, text_tokens, dtype=dtype),
-        "timestep": parts.timesteps(batch, dtype=dtype),
-    }
+    return parts.masked_example(denoiser, batch, size, text_tokens, config.caption_channels)
 
 
 def arguments(inputs: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -99,6 +99,10 @@ class Kind:
     kept_lengths: Callable[[Array], Array] | None = None
     references: References | None = None
 
+    def usual_scale(self, guidance_scale: float) -> float:
+        """The pipeline's scale as most count it: 1 is what the prompt alone gives."""
+        return guidance_scale + (1 - self.unguided)
+
 
 def encode_sd3(networks: Networks, prompts: Sequence[str], negative: bool, settings: Settings) -> Conditions:
     """Two CLIP encoders side by side, zeros up to T5's width; T5, or zeros in its place, behind them."""

@@ -81,7 +81,7 @@ class Drawing:
         """Takes the denoiser's answer, (r, c, h, w), and goes on to the next step."""
         guided = output[0]
         if self.settings.guided:
-            scale = self.settings.guidance_scale + (1 - self._kind.unguided)
+            scale = self._kind.usual_scale(self.settings.guidance_scale)
             guided = output[0] + np.float32(scale) * (output[1] - output[0])
             lengths = self._kind.kept_lengths
             if lengths is not None:

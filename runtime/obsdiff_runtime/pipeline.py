@@ -277,7 +277,7 @@ class Pipeline:
             num_frames=film_frames(num_frames, defaults.num_frames),
             num_inference_steps=defaults.num_inference_steps if steps is None else steps,
             guidance_scale=scale,
-            guided=self._kind.negatives and scale > self._kind.unguided,
+            guided=self._kind.negatives and self._kind.usual_scale(scale) > 1,
             max_sequence_length=MAX_SEQUENCE_LENGTH if length is None else length,
             references=self._sides(references),
         )
@@ -467,9 +467,9 @@ def _size_of(image: Pixels, height: int | None, width: int | None, name: str = "
     """(height, width) of an image; ConfigError if it is none, or is not of the size that is asked for."""
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ConfigError(f"{name} should be (height, width, 3) of uint8, not {image.shape} of {image.dtype}")
-    for name, asked, own in (("height", height, image.shape[0]), ("width", width, image.shape[1])):
+    for side, asked, own in (("height", height, image.shape[0]), ("width", width, image.shape[1])):
         if asked not in (None, own):
-            raise ConfigError(f"{name} {asked} is not that of the image, {own}; resize it before")
+            raise ConfigError(f"{side} {asked} is not that of the image, {own}; resize it before")
     return int(image.shape[0]), int(image.shape[1])
 
 
