@@ -11,7 +11,7 @@ from obsdiff_runtime.flags import GENERATE
 
 @verb(
     "generate",
-    ("steps", "guidance_scale", "height", "width", "num_frames", "max_sequence_length", "seed"),
+    ("steps", "guidance_scale", "guidance_scale_2", "height", "width", "num_frames", "max_sequence_length", "seed"),
     bundle=(Annotated[Path, typer.Argument(help="A bundle.")], ...),
     prompt=(Annotated[str, typer.Argument(help="What to draw.")], ...),
     **options(*GENERATE),
@@ -40,6 +40,7 @@ def generate(run: Run) -> None:
         noise_source=given["noise"],
         num_inference_steps=settings.steps,
         guidance_scale=settings.guidance_scale,
+        guidance_scale_2=settings.guidance_scale_2,
         max_sequence_length=settings.max_sequence_length,
         seed=settings.seed or 0,
     )
