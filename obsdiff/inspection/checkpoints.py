@@ -78,7 +78,7 @@ class CheckpointContent:
         linears: the matrices.
         recipe: what says most of the run that made it.
         prompts_sha256: of the calibration prompts.
-        notes: what does not fit together.
+        notes: what does not fit together, and what was not looked at.
     """
 
     path: str
@@ -131,8 +131,18 @@ def read(path: Path, progress: Progress = silent) -> CheckpointContent:
         linears=tuple(weighed.linears),
         recipe={} if manifest is None else {key: manifest.recipe[key] for key in _BRIEF if key in manifest.recipe},
         prompts_sha256="" if manifest is None else manifest.prompts_sha256,
-        notes=tuple(weighed.notes(records)),
+        notes=(*weighed.notes(records), *_others(path, folder)),
     )
+
+
+def _others(path: Path, folder: Path) -> list[str]:
+    """That a pipeline has other denoisers, which take turns with this one."""
+    beside = [path / name for name in DENOISERS if (path / INDEX).is_file() and path / name != folder]
+    return [
+        f"{other.name} takes turns with {folder.name}; obsdiff inspect {other} shows it"
+        for other in beside
+        if any(other.glob("*.safetensors"))
+    ]
 
 
 class _Weighed:

@@ -97,13 +97,15 @@ def test_a_bundle_without_one_of_its_denoisers_is_refused(wan22_pair: tuple[Any,
 
 
 def test_the_command_takes_the_second_scale_and_both_denoisers_are_measured(
-    wan22_pair: tuple[Any, Path], tmp_path: Path
+    wan22_pair: tuple[Any, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, path = str(wan22_pair[1]), tmp_path / "film.npy"
     line = ["generate", folder, "red", "--num-frames", "1", "--threads", "1", "-q", "--guidance-scale-2", "1.5"]
     assert cli.run([*line, "-o", str(path)]) == 0
     expected = Pipeline(folder, threads=1)("red", num_frames=1, guidance_scale_2=1.5).arrays[0]
     np.testing.assert_array_equal(np.load(path), expected)
+    assert cli.run(["inspect", folder]) == 0
+    assert "  transformer from timestep 875 on, transformer_2 from timestep 0 on\n" in capsys.readouterr().out
     report = bench(folder, iterations=1, warmup=0, num_frames=1, guidance_scale_2=1.5)
     assert report.request.guidance_scale_2 == 1.5
     assert TURNS.keys() <= next(iter(report.candidates.values())).components.keys()
