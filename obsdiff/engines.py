@@ -397,8 +397,8 @@ def built(name: str, engine: Engine, choice: str = "") -> BuiltEngine:
 
 def measurements(contests: Mapping[str, Versus[Engine]]) -> dict[str, object]:
     """What a manifest keeps of them: nothing where nothing was measured."""
-    found = {name: each.to_json() for name, each in contests.items() if each.decision.outcome != "not measured"}
-    return {"engines": found} if found else {}
+    measured = ((name, each) for name, each in contests.items() if each.decision.outcome != "not measured")
+    return {f"engines/{name}": each.to_json() for name, each in measured}
 
 
 def _flags(settings: Settings) -> Flags:

@@ -168,7 +168,6 @@ def open_job(settings: Settings, *, sparsity_required: bool = True) -> Job:
         ),
     )
     if latencies.is_latency(recipe.allocation):
-        require_one(job, "--allocation latency")
         groups = select(recipe, family.linears(denoiser), family.groups(denoiser))[1]
         job.times().require(allocation.spendable(groups, recipe))
     return job

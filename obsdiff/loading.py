@@ -29,6 +29,7 @@ from obsdiff_runtime import autoencoder
 from obsdiff_runtime.conditioning import IS_DISTILLED, KINDS
 from obsdiff_runtime.errors import ModelError, ResourceError
 from obsdiff_runtime.labels import Labels, read_labels
+from obsdiff_runtime.turns import BEHIND
 
 _DEFAULTS_KEY = Path(DEFAULTS).stem
 _CONVERT = "pickled ones are not read: convert them with save_pretrained(safe_serialization=True)"
@@ -197,10 +198,9 @@ def load_configs(model: str | Path, *, revision: str | None = None, local_files_
     index = _index(path)
     family = _family(path, index)
     configs = _configs(path, index)
-    denoiser, *behind = (
-        (name, _empty(path / name / "config.json", configs[name])) for name in turns.names(index, family)
-    )
-    return ModelConfigs(denoiser[1], family, configs, dict(behind))
+    denoisers = {name: _empty(path / name / "config.json", configs[name]) for name in turns.names(index, family)}
+    denoiser = denoisers.pop(family.denoiser)
+    return ModelConfigs(denoiser, family, configs, denoisers)
 
 
 def defaults_of(folder: Path | None, configs: Mapping[str, Mapping[str, Any]]) -> Defaults:
@@ -240,8 +240,8 @@ def require_known_turns(index: Mapping[str, Any], family: Family) -> None:
         )
     if index.get("expand_timesteps"):
         raise ModelError(
-            f"this {name} tells its denoiser a timestep for each token (expand_timesteps, Wan 2.2), and obsdiff knows "
-            "only those that tell it one"
+            f"this {name} tells its denoiser a timestep for each token (expand_timesteps, Wan 2.2 TI2V 5B), and "
+            "obsdiff knows only those that tell it one"
         )
 
 
@@ -467,7 +467,7 @@ def _download_configs(model: str, *, revision: str | None, local_files_only: boo
 def _fetch_extras(model: str, revision: str | None, local_files_only: bool) -> None:
     """Our own files, which diffusers does not know of; most models have none."""
     places = dict.fromkeys(family.denoiser for family in FAMILIES.values())
-    manifests = [f"{place}{behind}/{MANIFEST}" for place in places for behind in ("", turns.BEHIND)]
+    manifests = [f"{place}{behind}/{MANIFEST}" for place in places for behind in ("", BEHIND)]
     for name in (DEFAULTS, *manifests):
         with contextlib.suppress(EntryNotFoundError):
             _fetch(model, name, revision, local_files_only)

@@ -86,6 +86,8 @@ def resolve(
         require_described(family, f"--sparsity {sparsity}, which removes units,")
     method = _method(settings.method, sparsity)
     dense_share = _dense_share(settings.dense_share, sparsity)
+    if defaults.takes_turns and latencies.is_latency(settings.allocation or ""):
+        raise ConfigError("--allocation latency knows one denoiser, and those of this pipeline take turns")
     allocation = _allocation(settings.allocation, method, sparsity, dense_share)
     runs = sampling(settings, defaults)
     steps = runs.num_inference_steps

@@ -13,10 +13,7 @@ from torch import nn
 
 from obsdiff.families import Family
 from obsdiff.recipe import Sampling
-from obsdiff_runtime.turns import Turns, denoiser_at
-
-BEHIND: Final = "_2"
-"""What diffusers adds to a denoiser's name for the one that takes its turn behind it."""
+from obsdiff_runtime.turns import BEHIND, Turns, denoiser_at
 
 BOUNDARY: Final = "boundary_ratio"
 """In a pipeline's configuration: the timestep up to which it does, as a share of those of training."""

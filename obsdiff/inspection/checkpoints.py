@@ -15,6 +15,7 @@ from obsdiff.inspection.stored import StoredTensor, tensors
 from obsdiff_export.survey import WIDTHS, holding
 from obsdiff_runtime.errors import BundleError
 from obsdiff_runtime.progress import Progress, silent
+from obsdiff_runtime.turns import BEHIND
 
 if TYPE_CHECKING:
     from obsdiff.manifest import LinearRecord, PrunedManifest
@@ -136,13 +137,9 @@ def read(path: Path, progress: Progress = silent) -> CheckpointContent:
 
 
 def _others(path: Path, folder: Path) -> list[str]:
-    """That a pipeline has other denoisers, which take turns with this one."""
-    beside = [path / name for name in DENOISERS if (path / INDEX).is_file() and path / name != folder]
-    return [
-        f"{other.name} takes turns with {folder.name}; obsdiff inspect {other} shows it"
-        for other in beside
-        if any(other.glob("*.safetensors"))
-    ]
+    """That a pipeline has another denoiser, which takes turns with this one."""
+    other = path / f"{folder.name}{BEHIND}"
+    return [f"{other.name} takes turns with {folder.name}; obsdiff inspect {other} shows it"] if other.is_dir() else []
 
 
 class _Weighed:

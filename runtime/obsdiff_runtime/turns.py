@@ -4,8 +4,12 @@ Turns say of each component from which timestep on it is called; it is, up to wh
 """
 
 from collections.abc import Mapping
+from typing import Final
 
 Turns = Mapping[str, float]
+
+BEHIND: Final = "_2"
+"""What diffusers adds to a denoiser's name for the one that takes its turn behind it."""
 
 
 def denoiser_at(turns: Turns, timestep: float) -> str:

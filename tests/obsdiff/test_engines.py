@@ -283,8 +283,7 @@ def test_the_faster_of_the_engines_with_and_without_sparse_kernels_is_kept(
     entry = built.entries[0]
     assert entry.sparse_requested is sparse
     assert len(list((bundle / "engines" / "transformer").glob("*.plan"))) == 1
-    contests: Any = open_bundle(bundle).manifest.measurements["engines"]
-    measured = contests["transformer"]
+    measured: Any = open_bundle(bundle).manifest.measurements["engines/transformer"]
     assert measured["shipped"] == entry.key
     assert f"the engine {'with' if sparse else 'without'} the flag is shipped" in measured["decision"]["why"]
     assert measured["decision"]["why"] in "\n".join(engines.lines(built))

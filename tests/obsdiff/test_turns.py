@@ -352,6 +352,13 @@ def test_what_knows_one_denoiser_says_so(
         refused(str(dense), tmp_path / "out")
 
 
+def test_a_latency_table_knows_one_denoiser(dense: Path, tmp_path: Path) -> None:
+    (tmp_path / "table.json").write_text("{}")
+    asked = Settings(model=str(dense), sparsity="ffn:0.25", allocation=f"latency:{tmp_path / 'table.json'}", **SMALL)
+    with pytest.raises(ConfigError, match="--allocation latency knows one denoiser"):
+        verbs.plan(asked)
+
+
 def test_a_lora_is_not_brought_to_denoisers_that_take_turns(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="obsdiff lora knows one denoiser"):
         verbs.lora(folder, tmp_path / "a.safetensors", tmp_path / "out")
