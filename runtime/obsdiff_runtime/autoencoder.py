@@ -26,7 +26,7 @@ LOG_VARIANCES: Final = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution
 def vae_scale(config: Mapping[str, Any]) -> int:
     """Pixels per side of a latent pixel, from an autoencoder's configuration; VAE_SCALE where it does not say."""
     if "temperal_downsample" in config:  # of video autoencoders, spelled so: those of Qwen-Image and Wan
-        return int(2 ** len(config["temperal_downsample"]))
+        return int(2 ** len(config["temperal_downsample"]) * (config.get("patch_size") or 1))
     levels = config.get("block_out_channels") or config.get("encoder_block_out_channels")
     patch = config.get("patch_size") or (1,)  # of FLUX.2's, whose latents are patches
     return VAE_SCALE if levels is None else int(2 ** (len(levels) - 1) * patch[0])

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from obsdiff_export.profiles import profile_for
 from obsdiff_runtime import cli
+from obsdiff_runtime.autoencoder import NEXT_DECODER
 from obsdiff_runtime.benchmark import bench
-from obsdiff_runtime.bundle import Bundle
+from obsdiff_runtime.bundle import Bundle, open_bundle
 from obsdiff_runtime.conditioning import WAN, Settings
 from obsdiff_runtime.errors import CancelledError, CompatibilityError, ConfigError, RunError
 from obsdiff_runtime.pipeline import Images, Pipeline
@@ -58,6 +60,31 @@ def test_the_same_noise_gives_the_same_latents(wan_pair: tuple[Any, Path]) -> No
     expected, films = both(wan_pair, output_type="latent")
     assert films.latents.shape == (2, 4, 3, 8, 12)
     assert np.abs(films.latents - expected.numpy()).max() < 1e-4 * np.abs(films.latents).max()
+
+
+@pytest.mark.stage("runtime", kind="wan_ti2v")
+@pytest.mark.parametrize("options", [{}, {"num_frames": 1, "guidance_scale": 1.0}])
+def test_the_same_noise_gives_the_same_film_by_a_timestep_for_each_token(
+    wan_ti2v_pair: tuple[Any, Path], options: dict[str, Any]
+) -> None:
+    assert wan_ti2v_pair[0].config.expand_timesteps
+    expected, films = both(wan_ti2v_pair, **options)
+    assert films.arrays.shape == expected.shape
+    assert expected.std() > 0.02
+    assert psnr(expected, films) > 58
+
+
+@pytest.mark.parametrize("pair", ["wan_pair", "wan_ti2v_pair"])
+def test_the_graph_of_a_further_latent_frame_takes_any_size(pair: str, request: pytest.FixtureRequest) -> None:
+    """The sides of all its inputs follow those of the latents, which their names tell."""
+    inputs: Any = open_bundle(request.getfixturevalue(pair)[1]).component(NEXT_DECODER).inputs
+    assert {port.shape[-2:] for port in inputs} == {
+        ("height", "width"),
+        ("height_x2", "width_x2"),
+        ("height_x4", "width_x4"),
+    }
+    profile = profile_for(inputs, {"batch": (1, 1, 4), "height": (2, 60, 90), "width": 104})
+    assert profile[inputs[-1].name].max[1:] == (inputs[-1].shape[1], 2, 360, 416)
 
 
 def test_another_sampler_draws_what_diffusers_draws_by_it(
