@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from obsdiff_export.ports import Port
+from obsdiff_export.profiles import profile_for
 from obsdiff_runtime import cli
+from obsdiff_runtime.autoencoder import NEXT_DECODER
 from obsdiff_runtime.benchmark import bench
-from obsdiff_runtime.bundle import Bundle
+from obsdiff_runtime.bundle import Bundle, open_bundle
 from obsdiff_runtime.conditioning import WAN, Settings
 from obsdiff_runtime.errors import CancelledError, CompatibilityError, ConfigError, RunError
 from obsdiff_runtime.pipeline import Images, Pipeline
@@ -58,6 +61,16 @@ def test_the_same_noise_gives_the_same_latents(wan_pair: tuple[Any, Path]) -> No
     expected, films = both(wan_pair, output_type="latent")
     assert films.latents.shape == (2, 4, 3, 8, 12)
     assert np.abs(films.latents - expected.numpy()).max() < 1e-4 * np.abs(films.latents).max()
+
+
+def test_what_is_told_of_the_frames_before_is_as_large_as_the_latents(wan_pair: tuple[Any, Path]) -> None:
+    """The sides of all inputs follow those of the latents, which their names tell."""
+    inputs = open_bundle(wan_pair[1]).component(NEXT_DECODER).inputs
+    sides = {port.shape[-2:] for port in inputs}
+    assert sides == {("height", "width"), ("height_x2", "width_x2"), ("height_x4", "width_x4")}
+    ports = [Port(name=port.name, dtype=port.dtype, shape=port.shape) for port in inputs]
+    profile = profile_for(ports, {"batch": (1, 1, 4), "height": (2, 60, 90), "width": 104})
+    assert profile["cache_19"].max == (4, 8, 2, 360, 416)
 
 
 def test_another_sampler_draws_what_diffusers_draws_by_it(
