@@ -26,7 +26,7 @@ from obsdiff.loading import (
     load_configs,
     load_pipeline,
     require_known_experts,
-    require_known_flux,
+    require_known_pipeline,
     shipped_pipeline,
     vae_scale,
 )
@@ -267,7 +267,7 @@ def given(pipeline: DiffusionPipeline) -> LoadedPipeline:
     if family.denoiser != name:
         raise ModelError(f"no family describes this {type(getattr(pipeline, name)).__name__}; {HELP}")
     require_known_experts(index, family)
-    require_known_flux(index, family)
+    require_known_pipeline(index, family)
     configs[name]["_class_name"] = type(getattr(pipeline, name)).__name__
     configs["model_index"] = index
     folder = Path(str(pipeline.config.get("_name_or_path") or "in memory"))

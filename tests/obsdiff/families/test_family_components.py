@@ -4,10 +4,8 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-import diffusers
 import pytest
 import torch
-from diffusers import QwenImageEditPipeline
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
 from torch import Tensor
@@ -421,23 +419,6 @@ def test_every_prompt_of_qwen_image_stands_in_the_template_of_its_pipeline(build
     )
     sizes = sizes_of(sampling, "QwenImagePipeline", {}, rows=2, text_tokens=512, vae_scale=8, template_tokens=34)
     assert (sizes["sequence"], sizes["text_tokens"]) == (546, 512)
-
-
-def test_a_pipeline_that_edits_images_with_qwen_image_is_refused(build_pipeline: Callable[..., Any]) -> None:
-    pipeline = build_pipeline("qwen")
-    edits = QwenImageEditPipeline(**pipeline.components, processor=None)
-    for refused in (lambda: of(edits, "qwen"), lambda: FAMILIES["qwen"].encode(edits, ["red"], [])):
-        with pytest.raises(ModelError, match="knows QwenImagePipeline, not QwenImageEditPipeline"):
-            refused()
-
-
-@pytest.mark.parametrize("kind", ["ZImageOmniPipeline", "ZImageControlNetPipeline"])
-def test_a_pipeline_that_draws_by_images_with_z_image_is_refused(kind: str, build_pipeline: Callable[..., Any]) -> None:
-    pipeline = build_pipeline("zimage")
-    pipeline.__class__ = getattr(diffusers, kind)
-    for refused in (lambda: of(pipeline, "zimage"), lambda: FAMILIES["zimage"].encode(pipeline, ["red"], [])):
-        with pytest.raises(ModelError, match=f"knows ZImagePipeline, not {kind}"):
-            refused()
 
 
 def test_a_z_image_runs_as_before_after_its_tokens_were_counted_on_shapes(build_denoiser: Callable[..., Any]) -> None:
