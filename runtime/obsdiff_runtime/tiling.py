@@ -1,0 +1,103 @@
+"""A plane in overlapping tiles, and what is made of each of them joined without seams.
+
+Tiles are cut and blended as diffusers does it: they begin a stride apart, the last ones end where the plane does, and
+each goes over into the next within their overlap, in equal steps. Whatever makes more of a plane, such as a decoder,
+makes `scale` times its height and width.
+
+Shapes: h w height and width of a tile.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """A part of a plane.
+
+    Attributes:
+        row, column: which one it is.
+        height, width: of the plane that it covers.
+        own_height, own_width: what of that is settled by it; tiles behind it blend into the rest.
+    """
+
+    row: int
+    column: int
+    height: slice
+    width: slice
+    own_height: slice
+    own_width: slice
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return _length(self.height), _length(self.width)
+
+    def settles(self, scale: int) -> tuple[slice, slice]:
+        """`own_height` and `own_width` of what is made of the plane."""
+        own = (self.own_height, self.own_width)
+        high, wide = (slice(part.start * scale, part.stop * scale) for part in own)
+        return high, wide
+
+
+def tiles(height: int, width: int, side: int, overlap: int) -> Iterator[Tile]:
+    """The tiles of a plane, row by row; one where it is no larger than a tile.
+
+    Args:
+        height: of the plane.
+        width: of the plane.
+        side: of a tile; the last ones can be smaller.
+        overlap: of neighbours.
+    """
+    stride = side - overlap if max(height, width) > side else side
+    for row, top in enumerate(range(0, height, stride)):
+        for column, left in enumerate(range(0, width, stride)):
+            yield Tile(
+                row=row,
+                column=column,
+                height=slice(top, min(top + side, height)),
+                width=slice(left, min(left + side, width)),
+                own_height=slice(top, min(top + stride, height)),
+                own_width=slice(left, min(left + stride, width)),
+            )
+
+
+@dataclass
+class Seams:
+    """What was made of tiles and reaches into those behind them."""
+
+    _above: dict[int, Array] = field(default_factory=dict)
+    _left: Array = field(default_factory=lambda: np.zeros(0, np.float32))
+
+    def settled(self, tile: Tile, made: Array) -> Array:
+        """What is made of a tile, (..., h scale, w scale), blended with its neighbours: of `own_height`, `own_width`.
+
+        Args:
+            tile: in the order of `tiles`.
+            made: of it.
+        """
+        high, wide = map(_length, tile.settles(made.shape[-1] // _length(tile.width)))
+        if tile.row:
+            made = _blended(self._above[tile.column], made, axis=-2)
+        if tile.column:
+            made = _blended(self._left, made, axis=-1)
+        self._above[tile.column] = made[..., high:, :].copy()
+        self._left = made[..., wide:].copy()
+        return made[..., :high, :wide]
+
+
+def _length(part: slice) -> int:
+    return int(part.stop - part.start)
+
+
+def _blended(before: Array, made: Array, axis: int) -> Array:
+    """`made`, which goes over from `before` along an axis, as far as that reaches."""
+    reach = before.shape[axis]
+    share = (np.arange(reach, dtype=made.dtype) / reach).reshape(-1, *(1,) * (-1 - axis))
+    within, behind = np.split(made, [reach], axis)
+    return np.concatenate([before * (1 - share) + within * share, behind], axis)

@@ -1,0 +1,129 @@
+"""Latents decoded in tiles by diffusers and by the bundle: the same pictures, and the same films."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from obsdiff.families.autoencoders import PATCH, decode_in_tiles
+from obsdiff_runtime import cli
+from obsdiff_runtime.autoencoder import Autoencoder, tile_overlap, tile_side
+from obsdiff_runtime.errors import ConfigError
+from obsdiff_runtime.pipeline import Pipeline
+
+NAMES = ["sd", "flux2", "qwen", "sana"]
+SIDE = 32
+
+
+def in_diffusers(theirs: Any, ours: Autoencoder, latents: Any, side: int) -> Any:
+    """(..., height, width, 3), in 0..1."""
+    vae = copy.copy(theirs.vae)
+    decode_in_tiles(vae, side)
+    factor, shift = ours._affine()
+    if latents.ndim == 4:
+        factor, shift = (value[:, None] if value.ndim else value for value in (factor, shift))
+    given = torch.from_numpy(latents * factor + shift)[None]
+    with torch.no_grad():
+        if hasattr(vae, "bn"):
+            deviation = (vae.bn.running_var + vae.bn.eps).sqrt()[:, None, None]
+            given = torch.pixel_shuffle(given * deviation + vae.bn.running_mean[:, None, None], PATCH)
+        one_frame = type(vae).__name__ == "AutoencoderKLQwenImage"
+        found = vae.decode(given[:, :, None] if one_frame else given).sample[0]
+    pixels = (found[:, 0] if one_frame else found) / 2 + 0.5
+    return np.moveaxis(pixels.clamp(0, 1).numpy(), 0, -1)
+
+
+def psnr(expected: Any, found: Any) -> float:
+    return float(-10 * np.log10(np.mean((expected - found / 255) ** 2)))
+
+
+def check(pair: tuple[Any, Path], height: int, width: int, *frames: int) -> None:
+    """Diffusers' tiles are those of the runtime, and where there are several they show."""
+    theirs, folder = pair
+    tiled, whole = Pipeline(folder, threads=1, vae_tiling=SIDE), Pipeline(folder, threads=1)
+    scale = tiled._vae.scale
+    shape = (tiled._kind.channels(tiled._denoiser), *frames, height // scale, width // scale)
+    latents = np.random.default_rng(3).standard_normal(shape).astype(np.float32)
+    found = tiled.decode(latents)
+    expected = in_diffusers(theirs, tiled._vae, latents, SIDE)
+    assert found.shape == expected.shape
+    assert expected.std() > 0.02
+    assert psnr(expected, found) > 58  # that of rounding to 256 values is 58.9
+    same = np.array_equal(found, whole.decode(latents))
+    assert same == (max(height, width) <= SIDE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("height", "width"), [(32, 16), (96, 96), (80, 136), (24, 104), (72, 48)])
+def test_pictures_in_tiles(name: str, height: int, width: int, make_pair: Callable[[str], Any]) -> None:
+    """One tile; several; a last one that is smaller, either way; less than a tile high."""
+    check(make_pair(name), height, width)
+
+
+@pytest.mark.parametrize(("height", "width", "frames"), [(32, 32, 2), (80, 56, 3), (16, 72, 1)])
+def test_films_in_tiles(wan_pair: Any, height: int, width: int, frames: int) -> None:
+    check(wan_pair, height, width, frames)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "wan"])
+def test_diffusers_own_tiles_are_the_default(name: str, make_pair: Callable[[str], Any]) -> None:
+    theirs, folder = make_pair(name)
+    config = json.loads((folder / "vae_decoder" / "config.json").read_text())
+    side = tile_side(True, None, config)
+    assert side is not None
+    theirs.vae.enable_tiling()
+    try:
+        if hasattr(theirs.vae, "tile_overlap_factor"):
+            expected = theirs.vae.tile_sample_min_size, theirs.vae.tile_overlap_factor * side
+        else:
+            high, wide = theirs.vae.tile_sample_min_height, theirs.vae.tile_sample_min_width
+            assert high == wide
+            expected = high, high - theirs.vae.tile_sample_stride_height
+    finally:
+        theirs.vae.disable_tiling()
+    assert (side, tile_overlap(side, config)) == expected
+
+
+def test_a_tile_goes_through_all_frames_before_the_next_one(wan_pair: Any) -> None:
+    ours, told = Pipeline(wan_pair[1], threads=1, vae_tiling=16), []
+    seen: list[str] = []
+    ours.networks.observer = lambda name, seconds: seen.append(name)
+    sample = np.zeros((4, 3, 3, 6), np.float32)
+    ours._vae.decode(sample, lambda stage, done, total, note="": told.append((stage, done, total)))
+    assert told == [("decode", done, 6) for done in range(1, 7)]
+    assert seen == ["vae_decoder", "vae_decoder_next", "vae_decoder_next"] * 2
+
+
+@pytest.mark.parametrize(
+    ("side", "message"),
+    [
+        (33, "vae_tile should be a multiple of 2, not 33; near are 32, 34"),
+        (6, "vae_tile should be at least 8, not 6: smaller tiles do not overlap"),
+        (0, "vae_tile should be at least 8, not 0"),
+        (-8, "vae_tile should be at least 8, not -8"),
+    ],
+)
+def test_what_is_no_tile_is_refused(sd_pair: Any, side: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Pipeline(sd_pair[1], threads=1, vae_tiling=side)
+
+
+def test_the_command_decodes_in_tiles(sd_pair: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 16 pixels if so asked, and of diffusers' 32 if not."""
+    folder, size = sd_pair[1], {"height": 48, "width": 40, "num_inference_steps": 1}
+    line = ["generate", str(folder), "red", "--steps", "1", "--height", "48", "--width", "40", "--threads", "1", "-q"]
+    for flags, tiling in ((["--vae-tile", "16"], 16), (["--vae-tiling"], 32), ([], False)):
+        path = tmp_path / f"{tiling}.png"
+        assert cli.run([*line, *flags, "-o", str(path)]) == 0
+        expected = Pipeline(folder, threads=1, vae_tiling=tiling)("red", **size).arrays[0]
+        np.testing.assert_array_equal(np.asarray(Image.open(path)), expected)
+    drawn = {path.read_bytes() for path in tmp_path.iterdir()}
+    assert len(drawn) == 3
+    assert cli.run([*line, "--vae-tile", "0", "-o", str(tmp_path / "no.png")]) == 2
+    assert "vae_tile should be at least 8" in capsys.readouterr().err
