@@ -183,7 +183,7 @@ class Autoencoder:
                 told = refusal(profiles, shapes, {LATENTS: port.shape}, units)
                 raise ConfigError(
                     f"tiles of {self.tile} pixels: {told}; give --vae-tile that it takes, or build one that takes "
-                    f"these: obsdiff build BUNDLE --component {DECODER} --vae-tile {self.tile}"
+                    f"these: obsdiff build BUNDLE --vae-tile {self.tile}"
                 )
 
     def _cut(self, height: int, width: int) -> list[Tile]:

@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from PIL import Image
 from obsdiff.families.autoencoders import PATCH, decode_in_tiles
 from obsdiff_runtime import cli
 from obsdiff_runtime.autoencoder import Autoencoder, tile_overlap, tile_side
+from obsdiff_runtime.bundle import Bundle, EngineEntry, open_bundle
 from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.pipeline import Pipeline
+from obsdiff_runtime.shapes import Range
+from obsdiff_runtime.verbs import describe
 
 NAMES = ["sd", "flux2", "qwen", "sana"]
 SIDE = 32
@@ -127,3 +131,25 @@ def test_the_command_decodes_in_tiles(sd_pair: Any, tmp_path: Path, capsys: pyte
     assert len(drawn) == 3
     assert cli.run([*line, "--vae-tile", "0", "-o", str(tmp_path / "no.png")]) == 2
     assert "vae_tile should be at least 8" in capsys.readouterr().err
+
+
+def test_what_no_engine_takes_is_refused_before_anything_runs(sd_pair: Any) -> None:
+    opened = open_bundle(sd_pair[1])
+    decoder = opened.component("vae_decoder")
+    profile = {"latent_sample": Range(min=(1, 4, 1, 1), opt=(1, 4, 16, 16), max=(1, 4, 16, 16))}
+    engine = EngineEntry(path="a", key="a", backend="tensorrt", backend_version="10.13", profiles=(profile,))
+    components = {**opened.manifest.components, "vae_decoder": replace(decoder, engines=(engine,))}
+    defaults = replace(opened.manifest.defaults, vae_tile=32)
+    bundle = Bundle(root=opened.root, manifest=replace(opened.manifest, components=components, defaults=defaults))
+    assert "in 4 steps at guidance 3, decoded in tiles of 32" in describe(bundle)
+    for tiling in (False, True, 16):
+        Pipeline(bundle, backend="tensorrt", vae_tiling=tiling).resolve(height=96, width=96)
+    too_large = Pipeline(bundle, backend="tensorrt", vae_tiling=64)
+    too_large.resolve(height=32, width=32)
+    with pytest.raises(ConfigError, match="obsdiff build BUNDLE --vae-tile 64") as told:
+        too_large.resolve(height=48, width=40)
+    assert "does not take height 48, width 40: its profile takes height 2 to 32, width 2 to 32" in str(told.value)
+    Pipeline(bundle, vae_tiling=64).resolve(height=96, width=96)  # ONNX Runtime runs the graph
+    broken = replace(opened.manifest, defaults=replace(defaults, vae_tile=-4))
+    with pytest.raises(ConfigError, match="vae_tile should be at least 8, not -4"):
+        Pipeline(Bundle(root=opened.root, manifest=broken))
