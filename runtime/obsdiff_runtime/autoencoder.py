@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from obsdiff_runtime.errors import CompatibilityError, ConfigError
+from obsdiff_runtime.errors import CompatibilityError, ConfigError, ResourceError
 from obsdiff_runtime.networks import Array, Networks
 from obsdiff_runtime.noise import Noise
 from obsdiff_runtime.progress import Progress, silent
@@ -154,6 +154,7 @@ class Autoencoder:
 
         Raises:
             RunError: it was not finite.
+            ResourceError: memory is too small.
         """
         latents = sample if sample.ndim == 4 else sample[:, None]
         _, frames, height, width = latents.shape
@@ -201,7 +202,13 @@ class Autoencoder:
         for index in range(latents.shape[1]):
             told = {LATENTS: (latents[:, index] * factor + shift)[None], **caches}
             name = NEXT_DECODER if caches else DECODER
-            found = self._networks.run(name, told, given, finite=False)
+            try:
+                found = self._networks.run(name, told, given, finite=False)
+            except ResourceError as error:
+                which = "tiles" if self.tile is None else "smaller tiles"
+                raise ResourceError(
+                    f"{error}; decoding needs less in {which}: --vae-tile, of obsdiff build too where there are engines"
+                ) from error
             pixels = found.pop("sample")
             if not np.isfinite(pixels).all():
                 raise self._networks.not_finite(name, "sample", pixels)

@@ -5,18 +5,20 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from onnxruntime.capi import onnxruntime_pybind11_state as state
 from PIL import Image
 
 from obsdiff.families.autoencoders import PATCH, decode_in_tiles
 from obsdiff_runtime import cli
 from obsdiff_runtime.autoencoder import Autoencoder, tile_overlap, tile_side
 from obsdiff_runtime.bundle import Bundle, EngineEntry, open_bundle
-from obsdiff_runtime.errors import ConfigError
+from obsdiff_runtime.errors import ConfigError, ResourceError
 from obsdiff_runtime.pipeline import Pipeline
 from obsdiff_runtime.shapes import Range
 from obsdiff_runtime.verbs import describe
@@ -153,3 +155,20 @@ def test_what_no_engine_takes_is_refused_before_anything_runs(sd_pair: Any) -> N
     broken = replace(opened.manifest, defaults=replace(defaults, vae_tile=-4))
     with pytest.raises(ConfigError, match="vae_tile should be at least 8, not -4"):
         Pipeline(Bundle(root=opened.root, manifest=broken))
+
+
+@pytest.mark.parametrize(("tiling", "which"), [(False, "tiles"), (32, "smaller tiles")])
+def test_where_memory_is_too_small_tiles_are_told_of(
+    sd_pair: Any, monkeypatch: pytest.MonkeyPatch, tiling: bool | int, which: str
+) -> None:
+    """As ONNX Runtime says it on Linux when no more can be had."""
+    ours = Pipeline(sd_pair[1], threads=1, vae_tiling=tiling)
+    said = "Failed to allocate memory for requested buffer of size 14400000000"
+
+    def run(names: Any, feeds: Any) -> None:
+        raise state.Fail(said)
+
+    monkeypatch.setattr(ours.networks.session("vae_decoder"), "_session", SimpleNamespace(run=run))
+    with pytest.raises(ResourceError, match=r"vae_decoder: memory is too small for .* \(1, 4, 8, 8\)") as told:
+        ours.decode(np.zeros((4, 8, 8), np.float32))
+    assert f"decoding needs less in {which}: --vae-tile" in str(told.value)

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from obsdiff_runtime.backends.feeds import check_names
 from obsdiff_runtime.bundle import Bundle, TensorEntry
-from obsdiff_runtime.errors import CompatibilityError, ConfigError, MissingPackageError
+from obsdiff_runtime.errors import CompatibilityError, ConfigError, MissingPackageError, ResourceError
 
 CPU: Final = "CPUExecutionProvider"
 CUDA: Final = "CUDAExecutionProvider"
@@ -27,6 +28,8 @@ DTYPES: Final[dict[str, str]] = {
     "tensor(int32)": "int32",
     "tensor(bool)": "bool",
 }
+
+_NO_MEMORY: Final = re.compile("Failed to allocate memory|bad_alloc|out of memory", re.IGNORECASE)
 
 EXACT_INTEGERS: Final = ("session.x64quantprecision", "1")
 """Option of a session: without it, sums of 8-bit products saturate at 16 bits on CPUs that have no VNNI."""
@@ -51,6 +54,8 @@ class OrtSession:
             arrays = self._session.run(names, feeds)
         except _run_errors() as error:
             shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in feeds.items())
+            if _NO_MEMORY.search(str(error)):
+                raise ResourceError(f"{self._name}: memory is too small for {shapes}: {_first_line(error)}") from error
             raise ConfigError(f"{self._name} does not take {shapes}: {_first_line(error)}") from error
         return {
             name: array.astype(np.float32) if array.dtype == np.float16 else array
