@@ -22,7 +22,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from obsdiff_runtime.autoencoder import DECODER, DECODERS, Autoencoder, latent_channels
+from obsdiff_runtime.autoencoder import DECODER, ENCODER, Autoencoder, latent_channels
 from obsdiff_runtime.bundle import Defaults, Manifest, open_bundle, write_manifest
 from obsdiff_runtime.networks import Networks
 
@@ -98,7 +98,7 @@ def write(folder: Path, film: bool) -> None:
     vae = (AutoencoderKLWan() if film else AutoencoderKL(**picture)).eval()
     components = {}
     for component in autoencoder(SimpleNamespace(vae=vae), height=64, width=64):
-        if component.name in DECODERS:
+        if component.name != ENCODER:
             model = export(component, folder / component.name, dtype=torch.float32)
             components[component.name] = Delivered(
                 component=component, model=model, max_error=UNCOMPARED, patterns=()

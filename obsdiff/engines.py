@@ -33,7 +33,7 @@ from obsdiff_export.requested import (
     tables,
 )
 from obsdiff_export.versus import BUILDS, Versus
-from obsdiff_runtime.autoencoder import DECODER, DECODERS, tile_side
+from obsdiff_runtime.autoencoder import AUTOENCODER, DECODER, tile_side
 from obsdiff_runtime.bundle import Bundle, EngineEntry, open_bundle, write_manifest
 from obsdiff_runtime.conditioning import KINDS
 from obsdiff_runtime.errors import CompatibilityError, ConfigError, SparsityProofError
@@ -448,7 +448,7 @@ def _profiles(graphs: Mapping[str, Path], what: Served, order: Order, denoiser: 
     found: dict[str, tuple[Profile, ...]] = {}
     for name, inputs in ports.items():
         wanted = [{**table, **shared} for table in tables(asked, what, denoiser=name == denoiser)]
-        if name in DECODERS:
+        if name in AUTOENCODER:
             wanted = [dict(in_tiles(table, what)) for table in wanted]
         found[name] = profiles_for(inputs, [{**table, **own[name]} for table in wanted])
     return found

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from obsdiff import calls, checkpoint, job, ranks
 from obsdiff.delivery import DTYPES
 from obsdiff.families import parts
-from obsdiff.families.autoencoders import decode_in_tiles
+from obsdiff.families.autoencoders import use_tiles
 from obsdiff.loading import (
     LoadedPipeline,
     ModelConfigs,
@@ -195,7 +195,7 @@ class PipelineRunner:
             for name in block_modules(loaded.family.linears(loaded.denoiser)):
                 loaded.denoiser.get_submodule(name).compile()
         if self._tile is not None:
-            decode_in_tiles(loaded.pipeline.vae, self._tile)
+            use_tiles(loaded.pipeline.vae, self._tile)
         self._loaded, load_seconds = loaded, time.perf_counter() - start
         self._memory = None if before is None else _Memory(weights_bytes=(self._allocated() or 0) - before)
         start = time.perf_counter()

@@ -57,7 +57,7 @@ class Served:
         scale: pixels per side of a latent pixel.
         step: sizes in pixels must be multiples of it.
         largest: pixels per side that the denoiser can draw, None where there is no limit.
-        tile: pixels per side of the tiles that latents are decoded in; None where they are decoded whole.
+        tile: pixels per side of the tiles that pictures go through the autoencoder in; None where they go whole.
     """
 
     sizes: Sizes
@@ -104,12 +104,15 @@ def tables(asked: Sequence[SizeProfile], served: Served, *, denoiser: bool) -> t
 
 
 def in_tiles(table: Sizes, served: Served) -> Sizes:
-    """A table for what is given latents one tile at a time: any part of a tile, timed at a whole one."""
+    """A table for networks that are given one tile at a time: any part of a tile, timed at a whole one."""
     if served.tile is None:
         return table
     side = served.tile // served.scale
-    sides = {name: min(side, _ends(table[name])[2]) for name in ("height", "width")}
-    return {**table, **{name: (1, most, most) for name, most in sides.items()}, "batch": 1}
+    sizes: dict[str, Size] = {"batch": 1}
+    for name in ("height", "width"):
+        most = min(side, _ends(table[name])[2])
+        sizes |= {name: (1, most, most), f"image_{name}": (served.scale, most * served.scale, most * served.scale)}
+    return {**table, **sizes}
 
 
 def parse_shapes(flag: str, text: str | None) -> dict[str, tuple[int, ...]]:

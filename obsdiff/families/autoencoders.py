@@ -86,8 +86,8 @@ def _statistics(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     return norm.running_mean[:, None, None], (norm.running_var[:, None, None] + norm.eps).sqrt()
 
 
-def decode_in_tiles(vae: Any, side: int) -> None:
-    """Changes a VAE of diffusers: it decodes in tiles of so many pixels a side, as the runtime does."""
+def use_tiles(vae: Any, side: int) -> None:
+    """Changes a VAE of diffusers: pictures go through it in tiles of so many pixels a side, as the runtime does."""
     config = config_of(vae)
     if hasattr(vae, "tile_overlap_factor"):
         patch = PATCH if hasattr(vae, "bn") else 1

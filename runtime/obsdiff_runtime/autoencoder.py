@@ -4,7 +4,7 @@ Shapes: c latent channels, h w latent height and width; a picture is `scale` tim
 a film, of which the first stands for one frame and each of the others for FRAME_SCALE.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -22,8 +22,9 @@ VAE_SCALE: Final = 8  # pixels per side of a latent pixel of most autoencoders
 FRAME_SCALE: Final = 4  # frames of a film in a latent frame, of which the first has one alone
 DECODER: Final = "vae_decoder"  # component; of a film's first latent frame
 NEXT_DECODER: Final = "vae_decoder_next"  # of each of the others
+ENCODER: Final = "vae_encoder"
+AUTOENCODER: Final = (DECODER, NEXT_DECODER, ENCODER)
 LATENTS: Final = "latent_sample"  # their input
-DECODERS: Final = (DECODER, NEXT_DECODER)
 LOG_VARIANCES: Final = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution
 TILE: Final = {"AutoencoderDC": 512, "AutoencoderKLQwenImage": 256, "AutoencoderKLWan": 256}
 """Pixels per side of a tile in diffusers, by class; of others it is the size of picture that they were trained on."""
@@ -37,8 +38,12 @@ def vae_scale(config: Mapping[str, Any]) -> int:
     if "temperal_downsample" in config:  # of video autoencoders, spelled so: those of Qwen-Image and Wan
         return int(2 ** len(config["temperal_downsample"]))
     levels = config.get("block_out_channels") or config.get("encoder_block_out_channels")
-    patch = config.get("patch_size") or (1,)  # of FLUX.2's, whose latents are patches
-    return VAE_SCALE if levels is None else int(2 ** (len(levels) - 1) * patch[0])
+    return VAE_SCALE if levels is None else int(2 ** (len(levels) - 1) * _patch(config))
+
+
+def _patch(config: Mapping[str, Any]) -> int:
+    """Latent pixels per side of what counts as one: those of FLUX.2's autoencoder are patches."""
+    return int((config.get("patch_size") or (1,))[0])
 
 
 def latent_channels(config: Mapping[str, Any]) -> int:
@@ -131,12 +136,26 @@ def _pixels(decoded: Array) -> Pixels:
     return pictures
 
 
+def _unpatched(latents: Array, patch: int) -> Array:
+    """(c patch patch, h, w) -> (c, h patch, w patch)."""
+    _, height, width = latents.shape
+    split = latents.reshape(-1, patch, patch, height, width)
+    return split.transpose(0, 3, 1, 4, 2).reshape(-1, height * patch, width * patch)
+
+
+def _patched(latents: Array, patch: int) -> Array:
+    """What `_unpatched` took apart."""
+    channels, height, width = latents.shape
+    split = latents.reshape(channels, height // patch, patch, width // patch, patch)
+    return split.transpose(0, 2, 4, 1, 3).reshape(-1, height // patch, width // patch)
+
+
 class Autoencoder:
     """The VAE of a bundle, whose encoder need not be there.
 
     Attributes:
         scale: pixels along a side of a latent pixel.
-        tile: pixels along a side of the tiles that latents are decoded in; None where they are decoded whole.
+        tile: pixels along a side of the tiles that pictures go through it in; None where they go whole.
     """
 
     def __init__(self, networks: Networks, config: Mapping[str, Any], tile: int | None = None) -> None:
@@ -202,13 +221,7 @@ class Autoencoder:
         for index in range(latents.shape[1]):
             told = {LATENTS: (latents[:, index] * factor + shift)[None], **caches}
             name = NEXT_DECODER if caches else DECODER
-            try:
-                found = self._networks.run(name, told, given, finite=False)
-            except ResourceError as error:
-                which = "tiles" if self.tile is None else "smaller tiles"
-                raise ResourceError(
-                    f"{error}; decoding needs less in {which}: --vae-tile, of obsdiff build too where there are engines"
-                ) from error
+            found = self._run(name, told, given, finite=False)
             pixels = found.pop("sample")
             if not np.isfinite(pixels).all():
                 raise self._networks.not_finite(name, "sample", pixels)
@@ -217,19 +230,27 @@ class Autoencoder:
 
     def check_encodes(self) -> None:
         """CompatibilityError if there is no encoder."""
-        if not self._networks.has("vae_encoder"):
+        if not self._networks.has(ENCODER):
             raise CompatibilityError("this bundle has no VAE encoder, so that it reads no images")
 
     def encode(self, picture: Pixels) -> tuple[Array, Array]:
         """Mean and standard deviation, (c, h, w) each, of the latents of a picture (height, width, 3).
 
-        AutoencoderDC and FLUX.2's give the latents themselves.
+        AutoencoderDC and FLUX.2's give the latents themselves. In tiles means and logarithms of variances are blended.
 
         Raises:
             RunError: they were not finite.
         """
         pixels = (picture.transpose(2, 0, 1).astype(np.float32) / np.float32(127.5) - np.float32(1))[None]
-        found = self._networks.run("vae_encoder", {"sample": pixels}, ["latent_parameters"])["latent_parameters"][0]
+        height, width = (side // self.scale for side in pixels.shape[-2:])
+        patch, seams, rows = _patch(self._config), Seams(), list[list[Array]]()
+        for tile in self._cut(height, width):
+            high, wide = tile.covers(self.scale)
+            given = {"sample": pixels[:, :, high, wide]}
+            made = self._run(ENCODER, given, ["latent_parameters"])["latent_parameters"][0]
+            rows += [] if tile.column else [[]]
+            rows[-1].append(seams.settled(tile, _unpatched(made, patch)))
+        found = _patched(np.concatenate([np.concatenate(row, -1) for row in rows], -2), patch)
         if len(found) != 2 * latent_channels(self._config):
             return found, np.zeros_like(found)
         mean, log_variance = np.split(found, 2)
@@ -241,6 +262,18 @@ class Autoencoder:
         factor, shift = self._affine()
         latents: Array = (mean + deviation * noise(mean.shape) - shift) / factor
         return latents
+
+    def _run(
+        self, component: str, inputs: Mapping[str, Array], outputs: Sequence[str], *, finite: bool = True
+    ) -> dict[str, Array]:
+        """See `Networks.run`; where memory is too small, tiles are told of."""
+        try:
+            return self._networks.run(component, inputs, outputs, finite=finite)
+        except ResourceError as error:
+            which = "tiles" if self.tile is None else "smaller tiles"
+            raise ResourceError(
+                f"{error}; it needs less in {which}: --vae-tile, of obsdiff build too where there are engines"
+            ) from error
 
     def _affine(self) -> tuple[Array, Array]:
         """(factor, shift), which take the denoiser's latents to the decoder's; they broadcast over (c, h, w)."""

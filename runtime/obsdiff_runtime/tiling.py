@@ -1,8 +1,8 @@
 """A plane in overlapping tiles, and what is made of each of them joined without seams.
 
 Tiles are cut and blended as diffusers does it: they begin a stride apart, the last ones end where the plane does, and
-each goes over into the next within their overlap, in equal steps. Whatever makes more of a plane, such as a decoder,
-makes `scale` times its height and width.
+each goes over into the next within their overlap, in equal steps. What is made of a plane can have `scale` pixels a
+side for each of its own, as a picture has for latents.
 
 Shapes: h w height and width of a tile.
 """
@@ -38,11 +38,13 @@ class Tile:
     def size(self) -> tuple[int, int]:
         return _length(self.height), _length(self.width)
 
+    def covers(self, scale: int) -> tuple[slice, slice]:
+        """`height` and `width` of the plane at that scale."""
+        return _scaled(self.height, scale), _scaled(self.width, scale)
+
     def settles(self, scale: int) -> tuple[slice, slice]:
-        """`own_height` and `own_width` of what is made of the plane."""
-        own = (self.own_height, self.own_width)
-        high, wide = (slice(part.start * scale, part.stop * scale) for part in own)
-        return high, wide
+        """`own_height` and `own_width` of the plane at that scale."""
+        return _scaled(self.own_height, scale), _scaled(self.own_width, scale)
 
 
 def tiles(height: int, width: int, side: int, overlap: int) -> Iterator[Tile]:
@@ -89,6 +91,10 @@ class Seams:
         self._above[tile.column] = made[..., high:, :].copy()
         self._left = made[..., wide:].copy()
         return made[..., :high, :wide]
+
+
+def _scaled(part: slice, scale: int) -> slice:
+    return slice(part.start * scale, part.stop * scale)
 
 
 def _length(part: slice) -> int:

@@ -14,7 +14,7 @@ import torch
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 from PIL import Image
 
-from obsdiff.families.autoencoders import PATCH, decode_in_tiles
+from obsdiff.families.autoencoders import PATCH, use_tiles
 from obsdiff_runtime import cli
 from obsdiff_runtime.autoencoder import Autoencoder, tile_overlap, tile_side
 from obsdiff_runtime.bundle import Bundle, EngineEntry, open_bundle
@@ -30,7 +30,7 @@ SIDE = 32
 def in_diffusers(theirs: Any, ours: Autoencoder, latents: Any, side: int) -> Any:
     """(..., height, width, 3), in 0..1."""
     vae = copy.copy(theirs.vae)
-    decode_in_tiles(vae, side)
+    use_tiles(vae, side)
     factor, shift = ours._affine()
     if latents.ndim == 4:
         factor, shift = (value[:, None] if value.ndim else value for value in (factor, shift))
@@ -70,6 +70,28 @@ def check(pair: tuple[Any, Path], height: int, width: int, *frames: int) -> None
 def test_pictures_in_tiles(name: str, height: int, width: int, make_pair: Callable[[str], Any]) -> None:
     """One tile; several; a last one that is smaller, either way; less than a tile high."""
     check(make_pair(name), height, width)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("height", "width"), [(80, 136), (24, 104)])
+def test_pictures_are_read_in_tiles(name: str, height: int, width: int, make_pair: Callable[[str], Any]) -> None:
+    theirs, folder = make_pair(name)
+    ours = Pipeline(folder, threads=1, vae_tiling=SIDE)._vae
+    picture = np.random.default_rng(5).integers(0, 256, (height, width, 3), np.uint8)
+    found = ours.encode(picture)[0]
+    vae = copy.copy(theirs.vae)
+    use_tiles(vae, SIDE)
+    pixels = torch.from_numpy(picture.transpose(2, 0, 1) / np.float32(127.5) - 1)[None]
+    with torch.no_grad():
+        encoded = vae.encode(pixels[:, :, None] if name == "qwen" else pixels)
+    expected = (encoded.latent if name == "sana" else encoded.latent_dist.mean)[0]
+    if name == "qwen":
+        expected = expected[:, 0]
+    if name == "flux2":
+        deviation = (vae.bn.running_var + vae.bn.eps).sqrt()[:, None, None]
+        expected = (torch.pixel_unshuffle(expected, PATCH) - vae.bn.running_mean[:, None, None]) / deviation
+    error = np.abs(found - expected.numpy()).max() / np.abs(expected.numpy()).max()
+    assert error < 1e-4
 
 
 @pytest.mark.parametrize(("height", "width", "frames"), [(32, 32, 2), (80, 56, 3), (16, 72, 1)])
@@ -171,4 +193,4 @@ def test_where_memory_is_too_small_tiles_are_told_of(
     monkeypatch.setattr(ours.networks.session("vae_decoder"), "_session", SimpleNamespace(run=run))
     with pytest.raises(ResourceError, match=r"vae_decoder: memory is too small for .* \(1, 4, 8, 8\)") as told:
         ours.decode(np.zeros((4, 8, 8), np.float32))
-    assert f"decoding needs less in {which}: --vae-tile" in str(told.value)
+    assert f"it needs less in {which}: --vae-tile" in str(told.value)

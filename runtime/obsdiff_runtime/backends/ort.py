@@ -29,6 +29,9 @@ DTYPES: Final[dict[str, str]] = {
     "tensor(bool)": "bool",
 }
 
+AUTOENCODERS: Final = "vae_"
+"""How components begin that are given tiles of several shapes."""
+
 _NO_MEMORY: Final = re.compile("Failed to allocate memory|bad_alloc|out of memory", re.IGNORECASE)
 
 EXACT_INTEGERS: Final = ("session.x64quantprecision", "1")
@@ -70,13 +73,26 @@ class OnnxRuntime:
     provider: str
 
     def open_session(self, bundle: Bundle, component: str, *, threads: int | None = None) -> OrtSession:
-        return open_graph(bundle.onnx(component), name=component, threads=threads, provider=self.provider)
+        return open_graph(
+            bundle.onnx(component),
+            name=component,
+            threads=threads,
+            provider=self.provider,
+            plan_memory=not component.startswith(AUTOENCODERS),
+        )
 
     def versions(self) -> dict[str, str]:
         return versions()
 
 
-def open_graph(path: Path, *, name: str | None = None, threads: int | None = None, provider: str = CPU) -> OrtSession:
+def open_graph(
+    path: Path,
+    *,
+    name: str | None = None,
+    threads: int | None = None,
+    provider: str = CPU,
+    plan_memory: bool = True,
+) -> OrtSession:
     """Loads an ONNX file.
 
     Args:
@@ -84,6 +100,7 @@ def open_graph(path: Path, *, name: str | None = None, threads: int | None = Non
         name: what messages call it; the path if None.
         threads: of the host, all if None.
         provider: the execution provider; others are no fallback for it.
+        plan_memory: reserve what a run needs as one piece, and keep one for each shape.
 
     Raises:
         MissingPackageError: onnxruntime is not installed.
@@ -102,7 +119,7 @@ def open_graph(path: Path, *, name: str | None = None, threads: int | None = Non
     try:
         session = onnxruntime.InferenceSession(
             str(path),
-            _options(onnxruntime, threads),
+            _options(onnxruntime, threads, plan_memory),
             providers=[(provider, PROVIDER_OPTIONS.get(provider, {}))],
             enable_fallback=0,
         )
@@ -147,8 +164,9 @@ def _find_cuda(onnxruntime: Any) -> None:
             onnxruntime.preload_dlls()
 
 
-def _options(onnxruntime: Any, threads: int | None) -> Any:
+def _options(onnxruntime: Any, threads: int | None, plan_memory: bool) -> Any:
     options = onnxruntime.SessionOptions()
+    options.enable_mem_pattern = plan_memory
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads

@@ -17,7 +17,7 @@ import obsdiff
 from obsdiff import verbs
 from obsdiff.evaluation import Evaluation, evaluate
 from obsdiff.families import films, wan
-from obsdiff.families.autoencoders import decode_in_tiles
+from obsdiff.families.autoencoders import use_tiles
 from obsdiff.loading import Defaults, load_pipeline
 from obsdiff.pipeline_runner import PipelineRunner
 from obsdiff.recipe import Sampling, select
@@ -102,7 +102,7 @@ def test_the_main_job_leaves_a_bundle_that_draws_the_film_of_the_pruned_pipeline
     drawn = Pipeline(tmp_path / "out", threads=1)("a cat", seed=3, noise_source="torch")
     pipeline = obsdiff.load(tmp_path / "pruned")
     pipeline.set_progress_bar_config(disable=True)
-    decode_in_tiles(pipeline.vae, 16)  # as the bundle does of itself
+    use_tiles(pipeline.vae, 16)  # as the bundle does of itself
     film = pipeline(
         prompt="a cat",
         num_inference_steps=2,
