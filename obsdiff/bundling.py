@@ -261,8 +261,7 @@ def served_by(job: Job, settings: Settings, pipeline: DiffusionPipeline | None =
     """
     if settings.vae_tile is not None and "vae" not in job.configs:
         raise ConfigError(f"--vae-tile {settings.vae_tile}: {job.model} has no autoencoder that decodes")
-    asked = False if settings.vae_tile is None else settings.vae_tile
-    tile = tile_side(asked, None, job.configs.get("vae", {}))
+    tile = tile_side(settings.vae_tile, None, job.configs.get("vae", {}))
     sizes = engines.sizes_of(
         job.recipe.sampling,
         job.pipeline_class,

@@ -467,8 +467,7 @@ def _served_by(opened: Bundle, denoiser: str, tile: int | None) -> Served:
     if not isinstance(sizes, dict):
         raise ConfigError(f"{opened.root}: the manifest says nothing of the sizes it was exported for; export it again")
     table: Sizes = {name: tuple(size) if isinstance(size, list) else size for name, size in sizes.items()}
-    own = opened.manifest.defaults.vae_tile
-    side = tile_side(False if tile is None else tile, own, opened.config(DECODER))
+    side = tile_side(tile, opened.manifest.defaults.vae_tile, opened.config(DECODER))
     return served(table, opened.manifest.pipeline_class, opened.config(denoiser), side)
 
 

@@ -112,7 +112,7 @@ class PipelineRunner:
             dtype: fp32, fp16 or bf16; if None as stored, but fp32 on a CPU.
             device: cpu, cuda or cuda:N; cuda where there is one if None.
             threads: of the host to use, all if None.
-            vae_tiling: decode in tiles; see the runtime's `Pipeline`.
+            vae_tiling: put pictures through the VAE in tiles; see the runtime's `Pipeline`.
 
         Raises:
             ConfigError: there is no such dtype, no such number of threads, or no such tile.

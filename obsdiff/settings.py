@@ -126,7 +126,7 @@ class Settings:
     max_shapes: Annotated[str | None, "largest shapes"] = None
     vae_tile: Annotated[
         int | None,
-        "the bundle decodes in tiles of so many pixels a side, and the decoder's engine takes no more; default: whole",
+        "pictures go through the VAE in tiles of so many pixels a side, and its engines take no more; default: whole",
     ] = None
     refit: Annotated[
         str | None, "yes: weights can be swapped without a rebuild; stripped: and the plan holds none; default: no"

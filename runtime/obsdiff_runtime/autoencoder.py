@@ -87,11 +87,11 @@ def film_frames(asked: int | None, own: int | None, name: str = "num_frames", wh
     return frames
 
 
-def tile_side(asked: bool | int, own: int | None, config: Mapping[str, Any]) -> int | None:
-    """Pixels per side of the tiles that latents are decoded in; None where they are decoded whole.
+def tile_side(asked: bool | int | None, own: int | None, config: Mapping[str, Any]) -> int | None:
+    """Pixels per side of the tiles that pictures go through an autoencoder in; None where they go whole.
 
     Args:
-        asked: so many; True: as the bundle says, or as diffusers has them; False: as the bundle says.
+        asked: so many; True: as the bundle says, or as diffusers has them; False or None: as the bundle says.
         own: what the bundle says, None where it says nothing.
         config: of the autoencoder.
 
@@ -99,7 +99,7 @@ def tile_side(asked: bool | int, own: int | None, config: Mapping[str, Any]) -> 
         ConfigError: there is no tile of so many; says which are near.
     """
     scale, parts = vae_scale(config), _overlap(config)
-    side = own if isinstance(asked, bool) else asked
+    side = own if asked is None or isinstance(asked, bool) else asked
     if side is None:
         if not asked:
             return None
@@ -108,9 +108,9 @@ def tile_side(asked: bool | int, own: int | None, config: Mapping[str, Any]) -> 
         return max(int(usual) // scale, parts) * scale
     if side % scale:
         below = max(side // scale, parts) * scale
-        raise ConfigError(f"vae_tile should be a multiple of {scale}, not {side}; near are {below}, {below + scale}")
+        raise ConfigError(f"tiles of {side} pixels: should be a multiple of {scale}; near are {below}, {below + scale}")
     if side < parts * scale:
-        raise ConfigError(f"vae_tile should be at least {parts * scale}, not {side}: smaller tiles do not overlap")
+        raise ConfigError(f"tiles of {side} pixels do not overlap; give {parts * scale} or more")
     return side
 
 

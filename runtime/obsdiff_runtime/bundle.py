@@ -100,7 +100,7 @@ class Defaults:
     Attributes:
         num_frames: of a film; None where pictures are drawn.
         max_sequence_length: tokens of T5, or of the zeros in its place.
-        vae_tile: pixels per side of the tiles that latents are decoded in; None where they are decoded whole.
+        vae_tile: pixels per side of the tiles that pictures go through the autoencoder in; None where they go whole.
     """
 
     height: int

@@ -56,10 +56,10 @@ TILING: Final = (
     Flag(
         name="--vae-tiling",
         kind=bool,
-        text="Decode in tiles of diffusers' size, which takes less memory for larger pictures.",
+        text="Put larger pictures through the VAE in tiles of diffusers' size, which takes less memory.",
         default=False,
     ),
-    Flag(name="--vae-tile", kind=int, text="Decode in tiles of so many pixels a side."),
+    Flag(name="--vae-tile", kind=int, text="The same in tiles of so many pixels a side."),
 )
 
 SAMPLING: Final = (

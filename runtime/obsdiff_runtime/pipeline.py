@@ -84,8 +84,8 @@ class Pipeline:
             bundle: an opened bundle, or a folder, whose every file is then compared with its sha256.
             backend: one of `backends.BACKENDS` by name, or another one.
             threads: of the host to use, all if None.
-            vae_tiling: decode in tiles, which takes less memory: True for diffusers' size of a tile, or pixels a side.
-                Where the bundle has a size of its own, it is decoded in such tiles anyway.
+            vae_tiling: put pictures through the VAE in tiles, which takes less memory: True for diffusers' size of a
+                tile, or pixels a side. A bundle that has a size of its own does so anyway.
 
         Raises:
             ConfigError: there is no such tile.

@@ -139,7 +139,7 @@ def test_decoders_of_tiles_take_one_tile_at_a_time_or_a_part_of_it(bundle: Path,
     assert open_bundle(bundle).manifest.defaults.vae_tile == 512
     obsdiff.build(bundle, components=["vae_decoder"], min_shapes="latent_sample:1x4x64x8", vae_tile=256)
     assert builds.requests[3].profiles[0]["latent_sample"]["max"] == (1, 4, 64, 8)  # the user says
-    with pytest.raises(ConfigError, match="vae_tile should be a multiple of 8, not 300; near are 296, 304"):
+    with pytest.raises(ConfigError, match="tiles of 300 pixels: should be a multiple of 8; near are 296, 304"):
         obsdiff.build(bundle, vae_tile=300)
 
 
@@ -272,7 +272,7 @@ def test_export_finds_a_profile_that_cannot_be_drawn_before_any_work(
     monkeypatch.setattr(verbs, "load_model", lambda settings: pytest.fail("the model was loaded"))
     with pytest.raises(ConfigError, match="--profile 33: width 33 is no multiple of"):
         obsdiff.export(output=tmp_path / "out", sparsity="2:4", trt=True, profile="33")
-    with pytest.raises(ConfigError, match="vae_tile should be a multiple of 4, not 17"):
+    with pytest.raises(ConfigError, match="tiles of 17 pixels: should be a multiple of 4"):
         obsdiff.export(output=tmp_path / "out", sparsity="2:4", vae_tile=17)
     assert not (tmp_path / "out").exists()
 

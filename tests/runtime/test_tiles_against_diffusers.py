@@ -17,9 +17,12 @@ from PIL import Image
 from obsdiff.families.autoencoders import PATCH, use_tiles
 from obsdiff_runtime import cli
 from obsdiff_runtime.autoencoder import Autoencoder, tile_overlap, tile_side
+from obsdiff_runtime.benchmark import bench
 from obsdiff_runtime.bundle import Bundle, EngineEntry, open_bundle
 from obsdiff_runtime.errors import ConfigError, ResourceError
 from obsdiff_runtime.pipeline import Pipeline
+from obsdiff_runtime.server.models import serve_bundle
+from obsdiff_runtime.server.options import read_options
 from obsdiff_runtime.shapes import Range
 from obsdiff_runtime.verbs import describe
 
@@ -131,10 +134,10 @@ def test_a_tile_goes_through_all_frames_before_the_next_one(wan_pair: Any) -> No
 @pytest.mark.parametrize(
     ("side", "message"),
     [
-        (33, "vae_tile should be a multiple of 2, not 33; near are 32, 34"),
-        (6, "vae_tile should be at least 8, not 6: smaller tiles do not overlap"),
-        (0, "vae_tile should be at least 8, not 0"),
-        (-8, "vae_tile should be at least 8, not -8"),
+        (33, "tiles of 33 pixels: should be a multiple of 2; near are 32, 34"),
+        (6, "tiles of 6 pixels do not overlap; give 8 or more"),
+        (0, "tiles of 0 pixels do not overlap; give 8 or more"),
+        (-8, "tiles of -8 pixels do not overlap; give 8 or more"),
     ],
 )
 def test_what_is_no_tile_is_refused(sd_pair: Any, side: int, message: str) -> None:
@@ -154,7 +157,22 @@ def test_the_command_decodes_in_tiles(sd_pair: Any, tmp_path: Path, capsys: pyte
     drawn = {path.read_bytes() for path in tmp_path.iterdir()}
     assert len(drawn) == 3
     assert cli.run([*line, "--vae-tile", "0", "-o", str(tmp_path / "no.png")]) == 2
-    assert "vae_tile should be at least 8" in capsys.readouterr().err
+    assert "tiles of 0 pixels do not overlap" in capsys.readouterr().err
+
+
+def test_servers_and_measurements_take_tiles(sd_pair: Any) -> None:
+    for flags, tiling in ((["--vae-tile", "16"], 16), (["--vae-tiling"], True), ([], False)):
+        given = vars(cli.parser().parse_args(["serve", str(sd_pair[1]), *flags]))
+        assert read_options(given).vae_tiling is tiling
+    served = serve_bundle(sd_pair[1], threads=1, vae_tiling=16, warm_up=False)
+    served.batcher.stop()
+    assert served.pipeline.decode(np.zeros((4, 9, 9), np.float32)).shape == (18, 18, 3)
+    assert served.pipeline._vae.tile == 16
+    report = bench(
+        sd_pair[1], iterations=1, warmup=0, height=48, width=40, num_inference_steps=1, threads=1, vae_tiling=16
+    )
+    (measured,) = report.candidates.values()
+    assert [len(runs) for runs in measured.rounds_ms["vae_decoder"]] == [4 * 4]
 
 
 def test_what_no_engine_takes_is_refused_before_anything_runs(sd_pair: Any) -> None:
@@ -175,7 +193,7 @@ def test_what_no_engine_takes_is_refused_before_anything_runs(sd_pair: Any) -> N
     assert "does not take height 48, width 40: its profile takes height 2 to 32, width 2 to 32" in str(told.value)
     Pipeline(bundle, vae_tiling=64).resolve(height=96, width=96)  # ONNX Runtime runs the graph
     broken = replace(opened.manifest, defaults=replace(defaults, vae_tile=-4))
-    with pytest.raises(ConfigError, match="vae_tile should be at least 8, not -4"):
+    with pytest.raises(ConfigError, match="tiles of -4 pixels do not overlap"):
         Pipeline(Bundle(root=opened.root, manifest=broken))
 
 
