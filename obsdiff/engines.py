@@ -467,7 +467,8 @@ def _served_by(opened: Bundle, denoiser: str, tile: int | None) -> Served:
     if not isinstance(sizes, dict):
         raise ConfigError(f"{opened.root}: the manifest says nothing of the sizes it was exported for; export it again")
     table: Sizes = {name: tuple(size) if isinstance(size, list) else size for name, size in sizes.items()}
-    side = tile_side(tile, opened.manifest.defaults.vae_tile, opened.config(DECODER))
+    decoder = opened.config(DECODER) if DECODER in opened.manifest.components else {}
+    side = tile_side(tile, opened.manifest.defaults.vae_tile, decoder)
     return served(table, opened.manifest.pipeline_class, opened.config(denoiser), side)
 
 

@@ -45,8 +45,8 @@ class Networks:
         """Of the engines that this backend chooses one of; none where it runs the graph."""
         if not isinstance(self._backend, TensorRt):
             return []
-        engines = self.bundle.component(component).engines
-        return [profile for engine in engines if engine.backend == self.backend_name for profile in engine.profiles]
+        engines, package = self.bundle.component(component).engines, self._backend.package
+        return [profile for engine in engines if engine.backend == package for profile in engine.profiles]
 
     def session(self, component: str) -> Session:
         if component not in self._sessions:
