@@ -35,12 +35,10 @@ class Run:
     """One decoding.
 
     Attributes:
-        loaded_bytes: most that the process held before it, the decoder loaded.
-        peak_bytes: most that it ever held.
+        peak_bytes: most that its process ever held.
         cpu_seconds: of all threads.
     """
 
-    loaded_bytes: int
     peak_bytes: int
     cpu_seconds: float
 
@@ -53,7 +51,7 @@ def main(
     threads: Annotated[int, typer.Option(help="Of the host.")] = 2,
 ) -> None:
     apart = multiprocessing.get_context("spawn")
-    table = Table("", "memory, GiB", "of these the decoder, loaded", "CPU seconds")
+    table = Table("", "memory, GiB", "CPU seconds")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "bundle"
         writer = apart.Process(target=write, args=(folder, film))
@@ -67,12 +65,11 @@ def main(
             try:
                 run: Run = ours.recv()
             except EOFError:
-                table.add_row(named(side), "killed", "", "")
+                table.add_row(named(side), "killed", "")
                 continue
             finally:
                 worker.join()
-            sizes = (f"{size / 2**30:.2f}" for size in (run.peak_bytes, run.loaded_bytes))
-            table.add_row(named(side), *sizes, f"{run.cpu_seconds:.0f}")
+            table.add_row(named(side), f"{run.peak_bytes / 2**30:.2f}", f"{run.cpu_seconds:.0f}")
     Console().print(table)
 
 
@@ -125,14 +122,10 @@ def decode(folder: Path, height: int, width: int, film: bool, side: int, threads
     latents = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     for name in networks.bundle.manifest.components:
         networks.session(name)
-    loaded, start = peak_bytes(), time.process_time()
+    start = time.process_time()
     vae.decode(latents)
-    answer.send(Run(loaded_bytes=loaded, peak_bytes=peak_bytes(), cpu_seconds=time.process_time() - start))
-
-
-def peak_bytes() -> int:
-    """Most that this process ever held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    seconds = time.process_time() - start
+    answer.send(Run(peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, cpu_seconds=seconds))
 
 
 if __name__ == "__main__":
