@@ -1064,6 +1064,12 @@ def make_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
     return lambda name: _pair(name, tmp_path_factory)[1]
 
 
+@pytest.fixture
+def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Path]]:
+    """make_pair(a key of PIPELINES): it and its bundle."""
+    return lambda name: _pair(name, tmp_path_factory)
+
+
 _PAIRS: dict[str, tuple[Any, Path]] = {}
 
 
