@@ -181,7 +181,11 @@ class PipelineRunner:
             batch_size=request.num_images,
             seed=request.seed,
             num_frames=request.num_frames,
+            guidance_scale_2=request.guidance_scale_2,
         )
+        if request.guidance_scale_2 is not None and not self._configs.behind:
+            scale = f"guidance_scale_2 {request.guidance_scale_2:g}"
+            raise ConfigError(f"{scale}: one denoiser takes all steps of {self._model}; leave it out")
         film_frames(request.num_frames, self.defaults.num_frames, who=str(self._model))
         pipeline = str(configs["model_index"]["_class_name"])
         job.check_size(pipeline, configs[family.denoiser], vae_scale(configs), sampling)
@@ -192,8 +196,9 @@ class PipelineRunner:
         before, start = self._allocated(), time.perf_counter()
         loaded = load_pipeline(self._model, dtype=self._dtype, device=self._device)
         if self._kind == COMPILED:
-            for name in block_modules(loaded.family.linears(loaded.denoiser)):
-                loaded.denoiser.get_submodule(name).compile()
+            for denoiser in loaded.denoisers.values():
+                for name in block_modules(loaded.family.linears(denoiser)):
+                    denoiser.get_submodule(name).compile()
         if self._tile is not None:
             use_tiles(loaded.pipeline.vae, self._tile)
         self._loaded, load_seconds = loaded, time.perf_counter() - start
@@ -217,7 +222,8 @@ class PipelineRunner:
         told = {} if length is None or "max_sequence_length" not in options else {"max_sequence_length": length}
         films = parts.draws_films(type(pipeline))
         told |= {"num_videos_per_prompt" if films else "num_images_per_prompt": request.num_images}
-        told |= {} if request.num_frames is None else {"num_frames": request.num_frames}
+        for name in ("num_frames", "guidance_scale_2"):
+            told |= {} if getattr(request, name) is None else {name: getattr(request, name)}
         laps: dict[str, list[tuple[Mark, Mark]]] = {}
         steps: list[Mark] = []
 
@@ -314,7 +320,8 @@ def _components(loaded: LoadedPipeline) -> dict[str, tuple[nn.Module, ...]]:
     }
     quant = getattr(vae, "post_quant_conv", None)
     decoder = (vae.decoder,) if quant is None else (quant, vae.decoder)
-    return {**encoders, loaded.family.denoiser: (loaded.denoiser,), "vae_decoder": decoder}
+    denoisers = {name: (module,) for name, module in loaded.denoisers.items()}
+    return {**encoders, **denoisers, "vae_decoder": decoder}
 
 
 @contextlib.contextmanager

@@ -68,6 +68,9 @@ class Settings:
     num_samples: Annotated[int | None, "calibration prompts used; default: 100, or 24 on the shipped pipeline"] = None
     steps: Annotated[int | None, "denoising steps; default: the pipeline's"] = None
     guidance_scale: Annotated[float | None, "classifier-free guidance; default: the pipeline's"] = None
+    guidance_scale_2: Annotated[
+        float | None, "of the second denoiser, of pipelines that have one (Wan 2.2); default: as the first one's"
+    ] = None
     height: Annotated[int | None, "image height in pixels; default: the pipeline's"] = None
     width: Annotated[int | None, "image width in pixels; default: the pipeline's"] = None
     num_frames: Annotated[int | None, "frames of a film: 1, 5, 9, ...; default: the pipeline's"] = None

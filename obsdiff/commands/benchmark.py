@@ -15,7 +15,10 @@ from obsdiff_runtime.server.options import read_tiling
 
 @verb(
     "bench",
-    ("steps", "guidance_scale", "height", "width", "num_frames", "max_sequence_length", "seed", "device"),
+    (
+        *("steps", "guidance_scale", "guidance_scale_2", "height", "width", "num_frames", "max_sequence_length"),
+        *("seed", "device"),
+    ),
     candidates=(
         Annotated[
             list[str] | None,
@@ -60,6 +63,7 @@ def bench(run: Run) -> None:
         width=settings.width,
         num_inference_steps=settings.steps,
         guidance_scale=settings.guidance_scale,
+        guidance_scale_2=settings.guidance_scale_2,
         num_frames=settings.num_frames,
         max_sequence_length=settings.max_sequence_length,
         seed=settings.seed or 0,

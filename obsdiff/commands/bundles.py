@@ -12,7 +12,7 @@ from obsdiff_runtime.server.options import read_tiling
 
 @verb(
     "generate",
-    ("steps", "guidance_scale", "height", "width", "num_frames", "max_sequence_length", "seed"),
+    ("steps", "guidance_scale", "guidance_scale_2", "height", "width", "num_frames", "max_sequence_length", "seed"),
     bundle=(Annotated[Path, typer.Argument(help="A bundle.")], ...),
     prompt=(Annotated[str, typer.Argument(help="What to draw.")], ...),
     **options(*GENERATE),
@@ -42,6 +42,7 @@ def generate(run: Run) -> None:
         noise_source=given["noise"],
         num_inference_steps=settings.steps,
         guidance_scale=settings.guidance_scale,
+        guidance_scale_2=settings.guidance_scale_2,
         max_sequence_length=settings.max_sequence_length,
         seed=settings.seed or 0,
     )

@@ -85,6 +85,7 @@ def generate(given: Given, progress: Progress) -> None:
         noise_source=given["noise"],
         num_inference_steps=given["steps"],
         guidance_scale=given["guidance_scale"],
+        guidance_scale_2=given["guidance_scale_2"],
         max_sequence_length=given["max_sequence_length"],
         seed=given["seed"],
     )
@@ -99,7 +100,8 @@ def bench(given: Given, progress: Progress) -> None:
         *given["bundles"],
         against=given["against"],
         **{name: given[name] for name in ("iterations", "warmup", "num_images", "threads", "backend", "seed")},
-        **{name: given[name] for name in ("height", "width", "num_frames", "guidance_scale", "max_sequence_length")},
+        **{name: given[name] for name in ("height", "width", "num_frames", "guidance_scale", "guidance_scale_2")},
+        max_sequence_length=given["max_sequence_length"],
         num_inference_steps=given["steps"],
         vae_tiling=read_tiling(given),
         progress=progress,

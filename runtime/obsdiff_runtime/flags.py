@@ -65,6 +65,7 @@ TILING: Final = (
 SAMPLING: Final = (
     Flag(name="--steps", kind=int, text="Denoising steps of an image; default: the bundle's."),
     Flag(name="--guidance-scale", kind=float, text="Classifier-free guidance; default: the bundle's."),
+    Flag(name="--guidance-scale-2", kind=float, text="Of a second denoiser (Wan 2.2); default: as the first one's."),
     Flag(name="--height", kind=int, text="Height in pixels; default: the bundle's."),
     Flag(name="--width", kind=int, text="Width in pixels; default: the bundle's."),
     Flag(name="--num-frames", kind=int, text="Frames of a film: 1, 5, 9, ...; default: the bundle's."),

@@ -11,6 +11,7 @@ from obsdiff_runtime.decoding import encode
 from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.progress import Progress, silent
 from obsdiff_runtime.shapes import words
+from obsdiff_runtime.turns import turns_in_words
 
 
 def generate(
@@ -101,6 +102,7 @@ def describe(bundle: Bundle) -> str:
         f"  {len(manifest.files)} files as their sha256 says, {bundle.total_bytes() / 2**20:.1f} MiB",
         f"  draws {defaults.width} x {defaults.height}{frames} in {defaults.num_inference_steps} steps "
         f"at guidance {defaults.guidance_scale:g}{tiles}",
+        *([f"  {turns_in_words(manifest.turns, defaults.guidance_scale_2)}"] if manifest.turns else []),
     ]
     for name, component in manifest.components.items():
         size = sum(file.bytes for path, file in manifest.files.items() if path.startswith(f"{name}/"))

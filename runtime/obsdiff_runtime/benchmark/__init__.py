@@ -34,6 +34,7 @@ def bench(
     num_frames: int | None = None,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
+    guidance_scale_2: float | None = None,
     max_sequence_length: int | None = None,
     num_images: int = 1,
     seed: int = 0,
@@ -50,12 +51,13 @@ def bench(
         against: what each of them is compared with; the first of them if None.
         iterations: rounds that count; in each, every candidate draws once.
         warmup: rounds before that do not.
-        prompt: of every call, the first candidate's default if None; so are the next six.
+        prompt: of every call, the first candidate's default if None; so are the next seven.
         height: in pixels.
         width: in pixels.
         num_frames: of a film.
         num_inference_steps: of every call.
         guidance_scale: of every call.
+        guidance_scale_2: likewise, of the denoisers behind the first, where some take turns.
         max_sequence_length: of every call.
         num_images: drawn in one batch.
         seed: of the noise.
@@ -82,6 +84,7 @@ def bench(
         num_frames=first.num_frames if num_frames is None else num_frames,
         num_inference_steps=first.num_inference_steps if num_inference_steps is None else num_inference_steps,
         guidance_scale=first.guidance_scale if guidance_scale is None else guidance_scale,
+        guidance_scale_2=first.guidance_scale_2 if guidance_scale is guidance_scale_2 is None else guidance_scale_2,
         max_sequence_length=first.max_sequence_length if max_sequence_length is None else max_sequence_length,
         num_images=num_images,
         seed=seed,

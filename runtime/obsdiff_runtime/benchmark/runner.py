@@ -31,6 +31,7 @@ class Request:
         num_images: in one batch.
         seed: of the noise.
         num_frames: of a film; None where pictures are drawn.
+        guidance_scale_2: of the denoisers behind the first, where some take turns; None: as the first one's.
     """
 
     prompt: str
@@ -42,6 +43,7 @@ class Request:
     num_images: int
     seed: int
     num_frames: int | None = None
+    guidance_scale_2: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +199,7 @@ class BundleRunner:
             request.height,
             request.width,
             request.max_sequence_length,
+            guidance_scale_2=request.guidance_scale_2,
             num_frames=request.num_frames,
         )
 
@@ -248,6 +251,7 @@ class BundleRunner:
             request.prompt,
             num_inference_steps=request.num_inference_steps,
             guidance_scale=request.guidance_scale,
+            guidance_scale_2=request.guidance_scale_2,
             height=request.height,
             width=request.width,
             num_frames=request.num_frames,

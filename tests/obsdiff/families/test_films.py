@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, WanPipeline
+from diffusers import WanPipeline
 
 import obsdiff
 from obsdiff import verbs
 from obsdiff.evaluation import Evaluation, evaluate
 from obsdiff.families import films, wan
 from obsdiff.families.autoencoders import use_tiles
-from obsdiff.loading import Defaults, load_pipeline
+from obsdiff.loading import Defaults
 from obsdiff.pipeline_runner import PipelineRunner
 from obsdiff.recipe import Sampling, select
 from obsdiff.resolving import resolve
@@ -248,23 +247,6 @@ def test_fused_projections_are_refused(build_denoiser: Build) -> None:
     denoiser.blocks[1].attn2.fuse_projections()
     with pytest.raises(ModelError, match=r"blocks\.1\.attn2: its projections are fused; call unfuse"):
         wan.linears(denoiser)
-
-
-def test_the_two_experts_of_wan22_are_refused_before_their_weights_are_read(
-    folder: Path, build_pipeline: Build, build_denoiser: Build
-) -> None:
-    index = json.loads((folder / "model_index.json").read_text())
-    index |= {"transformer_2": ["diffusers", "WanTransformer3DModel"], "boundary_ratio": 0.875}
-    (folder / "model_index.json").write_text(json.dumps(index))
-    pipeline: DiffusionPipeline = build_pipeline("wan")
-    pipeline.register_modules(transformer_2=build_denoiser("wan"))
-    for refused in (
-        lambda: load_pipeline(folder),
-        lambda: verbs.plan(Settings(model=str(folder), sparsity="2:4")),
-        lambda: obsdiff.prune(pipeline, prompts=PROMPTS, sparsity="2:4", **SMALL),
-    ):
-        with pytest.raises(ModelError, match="two denoisers in turn, transformer and transformer_2"):
-            refused()
 
 
 def test_a_timestep_for_each_token_is_refused(build_pipeline: Build) -> None:
