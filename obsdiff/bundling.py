@@ -33,6 +33,7 @@ from obsdiff_export.onnx import OnnxModel
 from obsdiff_export.quantizing import Quantization, imitated
 from obsdiff_export.requested import Served
 from obsdiff_export.stored import is_stored
+from obsdiff_runtime.autoencoder import tile_side
 from obsdiff_runtime.bundle import Defaults as BundleDefaults
 from obsdiff_runtime.bundle import Manifest, write_manifest
 from obsdiff_runtime.errors import ConfigError
@@ -53,8 +54,8 @@ class Delivery:
     Attributes:
         dense_bytes, pruned_bytes: of the denoiser's weights, in the same format; of all that take turns.
         components: in the bundle; none where nothing was exported.
-        sizes: of the dynamic axes at the served size.
         latency: of one call of each denoiser.
+        served: what engines are for, whether there are any; None where nothing was exported.
         engines: None where none were built.
         turns: of the denoisers; empty where one takes all steps.
     """
@@ -63,7 +64,7 @@ class Delivery:
     pruned_bytes: int
     components: tuple[delivery.Delivered, ...] = ()
     latency: tuple[LatencyPair, ...] | NotMeasured = _NOTHING_EXPORTED
-    sizes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    served: Served | None = None
     engines: Engines | None = None
     turns: Turns = dataclasses.field(default_factory=dict)
 
@@ -213,10 +214,10 @@ def deliver(
         delivery.copy_rest(pruned.pipeline, folder)
     models = {item.model.name: item.model for item in components if item.model.name in dense}
     written = sum(model.bytes for model in models.values())
-    what, built = served_by(job, pruned.pipeline), None
+    what, built = served_by(job, settings, pruned.pipeline), None
     same: Any = {
         "components": components,
-        "sizes": what.sizes,
+        "served": what,
         "turns": turns.of(pruned.pipeline, job.family) if len(dense) > 1 else {},
     }
     if any(is_stored(module) for module in dense.values()):
@@ -289,8 +290,15 @@ def _timed(
     return before, tuple(pairs) if absent is None else absent
 
 
-def served_by(job: Job, pipeline: DiffusionPipeline | None = None) -> Served:
-    """What the job's engines are for; without its pipeline, what the denoiser's are for."""
+def served_by(job: Job, settings: Settings, pipeline: DiffusionPipeline | None = None) -> Served:
+    """What the job's engines are for; without its pipeline, what the denoiser's are for.
+
+    Raises:
+        ConfigError: there are no such tiles.
+    """
+    if settings.vae_tile is not None and "vae" not in job.configs:
+        raise ConfigError(f"--vae-tile {settings.vae_tile}: {job.model} has no autoencoder that decodes")
+    tile = tile_side(settings.vae_tile, None, job.configs.get("vae", {}))
     sizes = engines.sizes_of(
         job.recipe.sampling,
         job.pipeline_class,
@@ -301,7 +309,7 @@ def served_by(job: Job, pipeline: DiffusionPipeline | None = None) -> Served:
         instruction_tokens=0 if pipeline is None else reading.instruction_tokens(pipeline),
         template_tokens=0 if pipeline is None else reading.template_tokens(pipeline),
     )
-    return engines.served(sizes, job.pipeline_class, job.configs[job.family.denoiser])
+    return engines.served(sizes, job.pipeline_class, job.configs[job.family.denoiser], tile)
 
 
 def counts_of(job: Job, denoisers: Mapping[str, nn.Module], bytes_on_disk: int | NotMeasured) -> Counts:
@@ -364,7 +372,7 @@ def finish(folder: Path, job: Job, found: Report, images: Sequence[ImagePair], f
     report.write_json(found, folder / "report.json")
     report.write_html(found, images, folder / "report.html")
     card.write_card(found, folder, "bundle", base_model=hub_id(job.model))
-    sampled = job.recipe.sampling
+    sampled, what = job.recipe.sampling, finished.served
     write_manifest(
         folder,
         Manifest(
@@ -379,11 +387,12 @@ def finish(folder: Path, job: Job, found: Report, images: Sequence[ImagePair], f
                 guidance_scale=sampled.guidance_scale,
                 num_frames=sampled.num_frames,
                 max_sequence_length=sampled.max_sequence_length,
+                vae_tile=None if what is None else what.tile,
                 guidance_scale_2=sampled.guidance_scale_2,
             ),
             turns=finished.turns,
             components={item.model.name: item.entry(folder) for item in finished.components},
-            recipe={**job.recipe.to_json(), "sizes": dict(finished.sizes)},
+            recipe={**job.recipe.to_json(), "sizes": {} if what is None else dict(what.sizes)},
             measurements={} if finished.engines is None else engines.measurements(finished.engines.contests),
         ),
     )

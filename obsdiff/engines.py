@@ -22,8 +22,18 @@ from obsdiff_export.profiles import Size, Sizes, profiles_for
 from obsdiff_export.proof import receipt
 from obsdiff_export.proof.judging import IGNORES
 from obsdiff_export.proof.receipt import Receipt
-from obsdiff_export.requested import IMAGES, Served, ShapeBounds, SizeProfile, parse_profiles, parse_shapes, tables
+from obsdiff_export.requested import (
+    IMAGES,
+    Served,
+    ShapeBounds,
+    SizeProfile,
+    in_tiles,
+    parse_profiles,
+    parse_shapes,
+    tables,
+)
 from obsdiff_export.versus import BUILDS, Versus
+from obsdiff_runtime.autoencoder import AUTOENCODER, DECODER, tile_side
 from obsdiff_runtime.bundle import Bundle, EngineEntry, open_bundle, write_manifest
 from obsdiff_runtime.conditioning import KINDS
 from obsdiff_runtime.errors import CompatibilityError, ConfigError, SparsityProofError
@@ -199,13 +209,14 @@ def sizes_of(
     }
 
 
-def served(sizes: Sizes, pipeline: str, config: Mapping[str, Any]) -> Served:
+def served(sizes: Sizes, pipeline: str, config: Mapping[str, Any], tile: int | None = None) -> Served:
     """What engines are for.
 
     Args:
         sizes: from `sizes_of`.
         pipeline: diffusers class; of one that the runtime does not know, only whole latent pixels are asked for.
         config: of the denoiser.
+        tile: see `Served`.
     """
     batch, kind = sizes["batch"], KINDS.get(pipeline)
     scale = _one(sizes["image_height"]) // _one(sizes["height"])
@@ -217,6 +228,7 @@ def served(sizes: Sizes, pipeline: str, config: Mapping[str, Any]) -> Served:
         scale=scale,
         step=scale * (1 if kind is None else only or kind.patch(config)),
         largest=None if largest is None else largest * scale,
+        tile=tile,
     )
 
 
@@ -314,10 +326,11 @@ def build(
         raise CompatibilityError(
             f"{bundle}: family {opened.manifest.family} is unknown here; there are {', '.join(FAMILIES)}"
         )
+    what = _served_by(opened, family.denoiser, asked.vae_tile)
     found = build_engines(
         {name: opened.onnx(name) for name in names},
         opened.root,
-        _served_by(opened, family.denoiser),
+        what,
         order,
         denoisers=dict.fromkeys(opened.manifest.turns or (family.denoiser,)),
         progress=progress,
@@ -326,7 +339,7 @@ def build(
         folder=opened.root,
         engines=found.built,
         contests=found.contests,
-        entries=_listed(opened, found),
+        entries=_listed(opened, found, what.tile),
         symbols={name: {port.name: port.shape for port in opened.component(name).inputs} for name in names},
         required=receipts(found.built.values()) if order.require_sparse else None,
     )
@@ -433,12 +446,13 @@ def _profiles(
             low, best, high = _range(shared[side])
             shared[f"image_{side}"] = (low * what.scale, best * what.scale, high * what.scale)
     asked = order.profiles or (what.own(),)
-    return {
-        name: profiles_for(
-            inputs, [{**table, **shared, **own[name]} for table in tables(asked, what, denoiser=name in denoisers)]
-        )
-        for name, inputs in ports.items()
-    }
+    found: dict[str, tuple[Profile, ...]] = {}
+    for name, inputs in ports.items():
+        wanted = [{**table, **shared} for table in tables(asked, what, denoiser=name in denoisers)]
+        if name in AUTOENCODER:
+            wanted = [dict(in_tiles(table, what)) for table in wanted]
+        found[name] = profiles_for(inputs, [{**table, **own[name]} for table in wanted])
+    return found
 
 
 def _components(opened: Bundle, asked: Sequence[str]) -> list[str]:
@@ -449,15 +463,17 @@ def _components(opened: Bundle, asked: Sequence[str]) -> list[str]:
     return [name for name in there if not asked or name in asked]
 
 
-def _served_by(opened: Bundle, denoiser: str) -> Served:
+def _served_by(opened: Bundle, denoiser: str, tile: int | None) -> Served:
     sizes = opened.manifest.recipe.get("sizes")
     if not isinstance(sizes, dict):
         raise ConfigError(f"{opened.root}: the manifest says nothing of the sizes it was exported for; export it again")
     table: Sizes = {name: tuple(size) if isinstance(size, list) else size for name, size in sizes.items()}
-    return served(table, opened.manifest.pipeline_class, opened.config(denoiser))
+    decoder = opened.config(DECODER) if DECODER in opened.manifest.components else {}
+    side = tile_side(tile, opened.manifest.defaults.vae_tile, decoder)
+    return served(table, opened.manifest.pipeline_class, opened.config(denoiser), side)
 
 
-def _listed(opened: Bundle, found: Engines) -> tuple[EngineEntry, ...]:
+def _listed(opened: Bundle, found: Engines, tile: int | None) -> tuple[EngineEntry, ...]:
     """Writes the manifest anew, with these engines behind the others of their components."""
     entries = {name: engine_entry(engine, opened.root) for name, engine in found.built.items()}
     components = dict(opened.manifest.components)
@@ -465,7 +481,11 @@ def _listed(opened: Bundle, found: Engines) -> tuple[EngineEntry, ...]:
         earlier = [old for old in components[name].engines if old.key != entry.key]
         components[name] = dataclasses.replace(components[name], engines=(*earlier, entry))
     measured = {**opened.manifest.measurements, **measurements(found.contests)}
-    write_manifest(opened.root, dataclasses.replace(opened.manifest, components=components, measurements=measured))
+    defaults = dataclasses.replace(opened.manifest.defaults, vae_tile=tile)
+    write_manifest(
+        opened.root,
+        dataclasses.replace(opened.manifest, defaults=defaults, components=components, measurements=measured),
+    )
     return tuple(entries.values())
 
 

@@ -26,7 +26,7 @@ from obsdiff.loading import (
     load_configs,
     load_pipeline,
     require_alike,
-    require_known_flux,
+    require_known_pipeline,
     require_known_turns,
     shipped_pipeline,
     vae_scale,
@@ -299,7 +299,7 @@ def given(pipeline: DiffusionPipeline) -> LoadedPipeline:
     if family.denoiser != name:
         raise ModelError(f"no family describes this {type(getattr(pipeline, name)).__name__}; {HELP}")
     require_known_turns(index, family)
-    require_known_flux(index, family)
+    require_known_pipeline(index, family)
     require_alike([dict(getattr(pipeline, each).config) for each in turns.names(index, family)])
     configs[name]["_class_name"] = type(getattr(pipeline, name)).__name__
     configs["model_index"] = index

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import diffusers
 import torch
@@ -21,17 +21,25 @@ from torch import nn
 
 from obsdiff import checkpoint, offloading, turns, weights
 from obsdiff.checkpoint import DEFAULTS, INDEX
-from obsdiff.families import HELP, Family, dit, flux, flux2, parts, references
+from obsdiff.families import HELP, Family, dit, parts, references
 from obsdiff.families.table import FAMILIES, family_of
 from obsdiff.folders import MANIFEST, is_variant
 from obsdiff.manifest import PrunedManifest, read_manifest
 from obsdiff_runtime import autoencoder
-from obsdiff_runtime.conditioning import IS_DISTILLED, KINDS
+from obsdiff_runtime.conditioning import IS_DISTILLED
 from obsdiff_runtime.errors import ModelError, ResourceError
 from obsdiff_runtime.labels import Labels, read_labels
 from obsdiff_runtime.turns import BEHIND
 
 _DEFAULTS_KEY = Path(DEFAULTS).stem
+_PIPELINES: Final[Mapping[str, tuple[str, ...]]] = {
+    "flux": ("FluxPipeline", "FluxKontextPipeline"),
+    "flux2": ("Flux2KleinPipeline", "Flux2Pipeline"),
+    "qwen": ("QwenImagePipeline",),
+    "zimage": ("ZImagePipeline",),
+}
+"""Of families whose networks are told other things in other pipelines, those that obsdiff knows."""
+
 _CONVERT = "pickled ones are not read: convert them with save_pretrained(safe_serialization=True)"
 
 
@@ -257,12 +265,11 @@ def require_alike(configs: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
-def require_known_flux(index: Mapping[str, Any], family: Family) -> None:
-    """Raises ModelError for pipelines of FLUX that tell its denoiser other things; `index` as above."""
-    name = str(index["_class_name"])
-    known = [each for each in KINDS if each.startswith("Flux") and each.startswith("Flux2") == (family is flux2)]
-    if family in (flux, flux2) and name not in known:
-        raise ModelError(f"of pipelines of FLUX with this denoiser obsdiff knows {', '.join(known)}, not {name}")
+def require_known_pipeline(index: Mapping[str, Any], family: Family) -> None:
+    """Raises ModelError for pipelines that tell the family's networks what obsdiff does not; `index` as above."""
+    name, known = str(index["_class_name"]), _PIPELINES.get(family.name)
+    if known is not None and name not in known:
+        raise ModelError(f"of pipelines with this denoiser obsdiff knows {', '.join(known)}, not {name}")
 
 
 def _family_of(configs: Mapping[str, Mapping[str, Any]]) -> Family:
@@ -393,7 +400,7 @@ def _family(folder: Path, index: Mapping[str, Any]) -> Family:
     if family.denoiser not in index:
         raise ModelError(f"{folder}: no family describes its {found[0][1]}; {HELP}")
     require_known_turns(index, family)
-    require_known_flux(index, family)
+    require_known_pipeline(index, family)
     return family
 
 

@@ -127,6 +127,10 @@ class Settings:
     )
     opt_shapes: Annotated[str | None, "shapes that kernels are timed at; default: the largest"] = None
     max_shapes: Annotated[str | None, "largest shapes"] = None
+    vae_tile: Annotated[
+        int | None,
+        "pictures go through the VAE in tiles of so many pixels a side, and its engines take no more; default: whole",
+    ] = None
     refit: Annotated[
         str | None, "yes: weights can be swapped without a rebuild; stripped: and the plan holds none; default: no"
     ] = None

@@ -225,8 +225,9 @@ def export(
         require_nothing_computed(settings)
     job = open_job(settings, sparsity_required=False)
     require_described(job.family, "obsdiff export")
+    what = served_by(job, settings)
     if order is not None:
-        engines.require_drawable(order, served_by(job))
+        engines.require_drawable(order, what)
     if format is not None:
         require_one(job, f"--precision {settings.precision}")
         quantizable(job.family.linears(job.denoiser), job.recipe.keep_float)

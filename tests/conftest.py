@@ -4,6 +4,7 @@ And the clock, the GPU and the runner that stand for real ones.
 """
 
 import functools
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterable
@@ -31,6 +32,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(SupportMatrix(config))
+
+
+def pytest_collection_finish() -> None:
+    """Look for garbage less often, and never again in what the imports left: it took a twelfth of the suite's time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,7 +1,8 @@
 """Denoisers that the tests of families run on: one of each kind that a family describes, by its name in DENOISERS."""
 
+import random
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 EVERY: Final = (
     "sd3",
@@ -34,3 +35,18 @@ def prompts_of(family: str, prompts: Sequence[str]) -> Sequence[str]:
 def latents_of(family: str) -> tuple[int, int]:
     """Sides of latents that its denoiser takes: lopsided where it takes any."""
     return (16, 16) if family == "dit" else (12, 16)
+
+
+Keep = dict[str, list[int]]
+
+
+def uneven(denoiser: Any, seed: int = 0) -> Keep:
+    """Some units of most groups, different counts everywhere."""
+    from obsdiff.families.table import family_of
+
+    chance = random.Random(seed)
+    return {
+        group.name: sorted(chance.sample(range(group.units), chance.randint(1, group.units)))
+        for group in family_of(denoiser).groups(denoiser)
+        if chance.random() < 0.9
+    }

@@ -2,14 +2,14 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -87,40 +87,48 @@ class _Decomposed(ExportedProgram):
 
 
 def _capture(component: Component, dtype: torch.dtype) -> ExportedProgram:
-    """The module as a program with symbolic sizes.
-
-    Sizes of 0 and 1 are treated as any other first; some masks (PixArt, Sana) can only be captured without that.
-    """
-    failures: list[Exception] = []
-    for oblivious in (True, False):
-        try:
-            return _exported(component, dtype, oblivious=oblivious)
-        except Exception as error:
-            failures.append(error)
-    why = _last_line(failures[0])
-    raise ExportError(f"{component.name}: torch.export could not capture it: {why}") from failures[0]
-
-
-def _exported(component: Component, dtype: torch.dtype, *, oblivious: bool) -> ExportedProgram:
+    """The module as a program with symbolic sizes; those of 0 and 1 are as any other."""
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     inputs = {
         name: mode.from_tensor(tensor, static_shapes=True)
         for name, tensor in inputs_in(dtype, component.inputs).items()
     }
-    with (
-        emptied(component.module, dtype, mode),
-        torch.fx.experimental._config.patch(backed_size_oblivious=oblivious),  # type: ignore[attr-defined]
-    ):
-        return torch.export.export(
-            component.module,
-            (),
-            kwargs=inputs,
-            dynamic_shapes={
-                name: {axis: Dim.DYNAMIC for axis in component.dynamic_axes.get(name, {})} for name in inputs
-            },
-            strict=False,
-            prefer_deferred_runtime_asserts_over_guards=True,
-        )
+    try:
+        with (
+            emptied(component.module, dtype, mode),
+            torch.fx.experimental._config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
+            _axes_of_a_name_equal(component),
+        ):
+            return torch.export.export(
+                component.module,
+                (),
+                kwargs=inputs,
+                dynamic_shapes={
+                    name: {axis: Dim.DYNAMIC for axis in component.dynamic_axes.get(name, {})} for name in inputs
+                },
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )
+    except Exception as error:
+        raise ExportError(f"{component.name}: torch.export could not capture it: {_last_line(error)}") from error
+
+
+@contextmanager
+def _axes_of_a_name_equal(component: Component) -> Iterator[None]:
+    """The module's forward begins with it: a quotient of two inputs' batches, say, is then known to be 1."""
+
+    def check(_: nn.Module, __: Any, inputs: Mapping[str, Tensor]) -> None:
+        sizes: dict[str, int] = {}
+        for name, axes in component.dynamic_axes.items():
+            for axis, symbol in axes.items():
+                size = inputs[name].shape[axis]
+                torch._check(sizes.setdefault(symbol, size) == size)  # type: ignore[no-untyped-call]
+
+    handle = component.module.register_forward_pre_hook(check, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _translate(component: Component, program: ExportedProgram, opset: int) -> ir.Model:

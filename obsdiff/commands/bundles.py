@@ -7,6 +7,7 @@ import typer
 
 from obsdiff.command import Run, options, verb
 from obsdiff_runtime.flags import GENERATE
+from obsdiff_runtime.server.options import read_tiling
 
 
 @verb(
@@ -34,6 +35,7 @@ def generate(run: Run) -> None:
         fps=given["fps"],
         backend=given["backend"],
         threads=given["threads"],
+        vae_tiling=read_tiling(given),
         progress=run.progress,
         negative_prompt=given["negative_prompt"],
         strength=given["strength"],

@@ -109,10 +109,9 @@ def encode(
     Both are padded with zeros to max_sequence_length.
 
     Raises:
-        ModelError: as `Family.encode`; or the pipeline is another one than QwenImagePipeline.
+        ModelError: as `Family.encode`.
     """
     reading.need(pipeline, "text_encoder", "tokenizer")
-    reading.encode_template(pipeline)
     length, found = text_tokens({}, max_sequence_length), {}
     for prefix, texts in (("", prompts), ("negative_", negative)):
         if not texts:

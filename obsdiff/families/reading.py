@@ -80,23 +80,6 @@ def instruction_tokens(pipeline: DiffusionPipeline) -> int:
     return len(tokenizer.encode("\n".join(lines))) - _SPECIAL if lines and tokenizer is not None else 0
 
 
-def encode_template(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """What the runtime needs to know of the text around every prompt of a QwenImagePipeline, negative ones too.
-
-    Raises:
-        ModelError: it is another pipeline; most of those that share its networks read an image with the prompt.
-    """
-    if type(pipeline).__name__ != "QwenImagePipeline":
-        raise ModelError(f"of pipelines of Qwen-Image obsdiff knows QwenImagePipeline, not {type(pipeline).__name__}")
-    return {name: getattr(pipeline, name) for name in (QWEN_TEMPLATE, QWEN_DROPPED)}
-
-
-def require_z_image(pipeline: DiffusionPipeline) -> None:
-    """Raises ModelError for other pipelines of Z-Image's networks, which read images beside the text."""
-    if type(pipeline).__name__ != "ZImagePipeline":
-        raise ModelError(f"of pipelines of Z-Image obsdiff knows ZImagePipeline, not {type(pipeline).__name__}")
-
-
 def template_tokens(pipeline: DiffusionPipeline) -> int:
     """Tokens by which every prompt's sequence is longer than what the denoiser reads of it."""
     return int(getattr(pipeline, QWEN_DROPPED, 0))
@@ -117,7 +100,8 @@ def text_encoders(pipeline: DiffusionPipeline) -> list[Component]:
         if kind in ("CLIPTextModel", "CLIPTextModelWithProjection"):
             found.append(_clip(name, model))
         elif kind in ("T5EncoderModel", "UMT5EncoderModel"):
-            found.append(_sequence(name, model, _T5(model), masked=_masks_text(pipeline)))
+            masked = kind == "UMT5EncoderModel" or _masks_text(pipeline)
+            found.append(_sequence(name, model, _T5(model), masked=masked))
         elif kind == "BertModel":
             found.append(_sequence(name, model, _Masked(model), masked=True, length=CLIP_TOKENS))
         elif kind == "Gemma2Model":
@@ -126,7 +110,7 @@ def text_encoders(pipeline: DiffusionPipeline) -> list[Component]:
             output = "last_hidden_state" if prompt is None else f"hidden_states.{model.config.num_hidden_layers - 1}"
             found.append(_sequence(name, model, _Masked(model, output), masked=True, output=output, told=told))
         elif kind == "Qwen2_5_VLForConditionalGeneration":
-            told = encode_template(pipeline)
+            told = {key: getattr(pipeline, key) for key in (QWEN_TEMPLATE, QWEN_DROPPED)}
             found.append(_sequence(name, model, _Qwen(model), masked=True, told=told))
         elif kind in ("Qwen3Model", "Qwen3ForCausalLM", "Mistral3ForConditionalGeneration"):
             told = {PROMPT_TEMPLATE: prompt_template(pipeline)}
@@ -263,7 +247,7 @@ def prompt_template(pipeline: DiffusionPipeline) -> list[str]:
     the system, stands behind that.
 
     Raises:
-        ModelError: see `need` and `require_z_image`.
+        ModelError: see `need`.
     """
     need(pipeline, "tokenizer")
     place = "{prompt}"
@@ -272,8 +256,6 @@ def prompt_template(pipeline: DiffusionPipeline) -> list[str]:
     if system is None:
         told: Any = [{"role": "user", "content": place}]
         thinks = not type(pipeline).__name__.startswith("Flux2")
-        if thinks:
-            require_z_image(pipeline)
         options = {"add_generation_prompt": True, "enable_thinking": thinks}
     else:
         texts = {"system": system, "user": place}
@@ -285,9 +267,7 @@ def prompt_template(pipeline: DiffusionPipeline) -> list[str]:
 
 
 def _masks_text(pipeline: DiffusionPipeline) -> bool:
-    """Whether the pipeline tells its text encoder what is padding: then its denoiser has the mask, or zeros there."""
-    if type(pipeline).__name__ == "WanPipeline":
-        return True
+    """Whether the pipeline tells its T5 what is padding: then it has the mask for its denoiser, too."""
     encode = getattr(pipeline, "encode_prompt", None)
     return encode is not None and "prompt_attention_mask" in inspect.signature(encode).parameters
 

@@ -129,10 +129,9 @@ def encode(
     The pipeline's call takes them without their padding; see `calls`.
 
     Raises:
-        ModelError: as `Family.encode`; or the pipeline is another one than ZImagePipeline.
+        ModelError: as `Family.encode`.
     """
     reading.need(pipeline, "text_encoder", "tokenizer")
-    reading.require_z_image(pipeline)
     length, found = text_tokens({}, max_sequence_length), dict[str, Tensor]()
     for prefix, texts in (("", prompts), ("negative_", negative)):
         if not texts:

@@ -101,6 +101,7 @@ class Defaults:
     Attributes:
         num_frames: of a film; None where pictures are drawn.
         max_sequence_length: tokens of T5, or of the zeros in its place.
+        vae_tile: pixels per side of the tiles that pictures go through the autoencoder in; None where they go whole.
         guidance_scale_2: of the denoisers behind the first, where some take turns; None: as the first one's.
     """
 
@@ -110,6 +111,7 @@ class Defaults:
     guidance_scale: float
     num_frames: int | None = None
     max_sequence_length: int | None = None
+    vae_tile: int | None = None
     guidance_scale_2: float | None = None
 
 

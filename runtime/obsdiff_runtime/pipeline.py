@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from obsdiff_runtime.autoencoder import Autoencoder, Pixels, film_frames, latent_frames
+from obsdiff_runtime.autoencoder import DECODER, Autoencoder, Pixels, film_frames, latent_frames, tile_side
 from obsdiff_runtime.backends import Backend
 from obsdiff_runtime.bundle import Bundle, open_bundle
 from obsdiff_runtime.conditioning import IS_DISTILLED, Conditions, Kind, Settings, kind_of
@@ -71,7 +71,12 @@ class Pipeline:
     """
 
     def __init__(
-        self, bundle: Bundle | Path | str, *, backend: str | Backend = "onnxruntime", threads: int | None = None
+        self,
+        bundle: Bundle | Path | str,
+        *,
+        backend: str | Backend = "onnxruntime",
+        threads: int | None = None,
+        vae_tiling: bool | int = False,
     ) -> None:
         """Checks the bundle; components are loaded when they are first needed.
 
@@ -79,8 +84,11 @@ class Pipeline:
             bundle: an opened bundle, or a folder, whose every file is then compared with its sha256.
             backend: one of `backends.BACKENDS` by name, or another one.
             threads: of the host to use, all if None.
+            vae_tiling: put pictures through the VAE in tiles, which takes less memory: True for diffusers' size of a
+                tile, or pixels a side. A bundle that has a size of its own does so anyway.
 
         Raises:
+            ConfigError: there is no such tile.
             BundleError: the folder is no bundle, or not as it was exported.
             CompatibilityError: the runtime cannot run this pipeline, or its schema is newer.
         """
@@ -90,7 +98,9 @@ class Pipeline:
         self._stepper = Stepper(self.networks, self._kind)
         self._denoiser: dict[str, Any] = self.bundle.config(self._kind.denoiser)
         self._distilled = bool(self.bundle.index().get(IS_DISTILLED))
-        self._vae = Autoencoder(self.networks, self.bundle.config("vae_decoder"))
+        config = self.bundle.config(DECODER)
+        tile = tile_side(vae_tiling, self.bundle.manifest.defaults.vae_tile, config)
+        self._vae = Autoencoder(self.networks, config, tile)
 
     def __call__(
         self,
@@ -301,6 +311,7 @@ class Pipeline:
             raise ConfigError(f"guidance_scale should be at most 1, not {scale:g}: this pipeline's steps are distilled")
         for name, axis, pixels in (("height", -2, settings.height), ("width", -1, settings.width)):
             self._check_size(name, axis, pixels)
+        self._vae.check_tiles(settings.height, settings.width)
         if image is None:
             if strength is not None:
                 raise ConfigError("strength says how much an image is changed, and there is no image")

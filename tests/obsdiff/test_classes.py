@@ -45,34 +45,29 @@ def drawn(pipeline: Any, numbers: Sequence[int], seed: int = 7, **told: Any) -> 
     return found
 
 
+@pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX is not installed")
+@pytest.mark.slow
 def test_a_cut_model_draws_in_a_bundle_what_diffusers_draws_with_it(pruned: Path, tmp_path: Path) -> None:
+    """And has an engine of its one size."""
     pipeline = obsdiff.load(pruned)
     assert pipeline.get_label_ids(["tench", "golden retriever"]) == [0, 207]
     assert pipeline.transformer.get_submodule("transformer_blocks.0.attn1").heads == 3
-    verbs.export(Settings(model=str(pruned), eval_prompts=0), tmp_path / "bundle")
-    given = {"num_inference_steps": 4, "guidance_scale": 3.0, "noise_source": "torch"}
-    images = Pipeline(tmp_path / "bundle", threads=1)(["golden retriever", "12"], seed=[7, 8], **given)
-    error = np.square(drawn(pipeline, [207, 12]) - images.arrays / 255).mean()
-    assert -10 * np.log10(error) > 58  # rounding to uint8 alone leaves 59 dB
-
-
-@pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX is not installed")
-@pytest.mark.slow
-def test_the_main_job_builds_engines_of_its_one_size(dit_folder: Path, tmp_path: Path) -> None:
-    told = {"sparsity": "2:4", "trt": True, "targets": ["8.9"], "eval_prompts": 1, "no_cache": True}
-    exported = obsdiff.export(dit_folder, tmp_path / "out", **told, **SMALL)
-    assert exported.report.sparsity == "2:4"
-    bundle = open_bundle(tmp_path / "out")
+    told = {"trt": True, "targets": ["8.9"], "dtype": "fp32", "eval_prompts": 1, "no_cache": True, "steps": 2}
+    exported = obsdiff.export(pruned, tmp_path / "bundle", **told)
+    assert exported.report.sparsity == "structured:0.25+2:4"
+    bundle = open_bundle(tmp_path / "bundle")
     (engine,) = bundle.component("transformer").engines
     assert engine.profiles[0]["class_labels"].max == (8,)  # of four images under guidance
     assert engine.profiles[0]["hidden_states"].max == (8, 4, 16, 16)
     assert bundle.component("transformer").inputs[2].dtype == "int64"
-    found = Pipeline(bundle, threads=1)("golden retriever", num_inference_steps=2)
-    assert found.arrays.std() > 1
+    given = {"num_inference_steps": 4, "guidance_scale": 3.0, "noise_source": "torch"}
+    images = Pipeline(bundle, threads=1)(["golden retriever", "12"], seed=[7, 8], **given)
+    error = np.square(drawn(pipeline, [207, 12]) - images.arrays / 255).mean()
+    assert -10 * np.log10(error) > 58  # rounding to uint8 alone leaves 59 dB
     with pytest.raises(ConfigError, match="--profile 48: width 48 is no multiple of 32"):
-        obsdiff.export(dit_folder, tmp_path / "other", profile=["48"], **told, **SMALL)
+        obsdiff.export(pruned, tmp_path / "other", profile=["48"], **told)
     with pytest.raises(ConfigError, match="--profile 64: this denoiser draws at most 32 pixels a side, not 64"):
-        obsdiff.export(dit_folder, tmp_path / "other", profile=["64"], **told, **SMALL)
+        obsdiff.export(pruned, tmp_path / "other", profile=["64"], **told)
 
 
 def test_what_if_takes_it(dit_folder: Path) -> None:

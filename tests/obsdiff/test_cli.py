@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,6 +64,21 @@ def test_help_of_a_verb_imports_no_torch(verb: str) -> None:
 
 def test_version() -> None:
     assert obsdiff("--version").stdout.strip() == f"obsdiff {__version__}"
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+    """planned(*arguments): what the call `obsdiff plan ... --json`, made in this process, prints."""
+
+    def call(*arguments: str) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", ["obsdiff", "plan", *arguments, "--json"])
+        with pytest.raises(SystemExit) as exited, warnings.catch_warnings():
+            main()
+        assert not exited.value.code
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return found
+
+    return call
 
 
 @pytest.fixture
@@ -122,18 +138,17 @@ def test_plan_prints_one_json_object_on_stdout() -> None:
     assert result.stderr == ""
 
 
-def test_underscores_in_flags_are_accepted() -> None:
-    assert obsdiff("plan", "--sparsity", "2:4", "--max_sequence_length=1", "--json").returncode == 0
+def test_underscores_in_flags_are_accepted(planned: Callable[..., dict[str, Any]]) -> None:
+    assert planned("--sparsity", "2:4", "--max_sequence_length=1")["sparsity"] == "2:4"
 
 
-def test_settings_saved_from_flags_replay_the_run(tmp_path: Path) -> None:
-    config = tmp_path / "run.toml"
-    first = obsdiff("plan", "--sparsity", "ffn:0.5", "--steps", "3", "--save-config", str(config), "--json")
-    again = obsdiff("plan", "--config", str(config), "--json")
-    plans = [json.loads(result.stdout) for result in (first, again)]
-    for plan in plans:
+def test_settings_saved_from_flags_replay_the_run(planned: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    config = str(tmp_path / "run.toml")
+    first = planned("--sparsity", "ffn:0.5", "--steps", "3", "--save-config", config)
+    again = planned("--config", config)
+    for plan in (first, again):
         del plan["estimates"]  # from this machine's speed, measured anew each time
-    assert plans[0] == plans[1]
+    assert first == again
 
 
 def test_an_interruption_that_was_swallowed_is_heard_at_the_next_step() -> None:

@@ -127,6 +127,22 @@ def test_the_decoder_is_timed_at_one_image_and_the_denoiser_at_two_rows(bundle: 
     assert [decoder["latent_sample"][end][0] for end in ("min", "opt", "max")] == [1, 1, 4]
 
 
+def test_decoders_of_tiles_take_one_tile_at_a_time_or_a_part_of_it(bundle: Path, builds: SimpleNamespace) -> None:
+    assert open_bundle(bundle).manifest.defaults.vae_tile is None
+    obsdiff.build(bundle, profile="256-1024", vae_tile=512)
+    (denoiser,), (decoder,) = (request.profiles for request in builds.requests)
+    assert [denoiser["hidden_states"][end][2] for end in ("min", "opt", "max")] == [32, 64, 128]
+    assert [decoder["latent_sample"][end] for end in ("min", "opt", "max")] == [(1, 4, 1, 8), *[(1, 4, 64, 8)] * 2]
+    assert open_bundle(bundle).manifest.defaults.vae_tile == 512
+    obsdiff.build(bundle, profile="256", components=["vae_decoder"])  # stays so; no picture fills a tile
+    assert builds.requests[2].profiles[0]["latent_sample"]["max"] == (1, 4, 32, 8)
+    assert open_bundle(bundle).manifest.defaults.vae_tile == 512
+    obsdiff.build(bundle, components=["vae_decoder"], min_shapes="latent_sample:1x4x64x8", vae_tile=256)
+    assert builds.requests[3].profiles[0]["latent_sample"]["max"] == (1, 4, 64, 8)  # the user says
+    with pytest.raises(ConfigError, match="tiles of 300 pixels: should be a multiple of 8; near are 296, 304"):
+        obsdiff.build(bundle, vae_tile=300)
+
+
 def test_receipts_of_build_hold_the_verdict_of_every_linear(bundle: Path, builds: SimpleNamespace) -> None:
     built = obsdiff.build(bundle, require_sparse=True)
     built.hold()
@@ -256,6 +272,8 @@ def test_export_finds_a_profile_that_cannot_be_drawn_before_any_work(
     monkeypatch.setattr(verbs, "load_model", lambda settings: pytest.fail("the model was loaded"))
     with pytest.raises(ConfigError, match="--profile 33: width 33 is no multiple of"):
         obsdiff.export(output=tmp_path / "out", sparsity="2:4", trt=True, profile="33")
+    with pytest.raises(ConfigError, match="tiles of 17 pixels: should be a multiple of 4"):
+        obsdiff.export(output=tmp_path / "out", sparsity="2:4", vae_tile=17)
     assert not (tmp_path / "out").exists()
 
 

@@ -1,7 +1,6 @@
 """Shrunk models against masked ones."""
 
 import copy
-import random
 from collections.abc import Callable
 from typing import Any
 
@@ -9,23 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kinds import EVERY
+from kinds import EVERY, Keep, uneven
 from obsdiff import pointwise
 from obsdiff.families.table import family_of
 from obsdiff.shrinking import columns, shrink
 
 KINDS = EVERY
-Keep = dict[str, list[int]]
-
-
-def uneven(denoiser: nn.Module, seed: int = 0) -> Keep:
-    """Some units of most groups, different counts everywhere."""
-    chance = random.Random(seed)
-    return {
-        group.name: sorted(chance.sample(range(group.units), chance.randint(1, group.units)))
-        for group in family_of(denoiser).groups(denoiser)
-        if chance.random() < 0.9
-    }
 
 
 def masked(denoiser: nn.Module, keep: Keep) -> nn.Module:

@@ -13,10 +13,13 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from kinds import uneven
 
 CAPTIONS = (
     "a large red circle above a small blue square",
@@ -36,6 +39,21 @@ def seeded(make: Callable[..., Any]) -> Callable[..., Any]:
 
         torch.manual_seed(zlib.crc32(f"{make.__name__} {sorted(options.items())}".encode()))
         return make(**options)
+
+    return made
+
+
+def cut(make: Callable[..., Any]) -> Callable[..., Any]:
+    """The denoiser as pruning leaves it: blocks of different numbers of heads and neurons."""
+
+    @functools.wraps(make)
+    def made(**options: Any) -> Any:
+        from obsdiff.families.table import family_of
+        from obsdiff.shrinking import shrink
+
+        denoiser = make(**options)
+        shrink(denoiser, family_of(denoiser), uneven(denoiser))
+        return denoiser
 
     return made
 
@@ -129,6 +147,7 @@ def t5_encoder() -> Any:
 
 
 @seeded
+@cut
 def sd3_transformer() -> Any:
     from diffusers import SD3Transformer2DModel
 
@@ -166,6 +185,7 @@ def sd3_pipeline(*, t5: bool = False) -> Any:
 
 
 @seeded
+@cut
 def unet(**options: Any) -> Any:
     from diffusers import UNet2DConditionModel
 
@@ -248,6 +268,7 @@ def kontext_pipeline() -> Any:
 
 
 @seeded
+@cut
 def flux_transformer() -> Any:
     from diffusers import FluxTransformer2DModel
 
@@ -288,6 +309,7 @@ def flux2_pipeline(*, dev: bool = False) -> Any:
 
 
 @seeded
+@cut
 def flux2_transformer(*, guidance_embeds: bool) -> Any:
     from diffusers import Flux2Transformer2DModel
 
@@ -415,6 +437,7 @@ def pixart_pipeline(*, sigma: bool = False) -> Any:
 
 
 @seeded
+@cut
 def pixart_transformer(*, use_additional_conditions: bool) -> Any:
     from diffusers import PixArtTransformer2DModel
 
@@ -443,6 +466,7 @@ def auraflow_pipeline() -> Any:
 
 
 @seeded
+@cut
 def auraflow_transformer() -> Any:
     from diffusers import AuraFlowTransformer2DModel
 
@@ -482,6 +506,7 @@ def sana_pipeline() -> Any:
 
 
 @seeded
+@cut
 def sana_transformer() -> Any:
     from diffusers import SanaTransformer2DModel
 
@@ -562,6 +587,7 @@ def qwen_pipeline() -> Any:
 
 
 @seeded
+@cut
 def qwen_transformer() -> Any:
     from diffusers import QwenImageTransformer2DModel
 
@@ -635,6 +661,7 @@ def lumina2_pipeline() -> Any:
 
 
 @seeded
+@cut
 def lumina2_transformer() -> Any:
     from diffusers import Lumina2Transformer2DModel
 
@@ -666,6 +693,7 @@ def zimage_pipeline() -> Any:
 
 
 @seeded
+@cut
 def zimage_transformer() -> Any:
     import torch
     from diffusers import ZImageTransformer2DModel
@@ -715,6 +743,7 @@ HUNYUAN_SCHEDULE: dict[str, Any] = {
 
 
 @seeded
+@cut
 def hunyuan_transformer() -> Any:
     """Told sizes, as up to version 1.1; the last block has a skip. The lengths of text are those of its pipeline."""
     from diffusers import HunyuanDiT2DModel
@@ -780,6 +809,7 @@ def wan22_pipeline() -> Any:
 
 
 @seeded
+@cut
 def wan_transformer() -> Any:
     from diffusers import WanTransformer3DModel
 
@@ -883,6 +913,7 @@ def dit_pipeline() -> Any:
 
 
 @seeded
+@cut
 def dit_transformer() -> Any:
     from diffusers import DiTTransformer2DModel
 
@@ -931,7 +962,8 @@ def write_bundle(
     for component in exporting.components(family, pipeline, height=32, width=32):
         if component.name in components:
             continue
-        model = _exported(component, folder / component.name)
+        others = _extremes(pipeline, denoiser) if component.name == family.denoiser else ()
+        model = _exported(component, folder / component.name, others)
         inputs, outputs = (
             tuple(TensorEntry(name=port.name, dtype=port.dtype, shape=port.shape) for port in ports)
             for ports in (model.inputs, model.outputs)
@@ -965,7 +997,33 @@ def write_bundle(
 _EXPORTED: dict[tuple[str, int, frozenset[str]], Any] = {}
 
 
-def _exported(component: Any, folder: Path) -> Any:
+_EXTREMES: dict[str, tuple[tuple[int, ...], ...]] = {
+    "auraflow": ((2, 2), (34, 34), (6, 20)),  # up to all of its grid
+    "dit": ((16, 16),) * 3,
+    "pixart": ((2, 2), (128, 128), (6, 100)),
+    "sd3": ((2, 2), (16, 16), (6, 14)),
+    "wan": ((1, 2, 2), (3, 6, 14), (9, 10, 4)),
+}
+"""Sizes of latents: the least, much, and lopsided."""
+
+
+def _extremes(pipeline: Any, denoiser: Any) -> tuple[Any, ...]:
+    """Further inputs that the denoiser's graph has to be right on: from one token of text and image up."""
+    from obsdiff.families import references
+    from obsdiff.families.table import family_of
+
+    family, kind = family_of(denoiser), type(pipeline).__name__
+    sizes = _EXTREMES.get(family.name, ((2, 2), (64, 64), (6, 50)))
+    return tuple(
+        {
+            **family.example(denoiser, batch=batch, size=size, text_tokens=text, pixels=(64, 96)),
+            **references.example(denoiser, kind, batch=batch, tokens=told),
+        }
+        for batch, text, told, size in zip((1, 3, 2), (1, 66, 32), (0, 9, 1), sizes, strict=True)
+    )
+
+
+def _exported(component: Any, folder: Path, others: tuple[Any, ...]) -> Any:
     """An OnnxModel that computes what torch does; a network that was exported for another bundle is copied."""
     import torch
 
@@ -977,7 +1035,7 @@ def _exported(component: Any, folder: Path) -> Any:
     key = (component.name.removesuffix("_2"), next(component.module.parameters()).data_ptr(), ports)
     if key not in _EXPORTED:
         _EXPORTED[key] = export(component, folder, dtype=torch.float32)
-        compare(component, _EXPORTED[key])
+        compare(replace(component, more_inputs=component.more_inputs + others), _EXPORTED[key])
     else:
         shutil.copytree(_EXPORTED[key].path.parent, folder)
         (folder / "config.json").write_text(json.dumps(component.config))
@@ -1074,6 +1132,12 @@ def sd3_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """make_bundle(a key of PIPELINES): its bundle."""
     return lambda name: _pair(name, tmp_path_factory)[1]
+
+
+@pytest.fixture
+def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Path]]:
+    """make_pair(a key of PIPELINES): it and its bundle."""
+    return lambda name: _pair(name, tmp_path_factory)
 
 
 _PAIRS: dict[str, tuple[Any, Path]] = {}

@@ -40,6 +40,7 @@ def bench(
     seed: int = 0,
     backend: str = DEFAULT_BACKEND,
     threads: int | None = None,
+    vae_tiling: bool | int = False,
     sensors: Sensors | None = None,
     progress: Progress = silent,
 ) -> BenchReport:
@@ -62,6 +63,7 @@ def bench(
         seed: of the noise.
         backend: of bundles that name none; one of `backends.BACKENDS`.
         threads: of the host, all if None.
+        vae_tiling: of bundles; see `Pipeline`.
         sensors: what reads the machine.
         progress: told of stage "bench" after each round.
 
@@ -72,7 +74,7 @@ def bench(
     sensors = Sensors() if sensors is None else sensors
     load_average = sensors.load_average()
     everyone = [*candidates, *([] if against is None else [against])]
-    runners = _named([_runner(each, backend, threads) for each in everyone])
+    runners = _named([_runner(each, backend, threads, vae_tiling) for each in everyone])
     leader = next(iter(runners.values()))
     first = leader.defaults
     request = Request(
@@ -119,10 +121,14 @@ def _check(iterations: int, warmup: int, num_images: int, candidates: tuple[obje
         raise ConfigError(f"num_images should be at least 1, not {num_images}")
 
 
-def _runner(candidate: Runner | Bundle | Path | str, backend: str, threads: int | None) -> Runner:
+def _runner(
+    candidate: Runner | Bundle | Path | str, backend: str, threads: int | None, vae_tiling: bool | int
+) -> Runner:
     if isinstance(candidate, str | Path):
-        return open_runner(str(candidate), backend=backend, threads=threads)
-    return BundleRunner(candidate, backend=backend, threads=threads) if isinstance(candidate, Bundle) else candidate
+        return open_runner(str(candidate), backend=backend, threads=threads, vae_tiling=vae_tiling)
+    if isinstance(candidate, Bundle):
+        return BundleRunner(candidate, backend=backend, threads=threads, vae_tiling=vae_tiling)
+    return candidate
 
 
 def _named(runners: list[Runner]) -> dict[str, Runner]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,8 +24,16 @@ pytestmark = [
     pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX is not installed"),
 ]
 
-FEWER = {
+ONE_LEVEL = {
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+    "block_out_channels": (16,),
+    "transformer_layers_per_block": 1,
+    "attention_head_dim": 4,
+}
+FEWER: dict[str, dict[str, Any]] = {
     "sd3": {"num_layers": 2},
+    **{kind: ONE_LEVEL for kind in ("sd15", "sdxl")},
     "auraflow": {"num_mmdit_layers": 1, "num_single_dit_layers": 1},
     "zimage": {"n_layers": 1},
     **{kind: {"num_layers": 1} for kind in ("pixart", "sana", "qwen", "lumina2", "dit", "wan")},
