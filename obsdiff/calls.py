@@ -4,20 +4,33 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
-from diffusers import DiffusionPipeline, DiTPipeline, Flux2KleinPipeline, Flux2Pipeline, ZImagePipeline
+from diffusers import (
+    DiffusionPipeline,
+    DiTPipeline,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    WanPipeline,
+    ZImagePipeline,
+)
 
 from obsdiff import class_calls, pictures
 from obsdiff.families import parts
 
 
-def call(pipeline: DiffusionPipeline) -> Callable[..., Any]:
-    """The pipeline's call, with the arguments and results that others have."""
+def call(pipeline: DiffusionPipeline, *, own_timesteps: bool = False) -> Callable[..., Any]:
+    """The pipeline's call, with the arguments and results that others have.
+
+    A denoiser that the pipeline tells a timestep for each token (Wan 2.2 TI2V) is told one, unless `own_timesteps`:
+    without a picture all are equal, so it is the same in less work.
+    """
     if isinstance(pipeline, DiTPipeline):
         return class_calls.call(pipeline)
     if isinstance(pipeline, (Flux2KleinPipeline, Flux2Pipeline)):
         return pictures.call(pipeline)
     if isinstance(pipeline, ZImagePipeline):
         return partial(_listed, pipeline)
+    if isinstance(pipeline, WanPipeline) and pipeline.config.expand_timesteps and not own_timesteps:
+        return partial(_told_once, pipeline)
     return cast("Callable[..., Any]", pipeline)
 
 
@@ -28,3 +41,12 @@ def _listed(pipeline: ZImagePipeline, **told: Any) -> Any:
         if mask is not None:
             told[f"{prefix}prompt_embeds"] = parts.listed(told[f"{prefix}prompt_embeds"], mask)
     return pipeline(**told)
+
+
+def _told_once(pipeline: WanPipeline, **told: Any) -> Any:
+    """Draws, with a timestep for each film."""
+    pipeline.register_to_config(expand_timesteps=False)
+    try:
+        return pipeline(**told)
+    finally:
+        pipeline.register_to_config(expand_timesteps=True)
