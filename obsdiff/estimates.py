@@ -17,6 +17,12 @@ SOLVER_COPIES: Final = 6
 ACTIVATION_COPIES: Final = 4
 """Tensors of the widest layer's input and output that a forward pass holds at its peak."""
 
+WORKSPACE_BYTES: Final = 300_000_000
+"""Held beside all tensors: workspaces of matrix libraries, and what the allocator keeps of what was freed.
+
+Measured at 24 M to 2 G parameters: 0.3 to 0.9 GB (benchmarks/scale.py).
+"""
+
 NETWORK_SLOWDOWN: Final = 2.0
 """A denoiser call against as many operations of a large matrix product: attention, norms, small matrices."""
 
@@ -120,8 +126,8 @@ class Estimates:
     """Neither measured nor promised: numbers to decide by.
 
     Attributes:
-        memory_bytes: peak where the pruning runs: weights, grams, and the larger of activations and solver with the
-            pruned weights that are not yet in the model; without the interpreter and its libraries.
+        memory_bytes: peak where the pruning runs: weights, grams, workspaces, and the larger of activations and solver
+            with the pruned weights that are not yet in the model; without the interpreter and its libraries.
         checkpoint_bytes: the pruned denoiser on disk, in the dtype it has now.
         calibration_seconds, solver_seconds: at the device's matrix-product speed.
     """
@@ -164,7 +170,7 @@ def estimate(
         pruned = (sum(linear.in_features * linear.out_features for linear in package) for package in packages)
         solver += element * max(pruned, default=0)
     return Estimates(
-        memory_bytes=weights + workload.other_bytes + gram_bytes + max(activations, solver),
+        memory_bytes=WORKSPACE_BYTES + weights + workload.other_bytes + gram_bytes + max(activations, solver),
         checkpoint_bytes=parameters_after * element,
         calibration_seconds=sum(_calibration_seconds(package, workload, positions, macs) for package in packages),
         solver_seconds=sum(_solver_seconds(package, workload) for package in packages),
