@@ -4,7 +4,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
-from diffusers import DiffusionPipeline, DiTPipeline, Flux2KleinPipeline, Flux2Pipeline, ZImagePipeline
+from diffusers import (
+    DiffusionPipeline,
+    DiTPipeline,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    SanaSprintPipeline,
+    ZImagePipeline,
+)
 
 from obsdiff import class_calls, pictures
 from obsdiff.families import parts
@@ -18,6 +25,8 @@ def call(pipeline: DiffusionPipeline) -> Callable[..., Any]:
         return pictures.call(pipeline)
     if isinstance(pipeline, ZImagePipeline):
         return partial(_listed, pipeline)
+    if isinstance(pipeline, SanaSprintPipeline):
+        return partial(_in_steps, pipeline)
     return cast("Callable[..., Any]", pipeline)
 
 
@@ -28,3 +37,9 @@ def _listed(pipeline: ZImagePipeline, **told: Any) -> Any:
         if mask is not None:
             told[f"{prefix}prompt_embeds"] = parts.listed(told[f"{prefix}prompt_embeds"], mask)
     return pipeline(**told)
+
+
+def _in_steps(pipeline: SanaSprintPipeline, *, num_inference_steps: int, **told: Any) -> Any:
+    """Draws; by default the call knows when the second of two steps is, and refuses other numbers of them."""
+    between = {} if num_inference_steps == 2 else {"intermediate_timesteps": None}
+    return pipeline(num_inference_steps=num_inference_steps, **between, **told)

@@ -35,6 +35,7 @@ _PIPELINES: Final[Mapping[str, tuple[str, ...]]] = {
     "flux": ("FluxPipeline", "FluxKontextPipeline"),
     "flux2": ("Flux2KleinPipeline", "Flux2Pipeline"),
     "qwen": ("QwenImagePipeline",),
+    "sana": ("SanaPipeline", "SanaSprintPipeline"),
     "zimage": ("ZImagePipeline",),
 }
 """Of families whose networks are told other things in other pipelines, those that obsdiff knows."""
