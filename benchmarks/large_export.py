@@ -130,7 +130,7 @@ def _export(source: Path, target: Path, dtype: str, pixels: int, threads: int) -
     written = onnx.export(component, target, dtype=TYPES[dtype])
     return Run(
         parameters=parameters(denoiser),
-        checkpoint_bytes=weight_bytes(source),
+        checkpoint_bytes=weight_bytes(source.parent, [source.name]),
         written_bytes=written.bytes,
         peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         seconds=time.perf_counter() - started,

@@ -151,7 +151,7 @@ def _measure(wanted: tuple[str, str, int, dict[str, Any]]) -> Run:
     settings = Settings(**fields)
     job, loaded = open_job(settings), load(settings)
     stored = computable(loaded)
-    dense = copy.deepcopy(loaded.denoiser)
+    dense = copy.deepcopy(loaded.denoisers)
     with _counted(loaded, job) as counter:
         started, busy = time.perf_counter(), time.process_time()
         pruned = pruning.prune(loaded.pipeline, loaded.family, job.recipe, stored=stored)

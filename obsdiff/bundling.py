@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from obsdiff import card, costs, delivery, engines, facts, gates, report
+from obsdiff import card, costs, delivery, engines, facts, gates, report, turns
 from obsdiff.engines import Engines, Order
 from obsdiff.evaluation import Evaluation, ImagePair, figure_names
 from obsdiff.evaluation import evaluate as run_pairs
@@ -25,15 +25,20 @@ from obsdiff.judges import OBEDIENCE, Judges, Score
 from obsdiff.loading import Defaults, vae_scale
 from obsdiff.measurements import Counts, LatencyPair, NotMeasured, Report, Stage
 from obsdiff.pruning import Pruned
+from obsdiff.results import LayerResult
+from obsdiff.sampling import Pair
 from obsdiff.settings import Settings
 from obsdiff.sparsity import NM
+from obsdiff_export.onnx import OnnxModel
 from obsdiff_export.quantizing import Quantization, imitated
 from obsdiff_export.requested import Served
 from obsdiff_export.stored import is_stored
+from obsdiff_runtime.autoencoder import tile_side
 from obsdiff_runtime.bundle import Defaults as BundleDefaults
 from obsdiff_runtime.bundle import Manifest, write_manifest
 from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.progress import Progress
+from obsdiff_runtime.turns import Turns
 from obsdiff_runtime.version import __version__
 
 EVALUATION_SEED: Final = 1_000_000
@@ -47,18 +52,21 @@ class Delivery:
     """What was written, and how large and fast the denoiser is in it.
 
     Attributes:
-        dense_bytes, pruned_bytes: of the denoiser's weights, in the same format.
+        dense_bytes, pruned_bytes: of the denoiser's weights, in the same format; of all that take turns.
         components: in the bundle; none where nothing was exported.
-        sizes: of the dynamic axes at the served size.
+        latency: of one call of each denoiser.
+        served: what engines are for, whether there are any; None where nothing was exported.
         engines: None where none were built.
+        turns: of the denoisers; empty where one takes all steps.
     """
 
     dense_bytes: int
     pruned_bytes: int
     components: tuple[delivery.Delivered, ...] = ()
-    latency: LatencyPair | NotMeasured = _NOTHING_EXPORTED
-    sizes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    latency: tuple[LatencyPair, ...] | NotMeasured = _NOTHING_EXPORTED
+    served: Served | None = None
     engines: Engines | None = None
+    turns: Turns = dataclasses.field(default_factory=dict)
 
 
 class Stages:
@@ -77,7 +85,7 @@ class Stages:
 def compare(
     job: Job,
     pruned: Pruned,
-    dense: nn.Module,
+    dense: Mapping[str, nn.Module],
     prompts: Sequence[str],
     progress: Progress,
     *,
@@ -92,7 +100,7 @@ def compare(
     Args:
         job: how they are run; the noise is none that calibration saw.
         pruned: its pipeline draws, with one denoiser and the other.
-        dense: the denoiser before.
+        dense: the denoiser before, or those that take turns, by name.
         prompts: none: nothing is measured.
         progress: told of every step.
         judges: who looks at the pictures; None: the model's own check, where it has one.
@@ -101,7 +109,9 @@ def compare(
         keep_images: how many picture pairs are returned; None for all.
         quantization: of the pruned denoiser, whose weights are rounded: it is compared as it will compute.
     """
-    if quantization is None and not pruned.kept and not any(layer.zeros for layer in pruned.layers):
+    if quantization is None and not any(
+        each.kept or any(layer.zeros for layer in each.layers) for each in pruned.turns
+    ):
         return NotMeasured(why="nothing was pruned"), ()
     if not prompts:
         return NotMeasured(why="no prompts to compare on were asked for (--eval-prompts 0)"), ()
@@ -109,7 +119,11 @@ def compare(
         return NotMeasured(why="the pipeline has no VAE to draw pictures with"), ()
     judges = Judges(obeys=obedience_of(job.defaults)) if judges is None else judges
     sampled = dataclasses.replace(job.recipe.sampling, seed=job.recipe.sampling.seed + EVALUATION_SEED)
-    same: Any = {"dense": dense, "pruned": pruned.denoiser, "prompts": prompts, "sampling": sampled}
+    pairs = {
+        each.family.denoiser: Pair(dense=dense[each.family.denoiser], pruned=each.denoiser) for each in pruned.turns
+    }
+    first = pairs.pop(job.family.denoiser)
+    same: Any = {"dense": first.dense, "pruned": first.pruned, "behind": pairs, "prompts": prompts, "sampling": sampled}
     with imitated(pruned.denoiser, quantization):
         evaluation, images = run_pairs(
             pruned.pipeline, job.family, **same, judges=judges, keep_images=keep_images, progress=progress
@@ -172,7 +186,7 @@ def deliver(
     job: Job,
     settings: Settings,
     pruned: Pruned,
-    dense: nn.Module,
+    dense: Mapping[str, nn.Module],
     folder: Path,
     order: Order | None,
     stages: Stages,
@@ -189,45 +203,28 @@ def deliver(
             folder,
             sampled,
             settings,
-            pruned=[layer.name for layer in pruned.layers if layer.pattern == str(pattern)],
+            pruned={
+                each.family.denoiser: [layer.name for layer in each.layers if layer.pattern == str(pattern)]
+                for each in pruned.turns
+            },
             expected=pattern if isinstance(pattern, NM) else None,
             quantization=quantization,
             progress=progress,
         )
         delivery.copy_rest(pruned.pipeline, folder)
-    denoiser = next(item for item in components if item.model.name == job.family.denoiser)
-    what, built = served_by(job, pruned.pipeline), None
-    if is_stored(dense):
-        written = denoiser.model.bytes
-        return Delivery(
-            dense_bytes=written,
-            pruned_bytes=written,
-            components=components,
-            latency=delivery.UNCOMPARED,
-            sizes=what.sizes,
-        )
+    models = {item.model.name: item.model for item in components if item.model.name in dense}
+    written = sum(model.bytes for model in models.values())
+    what, built = served_by(job, settings, pruned.pipeline), None
+    same: Any = {
+        "components": components,
+        "served": what,
+        "turns": turns.of(pruned.pipeline, job.family) if len(dense) > 1 else {},
+    }
+    if any(is_stored(module) for module in dense.values()):
+        return Delivery(dense_bytes=written, pruned_bytes=written, latency=delivery.UNCOMPARED, **same)
     with tempfile.TemporaryDirectory(prefix="obsdiff-") as scratch:
         with stages("time"):
-            before = delivery.export_denoiser(
-                pruned.pipeline,
-                job.family,
-                dense,
-                Path(scratch),
-                sampled,
-                dtype=denoiser.model.dtype,
-                opset=settings.opset,
-            )
-            latency = delivery.time_denoisers(
-                job.family,
-                dense,
-                before,
-                denoiser.model,
-                sampled,
-                job.pipeline_class,
-                text_tokens=job.text_tokens,
-                vae_scale=vae_scale(job.configs),
-                progress=progress,
-            )
+            before, latency = _timed(job, settings, pruned.pipeline, dense, models, Path(scratch), progress)
         if order is not None:
             with stages("build engines"):
                 built = engines.build_engines(
@@ -235,25 +232,73 @@ def deliver(
                     folder,
                     what,
                     order,
-                    denoiser=job.family.denoiser,
-                    dense=before.path,
+                    denoisers={name: model.path for name, model in before.items()},
                     progress=progress,
                 )
-            components = tuple(
+            same["components"] = tuple(
                 dataclasses.replace(item, engines=(built.built[item.model.name],)) for item in components
             )
     return Delivery(
-        dense_bytes=before.bytes,
-        pruned_bytes=denoiser.model.bytes,
-        components=components,
+        dense_bytes=sum(model.bytes for model in before.values()),
+        pruned_bytes=written,
         latency=latency,
-        sizes=what.sizes,
         engines=built,
+        **same,
     )
 
 
-def served_by(job: Job, pipeline: DiffusionPipeline | None = None) -> Served:
-    """What the job's engines are for; without its pipeline, what the denoiser's are for."""
+def _timed(
+    job: Job,
+    settings: Settings,
+    pipeline: DiffusionPipeline,
+    dense: Mapping[str, nn.Module],
+    pruned: Mapping[str, OnnxModel],
+    folder: Path,
+    progress: Progress,
+) -> tuple[dict[str, OnnxModel], tuple[LatencyPair, ...] | NotMeasured]:
+    """The graphs of the dense denoisers in `folder`, by name, and what a call of each takes beside the pruned one's."""
+    before: dict[str, OnnxModel] = {}
+    pairs: list[LatencyPair] = []
+    absent: NotMeasured | None = None
+    for each in job.turns:
+        name, sampled = each.family.denoiser, job.recipe.sampling
+        before[name] = delivery.export_denoiser(
+            pipeline,
+            each.family,
+            dense[name],
+            folder / name,
+            sampled,
+            dtype=pruned[name].dtype,
+            opset=settings.opset,
+        )
+        latency = delivery.time_denoisers(
+            each.family,
+            dense[name],
+            before[name],
+            pruned[name],
+            sampled,
+            job.pipeline_class,
+            text_tokens=job.text_tokens,
+            vae_scale=vae_scale(job.configs),
+            what=f"one call of {name}" if job.behind else "one denoiser call",
+            progress=progress,
+        )
+        if isinstance(latency, NotMeasured):
+            absent = latency
+        else:
+            pairs.append(latency)
+    return before, tuple(pairs) if absent is None else absent
+
+
+def served_by(job: Job, settings: Settings, pipeline: DiffusionPipeline | None = None) -> Served:
+    """What the job's engines are for; without its pipeline, what the denoiser's are for.
+
+    Raises:
+        ConfigError: there are no such tiles.
+    """
+    if settings.vae_tile is not None and "vae" not in job.configs:
+        raise ConfigError(f"--vae-tile {settings.vae_tile}: {job.model} has no autoencoder that decodes")
+    tile = tile_side(settings.vae_tile, None, job.configs.get("vae", {}))
     sizes = engines.sizes_of(
         job.recipe.sampling,
         job.pipeline_class,
@@ -264,12 +309,28 @@ def served_by(job: Job, pipeline: DiffusionPipeline | None = None) -> Served:
         instruction_tokens=0 if pipeline is None else reading.instruction_tokens(pipeline),
         template_tokens=0 if pipeline is None else reading.template_tokens(pipeline),
     )
-    return engines.served(sizes, job.pipeline_class, job.configs[job.family.denoiser])
+    return engines.served(sizes, job.pipeline_class, job.configs[job.family.denoiser], tile)
 
 
-def counts_of(job: Job, denoiser: nn.Module, bytes_on_disk: int | NotMeasured) -> Counts:
-    """Size of a denoiser of the job, as it is or pruned."""
-    return facts.counts(denoiser, costs.macs(denoiser, job.positions(denoiser)), bytes_on_disk)
+def counts_of(job: Job, denoisers: Mapping[str, nn.Module], bytes_on_disk: int | NotMeasured) -> Counts:
+    """Size of the job's denoisers, by name, as they are or pruned; together where several take turns."""
+    each = [
+        facts.counts(module, costs.macs(module, part.positions(module)), bytes_on_disk)
+        for part, module in ((part, denoisers[part.family.denoiser]) for part in job.turns)
+    ]
+    sums: Any = {name: sum(getattr(counts, name) for counts in each) for name in ("parameters", "nonzero", "macs")}
+    return dataclasses.replace(each[0], **sums)
+
+
+def _layers(pruned: Pruned) -> tuple[LayerResult, ...]:
+    """What became of each linear; where denoisers take turns, with whose it is before its name."""
+    if not pruned.behind:
+        return pruned.layers
+    return tuple(
+        dataclasses.replace(layer, name=f"{each.family.denoiser}.{layer.name}")
+        for each in pruned.turns
+        for layer in each.layers
+    )
 
 
 def report_of(
@@ -296,11 +357,11 @@ def report_of(
         recipe=job.recipe.to_json(),
         environment=facts.environment(torch.get_num_threads()),
         dense=dense,
-        pruned=counts_of(job, pruned.denoiser, finished.pruned_bytes),
-        layers=pruned.layers,
+        pruned=counts_of(job, pruned.denoisers, finished.pruned_bytes),
+        layers=_layers(pruned),
         components=tuple(item.report() for item in components) or _NOTHING_EXPORTED,
         engines=built or NotMeasured(why="no engines were asked for; --trt builds them"),
-        latency=(finished.latency,) if isinstance(finished.latency, LatencyPair) else finished.latency,
+        latency=finished.latency,
         evaluation=evaluation,
         stages=tuple(stages),
     )
@@ -311,7 +372,7 @@ def finish(folder: Path, job: Job, found: Report, images: Sequence[ImagePair], f
     report.write_json(found, folder / "report.json")
     report.write_html(found, images, folder / "report.html")
     card.write_card(found, folder, "bundle", base_model=hub_id(job.model))
-    sampled = job.recipe.sampling
+    sampled, what = job.recipe.sampling, finished.served
     write_manifest(
         folder,
         Manifest(
@@ -326,10 +387,13 @@ def finish(folder: Path, job: Job, found: Report, images: Sequence[ImagePair], f
                 guidance_scale=sampled.guidance_scale,
                 num_frames=sampled.num_frames,
                 max_sequence_length=sampled.max_sequence_length,
+                vae_tile=None if what is None else what.tile,
+                guidance_scale_2=sampled.guidance_scale_2,
             ),
+            turns=finished.turns,
             components={item.model.name: item.entry(folder) for item in finished.components},
-            recipe={**job.recipe.to_json(), "sizes": dict(finished.sizes)},
-            measurements=engines.measurements(None if finished.engines is None else finished.engines.contest),
+            recipe={**job.recipe.to_json(), "sizes": {} if what is None else dict(what.sizes)},
+            measurements={} if finished.engines is None else engines.measurements(finished.engines.contests),
         ),
     )
 

@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline, SCMScheduler
 from torch import Tensor, nn
 
-from obsdiff import calls, offloading, padding, pictures, pointwise, ranks
+from obsdiff import calls, offloading, padding, pictures, pointwise, ranks, turns
 from obsdiff.core import timesteps
 from obsdiff.core.gram import Gram, GramAccumulator
 from obsdiff.families import Family, guided
@@ -129,7 +129,7 @@ def calibrate(
 
     Args:
         pipeline: in eval mode; its denoiser's weights are read as they are.
-        family: of the denoiser.
+        family: of the denoiser, or of one of those that take turns.
         linears: the layers of this package.
         prompts: encoded; conditional and unconditional rows both count, padding that is masked out does not.
         sampling: steps, guidance, size and seed.
@@ -150,7 +150,8 @@ def calibrate(
     denoiser: nn.Module = getattr(pipeline, family.denoiser)
     weights = timesteps.weights(time_weights, sampling.num_inference_steps).tolist()
     steps = StepIndex(pipeline.scheduler, sampling.num_inference_steps)
-    collector = _Collector(denoiser, family, linears, weights)
+    others = [module for module in turns.modules(pipeline, family).values() if module is not denoiser]
+    collector = _Collector(denoiser, others, family, linears, weights)
     passes = ranks.share(list(batches(len(prompts.texts), sampling.batch_size)), "batches of prompts")
     total = len(passes) * sampling.num_inference_steps
 
@@ -170,9 +171,15 @@ class _Collector:
     """Hooks that gather grams while the pipeline runs."""
 
     def __init__(
-        self, denoiser: nn.Module, family: Family, linears: Sequence[LinearSpec], weights: Sequence[float]
+        self,
+        denoiser: nn.Module,
+        others: Sequence[nn.Module],
+        family: Family,
+        linears: Sequence[LinearSpec],
+        weights: Sequence[float],
     ) -> None:
         self._denoiser = denoiser
+        self._others = others
         self._family = family
         self._weights = weights
         self._linears = linears
@@ -188,12 +195,16 @@ class _Collector:
 
     @contextmanager
     def attached(self, steps: StepIndex) -> Iterator[None]:
-        def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def advance(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._step = steps.advance(kwargs["timestep"] if "timestep" in kwargs else args[1])
+
+        def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            advance(module, args, kwargs)
             self._masks = padding.masks(self._family, self._denoiser, named(module, args, kwargs))
             self.told(self._step)
 
         hooks = [self._denoiser.register_forward_pre_hook(count, with_kwargs=True)]
+        hooks += [other.register_forward_pre_hook(advance, with_kwargs=True) for other in self._others]
         for linear in self._linears:
             module = self._denoiser.get_submodule(linear.name)
             take = self._add if self._leaders[linear.reads] == linear.name else self._check

@@ -25,12 +25,14 @@ class Terms:
         dtype: of pipelines in torch: fp32, fp16 or bf16; None: as stored, but fp32 on a CPU.
         device: of those; None: cuda where there is one.
         threads: of the host, all if None.
+        vae_tiling: see the runtime's `Pipeline`.
     """
 
     backend: str = DEFAULT_BACKEND
     dtype: str | None = None
     device: str | None = None
     threads: int | None = None
+    vae_tiling: bool | int = False
 
 
 class Open(Protocol):
@@ -40,7 +42,14 @@ class Open(Protocol):
 def _in_torch(model: str | None, terms: Terms, *, compiled: bool) -> Runner:
     from obsdiff.pipeline_runner import PipelineRunner
 
-    return PipelineRunner(model, compiled=compiled, dtype=terms.dtype, device=terms.device, threads=terms.threads)
+    return PipelineRunner(
+        model,
+        compiled=compiled,
+        dtype=terms.dtype,
+        device=terms.device,
+        threads=terms.threads,
+        vae_tiling=terms.vae_tiling,
+    )
 
 
 KINDS: Final[dict[str, Open]] = {
@@ -65,7 +74,7 @@ def open_candidates(texts: Sequence[str], terms: Terms) -> list[Runner]:
 def _open(text: str, terms: Terms) -> Runner:
     named = _kind_and_model(text)
     if named is None:
-        return open_runner(text, backend=terms.backend, threads=terms.threads)
+        return open_runner(text, backend=terms.backend, threads=terms.threads, vae_tiling=terms.vae_tiling)
     kind, model = named
     if kind not in KINDS:
         raise ConfigError(f"{text}: there is no kind {kind!r}; there are {', '.join(KINDS)}, and bundles by folder")

@@ -92,6 +92,8 @@ def _code(report: Report, index: Mapping[str, Any], kind: Kind) -> str:
     if not isinstance(evaluation, NotMeasured):
         prompt, sampling = evaluation.per_prompt[0].prompt, evaluation.sampling
         options = f", num_inference_steps={sampling.num_inference_steps}, {_guided(index, sampling.guidance_scale)}"
+        if sampling.guidance_scale_2 is not None:
+            options += f", guidance_scale_2={sampling.guidance_scale_2:g}"
         if sampling.num_frames is not None:
             options += f", num_frames={sampling.num_frames}"
         if sampling.max_sequence_length is not None:

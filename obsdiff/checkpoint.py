@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import diffusers
@@ -23,7 +24,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from obsdiff import folders, weights
+from obsdiff import folders, turns, weights
 from obsdiff.families.table import FAMILIES, family_of
 from obsdiff.folders import MANIFEST, new_folder
 from obsdiff.manifest import PrunedManifest, read_json, read_manifest
@@ -41,6 +42,7 @@ def save(
     folder: Path,
     manifest: PrunedManifest,
     *,
+    behind: Mapping[str, PrunedManifest] = MappingProxyType({}),
     source: Path | None = None,
     force: bool = False,
 ) -> None:
@@ -51,6 +53,7 @@ def save(
         denoiser: pruned, and shrunk where the manifest says so.
         folder: to be created.
         manifest: of the denoiser.
+        behind: of denoisers that take their turns behind it, by name; they are the pipeline's.
         source: folder that the pipeline was loaded from: its files are copied instead of written anew.
         force: replace an earlier result.
 
@@ -58,7 +61,7 @@ def save(
         ConfigError: the folder exists.
     """
     with new_folder(folder, force=force) as partial:
-        save_into(partial, pipeline, denoiser, manifest, source=source)
+        save_into(partial, pipeline, denoiser, manifest, behind=behind, source=source)
 
 
 def save_into(
@@ -67,18 +70,22 @@ def save_into(
     denoiser: nn.Module,
     manifest: PrunedManifest,
     *,
+    behind: Mapping[str, PrunedManifest] = MappingProxyType({}),
     source: Path | None = None,
 ) -> None:
     """`save` into a folder that exists and that the caller finishes."""
     family = FAMILIES[manifest.family]
+    pruned = {family.denoiser: (denoiser, manifest)}
+    pruned |= {name: (getattr(pipeline, name), its) for name, its in behind.items()}
     for name, component in _components(pipeline):
-        if name != family.denoiser:
+        if name not in pruned:
             _save_component(component, folder / name, source / name if source is not None else None)
-    target = folder / family.denoiser
-    denoiser.save_pretrained(target, safe_serialization=True)  # type: ignore[operator]
-    _without_origin(target / "config.json")
-    _write_json(target / MANIFEST, manifest.model_dump(mode="json"))
-    _check_loads(target)
+    for name, (module, its) in pruned.items():
+        target = folder / name
+        module.save_pretrained(target, safe_serialization=True)  # type: ignore[operator]
+        _without_origin(target / "config.json")
+        _write_json(target / MANIFEST, its.model_dump(mode="json"))
+        _check_loads(target)
     save_index(pipeline, folder)
     if source is not None and (source / DEFAULTS).is_file():
         shutil.copyfile(source / DEFAULTS, folder / DEFAULTS)
@@ -108,9 +115,11 @@ def load(folder: Path, *, dtype: torch.dtype | None = None) -> DiffusionPipeline
         CompatibilityError: the manifest is of a newer schema.
     """
     family = FAMILIES[require_manifest(folder).family]
-    denoiser = load_denoiser(folder / family.denoiser, dtype=dtype)
+    denoisers = {
+        name: load_denoiser(folder / name, dtype=dtype) for name in turns.names(read_json(folder / INDEX), family)
+    }
     try:
-        return assemble(folder, {family.denoiser: denoiser}, dtype=dtype or weights.main_dtype(denoiser))
+        return assemble(folder, denoisers, dtype=dtype or weights.main_dtype(denoisers[family.denoiser]))
     except (OSError, ValueError, SafetensorError) as error:
         raise BundleError(f"{folder}: {error}") from error
 
@@ -148,7 +157,12 @@ def _without_progress_bars() -> Iterator[None]:
 def pruned_manifest(folder: Path) -> PrunedManifest | None:
     """The manifest of a pruned checkpoint; None where the folder is none."""
     found = [family for family in FAMILIES.values() if (folder / family.denoiser / MANIFEST).is_file()]
-    return read_manifest(folder / found[0].denoiser) if found else None
+    return manifest_of(folder / found[0].denoiser) if found else None
+
+
+def manifest_of(folder: Path) -> PrunedManifest | None:
+    """The manifest in a denoiser's folder; None where it was not pruned."""
+    return read_manifest(folder) if (folder / MANIFEST).is_file() else None
 
 
 def require_manifest(folder: Path) -> PrunedManifest:

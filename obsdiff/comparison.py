@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from obsdiff import facts, gates, report
+from obsdiff import facts, gates, report, turns
 from obsdiff.bundling import Delivery, Stages, compare, counts_of, gates_of, obedience_of, report_of, scales_of
 from obsdiff.evaluation import Evaluation, ImagePair
 from obsdiff.gates import Gate
@@ -144,9 +144,18 @@ def hold(held: Sequence[Gate], found: Report, folder: Path) -> None:
     gates.require(held, {} if evaluation is None else evaluation.figures(), of=str(folder))
 
 
-def layers_of(manifest: PrunedManifest) -> tuple[LayerResult, ...]:
-    """What a pruned folder says became of each linear."""
-    return tuple(LayerResult(name=name, **record.model_dump()) for name, record in manifest.linears.items())
+def as_stored(pruned: Pruned, loaded: LoadedPipeline) -> Pruned:
+    """Pruned denoisers with what the folder that they were loaded from says became of each linear."""
+    manifests = {loaded.family.denoiser: loaded.manifest, **loaded.behind}
+    first, *behind = (
+        dataclasses.replace(each, layers=_layers(manifests[each.family.denoiser])) for each in pruned.turns
+    )
+    return dataclasses.replace(first, behind=tuple(behind))
+
+
+def _layers(manifest: PrunedManifest | None) -> tuple[LayerResult, ...]:
+    linears = {} if manifest is None else manifest.linears
+    return tuple(LayerResult(name=name, **record.model_dump()) for name, record in linears.items())
 
 
 def _one(
@@ -168,20 +177,26 @@ def _one(
     job = open_job(
         dataclasses.replace(settings, sparsity=other.manifest.sparsity, method=recipe.get("method", settings.method))
     )
-    result = Pruned(
-        pipeline=other.pipeline,
-        family=other.family,
-        recipe=job.recipe,
-        kept=other.manifest.keep,
-        units={},
-        layers=layers_of(other.manifest),
+    first, *behind = (
+        Pruned(
+            pipeline=other.pipeline,
+            family=family,
+            recipe=job.recipe,
+            kept={} if manifest is None else manifest.keep,
+            units={},
+            layers=(),
+        )
+        for family, manifest in zip(
+            turns.families(other.pipeline, other.family), (other.manifest, *other.behind.values()), strict=True
+        )
     )
+    result = as_stored(dataclasses.replace(first, behind=tuple(behind)), other)
     stages = Stages()
     with stages("verify"):
         evaluation, images = compare(
             job,
             result,
-            dense.denoiser,
+            dense.denoisers,
             evaluation_prompts(settings, job.defaults.prompts, job.defaults.labels),
             progress,
             judges=judges,
@@ -190,11 +205,11 @@ def _one(
             keep_images=keep_images,
         )
     finished = Delivery(
-        dense_bytes=facts.weight_bytes(dense.folder / dense.family.denoiser),
-        pruned_bytes=facts.weight_bytes(folder / other.family.denoiser),
+        dense_bytes=facts.weight_bytes(dense.folder, dense.denoisers),
+        pruned_bytes=facts.weight_bytes(folder, other.denoisers),
     )
     found = report_of(
-        job, result, counts_of(job, dense.denoiser, finished.dense_bytes), finished, evaluation, stages.done
+        job, result, counts_of(job, dense.denoisers, finished.dense_bytes), finished, evaluation, stages.done
     )
     return dataclasses.replace(found, recipe=recipe or found.recipe), images
 

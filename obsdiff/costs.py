@@ -25,6 +25,11 @@ def parameters(denoiser: nn.Module) -> int:
     return sum(parameter.numel() for parameter in denoiser.parameters())
 
 
+def weight_bytes(denoiser: nn.Module) -> int:
+    """What they take in memory."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in denoiser.parameters())
+
+
 def positions(denoiser: nn.Module, inputs: Mapping[str, Any]) -> dict[str, int]:
     """How many positions each linear and convolution runs over in one call.
 

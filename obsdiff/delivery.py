@@ -1,6 +1,6 @@
 """From a pipeline to a bundle's content: ONNX folders, engines, manifest entries."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -105,7 +105,7 @@ def deliver(
     sampling: Sampling,
     settings: Settings,
     *,
-    pruned: Sequence[str],
+    pruned: Mapping[str, Sequence[str]],
     expected: NM | None,
     quantization: Quantization | None = None,
     progress: Progress = silent,
@@ -118,7 +118,7 @@ def deliver(
         folder: the bundle being written.
         sampling: the served size.
         settings: dtype and opset.
-        pruned: linears whose weights must hold the pattern.
+        pruned: linears whose weights must hold the pattern, by denoiser.
         expected: the pattern, where there is one.
         quantization: of the denoiser, whose weights are rounded.
         progress: told component by component.
@@ -138,8 +138,8 @@ def deliver(
         )
         error = UNCOMPARED if left else parity.compare(component, model, quantization=rounding).max_relative_error
         reports: list[PatternReport] = []
-        if component.name == family.denoiser and expected is not None:
-            names = [f"{name}.weight" for name in pruned]
+        if component.name in pruned and expected is not None:
+            names = [f"{name}.weight" for name in pruned[component.name]]
             reports = pattern.check(model.path, expected.n, expected.m, names)
         delivered.append(Delivered(component=component, model=model, max_error=error, patterns=tuple(reports)))
     progress("export", len(components), len(components))
@@ -192,6 +192,7 @@ def time_denoisers(
     *,
     text_tokens: int,
     vae_scale: int,
+    what: str,
     progress: Progress = silent,
 ) -> LatencyPair | NotMeasured:
     """One call of the dense and of the pruned graph through ONNX Runtime on the CPU, in turn.
@@ -205,6 +206,7 @@ def time_denoisers(
         pipeline_class: of both; where it is told pictures, the calls are told none.
         text_tokens: of one prompt.
         vae_scale: pixels per side of a latent pixel.
+        what: is timed, in words.
         progress: told of the runs.
     """
     if pruned.dtype == "bfloat16":
@@ -227,7 +229,7 @@ def time_denoisers(
     )
     return LatencyPair.of(
         timings,
-        what="one denoiser call",
+        what=what,
         backend=f"ONNX Runtime on the CPU, {in_words(pruned)}",
         shape=f"{images} x {sampling.height}x{sampling.width} pixels, {text_tokens} text tokens",
     )

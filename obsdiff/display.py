@@ -82,7 +82,11 @@ def show_plan(plan: "Plan", *, verbose: bool = False) -> None:
     after, zeros = plan.parameters_after, plan.zeros
     table.add_row("parameters stored", *_pair(plan.parameters_before, after))
     table.add_row("parameters not zero", *_pair(plan.parameters_before, after - zeros))
-    table.add_row("MACs of one denoiser call, one image", *_pair(plan.macs_before, plan.macs_after))
+    what = "one call of each denoiser" if plan.turns else "one denoiser call"
+    table.add_row(f"MACs of {what}, one image", *_pair(plan.macs_before, plan.macs_after))
+    for name, turn in plan.turns.items():
+        table.add_row(f"parameters of {name}", *_pair(turn.parameters_before, turn.parameters_after))
+        table.add_row(f"MACs of one call of {name}", *_pair(turn.macs_before, turn.macs_after))
     console.print(table)
     for kind in ("heads", "ffn"):
         cuts = [cut for cut in plan.cuts if cut.kind == kind and cut.kept < cut.units]

@@ -22,8 +22,18 @@ from obsdiff_export.profiles import Size, Sizes, profiles_for
 from obsdiff_export.proof import receipt
 from obsdiff_export.proof.judging import IGNORES
 from obsdiff_export.proof.receipt import Receipt
-from obsdiff_export.requested import IMAGES, Served, ShapeBounds, SizeProfile, parse_profiles, parse_shapes, tables
+from obsdiff_export.requested import (
+    IMAGES,
+    Served,
+    ShapeBounds,
+    SizeProfile,
+    in_tiles,
+    parse_profiles,
+    parse_shapes,
+    tables,
+)
 from obsdiff_export.versus import BUILDS, Versus
+from obsdiff_runtime.autoencoder import AUTOENCODER, DECODER, tile_side
 from obsdiff_runtime.bundle import Bundle, EngineEntry, open_bundle, write_manifest
 from obsdiff_runtime.conditioning import KINDS
 from obsdiff_runtime.errors import CompatibilityError, ConfigError, SparsityProofError
@@ -68,16 +78,17 @@ class Engines:
     """Engines by component.
 
     Attributes:
-        contest: why the denoiser's is the one it is; None where the denoiser has none, or was built once, as it is
-            for a builder that ignores the sparse flag.
+        contests: by denoiser, why its engine is the one it is; without those that were built once, as they are for a
+            builder that ignores the sparse flag.
     """
 
     built: Mapping[str, Engine]
-    contest: Versus[Engine] | None
+    contests: Mapping[str, Versus[Engine]]
 
     def choice(self, engine: Engine) -> str:
         """Why this engine and no other, "" where there was nothing to choose from."""
-        return self.contest.decision.why if self.contest is not None and engine == self.contest.shipped else ""
+        found = (contest.decision.why for contest in self.contests.values() if engine == contest.shipped)
+        return next(found, "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +98,7 @@ class Built:
     Attributes:
         folder: the bundle.
         engines: by component.
-        contest: see Engines.
+        contests: see Engines.
         entries: their lines in its manifest, in the same order.
         symbols: component -> input -> its axes as the graph names them.
         required: the receipts that are to prove sparsity, None where none is to be proven.
@@ -95,7 +106,7 @@ class Built:
 
     folder: Path
     engines: Mapping[str, Engine]
-    contest: Versus[Engine] | None
+    contests: Mapping[str, Versus[Engine]]
     entries: tuple[EngineEntry, ...]
     symbols: Mapping[str, Symbols]
     required: tuple[Receipt, ...] | None = None
@@ -119,7 +130,7 @@ class Built:
                 }
                 for (name, engine), entry in zip(self.engines.items(), self.entries, strict=True)
             ],
-            "contest": None if self.contest is None else self.contest.to_json(),
+            "contests": {name: contest.to_json() for name, contest in self.contests.items()},
         }
 
 
@@ -198,13 +209,14 @@ def sizes_of(
     }
 
 
-def served(sizes: Sizes, pipeline: str, config: Mapping[str, Any]) -> Served:
+def served(sizes: Sizes, pipeline: str, config: Mapping[str, Any], tile: int | None = None) -> Served:
     """What engines are for.
 
     Args:
         sizes: from `sizes_of`.
         pipeline: diffusers class; of one that the runtime does not know, only whole latent pixels are asked for.
         config: of the denoiser.
+        tile: see `Served`.
     """
     batch, kind = sizes["batch"], KINDS.get(pipeline)
     scale = _one(sizes["image_height"]) // _one(sizes["height"])
@@ -216,6 +228,7 @@ def served(sizes: Sizes, pipeline: str, config: Mapping[str, Any]) -> Served:
         scale=scale,
         step=scale * (1 if kind is None else only or kind.patch(config)),
         largest=None if largest is None else largest * scale,
+        tile=tile,
     )
 
 
@@ -230,8 +243,7 @@ def build_engines(
     what: Served,
     order: Order,
     *,
-    denoiser: str,
-    dense: Path | None = None,
+    denoisers: Mapping[str, Path | None],
     progress: Progress = silent,
 ) -> Engines:
     """One engine for each component; the denoiser's is the faster of those with and without sparse kernels.
@@ -241,44 +253,44 @@ def build_engines(
         folder: the bundle; engines go to engines/<component>/.
         what: they are for.
         order: what is asked for.
-        denoiser: the component that may use sparse tactics; its weights are looked at for the receipt.
-        dense: the graph of the denoiser before pruning, to be timed beside it.
+        denoisers: the components that may use sparse tactics, whose weights are looked at for the receipt; of each the
+            graph before pruning, to be timed beside it.
         progress: told component by component.
 
     Raises:
         ConfigError: profiles that cannot be; before anything is built.
         ObsdiffError: see `obsdiff_export.build.build`.
     """
-    profiles = _profiles(graphs, what, order, denoiser)
+    profiles = _profiles(graphs, what, order, denoisers)
     engines: dict[str, Engine] = {}
-    contest = None
+    contests: dict[str, Versus[Engine]] = {}
     for index, (name, graph) in enumerate(graphs.items()):
         progress("build", index, len(graphs), name)
         same: Any = {
             "builder": order.builder,
             "profiles": profiles[name],
             "targets": order.targets,
-            "patterns": pattern.check(graph, *HARDWARE) if name == denoiser else (),
+            "patterns": pattern.check(graph, *HARDWARE) if name in denoisers else (),
             "cache": order.cache,
         }
         place = folder / "engines" / name
-        if name == denoiser and order.builds and order.builder.name not in IGNORES:
-            contest = build_faster(
+        if name in denoisers and order.builds and order.builder.name not in IGNORES:
+            contests[name] = build_faster(
                 graph,
                 place,
                 flags=order.flags,
-                dense=dense,
+                dense=denoisers[name],
                 builds=order.builds,
                 budget_seconds=CONTEST_SECONDS,
                 progress=progress,
                 **same,
             )
-            engines[name] = contest.shipped
+            engines[name] = contests[name].shipped
         else:
-            flags = dataclasses.replace(order.flags, sparse=name == denoiser)
+            flags = dataclasses.replace(order.flags, sparse=name in denoisers)
             engines[name] = build_one(graph, place, flags=flags, **same)
     progress("build", len(graphs), len(graphs))
-    return Engines(built=engines, contest=contest)
+    return Engines(built=engines, contests=contests)
 
 
 def build(
@@ -314,19 +326,20 @@ def build(
         raise CompatibilityError(
             f"{bundle}: family {opened.manifest.family} is unknown here; there are {', '.join(FAMILIES)}"
         )
+    what = _served_by(opened, family.denoiser, asked.vae_tile)
     found = build_engines(
         {name: opened.onnx(name) for name in names},
         opened.root,
-        _served_by(opened, family.denoiser),
+        what,
         order,
-        denoiser=family.denoiser,
+        denoisers=dict.fromkeys(opened.manifest.turns or (family.denoiser,)),
         progress=progress,
     )
     return Built(
         folder=opened.root,
         engines=found.built,
-        contest=found.contest,
-        entries=_listed(opened, found),
+        contests=found.contests,
+        entries=_listed(opened, found, what.tile),
         symbols={name: {port.name: port.shape for port in opened.component(name).inputs} for name in names},
         required=receipts(found.built.values()) if order.require_sparse else None,
     )
@@ -353,8 +366,8 @@ def lines(done: Built) -> Iterator[str]:
         for profile in engine.profiles:
             yield f"    takes {words(profile, symbols)}"
         yield f"    {entry.sparsity}"
-        if done.contest is not None and engine == done.contest.shipped:
-            yield f"    {done.contest.decision.why}"
+        if name in done.contests:
+            yield f"    {done.contests[name].decision.why}"
         for note in engine.notes:
             yield f"    note: {note}"
 
@@ -395,11 +408,10 @@ def built(name: str, engine: Engine, choice: str = "") -> BuiltEngine:
     )
 
 
-def measurements(contest: Versus[Engine] | None) -> dict[str, object]:
-    """What a manifest keeps of it: nothing where nothing was measured."""
-    if contest is None or contest.decision.outcome == "not measured":
-        return {}
-    return {"engines": contest.to_json()}
+def measurements(contests: Mapping[str, Versus[Engine]]) -> dict[str, object]:
+    """What a manifest keeps of them: nothing where nothing was measured."""
+    measured = ((name, each) for name, each in contests.items() if each.decision.outcome != "not measured")
+    return {f"engines/{name}": each.to_json() for name, each in measured}
 
 
 def _flags(settings: Settings) -> Flags:
@@ -419,7 +431,9 @@ def _builds(asked: int | None) -> int:
     return BUILDS if asked is None else asked
 
 
-def _profiles(graphs: Mapping[str, Path], what: Served, order: Order, denoiser: str) -> dict[str, tuple[Profile, ...]]:
+def _profiles(
+    graphs: Mapping[str, Path], what: Served, order: Order, denoisers: Collection[str]
+) -> dict[str, tuple[Profile, ...]]:
     """By component. Shapes that are given by input say for all components what the axes are that they share."""
     ports: dict[str, Sequence[Port]] = {name: read_ports(graph)[0] for name, graph in graphs.items()}
     order.bounds.require_known([port.name for inputs in ports.values() for port in inputs])
@@ -432,12 +446,13 @@ def _profiles(graphs: Mapping[str, Path], what: Served, order: Order, denoiser: 
             low, best, high = _range(shared[side])
             shared[f"image_{side}"] = (low * what.scale, best * what.scale, high * what.scale)
     asked = order.profiles or (what.own(),)
-    return {
-        name: profiles_for(
-            inputs, [{**table, **shared, **own[name]} for table in tables(asked, what, denoiser=name == denoiser)]
-        )
-        for name, inputs in ports.items()
-    }
+    found: dict[str, tuple[Profile, ...]] = {}
+    for name, inputs in ports.items():
+        wanted = [{**table, **shared} for table in tables(asked, what, denoiser=name in denoisers)]
+        if name in AUTOENCODER:
+            wanted = [dict(in_tiles(table, what)) for table in wanted]
+        found[name] = profiles_for(inputs, [{**table, **own[name]} for table in wanted])
+    return found
 
 
 def _components(opened: Bundle, asked: Sequence[str]) -> list[str]:
@@ -448,23 +463,29 @@ def _components(opened: Bundle, asked: Sequence[str]) -> list[str]:
     return [name for name in there if not asked or name in asked]
 
 
-def _served_by(opened: Bundle, denoiser: str) -> Served:
+def _served_by(opened: Bundle, denoiser: str, tile: int | None) -> Served:
     sizes = opened.manifest.recipe.get("sizes")
     if not isinstance(sizes, dict):
         raise ConfigError(f"{opened.root}: the manifest says nothing of the sizes it was exported for; export it again")
     table: Sizes = {name: tuple(size) if isinstance(size, list) else size for name, size in sizes.items()}
-    return served(table, opened.manifest.pipeline_class, opened.config(denoiser))
+    decoder = opened.config(DECODER) if DECODER in opened.manifest.components else {}
+    side = tile_side(tile, opened.manifest.defaults.vae_tile, decoder)
+    return served(table, opened.manifest.pipeline_class, opened.config(denoiser), side)
 
 
-def _listed(opened: Bundle, found: Engines) -> tuple[EngineEntry, ...]:
+def _listed(opened: Bundle, found: Engines, tile: int | None) -> tuple[EngineEntry, ...]:
     """Writes the manifest anew, with these engines behind the others of their components."""
     entries = {name: engine_entry(engine, opened.root) for name, engine in found.built.items()}
     components = dict(opened.manifest.components)
     for name, entry in entries.items():
         earlier = [old for old in components[name].engines if old.key != entry.key]
         components[name] = dataclasses.replace(components[name], engines=(*earlier, entry))
-    measured = {**opened.manifest.measurements, **measurements(found.contest)}
-    write_manifest(opened.root, dataclasses.replace(opened.manifest, components=components, measurements=measured))
+    measured = {**opened.manifest.measurements, **measurements(found.contests)}
+    defaults = dataclasses.replace(opened.manifest.defaults, vae_tile=tile)
+    write_manifest(
+        opened.root,
+        dataclasses.replace(opened.manifest, defaults=defaults, components=components, measurements=measured),
+    )
     return tuple(entries.values())
 
 

@@ -6,6 +6,7 @@ from typing import Final
 
 from torch import nn
 
+from obsdiff import costs
 from obsdiff.core.gram import BYTES_PER_ENTRY
 from obsdiff.groups import LinearSpec
 from obsdiff_runtime.errors import ResourceError
@@ -59,7 +60,7 @@ class Workload:
         flops_per_second: costs.matmul_speed of the device.
         budget_bytes: most bytes of grams in one pass; None: no limit.
         calls_per_step: denoiser calls of the scheduler per step (Heun: 2).
-        other_bytes: memory held by what else is loaded (text encoders).
+        other_bytes: memory held by what else is loaded (text encoders, denoisers that take other turns).
         streams: where the method is streamed; it has no packages then.
     """
 
@@ -157,7 +158,7 @@ def estimate(
     element = max((parameter.element_size() for parameter in denoiser.parameters()), default=4)
     wide = max((positions[linear.name] * (linear.in_features + linear.out_features) for linear in linears), default=0)
     activations = ACTIVATION_COPIES * element * workload.rows * wide
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in denoiser.parameters())
+    weights = costs.weight_bytes(denoiser)
     solver = SOLVER_COPIES * BYTES_PER_ENTRY * widest * widest
     if workload.streams is None:  # a streamed method writes them tier by tier
         pruned = (sum(linear.in_features * linear.out_features for linear in package) for package in packages)

@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
@@ -22,7 +23,7 @@ from obsdiff.judges import Judges, frechet_distance
 from obsdiff.metrics import WINDOW, Picture, mean_squared_error, psnr_db, ssim, wilson
 from obsdiff.recipe import Sampling
 from obsdiff.residuals import block_modules
-from obsdiff.sampling import Sampler, Tell, Watched, batches, quiet
+from obsdiff.sampling import Pair, Sampler, Tell, Watched, batches, quiet
 from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.progress import Progress, silent
 
@@ -190,6 +191,7 @@ def evaluate(
     pruned: nn.Module,
     prompts: Sequence[str],
     sampling: Sampling,
+    behind: Mapping[str, Pair] = MappingProxyType({}),
     negative: str = "",
     judges: Judges | None = None,
     keep_images: int | None = None,
@@ -208,6 +210,8 @@ def evaluate(
         prompts: at least one.
         sampling: prompt i's noise comes from a generator seeded with sampling.seed + i, whatever the batch size, which
             bounds memory and changes results by no more than rounding.
+        behind: the dense and the pruned one of denoisers that take their turns behind it, by name. Each step has the
+            errors of the one that takes it.
         negative: negative prompt; used where the guidance scale is above 1.
         judges: who looks at the pictures; None: nobody.
         keep_images: how many pairs are returned, the first ones; None for all.
@@ -223,7 +227,7 @@ def evaluate(
     """
     judges = judges or Judges()
     _check(dense, pruned, prompts, sampling, judges)
-    sampler = Sampler(pipeline=pipeline, family=family, sampling=sampling)
+    sampler = Sampler(pipeline=pipeline, family=family, sampling=sampling, behind=behind)
     steps = sampling.num_inference_steps
     total = 2 * steps * math.ceil(len(prompts) / sampling.batch_size)
     results: list[PromptResult] = []

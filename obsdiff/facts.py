@@ -2,6 +2,7 @@
 
 import datetime
 import platform
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
@@ -83,6 +84,6 @@ def counts(denoiser: nn.Module, macs: int, bytes_on_disk: int | NotMeasured) -> 
     )
 
 
-def weight_bytes(folder: Path) -> int:
-    """Bytes of the safetensors files in a folder."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+def weight_bytes(folder: Path, components: Iterable[str]) -> int:
+    """Bytes of the safetensors files of these components of a pipeline's folder."""
+    return sum(path.stat().st_size for name in components for path in (folder / name).glob("*.safetensors"))

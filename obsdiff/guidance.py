@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 from obsdiff.families import Family
 from obsdiff.judges import Judge
 from obsdiff.recipe import Sampling
-from obsdiff.sampling import Sampler, Tell, batches, quiet
+from obsdiff.sampling import Pair, Sampler, Tell, batches, quiet
 from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.progress import Progress, silent
 
@@ -77,6 +78,7 @@ def sweep_guidance(
     fixed: GuidanceScore,
     scales: Sequence[float],
     judge: tuple[str, Judge],
+    behind: Mapping[str, Pair] = MappingProxyType({}),
     negative: str = "",
     dense_scores: Mapping[float, float] | None = None,
     progress: Progress = silent,
@@ -93,6 +95,7 @@ def sweep_guidance(
         fixed: what the evaluation found at sampling.guidance_scale.
         scales: guidance scales.
         judge: name and function.
+        behind: as for evaluation.evaluate; these denoisers have the same scale.
         negative: negative prompt; used where there is guidance.
         dense_scores: the dense model's mean scores by scale, where an earlier sweep found them.
         progress: told of every step of the sampler, as stage "retune guidance".
@@ -108,9 +111,9 @@ def sweep_guidance(
     steps = sampling.num_inference_steps * math.ceil(len(prompts) / sampling.batch_size)
     found: dict[tuple[float, str], float] = {(scale, "dense"): known[scale] for scale in missing if scale in known}
     for done, (scale, who, denoiser) in enumerate(runs):
-        sampler = Sampler(
-            pipeline=pipeline, family=family, sampling=dataclasses.replace(sampling, guidance_scale=scale)
-        )
+        later = None if sampling.guidance_scale_2 is None else scale
+        sampled = dataclasses.replace(sampling, guidance_scale=scale, guidance_scale_2=later)
+        sampler = Sampler(pipeline=pipeline, family=family, sampling=sampled, behind=behind)
         points = []
         with quiet(pipeline):
             for index, batch in enumerate(batches(sampler, prompts, negative)):

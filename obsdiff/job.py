@@ -13,7 +13,7 @@ from diffusers.utils.logging import disable_progress_bar
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from obsdiff import allocation, costs, facts, latencies, moments, pictures, planning, ranks
+from obsdiff import allocation, costs, facts, latencies, moments, pictures, planning, ranks, turns
 from obsdiff.checkpoint import DEFAULTS, unsaved
 from obsdiff.estimates import Streams, Workload
 from obsdiff.families import HELP, Family, generic, rows
@@ -25,8 +25,9 @@ from obsdiff.loading import (
     defaults_of,
     load_configs,
     load_pipeline,
-    require_known_experts,
+    require_alike,
     require_known_pipeline,
+    require_known_turns,
     shipped_pipeline,
     vae_scale,
 )
@@ -44,7 +45,11 @@ from obsdiff_runtime.errors import ConfigError, ModelError
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A model known by its configurations alone, and what is to be done with it."""
+    """A model known by its configurations alone, and what is to be done with it.
+
+    Attributes:
+        behind: what is to be done with the denoisers that take their turns behind this one.
+    """
 
     model: str
     family: Family
@@ -52,6 +57,12 @@ class Job:
     configs: Mapping[str, Mapping[str, Any]]
     defaults: Defaults
     recipe: Recipe
+    behind: "tuple[Job, ...]" = ()
+
+    @property
+    def turns(self) -> "tuple[Job, ...]":
+        """For each denoiser, this one first."""
+        return (self, *self.behind)
 
     @property
     def text_tokens(self) -> int:
@@ -83,6 +94,13 @@ class Job:
         return Times(table, self.family.linears(self.denoiser), self.positions(self.denoiser))
 
     def plan(self) -> Plan:
+        """Of all denoisers."""
+        sizes = [costs.weight_bytes(job.denoiser) for job in self.turns]
+        return planning.together(
+            {job.family.denoiser: job._plan(sum(sizes) - own) for job, own in zip(self.turns, sizes, strict=True)}
+        )
+
+    def _plan(self, other_bytes: int) -> Plan:
         recipe = self.recipe
         linears, groups = select(recipe, self.family.linears(self.denoiser), self.family.groups(self.denoiser))
         planned = planning.plan(
@@ -103,6 +121,7 @@ class Job:
                 packages=recipe.packages,
                 budget_bytes=recipe.gram_budget_bytes,
                 flops_per_second=costs.matmul_speed(),
+                other_bytes=other_bytes,
                 streams=streams_of(recipe) if METHODS[recipe.method].streams else None,
             ),
         )
@@ -132,7 +151,7 @@ def open_job(settings: Settings, *, sparsity_required: bool = True) -> Job:
     if settings.sparsity is None and not sparsity_required:
         settings = dataclasses.replace(settings, sparsity="structured:0")
     source = settings.model or shipped_pipeline()
-    denoiser, family, configs = load_configs(source, revision=settings.revision)
+    denoiser, family, configs, behind = load_configs(source, revision=settings.revision)
     defaults = defaults_of(None, configs)
     recipe = resolve(settings, model=name_of(settings), family=family, defaults=defaults)
     select(recipe, family.linears(denoiser), family.groups(denoiser))
@@ -141,10 +160,23 @@ def open_job(settings: Settings, *, sparsity_required: bool = True) -> Job:
     job = Job(
         model=name_of(settings), family=family, denoiser=denoiser, configs=configs, defaults=defaults, recipe=recipe
     )
+    job = dataclasses.replace(
+        job,
+        behind=tuple(
+            dataclasses.replace(job, family=turns.placed(family, name), denoiser=other)
+            for name, other in behind.items()
+        ),
+    )
     if latencies.is_latency(recipe.allocation):
         groups = select(recipe, family.linears(denoiser), family.groups(denoiser))[1]
         job.times().require(allocation.spendable(groups, recipe))
     return job
+
+
+def require_one(job: Job, what: str) -> None:
+    """Raises ConfigError where denoisers take turns, and `what` knows one."""
+    if job.behind:
+        raise ConfigError(f"{what} knows one denoiser, and those of this pipeline take turns")
 
 
 def check_size_of(loaded: LoadedPipeline, sampling: Sampling) -> None:
@@ -252,7 +284,7 @@ def given(pipeline: DiffusionPipeline) -> LoadedPipeline:
     """A pipeline object, as if it had been loaded.
 
     Raises:
-        ModelError: it has no denoiser, or one of no known family, or is one of Wan 2.2.
+        ModelError: it has no denoiser, or one of no known family, or its denoisers take turns that are not known.
     """
     index = {**pipeline.config, **unsaved(pipeline), "_class_name": type(pipeline).__name__}
     configs: dict[str, dict[str, Any]] = {
@@ -266,8 +298,9 @@ def given(pipeline: DiffusionPipeline) -> LoadedPipeline:
     family = family_of(getattr(pipeline, name))
     if family.denoiser != name:
         raise ModelError(f"no family describes this {type(getattr(pipeline, name)).__name__}; {HELP}")
-    require_known_experts(index, family)
+    require_known_turns(index, family)
     require_known_pipeline(index, family)
+    require_alike([dict(getattr(pipeline, each).config) for each in turns.names(index, family)])
     configs[name]["_class_name"] = type(getattr(pipeline, name)).__name__
     configs["model_index"] = index
     folder = Path(str(pipeline.config.get("_name_or_path") or "in memory"))
@@ -352,6 +385,6 @@ def require_disk_for(loaded: LoadedPipeline, output: Path, denoiser_bytes: int) 
     others = sum(
         path.stat().st_size
         for path in loaded.folder.glob("*/*.safetensors")
-        if path.parent.name != loaded.family.denoiser and not path.is_symlink()
+        if path.parent.name not in loaded.denoisers and not path.is_symlink()
     )
     require_disk(output, denoiser_bytes + others)

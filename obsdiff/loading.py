@@ -5,8 +5,8 @@ import errno
 import inspect
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
@@ -19,7 +19,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from obsdiff import checkpoint, offloading, weights
+from obsdiff import checkpoint, offloading, turns, weights
 from obsdiff.checkpoint import DEFAULTS, INDEX
 from obsdiff.families import HELP, Family, dit, parts, references
 from obsdiff.families.table import FAMILIES, family_of
@@ -29,6 +29,7 @@ from obsdiff_runtime import autoencoder
 from obsdiff_runtime.conditioning import IS_DISTILLED
 from obsdiff_runtime.errors import ModelError, ResourceError
 from obsdiff_runtime.labels import Labels, read_labels
+from obsdiff_runtime.turns import BEHIND
 
 _DEFAULTS_KEY = Path(DEFAULTS).stem
 _PIPELINES: Final[Mapping[str, tuple[str, ...]]] = {
@@ -57,6 +58,7 @@ class Defaults:
         prompts: name of the prompt set the pipeline was made for; None for general ones.
         takes_guidance: whether a guidance scale above 1 makes a difference; not where a pipeline's steps are distilled.
         takes_references: whether its denoiser is told pictures beside the prompt.
+        takes_turns: whether several denoisers share its steps; see turns.py.
         labels: the classes that it draws, where a prompt is one.
     """
 
@@ -69,6 +71,7 @@ class Defaults:
     prompts: str | None = None
     takes_guidance: bool = True
     takes_references: bool = False
+    takes_turns: bool = False
     labels: Labels | None = None
 
 
@@ -81,7 +84,8 @@ class LoadedPipeline:
         family: of its denoiser.
         folder: on this machine: as given, or in the Hub's cache.
         defaults: of its calls.
-        manifest: what was pruned before; None for a dense one.
+        manifest: what was pruned before of its denoiser; None for a dense one.
+        behind: the same of the denoisers that take their turns behind it, by name.
     """
 
     pipeline: DiffusionPipeline
@@ -89,11 +93,16 @@ class LoadedPipeline:
     folder: Path
     defaults: Defaults
     manifest: PrunedManifest | None = None
+    behind: Mapping[str, PrunedManifest | None] = field(default_factory=dict)
 
     @property
     def denoiser(self) -> nn.Module:
-        module: nn.Module = getattr(self.pipeline, self.family.denoiser)
-        return module
+        return self.denoisers[self.family.denoiser]
+
+    @property
+    def denoisers(self) -> dict[str, nn.Module]:
+        """By name, in turn."""
+        return turns.modules(self.pipeline, self.family)
 
 
 class ModelConfigs(NamedTuple):
@@ -104,11 +113,13 @@ class ModelConfigs(NamedTuple):
         family: of the denoiser.
         configs: by component ("transformer", "vae", "scheduler", "text_encoder", ...), those that are there; and
             "model_index" and, where the pipeline has its own, "obsdiff_defaults". A bare denoiser has only its config.
+        behind: the denoisers that take their turns behind it, likewise, by name.
     """
 
     denoiser: nn.Module
     family: Family
     configs: dict[str, dict[str, Any]]
+    behind: Mapping[str, nn.Module] = MappingProxyType({})
 
 
 def shipped_pipeline() -> Path:
@@ -162,7 +173,8 @@ def load_pipeline(
         if isinstance(component, nn.Module):
             component.eval()
     if offload:
-        offloading.place(pipeline, family, torch.device(device))
+        for each in turns.families(pipeline, family):
+            offloading.place(pipeline, each, torch.device(device))
     elif torch.device(device).type != "cpu":
         pipeline.to(device)
     return LoadedPipeline(
@@ -171,6 +183,7 @@ def load_pipeline(
         folder=folder,
         defaults=defaults_of(folder, _configs(folder, index)),
         manifest=manifest,
+        behind={name: checkpoint.manifest_of(folder / name) for name in turns.names(index, family)[1:]},
     )
 
 
@@ -194,8 +207,9 @@ def load_configs(model: str | Path, *, revision: str | None = None, local_files_
     index = _index(path)
     family = _family(path, index)
     configs = _configs(path, index)
-    file = path / family.denoiser / "config.json"
-    return ModelConfigs(_empty(file, configs[family.denoiser]), family, configs)
+    denoisers = {name: _empty(path / name / "config.json", configs[name]) for name in turns.names(index, family)}
+    denoiser = denoisers.pop(family.denoiser)
+    return ModelConfigs(denoiser, family, configs, denoisers)
 
 
 def defaults_of(folder: Path | None, configs: Mapping[str, Mapping[str, Any]]) -> Defaults:
@@ -225,19 +239,31 @@ def vae_scale(configs: Mapping[str, Mapping[str, Any]]) -> int:
     return autoencoder.vae_scale(configs["vae"]) if "vae" in configs else _family_of(configs).vae_scale
 
 
-def require_known_experts(index: Mapping[str, Any], family: Family) -> None:
-    """Raises ModelError for the pipelines of Wan 2.2; `index` is the content of model_index.json."""
-    name, second = index["_class_name"], index.get(f"{family.denoiser}_2")
-    if second and second[1] is not None:
+def require_known_turns(index: Mapping[str, Any], family: Family) -> None:
+    """Raises ModelError for denoisers whose steps are not known; `index` is the content of model_index.json."""
+    name, denoisers = index["_class_name"], turns.names(index, family)
+    if (len(denoisers) > 1) != (index.get(turns.BOUNDARY) is not None):
         raise ModelError(
-            f"this {name} draws with two denoisers in turn, {family.denoiser} and {family.denoiser}_2 (Wan 2.2), and "
-            "obsdiff knows only pipelines of one"
+            f"this {name} has {' and '.join(denoisers)} and {turns.BOUNDARY} {index.get(turns.BOUNDARY)}; denoisers "
+            f"that take turns are two, and {turns.BOUNDARY} says when"
         )
     if index.get("expand_timesteps"):
         raise ModelError(
-            f"this {name} tells its denoiser a timestep for each token (expand_timesteps, Wan 2.2), and obsdiff knows "
-            "only those that tell it one"
+            f"this {name} tells its denoiser a timestep for each token (expand_timesteps, Wan 2.2 TI2V 5B), and "
+            "obsdiff knows only those that tell it one"
         )
+
+
+def require_alike(configs: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ModelError where the configurations of denoisers that take turns differ."""
+    first, *others = ({key: config[key] for key in config if not key.startswith("_")} for config in configs)
+    for other in others:
+        differing = [key for key in first.keys() | other.keys() if first.get(key) != other.get(key)]
+        if differing:
+            raise ModelError(
+                f"the denoisers of this pipeline differ in {min(differing)}, and obsdiff knows only those that take "
+                "turns and are alike"
+            )
 
 
 def require_known_pipeline(index: Mapping[str, Any], family: Family) -> None:
@@ -282,6 +308,7 @@ def _class_defaults(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "prompts": None,
         "takes_guidance": not distilled,
         "takes_references": references.of(name) is not None,
+        "takes_turns": len(turns.names(index, family)) > 1,
     }
 
 
@@ -308,7 +335,7 @@ def _load_dense(
 
 def _left(folder: Path, index: Mapping[str, Any], family: Family, variant: str | None) -> dict[str, nn.Module]:
     """Denoiser and text encoders whose weights stay in their files."""
-    found = {family.denoiser: checkpoint.stored_denoiser(folder / family.denoiser, variant=variant)}
+    found = {name: checkpoint.stored_denoiser(folder / name, variant=variant) for name in turns.names(index, family)}
     for name, entry in index.items():
         if name.startswith("text_encoder") and entry[0] == "transformers":
             encoder = weights.stored_encoder(folder / name, entry[1], variant=variant)
@@ -373,7 +400,7 @@ def _family(folder: Path, index: Mapping[str, Any]) -> Family:
     family = family_of(found[0][1], _json(file) if file.is_file() else None)
     if family.denoiser not in index:
         raise ModelError(f"{folder}: no family describes its {found[0][1]}; {HELP}")
-    require_known_experts(index, family)
+    require_known_turns(index, family)
     require_known_pipeline(index, family)
     return family
 
@@ -389,8 +416,11 @@ def _configs(folder: Path, index: Mapping[str, Any]) -> dict[str, dict[str, Any]
     if (folder / DEFAULTS).is_file():
         configs[_DEFAULTS_KEY] = _json(folder / DEFAULTS)
     family = _family(folder, index)
-    if family.denoiser not in configs:
-        raise ModelError(f"{folder / family.denoiser / 'config.json'} is missing")
+    denoisers = turns.names(index, family)
+    for name in denoisers:
+        if name not in configs:
+            raise ModelError(f"{folder / name / 'config.json'} is missing")
+    require_alike([configs[name] for name in denoisers])
     return configs
 
 
@@ -444,7 +474,9 @@ def _download_configs(model: str, *, revision: str | None, local_files_only: boo
 
 def _fetch_extras(model: str, revision: str | None, local_files_only: bool) -> None:
     """Our own files, which diffusers does not know of; most models have none."""
-    for name in (DEFAULTS, *(f"{family.denoiser}/{MANIFEST}" for family in FAMILIES.values())):
+    places = dict.fromkeys(family.denoiser for family in FAMILIES.values())
+    manifests = [f"{place}{behind}/{MANIFEST}" for place in places for behind in ("", BEHIND)]
+    for name in (DEFAULTS, *manifests):
         with contextlib.suppress(EntryNotFoundError):
             _fetch(model, name, revision, local_files_only)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from obsdiff import calls, checkpoint, job, ranks
 from obsdiff.delivery import DTYPES
 from obsdiff.families import parts
+from obsdiff.families.autoencoders import use_tiles
 from obsdiff.loading import (
     LoadedPipeline,
     ModelConfigs,
@@ -32,7 +33,7 @@ from obsdiff.recipe import Sampling
 from obsdiff.residuals import block_modules
 from obsdiff.sampling import exactly, quiet, telling
 from obsdiff.weights import main_dtype
-from obsdiff_runtime.autoencoder import film_frames
+from obsdiff_runtime.autoencoder import film_frames, tile_side
 from obsdiff_runtime.benchmark.runner import DeviceMemory, Drawn, Loaded, Request, Subject
 from obsdiff_runtime.bundle import Defaults
 from obsdiff_runtime.conditioning import EXAMPLE, KINDS
@@ -101,6 +102,7 @@ class PipelineRunner:
         dtype: str | None = None,
         device: str | None = None,
         threads: int | None = None,
+        vae_tiling: bool | int = False,
     ) -> None:
         """Reads configurations only.
 
@@ -110,9 +112,10 @@ class PipelineRunner:
             dtype: fp32, fp16 or bf16; if None as stored, but fp32 on a CPU.
             device: cpu, cuda or cuda:N; cuda where there is one if None.
             threads: of the host to use, all if None.
+            vae_tiling: put pictures through the VAE in tiles; see the runtime's `Pipeline`.
 
         Raises:
-            ConfigError: there is no such dtype, or no such number of threads.
+            ConfigError: there is no such dtype, no such number of threads, or no such tile.
             ModelError: there is no such model, or no pipeline in it.
         """
         if dtype is not None and dtype not in DTYPES:
@@ -127,6 +130,7 @@ class PipelineRunner:
         self._configs: ModelConfigs = load_configs(self._model)
         if "model_index" not in self._configs.configs:
             raise ConfigError(f"{self._model} is a denoiser alone; name the folder of its pipeline")
+        self._tile = tile_side(vae_tiling, None, self._configs.configs.get("vae", {}))
         self._clock: _Clock = _HostClock() if self._device.type == "cpu" else _CudaClock()
         self._loaded: LoadedPipeline | None = None
         self._memory: _Memory | None = None
@@ -177,7 +181,11 @@ class PipelineRunner:
             batch_size=request.num_images,
             seed=request.seed,
             num_frames=request.num_frames,
+            guidance_scale_2=request.guidance_scale_2,
         )
+        if request.guidance_scale_2 is not None and not self._configs.behind:
+            scale = f"guidance_scale_2 {request.guidance_scale_2:g}"
+            raise ConfigError(f"{scale}: one denoiser takes all steps of {self._model}; leave it out")
         film_frames(request.num_frames, self.defaults.num_frames, who=str(self._model))
         pipeline = str(configs["model_index"]["_class_name"])
         job.check_size(pipeline, configs[family.denoiser], vae_scale(configs), sampling)
@@ -188,8 +196,11 @@ class PipelineRunner:
         before, start = self._allocated(), time.perf_counter()
         loaded = load_pipeline(self._model, dtype=self._dtype, device=self._device)
         if self._kind == COMPILED:
-            for name in block_modules(loaded.family.linears(loaded.denoiser)):
-                loaded.denoiser.get_submodule(name).compile()
+            for denoiser in loaded.denoisers.values():
+                for name in block_modules(loaded.family.linears(denoiser)):
+                    denoiser.get_submodule(name).compile()
+        if self._tile is not None:
+            use_tiles(loaded.pipeline.vae, self._tile)
         self._loaded, load_seconds = loaded, time.perf_counter() - start
         self._memory = None if before is None else _Memory(weights_bytes=(self._allocated() or 0) - before)
         start = time.perf_counter()
@@ -211,7 +222,8 @@ class PipelineRunner:
         told = {} if length is None or "max_sequence_length" not in options else {"max_sequence_length": length}
         films = parts.draws_films(type(pipeline))
         told |= {"num_videos_per_prompt" if films else "num_images_per_prompt": request.num_images}
-        told |= {} if request.num_frames is None else {"num_frames": request.num_frames}
+        for name in ("num_frames", "guidance_scale_2"):
+            told |= {} if getattr(request, name) is None else {name: getattr(request, name)}
         laps: dict[str, list[tuple[Mark, Mark]]] = {}
         steps: list[Mark] = []
 
@@ -308,7 +320,8 @@ def _components(loaded: LoadedPipeline) -> dict[str, tuple[nn.Module, ...]]:
     }
     quant = getattr(vae, "post_quant_conv", None)
     decoder = (vae.decoder,) if quant is None else (quant, vae.decoder)
-    return {**encoders, loaded.family.denoiser: (loaded.denoiser,), "vae_decoder": decoder}
+    denoisers = {name: (module,) for name, module in loaded.denoisers.items()}
+    return {**encoders, **denoisers, "vae_decoder": decoder}
 
 
 @contextlib.contextmanager

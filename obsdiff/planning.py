@@ -7,7 +7,7 @@ streams    the dense model and the one pruned so far, walked through block by bl
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -83,6 +83,7 @@ class Plan:
         denoiser_calls: calls that calibration makes, over all passes; of a streamed method, of its trajectories.
         notes: what may surprise: groups that rounding leaves whole, linears that stay dense.
         estimates: labelled as such.
+        turns: the plan of each denoiser where several take turns, by name; the others' numbers are then of all of them.
     """
 
     sparsity: str
@@ -99,6 +100,7 @@ class Plan:
     denoiser_calls: int
     notes: tuple[str, ...]
     estimates: Estimates
+    turns: "Mapping[str, Plan]" = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -173,6 +175,52 @@ def plan(
         notes=(*_undescribed(family), *_notes(groups, removed, layers, sparsity, align, allocation)),
         estimates=estimated,
     )
+
+
+def together(plans: Mapping[str, Plan]) -> Plan:
+    """The plan of denoisers that take turns and are pruned one after another: names say whose something is.
+
+    Sizes and work add up, MACs to those of one call of each; memory is that of the one that needs most.
+    """
+    first, *others = plans.values()
+    if not others:
+        return first
+    every = (first, *others)
+
+    def named(kind: str) -> tuple[Any, ...]:
+        return tuple(
+            replace(each, name=f"{name}.{each.name}") for name, plan in plans.items() for each in getattr(plan, kind)
+        )
+
+    estimated = [plan.estimates for plan in every]
+    streams = [plan.streams for plan in every if plan.streams is not None]
+    return replace(
+        first,
+        **_sums(every, "parameters_before", "parameters_after", "zeros", "macs_before", "macs_after", "denoiser_calls"),
+        cuts=named("cuts"),
+        layers=named("layers"),
+        packages=tuple(package for plan in every for package in plan.packages),
+        streams=replace(
+            streams[0],
+            **_sums(streams, "blocks", "linears", "grams", "kept_calls", "block_calls", "denoiser_calls"),
+            moment_bytes=max(each.moment_bytes for each in streams),
+            stream_bytes=max(each.stream_bytes for each in streams),
+        )
+        if streams
+        else None,
+        gram_bytes=max(plan.gram_bytes for plan in every),
+        notes=tuple(dict.fromkeys(note for plan in every for note in plan.notes)),
+        estimates=replace(
+            estimated[0],
+            **_sums(estimated, "checkpoint_bytes", "calibration_seconds", "solver_seconds"),
+            memory_bytes=max(each.memory_bytes for each in estimated),
+        ),
+        turns=dict(plans),
+    )
+
+
+def _sums(parts: Sequence[object], *names: str) -> dict[str, Any]:
+    return {name: sum(getattr(part, name) for part in parts) for name in names}
 
 
 def removals(groups: Sequence[Group], sparsity: Sparsity, *, align: int) -> dict[str, int]:

@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from obsdiff import allocation, calibration, planning, pointwise, ranks, stream_costs, streaming
+from obsdiff import allocation, calibration, planning, pointwise, ranks, stream_costs, streaming, turns
 from obsdiff.clusters import Cluster, clusters
 from obsdiff.core import solver
 from obsdiff.core.gram import Gram
@@ -23,7 +23,7 @@ from obsdiff.methods import Layer, Method, Options
 from obsdiff.methods.result import cast
 from obsdiff.methods.table import METHODS
 from obsdiff.recipe import Recipe, select
-from obsdiff.results import Journal, LayerResult, PackageResult, Sensitivity, merged
+from obsdiff.results import Journal, LayerResult, PackageResult, Sensitivity, Within, merged
 from obsdiff.shrinking import shrink
 from obsdiff.sparsity import NM, Pattern
 from obsdiff.streaming import Assignment
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Pruned:
-    """A pruned pipeline.
+    """A pruned denoiser in its pipeline.
 
     Attributes:
         pipeline: the pipeline given, with its denoiser pruned and shrunk in place.
@@ -43,6 +43,7 @@ class Pruned:
         orders: group name -> which channel is at each place now, for groups whose channels changed places.
         layers: one record for each linear considered.
         sensitivities: what was measured to allocate the budget, where it was.
+        behind: the denoisers that take their turns behind this one, where some do.
     """
 
     pipeline: DiffusionPipeline
@@ -53,11 +54,22 @@ class Pruned:
     layers: tuple[LayerResult, ...]
     orders: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     sensitivities: tuple[Sensitivity, ...] = ()
+    behind: "tuple[Pruned, ...]" = ()
+
+    @property
+    def turns(self) -> "tuple[Pruned, ...]":
+        """All that take turns, this one first."""
+        return (self, *self.behind)
 
     @property
     def denoiser(self) -> nn.Module:
         module: nn.Module = getattr(self.pipeline, self.family.denoiser)
         return module
+
+    @property
+    def denoisers(self) -> dict[str, nn.Module]:
+        """By name, in turn."""
+        return {each.family.denoiser: each.denoiser for each in self.turns}
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -65,6 +77,7 @@ class Pruned:
             "kept": {name: list(units) for name, units in self.kept.items()},
             "layers": [asdict(layer) for layer in self.layers],
             "sensitivities": [asdict(sensitivity) for sensitivity in self.sensitivities],
+            **({"behind": {each.family.denoiser: each.to_json() for each in self.behind}} if self.behind else {}),
         }
 
 
@@ -78,6 +91,8 @@ def prune(
     progress: Progress = silent,
 ) -> Pruned:
     """Prunes `pipeline` in place; where ranks have joined (ranks.py), all of them call this and get the same.
+
+    Denoisers that take turns are pruned from the last to the first: so each is calibrated on what dense ones drew.
 
     Args:
         pipeline: complete enough to run: text encoders, denoiser, scheduler; the VAE is not used.
@@ -93,6 +108,23 @@ def prune(
         ConfigError: a selection that leaves nothing, or more ranks than batches of prompts.
         RunError: another rank failed.
     """
+    found: tuple[Pruned, ...] = ()
+    for each in reversed(turns.families(pipeline, family)):
+        own = journal if journal is None or each is family else Within(journal, each.denoiser)
+        found = (_prune(pipeline, each, recipe, stored=stored, journal=own, progress=progress), *found)
+    return replace(found[0], behind=found[1:])
+
+
+def _prune(
+    pipeline: DiffusionPipeline,
+    family: Family,
+    recipe: Recipe,
+    *,
+    stored: torch.dtype,
+    journal: Journal | None,
+    progress: Progress,
+) -> Pruned:
+    """One denoiser; see `prune`."""
     method = METHODS[recipe.method]
     denoiser: nn.Module = getattr(pipeline, family.denoiser)
     run = _Run(pipeline, family, recipe, method, stored, ranks.shared(journal), progress)

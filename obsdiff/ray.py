@@ -47,6 +47,8 @@ class Asked(BaseModel):
     bundles: list[str]
     backend: str = DEFAULTS["backend"]
     threads: PositiveInt | None = None
+    vae_tiling: bool = DEFAULTS["vae_tiling"]
+    vae_tile: PositiveInt | None = None
     max_rows: PositiveInt = DEFAULTS["max_rows"]
     max_queue: PositiveInt = DEFAULTS["max_queue"]
     max_steps: PositiveInt = DEFAULTS["max_steps"]

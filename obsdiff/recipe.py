@@ -32,6 +32,7 @@ class Sampling:
     Attributes:
         num_frames: of a film, in pixels; None where pictures are drawn.
         references: files of the pictures that drawings are told, in turn; see pictures.py.
+        guidance_scale_2: of the denoiser behind the first, where they take turns; None where one takes all steps.
     """
 
     num_inference_steps: int
@@ -43,6 +44,7 @@ class Sampling:
     seed: int
     num_frames: int | None = None
     references: tuple[str, ...] = ()
+    guidance_scale_2: float | None = None
 
     def latents(self, vae_scale: int) -> tuple[int, ...]:
         """Sides of the latents: (height, width), of a film (frames, height, width)."""

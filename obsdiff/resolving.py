@@ -86,6 +86,8 @@ def resolve(
         require_described(family, f"--sparsity {sparsity}, which removes units,")
     method = _method(settings.method, sparsity)
     dense_share = _dense_share(settings.dense_share, sparsity)
+    if defaults.takes_turns and latencies.is_latency(settings.allocation or ""):
+        raise ConfigError("--allocation latency knows one denoiser, and those of this pipeline take turns")
     allocation = _allocation(settings.allocation, method, sparsity, dense_share)
     runs = sampling(settings, defaults)
     steps = runs.num_inference_steps
@@ -151,6 +153,7 @@ def sampling(settings: Settings, defaults: Defaults) -> Sampling:
     return Sampling(
         num_inference_steps=_at_least("--steps", 1, settings.steps, defaults.num_inference_steps),
         guidance_scale=guidance,
+        guidance_scale_2=_guidance_behind(settings.guidance_scale_2, guidance, defaults),
         height=_at_least("--height", 1, settings.height, defaults.height),
         width=_at_least("--width", 1, settings.width, defaults.width),
         max_sequence_length=_text_tokens(settings.max_sequence_length, defaults.max_sequence_length),
@@ -159,6 +162,17 @@ def sampling(settings: Settings, defaults: Defaults) -> Sampling:
         num_frames=film_frames(settings.num_frames, defaults.num_frames, "--num-frames"),
         references=_references(settings.references, defaults),
     )
+
+
+def _guidance_behind(asked: float | None, first: float, defaults: Defaults) -> float | None:
+    if not defaults.takes_turns:
+        if asked is not None:
+            raise ConfigError(f"--guidance-scale-2 {asked:g}: one denoiser takes all steps here; leave it out")
+        return None
+    scale = first if asked is None else asked
+    if not 0 <= scale < math.inf:
+        raise ConfigError(f"--guidance-scale-2 {scale:g}: must be a finite number and not negative")
+    return scale
 
 
 def _references(folder: str | None, defaults: Defaults) -> tuple[str, ...]:

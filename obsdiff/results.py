@@ -125,3 +125,17 @@ class Journal(Protocol):
     def read(self, package: str) -> PackageResult | None: ...
 
     def write(self, package: str, result: PackageResult) -> None: ...
+
+
+@dataclass(frozen=True)
+class Within:
+    """A journal's part for one denoiser of several."""
+
+    journal: Journal
+    denoiser: str
+
+    def read(self, package: str) -> PackageResult | None:
+        return self.journal.read(f"{self.denoiser}-{package}")
+
+    def write(self, package: str, result: PackageResult) -> None:
+        self.journal.write(f"{self.denoiser}-{package}", result)

@@ -9,7 +9,8 @@ A scheduler may call the denoiser more than once per step; the calls of a step c
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -70,12 +71,25 @@ class Watched:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Pair:
+    """A denoiser before and after."""
+
+    dense: nn.Module
+    pruned: nn.Module
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """Runs the pipeline on a batch with one denoiser or another."""
+    """Runs the pipeline on a batch with one denoiser or another.
+
+    Attributes:
+        behind: the dense and the pruned one of those that take their turns behind it, by name.
+    """
 
     pipeline: DiffusionPipeline
     family: Family
     sampling: Sampling
+    behind: Mapping[str, Pair] = field(default_factory=dict)
 
     def watched(self, batch: Batch, dense: nn.Module, pruned: nn.Module, tell: Tell) -> Watched:
         """Runs the dense denoiser and gives its very inputs to the pruned one too."""
@@ -83,19 +97,19 @@ class Sampler:
         velocities = VelocityErrors(prompts, steps, clock)
         blocks = BlockErrors(block_modules(self.family.linears(dense)), prompts, steps, clock)
 
-        def compare(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            found = {"dense": output, "pruned": pruned(*args, **kwargs)}
+        def compare(pair: Pair, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            found = {"dense": output, "pruned": pair.pruned(*args, **kwargs)}
             dense_velocity, pruned_velocity = (
                 _finite(velocity_of(dense, each, kwargs), who, clock.step, batch.prompts) for who, each in found.items()
             )
             velocities.add(dense_velocity, pruned_velocity)
 
-        with blocks.watching(dense, pruned):
-            handle = dense.register_forward_hook(compare, with_kwargs=True)
-            try:
-                latents, images = self._run("dense", batch, dense, tell, clock)
-            finally:
-                handle.remove()
+        with ExitStack() as stack:
+            for pair in (Pair(dense=dense, pruned=pruned), *self.behind.values()):
+                stack.enter_context(blocks.watching(pair.dense, pair.pruned))
+                hook = partial(lambda pair, _, *called: compare(pair, *called), pair)
+                stack.callback(pair.dense.register_forward_hook(hook, with_kwargs=True).remove)
+            latents, images = self._run("dense", batch, dense, tell, clock)
         return Watched(
             velocity_errors=velocities.curve(batch.prompts),
             block_errors=blocks.curves(batch.prompts),
@@ -110,7 +124,7 @@ class Sampler:
         return self._run(who, batch, denoiser, tell, Clock())
 
     def _run(
-        self, who: str, batch: Batch, denoiser: nn.Module, tell: Tell, clock: Clock
+        self, who: Literal["dense", "pruned"], batch: Batch, denoiser: nn.Module, tell: Tell, clock: Clock
     ) -> tuple[Tensor, list[Picture]]:
         order, steps = int(getattr(self.pipeline.scheduler, "order", 1)), self.sampling.num_inference_steps
         last: list[Tensor] = []
@@ -127,6 +141,8 @@ class Sampler:
             stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
             torch.manual_seed(batch.seeds[0])
             stack.enter_context(_swapped(self.pipeline, self.family.denoiser, denoiser))
+            for name, pair in self.behind.items():
+                stack.enter_context(_swapped(self.pipeline, name, getattr(pair, who)))
             images = calls.call(self.pipeline)(
                 **call_of(self.pipeline, batch.text, batch.prompts, self.sampling),
                 generator=[torch.Generator("cpu").manual_seed(seed) for seed in batch.seeds],
@@ -170,6 +186,7 @@ def call_of(
         "height": sampling.height,
         "width": sampling.width,
         **({} if sampling.num_frames is None else {"num_frames": sampling.num_frames}),
+        **({} if sampling.guidance_scale_2 is None else {"guidance_scale_2": sampling.guidance_scale_2}),
         **exactly(pipeline, embedded=embedded, pixels=sampling.height * sampling.width),
     }
 

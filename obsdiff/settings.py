@@ -68,6 +68,9 @@ class Settings:
     num_samples: Annotated[int | None, "calibration prompts used; default: 100, or 24 on the shipped pipeline"] = None
     steps: Annotated[int | None, "denoising steps; default: the pipeline's"] = None
     guidance_scale: Annotated[float | None, "classifier-free guidance; default: the pipeline's"] = None
+    guidance_scale_2: Annotated[
+        float | None, "of the second denoiser, of pipelines that have one (Wan 2.2); default: as the first one's"
+    ] = None
     height: Annotated[int | None, "image height in pixels; default: the pipeline's"] = None
     width: Annotated[int | None, "image width in pixels; default: the pipeline's"] = None
     num_frames: Annotated[int | None, "frames of a film: 1, 5, 9, ...; default: the pipeline's"] = None
@@ -124,6 +127,10 @@ class Settings:
     )
     opt_shapes: Annotated[str | None, "shapes that kernels are timed at; default: the largest"] = None
     max_shapes: Annotated[str | None, "largest shapes"] = None
+    vae_tile: Annotated[
+        int | None,
+        "pictures go through the VAE in tiles of so many pixels a side, and its engines take no more; default: whole",
+    ] = None
     refit: Annotated[
         str | None, "yes: weights can be swapped without a rebuild; stripped: and the plan holds none; default: no"
     ] = None

@@ -16,7 +16,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from obsdiff import calibration, moments, offloading, pausing, pointwise, ranks, trajectories
+from obsdiff import calibration, moments, offloading, pausing, pointwise, ranks, trajectories, turns
 from obsdiff.clusters import clusters
 from obsdiff.core import timesteps
 from obsdiff.core.permutation import permute
@@ -139,7 +139,7 @@ class _Run:
         self._weights = [weights[call.step] for call in calls]
         self._recipe = recipe
         combined = recipe.guided and guided(family, denoiser, recipe.sampling.guidance_scale)
-        scale = usual_scale(family, recipe.sampling.guidance_scale)
+        scale = usual_scale(family, turns.guidance_scale(recipe.sampling, family))
         self._guidance = moments.Guidance(scale=scale, weight=recipe.guided) if combined else None
         self._groups = family.groups(denoiser)
         losing = [group for group in assignment.groups if assignment.removals.get(group.name)]

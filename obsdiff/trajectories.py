@@ -1,7 +1,7 @@
 """The denoiser's calls along the dense model's own trajectories: what streamed calibration looks at."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final
@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from obsdiff import padding, ranks
+from obsdiff import padding, ranks, turns
 from obsdiff.calibration import Prompts, StepIndex, batches, sample
 from obsdiff.families import Family, guided
 from obsdiff.padding import Masks
@@ -63,11 +63,11 @@ def record(
     gave last stands. Some of those that it computes are kept (`kept`): inputs of one trajectory resemble one another,
     and more prompts are worth more than more steps of each. Each rank runs and keeps its share of the batches. Where
     guidance calls the denoiser on negative prompts by themselves, behind the others, both calls are kept as one, if
-    their texts are of one length.
+    their texts are of one length. Where denoisers take turns, those of one are kept, of the steps that it takes.
 
     Args:
         pipeline: in eval mode.
-        family: of its denoiser.
+        family: of its denoiser, or of one of those that take turns.
         prompts: encoded.
         sampling: steps, guidance, size and seed.
         computed_steps: at how many steps of each batch the denoiser computes, 1 to all.
@@ -76,7 +76,8 @@ def record(
         stage: what progress calls it.
 
     Raises:
-        CalibrationError: there is no prompt, or the denoiser's output is not finite (names step and prompts).
+        CalibrationError: there is no prompt, the denoiser takes none of the steps, or its output is not finite (names
+            step and prompts).
         ConfigError: there are more ranks than batches of prompts.
     """
     if not prompts.texts:
@@ -87,12 +88,20 @@ def record(
     own = ranks.share(range(len(passes)), "batches of prompts")
     total = len(own) * sampling.num_inference_steps
     combined = guided(family, denoiser, sampling.guidance_scale)
+    everyone = turns.of(pipeline, family)
+    computing: frozenset[int] = frozenset()
+    keeping: frozenset[int] = frozenset()
     calls: list[Call] = []
     waiting: list[Call] = []
     place = own[0]
 
     def answer(compute: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        nonlocal computing, keeping
         step = steps.advance(kwargs["timestep"] if "timestep" in kwargs else args[1])
+        if not computing:  # the first call of a batch: only now the sampler has its timesteps
+            taken = turns.steps_of(everyone, pipeline.scheduler.timesteps.tolist(), sampling.num_inference_steps)
+            computing, among = shared(taken, family.denoiser, computed_steps, place)
+            keeping = kept(among, kept_steps, place)
         return answers.at(step, computes=step in computing, compute=partial(look, step, compute, args, kwargs))
 
     def look(step: int, compute: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -117,10 +126,11 @@ def record(
         progress(stage, (place - own[0]) * sampling.num_inference_steps + step, total)
         return output
 
-    with quiet(pipeline), _answered_by(denoiser, answer):
+    with quiet(pipeline), ExitStack() as stack:
+        for name in everyone:
+            stack.enter_context(_answered_by(getattr(pipeline, name), answer))
         for place in own:
-            computing = computed(sampling.num_inference_steps, computed_steps, place)
-            keeping = kept(computing, kept_steps, place)
+            computing = frozenset()
             answers = _Answers()
             steps.restart()
             sample(pipeline, prompts, passes[place], sampling)
@@ -141,6 +151,27 @@ def computed(steps: int, count: int, batch: int) -> frozenset[int]:
         asked = 1 + int(share**LATE * (steps - 1))
         found.append(min(max(asked, found[-1] + 1), steps - count + part))
     return frozenset(found)
+
+
+def shared(taken: Mapping[str, range], denoiser: str, count: int, batch: int) -> tuple[frozenset[int], frozenset[int]]:
+    """The steps at which denoisers that take turns compute for a batch, and those of one of them among these.
+
+    Each has its share of the count, and at least one. Behind the turn of the one that is asked for none computes.
+
+    Raises:
+        CalibrationError: it takes no step.
+    """
+    steps = sum(len(turn) for turn in taken.values())
+    found: frozenset[int] = frozenset()
+    for name, turn in taken.items():
+        own = computed(len(turn), max(round(count * len(turn) / steps), 1), batch) if turn else ()
+        own = frozenset(turn.start + step for step in own)
+        found |= own
+        if name == denoiser:
+            break
+    if not own:
+        raise CalibrationError(f"{denoiser} takes none of {steps} steps; take more of them (--steps)")
+    return found, own
 
 
 def kept(computing: frozenset[int], count: int, batch: int) -> frozenset[int]:

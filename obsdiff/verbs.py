@@ -25,8 +25,8 @@ from obsdiff.bundling import (
     scales_of,
     served_by,
 )
+from obsdiff.comparison import as_stored, hold
 from obsdiff.comparison import evaluate as evaluate
-from obsdiff.comparison import hold, layers_of
 from obsdiff.engines import Order, order_of
 from obsdiff.engines import build as build
 from obsdiff.evaluation import check_size
@@ -45,6 +45,7 @@ from obsdiff.job import (
     require_disk_for,
     require_nothing_computed,
     require_offloadable,
+    require_one,
 )
 from obsdiff.job import load as load_model
 from obsdiff.journal import FolderJournal
@@ -140,8 +141,8 @@ def prune(
 
 def save(pruned: Pruned, folder: Path | str, *, source: Path | None = None, force: bool = False) -> None:
     """Writes a pruned pipeline as a diffusers folder; see checkpoint.save."""
-    manifest = _manifest_after(pruned, source)
-    checkpoint.save(pruned.pipeline, pruned.denoiser, Path(folder), manifest, source=source, force=force)
+    manifest, behind = _manifests_after(pruned, source)
+    checkpoint.save(pruned.pipeline, pruned.denoiser, Path(folder), manifest, behind=behind, source=source, force=force)
 
 
 def load(folder: Path | str, *, dtype: torch.dtype | None = None) -> DiffusionPipeline:
@@ -167,15 +168,15 @@ def prune_to_folder(
     require_disk_for(loaded, output, 2 * weights)
     restore, stored = remember_dtypes(loaded.pipeline), computable(loaded)
     journal = FolderJournal(output, job.recipe.digest(), resume=resume)
-    size = facts.weight_bytes(loaded.folder / loaded.family.denoiser)
-    before, stages = counts_of(job, loaded.denoiser, size), Stages()
+    size = facts.weight_bytes(loaded.folder, loaded.denoisers)
+    before, stages = counts_of(job, loaded.denoisers, size), Stages()
     with stages("calibrate and prune"):
         pruned = _prune(loaded, job, stored, journal, progress)
     restore()
     with new_folder(output, force=force) as folder:
-        manifest = _manifest_after(pruned, loaded.folder)
-        checkpoint.save_into(folder, pruned.pipeline, pruned.denoiser, manifest, source=loaded.folder)
-        finished = Delivery(dense_bytes=size, pruned_bytes=facts.weight_bytes(folder / loaded.family.denoiser))
+        manifest, behind = _manifests_after(pruned, loaded.folder)
+        checkpoint.save_into(folder, pruned.pipeline, pruned.denoiser, manifest, behind=behind, source=loaded.folder)
+        finished = Delivery(dense_bytes=size, pruned_bytes=facts.weight_bytes(folder, loaded.denoisers))
         nothing = NotMeasured(why="prune compares nothing; obsdiff eval does")
         found = report_of(job, pruned, before, finished, nothing, stages.done)
         found = dataclasses.replace(found, licence=card.licence_of(loaded.folder))
@@ -224,9 +225,11 @@ def export(
         require_nothing_computed(settings)
     job = open_job(settings, sparsity_required=False)
     require_described(job.family, "obsdiff export")
+    what = served_by(job, settings)
     if order is not None:
-        engines.require_drawable(order, served_by(job))
+        engines.require_drawable(order, what)
     if format is not None:
+        require_one(job, f"--precision {settings.precision}")
         quantizable(job.family.linears(job.denoiser), job.recipe.keep_float)
     held_out = evaluation_prompts(settings, job.defaults.prompts, job.defaults.labels)
     if held_out:
@@ -238,11 +241,11 @@ def export(
     stages = Stages()
     with stages("load"):
         loaded = load_model(settings, low_memory=True)
-        require_disk_for(loaded, output, 3 * weights or facts.weight_bytes(loaded.folder / loaded.family.denoiser))
+        require_disk_for(loaded, output, 3 * weights or facts.weight_bytes(loaded.folder, loaded.denoisers))
         judges = judges_of(settings, obeys=obedience_of(loaded.defaults), device=loaded.pipeline.device)
         gates, scales = gates_of(settings, judges), scales_of(settings, judges)
         stored = computable(loaded)
-        dense = loaded.denoiser if settings.low_memory else copy.deepcopy(loaded.denoiser)
+        dense = loaded.denoisers if settings.low_memory else copy.deepcopy(loaded.denoisers)
     with stages("calibrate and prune"):
         pruned = _prune(loaded, job, stored, journal, progress)
     rounding = None
@@ -258,7 +261,7 @@ def export(
     if settings.sparsity is None and loaded.manifest is not None:  # pruned by an earlier run: say and check what it is
         recipe = dataclasses.replace(job.recipe, sparsity=parse(loaded.manifest.sparsity))
         job = dataclasses.replace(job, recipe=recipe)
-        pruned = dataclasses.replace(pruned, layers=layers_of(loaded.manifest))
+        pruned = as_stored(pruned, loaded)
     with new_folder(output, force=force) as folder:
         finished = deliver(job, settings, pruned, dense, folder, order, stages, progress, quantization)
         found = dataclasses.replace(
@@ -327,6 +330,8 @@ def lora(
         raise ConfigError(f"{output} exists; choose another name or replace it with --force")
     manifest = checkpoint.require_manifest(folder)
     configs = load_configs(folder)
+    if configs.behind:
+        raise ConfigError("obsdiff lora knows one denoiser, and those of this pipeline take turns")
     with torch.device("meta"):
         dense = type(configs.denoiser).from_config(configs.configs[configs.family.denoiser])  # type: ignore[attr-defined]
     name = configs.family.denoiser
@@ -379,11 +384,15 @@ def _prune(loaded: LoadedPipeline, job: Job, stored: torch.dtype, journal: Folde
     return pruned
 
 
-def _manifest_after(pruned: Pruned, source: Path | None) -> PrunedManifest:
-    """Of what was pruned, on top of what had been pruned of the source before."""
-    manifest = _pruned_manifest(pruned)
-    previous = checkpoint.pruned_manifest(source) if source is not None else None
-    return manifest if previous is None else manifest.after(previous)
+def _manifests_after(pruned: Pruned, source: Path | None) -> tuple[PrunedManifest, dict[str, PrunedManifest]]:
+    """Of what was pruned, on top of what had been pruned of the source before; and of denoisers behind, by name."""
+    found = {
+        each.family.denoiser: _pruned_manifest(each).after(
+            None if source is None else checkpoint.manifest_of(source / each.family.denoiser)
+        )
+        for each in pruned.turns
+    }
+    return found.pop(pruned.family.denoiser), found
 
 
 def _pruned_manifest(pruned: Pruned) -> PrunedManifest:

@@ -30,6 +30,7 @@ FAMILIES: Final = {
     "hunyuan": "`hunyuan`: HunyuanDiT",
     "dit": "`dit`: DiT, class-conditional",
     "wan": "`wan`: Wan 2.1, text to film",
+    "wan22": "`wan`: Wan 2.2 A14B, text to film",
     "chroma": "no family: Chroma",
 }
 STAGES: Final = {

@@ -59,7 +59,7 @@ def _small(row: Row, asked: dict[str, Any], options: Options) -> None:
     few = {"num_samples": 2, "steps": 2, "eval_prompts": 1} if options.tiny else {"eval_prompts": EVAL_PROMPTS}
     settings = Settings(sparsity="2:4", **{**asked, **few})
     job, loaded = open_job(settings), load(settings)
-    stored, dense = computable(loaded), copy.deepcopy(loaded.denoiser)
+    stored, dense = computable(loaded), copy.deepcopy(loaded.denoisers)
     started = time.perf_counter()
     pruned = pruning.prune(loaded.pipeline, loaded.family, job.recipe, stored=stored)
     row.figures["seconds"] = time.perf_counter() - started

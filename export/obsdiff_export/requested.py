@@ -57,6 +57,7 @@ class Served:
         scale: pixels per side of a latent pixel.
         step: sizes in pixels must be multiples of it.
         largest: pixels per side that the denoiser can draw, None where there is no limit.
+        tile: pixels per side of the tiles that pictures go through the autoencoder in; None where they go whole.
     """
 
     sizes: Sizes
@@ -64,6 +65,7 @@ class Served:
     scale: int
     step: int
     largest: int | None
+    tile: int | None = None
 
     def size(self) -> tuple[int, int]:
         """(width, height) in pixels."""
@@ -99,6 +101,18 @@ def tables(asked: Sequence[SizeProfile], served: Served, *, denoiser: bool) -> t
         ConfigError: a size that cannot be drawn.
     """
     return tuple(_table(item, served, denoiser) for item in asked)
+
+
+def in_tiles(table: Sizes, served: Served) -> Sizes:
+    """A table for networks that are given one tile at a time: any part of a tile, timed at a whole one."""
+    if served.tile is None:
+        return table
+    side = served.tile // served.scale
+    sizes: dict[str, Size] = {"batch": 1}
+    for name in ("height", "width"):
+        most = min(side, _ends(table[name])[2])
+        sizes |= {name: (1, most, most), f"image_{name}": (served.scale, most * served.scale, most * served.scale)}
+    return {**table, **sizes}
 
 
 def parse_shapes(flag: str, text: str | None) -> dict[str, tuple[int, ...]]:
@@ -217,7 +231,11 @@ def _check(item: SizeProfile, name: str, pixels: int, served: Served) -> None:
 
 
 def _best(size: Size) -> int:
-    return size if isinstance(size, int) else size[1]
+    return _ends(size)[1]
+
+
+def _ends(size: Size) -> tuple[int, int, int]:
+    return (size, size, size) if isinstance(size, int) else size
 
 
 def _size(width: int, height: int) -> str:

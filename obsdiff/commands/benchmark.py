@@ -9,12 +9,16 @@ import typer
 
 from obsdiff.command import Run, option, options, verb
 from obsdiff_runtime.errors import ConfigError
-from obsdiff_runtime.flags import BACKEND, ROUNDS, THREADS
+from obsdiff_runtime.flags import BACKEND, ROUNDS, THREADS, TILING
+from obsdiff_runtime.server.options import read_tiling
 
 
 @verb(
     "bench",
-    ("steps", "guidance_scale", "height", "width", "num_frames", "max_sequence_length", "seed", "device"),
+    (
+        *("steps", "guidance_scale", "guidance_scale_2", "height", "width", "num_frames", "max_sequence_length"),
+        *("seed", "device"),
+    ),
     candidates=(
         Annotated[
             list[str] | None,
@@ -31,7 +35,7 @@ from obsdiff_runtime.flags import BACKEND, ROUNDS, THREADS
         str | None, "--dtype", text="Of pipelines in torch: fp32, fp16 or bf16; default: as stored, fp32 on a CPU."
     ),
     html=option(Path | None, "--html", text="Also write a page with charts."),
-    **options(BACKEND, THREADS),
+    **options(BACKEND, THREADS, *TILING),
 )
 def bench(run: Run) -> None:
     """Time, throughput, memory and energy of bundles and pipelines, by turns; what is noise is called so."""
@@ -43,7 +47,13 @@ def bench(run: Run) -> None:
     if not named:
         raise ConfigError("name what to measure: a bundle's folder, or diffusers: for the shipped pipeline in torch")
     texts = [*named, *([] if given["against"] is None else [given["against"]])]
-    terms = Terms(backend=given["backend"], dtype=given["dtype"], device=settings.device, threads=given["threads"])
+    terms = Terms(
+        backend=given["backend"],
+        dtype=given["dtype"],
+        device=settings.device,
+        threads=given["threads"],
+        vae_tiling=read_tiling(given),
+    )
     runners = open_candidates(texts, terms)
     report = bench(
         *runners[: len(named)],
@@ -53,6 +63,7 @@ def bench(run: Run) -> None:
         width=settings.width,
         num_inference_steps=settings.steps,
         guidance_scale=settings.guidance_scale,
+        guidance_scale_2=settings.guidance_scale_2,
         num_frames=settings.num_frames,
         max_sequence_length=settings.max_sequence_length,
         seed=settings.seed or 0,

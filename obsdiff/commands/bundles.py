@@ -7,11 +7,12 @@ import typer
 
 from obsdiff.command import Run, options, verb
 from obsdiff_runtime.flags import GENERATE
+from obsdiff_runtime.server.options import read_tiling
 
 
 @verb(
     "generate",
-    ("steps", "guidance_scale", "height", "width", "num_frames", "max_sequence_length", "seed"),
+    ("steps", "guidance_scale", "guidance_scale_2", "height", "width", "num_frames", "max_sequence_length", "seed"),
     bundle=(Annotated[Path, typer.Argument(help="A bundle.")], ...),
     prompt=(Annotated[str, typer.Argument(help="What to draw.")], ...),
     **options(*GENERATE),
@@ -34,12 +35,14 @@ def generate(run: Run) -> None:
         fps=given["fps"],
         backend=given["backend"],
         threads=given["threads"],
+        vae_tiling=read_tiling(given),
         progress=run.progress,
         negative_prompt=given["negative_prompt"],
         strength=given["strength"],
         noise_source=given["noise"],
         num_inference_steps=settings.steps,
         guidance_scale=settings.guidance_scale,
+        guidance_scale_2=settings.guidance_scale_2,
         max_sequence_length=settings.max_sequence_length,
         seed=settings.seed or 0,
     )

@@ -12,7 +12,7 @@ from obsdiff_runtime.bundle import read_manifest
 
 @verb(
     "build",
-    ENGINES,
+    (*ENGINES, "vae_tile"),
     bundle=(Annotated[Path, typer.Argument(help="A bundle.")], ...),
     component=option(list[str] | None, "--component", text="Only this one's engine; repeatable."),
 )

@@ -17,10 +17,10 @@ PRUNE = (
     *("fast", "draws", "trajectory_steps", "kept_steps"),
 )
 SAMPLE = (
-    *("steps", "guidance_scale", "height", "width", "num_frames", "max_sequence_length"),
+    *("steps", "guidance_scale", "guidance_scale_2", "height", "width", "num_frames", "max_sequence_length"),
     *("references", "batch_size", "seed"),
 )
-DELIVER = ("trt", *ENGINES, "precision", "keep_float", "quantize_outputs", "dtype", "opset")
+DELIVER = ("trt", *ENGINES, "vae_tile", "precision", "keep_float", "quantize_outputs", "dtype", "opset")
 QUALITY = (
     *("eval_prompts", "eval_prompts_file", "clip_model", "lpips", "fid_reference", "judge"),
     *("guidance_sweep", "fail_if"),

@@ -16,7 +16,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from obsdiff.families import Family, films
 from obsdiff.families.parts import config_of, latent_sizes, noise, rows
 from obsdiff_export.component import Component
-from obsdiff_runtime.autoencoder import DECODER, latent_channels, vae_scale
+from obsdiff_runtime.autoencoder import DECODER, latent_channels, tile_overlap, vae_scale
 from obsdiff_runtime.errors import ModelError
 
 PATCH: Final = 2
@@ -84,6 +84,18 @@ def _statistics(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     if norm.running_mean is None or norm.running_var is None:
         raise ModelError("the vae keeps no statistics of its latents; load it as its configuration says")
     return norm.running_mean[:, None, None], (norm.running_var[:, None, None] + norm.eps).sqrt()
+
+
+def use_tiles(vae: Any, side: int) -> None:
+    """Changes a VAE of diffusers: pictures go through it in tiles of so many pixels a side, as the runtime does."""
+    config = config_of(vae)
+    if hasattr(vae, "tile_overlap_factor"):
+        patch = PATCH if hasattr(vae, "bn") else 1
+        vae.enable_tiling()
+        vae.tile_sample_min_size, vae.tile_latent_min_size = side, side // vae_scale(config) * patch
+        return
+    stride = side - tile_overlap(side, config)
+    vae.enable_tiling(side, side, stride, stride)
 
 
 def _draws_films(vae: Any) -> bool:

@@ -31,6 +31,7 @@ def component(
 ) -> Component:
     """`Family.component` as a pipeline of that class calls the denoiser: also on pictures, where it does."""
     found = family.component(denoiser, height=height, width=width, vae_scale=vae_scale)
+    found = replace(found, name=family.denoiser)
     if of(pipeline_class) is None:
         return found
     examples = [

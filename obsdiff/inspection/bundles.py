@@ -1,13 +1,14 @@
 """What is in a bundle."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from obsdiff.inspection import engines
 from obsdiff.inspection.engines import EngineContent
 from obsdiff_runtime.bundle import Defaults, TensorEntry, open_bundle
+from obsdiff_runtime.turns import Turns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,7 @@ class BundleContent:
         files: how many were compared with their sha256 in the manifest.
         bytes: of these files.
         networks: the components.
+        turns: of denoisers, by the timesteps they begin at; empty where one takes all steps.
         engines: component -> its engines.
         recipe: the resolved configuration of the run.
         measurements: what was measured, and on what.
@@ -48,6 +50,7 @@ class BundleContent:
     engines: Mapping[str, tuple[EngineContent, ...]]
     recipe: Mapping[str, object]
     measurements: Mapping[str, object]
+    turns: Turns = field(default_factory=dict)
     kind: Literal["bundle"] = "bundle"
 
 
@@ -67,6 +70,7 @@ def read(path: Path) -> BundleContent:
         pipeline_class=manifest.pipeline_class,
         sparsity=manifest.sparsity,
         defaults=manifest.defaults,
+        turns=manifest.turns,
         files=len(manifest.files),
         bytes=bundle.total_bytes(),
         networks=tuple(

@@ -15,6 +15,7 @@ from obsdiff.inspection.stored import StoredTensor, tensors
 from obsdiff_export.survey import WIDTHS, holding
 from obsdiff_runtime.errors import BundleError
 from obsdiff_runtime.progress import Progress, silent
+from obsdiff_runtime.turns import BEHIND
 
 if TYPE_CHECKING:
     from obsdiff.manifest import LinearRecord, PrunedManifest
@@ -78,7 +79,7 @@ class CheckpointContent:
         linears: the matrices.
         recipe: what says most of the run that made it.
         prompts_sha256: of the calibration prompts.
-        notes: what does not fit together.
+        notes: what does not fit together, and what was not looked at.
     """
 
     path: str
@@ -131,8 +132,14 @@ def read(path: Path, progress: Progress = silent) -> CheckpointContent:
         linears=tuple(weighed.linears),
         recipe={} if manifest is None else {key: manifest.recipe[key] for key in _BRIEF if key in manifest.recipe},
         prompts_sha256="" if manifest is None else manifest.prompts_sha256,
-        notes=tuple(weighed.notes(records)),
+        notes=(*weighed.notes(records), *_others(path, folder)),
     )
+
+
+def _others(path: Path, folder: Path) -> list[str]:
+    """That a pipeline has another denoiser, which takes turns with this one."""
+    other = path / f"{folder.name}{BEHIND}"
+    return [f"{other.name} takes turns with {folder.name}; obsdiff inspect {other} shows it"] if other.is_dir() else []
 
 
 class _Weighed:

@@ -19,6 +19,7 @@ from obsdiff_export.ports import Port
 from obsdiff_export.proof import Proof
 from obsdiff_export.proof.layers import EngineLayer, EngineTensor
 from obsdiff_runtime.bundle import TensorEntry
+from obsdiff_runtime.turns import turns_in_words
 
 SHOWN_NOTES: Final = 8
 
@@ -187,6 +188,7 @@ def _bundle(content: BundleContent, everything: bool) -> list[RenderableType]:
             f"{defaults.width}x{defaults.height}{frames} in {defaults.num_inference_steps} steps, "
             f"guidance {defaults.guidance_scale:g}",
         ),
+        ("turns", turns_in_words(content.turns, defaults.guidance_scale_2)),
         ("engines", str(built) if built else "none"),
         ("measured", ", ".join(content.measurements) or "nothing"),
     ]

@@ -4,23 +4,33 @@ Shapes: c latent channels, h w latent height and width; a picture is `scale` tim
 a film, of which the first stands for one frame and each of the others for FRAME_SCALE.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from obsdiff_runtime.errors import CompatibilityError, ConfigError
+from obsdiff_runtime.errors import CompatibilityError, ConfigError, ResourceError
 from obsdiff_runtime.networks import Array, Networks
 from obsdiff_runtime.noise import Noise
 from obsdiff_runtime.progress import Progress, silent
+from obsdiff_runtime.shapes import choose, refusal
+from obsdiff_runtime.tiling import Seams, Tile, tiles
 
 Pixels = NDArray[np.uint8]
 VAE_SCALE: Final = 8  # pixels per side of a latent pixel of most autoencoders
 FRAME_SCALE: Final = 4  # frames of a film in a latent frame, of which the first has one alone
 DECODER: Final = "vae_decoder"  # component; of a film's first latent frame
 NEXT_DECODER: Final = "vae_decoder_next"  # of each of the others
+ENCODER: Final = "vae_encoder"
+AUTOENCODER: Final = (DECODER, NEXT_DECODER, ENCODER)
+LATENTS: Final = "latent_sample"  # their input
 LOG_VARIANCES: Final = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution
+TILE: Final = {"AutoencoderDC": 512, "AutoencoderKLQwenImage": 256, "AutoencoderKLWan": 256}
+"""Pixels per side of a tile in diffusers, by class; of others it is the size of picture that they were trained on."""
+OVERLAP: Final = {"AutoencoderDC": 8}
+"""Neighbours overlap by one part in so many of a tile, in diffusers; of others one in OVERLAP_OF_OTHERS."""
+OVERLAP_OF_OTHERS: Final = 4
 
 
 def vae_scale(config: Mapping[str, Any]) -> int:
@@ -28,8 +38,12 @@ def vae_scale(config: Mapping[str, Any]) -> int:
     if "temperal_downsample" in config:  # of video autoencoders, spelled so: those of Qwen-Image and Wan
         return int(2 ** len(config["temperal_downsample"]))
     levels = config.get("block_out_channels") or config.get("encoder_block_out_channels")
-    patch = config.get("patch_size") or (1,)  # of FLUX.2's, whose latents are patches
-    return VAE_SCALE if levels is None else int(2 ** (len(levels) - 1) * patch[0])
+    return VAE_SCALE if levels is None else int(2 ** (len(levels) - 1) * _patch(config))
+
+
+def _patch(config: Mapping[str, Any]) -> int:
+    """Latent pixels per side of what counts as one: those of FLUX.2's autoencoder are patches."""
+    return int((config.get("patch_size") or (1,))[0])
 
 
 def latent_channels(config: Mapping[str, Any]) -> int:
@@ -73,16 +87,67 @@ def film_frames(asked: int | None, own: int | None, name: str = "num_frames", wh
     return frames
 
 
+def tile_side(asked: bool | int | None, own: int | None, config: Mapping[str, Any]) -> int | None:
+    """Pixels per side of the tiles that pictures go through an autoencoder in; None where they go whole.
+
+    Args:
+        asked: so many; True: as the bundle says, or as diffusers has them; False or None: as the bundle says.
+        own: what the bundle says, None where it says nothing.
+        config: of the autoencoder.
+
+    Raises:
+        ConfigError: there is no tile of so many; says which are near.
+    """
+    scale, parts = vae_scale(config), _overlap(config)
+    side = own if asked is None or isinstance(asked, bool) else asked
+    if side is None:
+        if not asked:
+            return None
+        trained = config.get("sample_size") or VAE_SCALE
+        usual = TILE.get(config.get("_class_name", ""), trained if isinstance(trained, int) else trained[0])
+        return max(int(usual) // scale, parts) * scale
+    if side % scale:
+        below = max(side // scale, parts) * scale
+        raise ConfigError(f"tiles of {side} pixels: should be a multiple of {scale}; near are {below}, {below + scale}")
+    if side < parts * scale:
+        raise ConfigError(f"tiles of {side} pixels do not overlap; give {parts * scale} or more")
+    return side
+
+
+def tile_overlap(side: int, config: Mapping[str, Any]) -> int:
+    """Pixels that neighbours of such tiles have in common: whole latent pixels."""
+    scale = vae_scale(config)
+    return side // scale // _overlap(config) * scale
+
+
+def _overlap(config: Mapping[str, Any]) -> int:
+    return OVERLAP.get(config.get("_class_name", ""), OVERLAP_OF_OTHERS)
+
+
 def cached(index: int, *, given: bool = False) -> str:
     """Name of what a film's decoder is told of the frames before, or gives for those behind."""
     return f"{'new_' if given else ''}cache_{index}"
 
 
 def _pixels(decoded: Array) -> Pixels:
-    """(3, height, width) -> (height, width, 3)."""
-    unit = np.clip(decoded / 2 + 0.5, 0, 1).transpose(1, 2, 0)
-    picture: Pixels = (unit * 255).round().astype(np.uint8)
-    return picture
+    """(3, n, height, width) -> (n, height, width, 3)."""
+    unit = np.clip(decoded / 2 + 0.5, 0, 1).transpose(1, 2, 3, 0)
+    pictures: Pixels = (unit * 255).round().astype(np.uint8)
+    return pictures
+
+
+def _unpatched(latents: Array, patch: int) -> Array:
+    """(c patch patch, h, w) -> (c, h patch, w patch)."""
+    _, height, width = latents.shape
+    split = latents.reshape(-1, patch, patch, height, width)
+    return split.transpose(0, 3, 1, 4, 2).reshape(-1, height * patch, width * patch)
+
+
+def _patched(latents: Array, patch: int) -> Array:
+    """What `_unpatched` took apart."""
+    channels, height, width = latents.shape
+    split = latents.reshape(channels, height // patch, patch, width // patch, patch)
+    return split.transpose(0, 2, 4, 1, 3).reshape(-1, height // patch, width // patch)
 
 
 class Autoencoder:
@@ -90,56 +155,102 @@ class Autoencoder:
 
     Attributes:
         scale: pixels along a side of a latent pixel.
+        tile: pixels along a side of the tiles that pictures go through it in; None where they go whole.
     """
 
-    def __init__(self, networks: Networks, config: Mapping[str, Any]) -> None:
+    def __init__(self, networks: Networks, config: Mapping[str, Any], tile: int | None = None) -> None:
         self._networks, self._config = networks, config
-        self.scale = vae_scale(config)
+        self.scale, self.tile = vae_scale(config), tile
 
     def decode(self, sample: Array, progress: Progress = silent) -> Pixels:
         """(c, h, w) -> (height, width, 3); of a film (c, f, h, w) -> (frames, height, width, 3).
 
+        A tile goes through all frames before the next one begins: the decoder knows of the frames before.
+
         Args:
             sample: latents, as the denoiser wants them.
-            progress: told of stage "decode" after each latent frame of a film.
+            progress: told of stage "decode" after each latent frame of each tile.
 
         Raises:
             RunError: it was not finite.
+            ResourceError: memory is too small.
         """
+        latents = sample if sample.ndim == 4 else sample[:, None]
+        _, frames, height, width = latents.shape
+        cut = self._cut(height, width)
+        seams = [Seams() for _ in range(frames)]
+        shape = (frames * FRAME_SCALE - FRAME_SCALE + 1, height * self.scale, width * self.scale, 3)
+        found: Pixels = np.empty(shape, np.uint8)
+        for done, tile in enumerate(cut):
+            high, wide = tile.settles(self.scale)
+            end = 0
+            for index, made in enumerate(self._decoded(latents[:, :, tile.height, tile.width])):
+                begin, end = end, end + made.shape[1]
+                found[begin:end, high, wide] = _pixels(seams[index].settled(tile, made))
+                progress("decode", done * frames + index + 1, len(cut) * frames)
+        return found if sample.ndim == 4 else found[0]
+
+    def check_tiles(self, height: int, width: int) -> None:
+        """ConfigError if the decoder's engines take no tile of a picture of so many pixels; see `Networks.profiles`."""
+        profiles = self._networks.profiles(DECODER)
+        if self.tile is None or not profiles:
+            return
+        (port,) = (port for port in self._networks.bundle.component(DECODER).inputs if port.name == LATENTS)
+        for tile in self._cut(height // self.scale, width // self.scale):
+            shapes = {LATENTS: (1, int(port.shape[1]), *tile.size)}
+            if choose(profiles, shapes) is None:
+                units = {"height": self.scale, "width": self.scale}
+                told = refusal(profiles, shapes, {LATENTS: port.shape}, units)
+                raise ConfigError(
+                    f"tiles of {self.tile} pixels: {told}; give --vae-tile that it takes, or build one that takes "
+                    f"these: obsdiff build BUNDLE --vae-tile {self.tile}"
+                )
+
+    def _cut(self, height: int, width: int) -> list[Tile]:
+        """Of latents of that size."""
+        if self.tile is None:
+            return list(tiles(height, width, max(height, width), 0))
+        overlap = tile_overlap(self.tile, self._config)
+        return list(tiles(height, width, self.tile // self.scale, overlap // self.scale))
+
+    def _decoded(self, latents: Array) -> Iterator[Array]:
+        """(c, f, h, w) -> (3, n, height, width) for each latent frame in turn: one frame, and then FRAME_SCALE."""
         factor, shift = self._affine()
-        if sample.ndim == 3:
-            latent = (sample * factor + shift)[None]
-            return _pixels(self._networks.run(DECODER, {"latent_sample": latent}, ["sample"])["sample"][0])
-        frames: list[Pixels] = []
-        caches: dict[str, Array] = {}
         given = [port.name for port in self._networks.bundle.component(DECODER).outputs]
-        for index in range(sample.shape[1]):
-            told = {"latent_sample": (sample[:, index] * factor + shift)[None], **caches}
+        caches: dict[str, Array] = {}
+        for index in range(latents.shape[1]):
+            told = {LATENTS: (latents[:, index] * factor + shift)[None], **caches}
             name = NEXT_DECODER if caches else DECODER
-            found = self._networks.run(name, told, given, finite=False)
+            found = self._run(name, told, given, finite=False)
             pixels = found.pop("sample")
             if not np.isfinite(pixels).all():
                 raise self._networks.not_finite(name, "sample", pixels)
-            frames += [_pixels(frame) for frame in pixels[0].swapaxes(0, 1)]
             caches = {cached(cache): found[cached(cache, given=True)] for cache in range(len(found))}
-            progress("decode", index + 1, sample.shape[1])
-        return np.stack(frames)
+            yield pixels[0] if pixels.ndim == 5 else pixels[0][:, None]
 
     def check_encodes(self) -> None:
         """CompatibilityError if there is no encoder."""
-        if not self._networks.has("vae_encoder"):
+        if not self._networks.has(ENCODER):
             raise CompatibilityError("this bundle has no VAE encoder, so that it reads no images")
 
     def encode(self, picture: Pixels) -> tuple[Array, Array]:
         """Mean and standard deviation, (c, h, w) each, of the latents of a picture (height, width, 3).
 
-        AutoencoderDC and FLUX.2's give the latents themselves.
+        AutoencoderDC and FLUX.2's give the latents themselves. In tiles means and logarithms of variances are blended.
 
         Raises:
             RunError: they were not finite.
         """
         pixels = (picture.transpose(2, 0, 1).astype(np.float32) / np.float32(127.5) - np.float32(1))[None]
-        found = self._networks.run("vae_encoder", {"sample": pixels}, ["latent_parameters"])["latent_parameters"][0]
+        height, width = (side // self.scale for side in pixels.shape[-2:])
+        patch, seams, rows = _patch(self._config), Seams(), list[list[Array]]()
+        for tile in self._cut(height, width):
+            high, wide = tile.covers(self.scale)
+            given = {"sample": pixels[:, :, high, wide]}
+            made = self._run(ENCODER, given, ["latent_parameters"])["latent_parameters"][0]
+            rows += [] if tile.column else [[]]
+            rows[-1].append(seams.settled(tile, _unpatched(made, patch)))
+        found = _patched(np.concatenate([np.concatenate(row, -1) for row in rows], -2), patch)
         if len(found) != 2 * latent_channels(self._config):
             return found, np.zeros_like(found)
         mean, log_variance = np.split(found, 2)
@@ -152,6 +263,18 @@ class Autoencoder:
         drawn = mean + deviation * noise(mean.shape) if deviation.any() else mean  # then diffusers asks for no noise
         latents: Array = (drawn - shift) / factor
         return latents
+
+    def _run(
+        self, component: str, inputs: Mapping[str, Array], outputs: Sequence[str], *, finite: bool = True
+    ) -> dict[str, Array]:
+        """See `Networks.run`; where memory is too small, tiles are told of."""
+        try:
+            return self._networks.run(component, inputs, outputs, finite=finite)
+        except ResourceError as error:
+            which = "tiles" if self.tile is None else "smaller tiles"
+            raise ResourceError(
+                f"{error}; it needs less in {which}: --vae-tile, of obsdiff build too where there are engines"
+            ) from error
 
     def _affine(self) -> tuple[Array, Array]:
         """(factor, shift), which take the denoiser's latents to the decoder's; they broadcast over (c, h, w)."""

@@ -17,6 +17,7 @@ from typing import Any, Final, Literal
 from obsdiff_runtime.decoding import decode, encode
 from obsdiff_runtime.errors import BundleError, CompatibilityError
 from obsdiff_runtime.shapes import Range
+from obsdiff_runtime.turns import Turns
 
 SCHEMA: Final = 1
 MANIFEST: Final = "obsdiff.json"
@@ -100,6 +101,8 @@ class Defaults:
     Attributes:
         num_frames: of a film; None where pictures are drawn.
         max_sequence_length: tokens of T5, or of the zeros in its place.
+        vae_tile: pixels per side of the tiles that pictures go through the autoencoder in; None where they go whole.
+        guidance_scale_2: of the denoisers behind the first, where some take turns; None: as the first one's.
     """
 
     height: int
@@ -108,6 +111,8 @@ class Defaults:
     guidance_scale: float
     num_frames: int | None = None
     max_sequence_length: int | None = None
+    vae_tile: int | None = None
+    guidance_scale_2: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +128,7 @@ class Manifest:
         sparsity: as given on the command line: "2:4"; "dense" where nothing was pruned.
         defaults: of a call.
         components: by folder name.
+        turns: see turns.py; empty where one denoiser takes all steps.
         files: every file by path relative to the bundle, with "/" on every system.
         recipe: the resolved configuration of the run.
         measurements: what was measured, and on what.
@@ -134,6 +140,7 @@ class Manifest:
     sparsity: str
     defaults: Defaults
     components: Mapping[str, ComponentEntry]
+    turns: Turns = field(default_factory=dict)
     files: Mapping[str, FileEntry] = field(default_factory=dict)
     recipe: Mapping[str, object] = field(default_factory=dict)
     measurements: Mapping[str, object] = field(default_factory=dict)
@@ -317,6 +324,9 @@ def _check_path(relative: str, source: Path) -> None:
 
 
 def _check_references(manifest: Manifest, folder: Path) -> None:
+    for name in manifest.turns:
+        if name not in manifest.components:
+            raise BundleError(f"{folder}: {name} is to take its turn, and the bundle has no such component")
     for name, component in manifest.components.items():
         paths = [component.onnx]
         for engine in component.engines:

@@ -13,8 +13,20 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from obsdiff_runtime.errors import ConfigError, failure
-from obsdiff_runtime.flags import BACKEND, COMMON, GENERATE, ROUNDS, SAMPLING, SERVE, THREADS, Flag, hyphenated
+from obsdiff_runtime.flags import (
+    BACKEND,
+    COMMON,
+    GENERATE,
+    ROUNDS,
+    SAMPLING,
+    SERVE,
+    THREADS,
+    TILING,
+    Flag,
+    hyphenated,
+)
 from obsdiff_runtime.progress import Lines, Progress, silent
+from obsdiff_runtime.server.options import read_options, read_tiling
 from obsdiff_runtime.version import __version__
 
 PROGRAM: Final = "obsdiff-runtime"
@@ -66,12 +78,14 @@ def generate(given: Given, progress: Progress) -> None:
         fps=given["fps"],
         backend=given["backend"],
         threads=given["threads"],
+        vae_tiling=read_tiling(given),
         progress=progress,
         negative_prompt=given["negative_prompt"],
         strength=given["strength"],
         noise_source=given["noise"],
         num_inference_steps=given["steps"],
         guidance_scale=given["guidance_scale"],
+        guidance_scale_2=given["guidance_scale_2"],
         max_sequence_length=given["max_sequence_length"],
         seed=given["seed"],
     )
@@ -86,8 +100,10 @@ def bench(given: Given, progress: Progress) -> None:
         *given["bundles"],
         against=given["against"],
         **{name: given[name] for name in ("iterations", "warmup", "num_images", "threads", "backend", "seed")},
-        **{name: given[name] for name in ("height", "width", "num_frames", "guidance_scale", "max_sequence_length")},
+        **{name: given[name] for name in ("height", "width", "num_frames", "guidance_scale", "guidance_scale_2")},
+        max_sequence_length=given["max_sequence_length"],
         num_inference_steps=given["steps"],
+        vae_tiling=read_tiling(given),
         progress=progress,
     )
     _print(given, report.to_json(), benchmark.table(report))
@@ -95,7 +111,6 @@ def bench(given: Given, progress: Progress) -> None:
 
 def serve(given: Given, progress: Progress) -> None:
     """OpenAI's images API, health, metrics and a page."""
-    from obsdiff_runtime.server.options import read_options
     from obsdiff_runtime.server.run import serve
 
     serve(given["bundles"], read_options(given), lambda url: _print(given, {"url": url}, f"serving at {url}"))
@@ -120,7 +135,7 @@ VERBS: Final[dict[str, Verb]] = {
     "bench": Verb(
         work=bench,
         arguments=[Argument(name="bundles", text="FOLDER or FOLDER@BACKEND.", many=True)],
-        flags=[*ROUNDS, BACKEND, THREADS, *SAMPLING],
+        flags=[*ROUNDS, BACKEND, THREADS, *TILING, *SAMPLING],
     ),
     "serve": Verb(
         work=serve,

@@ -48,7 +48,12 @@ class Settings:
     num_frames: int | None = None  # of a film
     guided: bool  # each image is run twice, the first time on its negative prompt
     skipped_steps: int = 0
+    guidance_scale_2: float | None = None  # of the denoisers behind the first, where some take turns
     references: tuple[Sides, ...] = ()  # pictures that the denoiser is told
+
+    def scale_of(self, *, first: bool) -> float:
+        """The guidance scale of the first denoiser, or of one behind it."""
+        return self.guidance_scale if first or self.guidance_scale_2 is None else self.guidance_scale_2
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from obsdiff_runtime.conditioning import Conditions, Kind, Settings
 from obsdiff_runtime.networks import Array, Networks
 from obsdiff_runtime.references import PLACES
 from obsdiff_runtime.schedulers import Scheduler
+from obsdiff_runtime.turns import Turns, denoiser_at
 
 
 class Drawing:
@@ -37,6 +38,7 @@ class Drawing:
         scheduler: Scheduler,
         noise: Array,
         clean: Array | None = None,
+        turns: Turns | None = None,
     ) -> None:
         """Begins.
 
@@ -47,9 +49,11 @@ class Drawing:
             scheduler: its own.
             noise: (c, h, w), of unit variance.
             clean: (c, h, w), latents of the image that is changed; None where one is drawn from nothing.
+            turns: of the denoisers; None or empty where the kind's takes all steps.
         """
         self.settings, self.conditions = settings, conditions
         self._kind, self._scheduler = kind, scheduler
+        self._turns = turns or {kind.denoiser: 0.0}
         self._skipped = settings.skipped_steps * scheduler.order
         if clean is None:
             self.sample: Array = noise * np.float32(scheduler.initial_sigma)
@@ -70,18 +74,26 @@ class Drawing:
     def shapes(self) -> tuple[Any, ...]:
         """Drawings for which this is equal can share a run of the denoiser."""
         told = sorted((name, value.shape[1:]) for name, value in self.conditions.items())
-        return (self.sample.shape, self.settings.references, *told)
+        return (self.denoiser, self.sample.shape, self.settings.references, *told)
+
+    @property
+    def denoiser(self) -> str:
+        """The component that is called next."""
+        return denoiser_at(self._turns, self._timestep)
+
+    @property
+    def _timestep(self) -> float:
+        return float(self._scheduler.timesteps[self._skipped + self.index])
 
     def asked(self) -> tuple[Array, float]:
         """The sample as the denoiser wants it, (c, h, w), and the timestep."""
-        call = self._skipped + self.index
-        return self._scheduler.scale(self.sample, call), float(self._scheduler.timesteps[call])
+        return self._scheduler.scale(self.sample, self._skipped + self.index), self._timestep
 
     def advance(self, output: Array) -> None:
         """Takes the denoiser's answer, (r, c, h, w), and goes on to the next step."""
         guided = output[0]
         if self.settings.guided:
-            scale = self._kind.usual_scale(self.settings.guidance_scale)
+            scale = self._kind.usual_scale(self.settings.scale_of(first=self.denoiser == self._kind.denoiser))
             guided = output[0] + np.float32(scale) * (output[1] - output[0])
             lengths = self._kind.kept_lengths
             if lengths is not None:
@@ -144,7 +156,8 @@ class Stepper:
         Raises:
             ConfigError: the denoiser does not take these shapes.
         """
-        output = self._networks.run(self._kind.denoiser, self._inputs(drawings), [self._kind.predicted], finite=False)
+        denoiser = drawings[0].denoiser
+        output = self._networks.run(denoiser, self._inputs(drawings), [self._kind.predicted], finite=False)
         start = 0
         for drawing in drawings:
             own = output[self._kind.predicted][start : start + drawing.rows]
@@ -152,7 +165,7 @@ class Stepper:
             if np.isfinite(own).all():
                 drawing.advance(own)
             else:
-                drawing.error = self._networks.not_finite(self._kind.denoiser, self._kind.predicted, own)
+                drawing.error = self._networks.not_finite(denoiser, self._kind.predicted, own)
 
     def _inputs(self, drawings: Sequence[Drawing]) -> Mapping[str, Array]:
         if self._company != tuple(drawings):

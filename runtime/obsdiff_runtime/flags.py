@@ -52,10 +52,20 @@ BACKEND: Final = Flag(
     default="onnxruntime",
 )
 THREADS: Final = Flag(name="--threads", kind=int, text="Threads of the host; default: all cores.")
+TILING: Final = (
+    Flag(
+        name="--vae-tiling",
+        kind=bool,
+        text="Put larger pictures through the VAE in tiles of diffusers' size, which takes less memory.",
+        default=False,
+    ),
+    Flag(name="--vae-tile", kind=int, text="The same in tiles of so many pixels a side."),
+)
 
 SAMPLING: Final = (
     Flag(name="--steps", kind=int, text="Denoising steps of an image; default: the bundle's."),
     Flag(name="--guidance-scale", kind=float, text="Classifier-free guidance; default: the bundle's."),
+    Flag(name="--guidance-scale-2", kind=float, text="Of a second denoiser (Wan 2.2); default: as the first one's."),
     Flag(name="--height", kind=int, text="Height in pixels; default: the bundle's."),
     Flag(name="--width", kind=int, text="Width in pixels; default: the bundle's."),
     Flag(name="--num-frames", kind=int, text="Frames of a film: 1, 5, 9, ...; default: the bundle's."),
@@ -93,6 +103,7 @@ GENERATE: Final = (
     ),
     BACKEND,
     THREADS,
+    *TILING,
 )
 
 ROUNDS: Final = (
@@ -118,6 +129,7 @@ SERVE: Final = (
     Flag(name="--port", kind=int, text="0 takes a free one.", default=8000),
     BACKEND,
     THREADS,
+    *TILING,
     *LIMITS,
     *BOUNDS,
     Flag(name="--deadline", kind=float, text="Seconds that a request may take.", default=DEFAULT_BOUNDS.deadline_s),

@@ -7,8 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from obsdiff_runtime.backends import Backend, Session, backend
+from obsdiff_runtime.backends.trt import TensorRt
 from obsdiff_runtime.bundle import Bundle
 from obsdiff_runtime.errors import ConfigError, RunError
+from obsdiff_runtime.shapes import Profile
 from obsdiff_runtime.text import PromptTokenizer
 
 Array = NDArray[np.float32]
@@ -38,6 +40,13 @@ class Networks:
 
     def has(self, component: str) -> bool:
         return component in self.bundle.manifest.components
+
+    def profiles(self, component: str) -> list[Profile]:
+        """Of the engines that this backend chooses one of; none where it runs the graph."""
+        if not isinstance(self._backend, TensorRt):
+            return []
+        engines, package = self.bundle.component(component).engines, self._backend.package
+        return [profile for engine in engines if engine.backend == package for profile in engine.profiles]
 
     def session(self, component: str) -> Session:
         if component not in self._sessions:

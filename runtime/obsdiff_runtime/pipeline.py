@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from obsdiff_runtime.autoencoder import Autoencoder, Pixels, film_frames, latent_frames
+from obsdiff_runtime.autoencoder import DECODER, Autoencoder, Pixels, film_frames, latent_frames, tile_side
 from obsdiff_runtime.backends import Backend
 from obsdiff_runtime.bundle import Bundle, open_bundle
 from obsdiff_runtime.conditioning import IS_DISTILLED, Conditions, Kind, Settings, kind_of
@@ -71,7 +71,12 @@ class Pipeline:
     """
 
     def __init__(
-        self, bundle: Bundle | Path | str, *, backend: str | Backend = "onnxruntime", threads: int | None = None
+        self,
+        bundle: Bundle | Path | str,
+        *,
+        backend: str | Backend = "onnxruntime",
+        threads: int | None = None,
+        vae_tiling: bool | int = False,
     ) -> None:
         """Checks the bundle; components are loaded when they are first needed.
 
@@ -79,8 +84,11 @@ class Pipeline:
             bundle: an opened bundle, or a folder, whose every file is then compared with its sha256.
             backend: one of `backends.BACKENDS` by name, or another one.
             threads: of the host to use, all if None.
+            vae_tiling: put pictures through the VAE in tiles, which takes less memory: True for diffusers' size of a
+                tile, or pixels a side. A bundle that has a size of its own does so anyway.
 
         Raises:
+            ConfigError: there is no such tile.
             BundleError: the folder is no bundle, or not as it was exported.
             CompatibilityError: the runtime cannot run this pipeline, or its schema is newer.
         """
@@ -90,7 +98,9 @@ class Pipeline:
         self._stepper = Stepper(self.networks, self._kind)
         self._denoiser: dict[str, Any] = self.bundle.config(self._kind.denoiser)
         self._distilled = bool(self.bundle.index().get(IS_DISTILLED))
-        self._vae = Autoencoder(self.networks, self.bundle.config("vae_decoder"))
+        config = self.bundle.config(DECODER)
+        tile = tile_side(vae_tiling, self.bundle.manifest.defaults.vae_tile, config)
+        self._vae = Autoencoder(self.networks, config, tile)
 
     def __call__(
         self,
@@ -99,6 +109,7 @@ class Pipeline:
         negative_prompt: str | Sequence[str] = "",
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        guidance_scale_2: float | None = None,
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
@@ -118,8 +129,10 @@ class Pipeline:
         Args:
             prompt: one, or several drawn in one batch.
             negative_prompt: one for all, or one for each; only where guidance makes use of it.
-            num_inference_steps: the bundle's default if None; so are the next five.
+            num_inference_steps: the bundle's default if None; so are the next six.
             guidance_scale: guidance by negative prompts is off up to 1, of Z-Image up to 0.
+            guidance_scale_2: of the denoisers behind the first, where some take turns; as the first one's if only that
+                is given.
             height: in pixels.
             width: in pixels.
             num_frames: of a film: 1, 5, 9 and so on.
@@ -149,6 +162,7 @@ class Pipeline:
             negative_prompt=negative_prompt,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            guidance_scale_2=guidance_scale_2,
             height=height,
             width=width,
             num_frames=num_frames,
@@ -182,6 +196,7 @@ class Pipeline:
         negative_prompt: str | Sequence[str] = "",
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        guidance_scale_2: float | None = None,
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
@@ -206,6 +221,7 @@ class Pipeline:
             height,
             width,
             max_sequence_length,
+            guidance_scale_2=guidance_scale_2,
             num_frames=num_frames,
             image=image,
             strength=strength,
@@ -221,8 +237,9 @@ class Pipeline:
         starts = self._starts(sources, settings, latents)
         conditions = self._conditions(prompts, negatives, settings) | self._told(references, len(prompts), settings)
         rows = [{name: value[index] for name, value in conditions.items()} for index in range(len(prompts))]
+        turns = self.bundle.manifest.turns
         return [
-            Drawing(self._kind, settings, told, self._scheduler(settings, source), start, clean)
+            Drawing(self._kind, settings, told, self._scheduler(settings, source), start, clean, turns)
             for told, source, start, clean in zip(rows, sources, starts, cleans, strict=True)
         ]
 
@@ -256,6 +273,7 @@ class Pipeline:
         width: int | None = None,
         max_sequence_length: int | None = None,
         *,
+        guidance_scale_2: float | None = None,
         num_frames: int | None = None,
         image: Pixels | None = None,
         strength: float | None = None,
@@ -277,6 +295,7 @@ class Pipeline:
             num_frames=film_frames(num_frames, defaults.num_frames),
             num_inference_steps=defaults.num_inference_steps if steps is None else steps,
             guidance_scale=scale,
+            guidance_scale_2=self._later_scale(guidance_scale, guidance_scale_2),
             guided=self._kind.negatives and self._kind.usual_scale(scale) > 1,
             max_sequence_length=MAX_SEQUENCE_LENGTH if length is None else length,
             references=self._sides(references),
@@ -285,12 +304,14 @@ class Pipeline:
             raise ConfigError(f"num_inference_steps should be at least 1, not {settings.num_inference_steps}")
         if settings.max_sequence_length < 1:
             raise ConfigError(f"max_sequence_length should be at least 1, not {settings.max_sequence_length}")
-        if not np.isfinite(settings.guidance_scale):
-            raise ConfigError(f"guidance_scale should be a finite number, not {settings.guidance_scale}")
+        for name in ("guidance_scale", "guidance_scale_2"):
+            if not np.isfinite(getattr(settings, name) or 0):
+                raise ConfigError(f"{name} should be a finite number, not {getattr(settings, name)}")
         if scale > 1 and self._distilled:
             raise ConfigError(f"guidance_scale should be at most 1, not {scale:g}: this pipeline's steps are distilled")
         for name, axis, pixels in (("height", -2, settings.height), ("width", -1, settings.width)):
             self._check_size(name, axis, pixels)
+        self._vae.check_tiles(settings.height, settings.width)
         if image is None:
             if strength is not None:
                 raise ConfigError("strength says how much an image is changed, and there is no image")
@@ -342,6 +363,14 @@ class Pipeline:
             found.append(packed(latents, patch))
         rows = (images, 2 if settings.guided else 1, 1, 1)
         return {STATES: np.tile(np.concatenate(found), rows)}
+
+    def _later_scale(self, first: float | None, given: float | None) -> float | None:
+        """The guidance scale of the denoisers behind the first, None where it is as the first one's."""
+        if given is not None and not self.bundle.manifest.turns:
+            raise ConfigError(
+                f"guidance_scale_2 {given:g}: one denoiser takes all steps of this pipeline; leave it out"
+            )
+        return self.bundle.manifest.defaults.guidance_scale_2 if first is None and given is None else given
 
     def _skipped(self, steps: int, strength: float | None) -> int:
         share = STRENGTH if strength is None else strength

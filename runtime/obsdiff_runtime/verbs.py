@@ -11,6 +11,7 @@ from obsdiff_runtime.decoding import encode
 from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.progress import Progress, silent
 from obsdiff_runtime.shapes import words
+from obsdiff_runtime.turns import turns_in_words
 
 
 def generate(
@@ -26,6 +27,7 @@ def generate(
     fps: float | None = None,
     backend: str = "onnxruntime",
     threads: int | None = None,
+    vae_tiling: bool | int = False,
     progress: Progress = silent,
     **call: Any,
 ) -> Mapping[str, float]:
@@ -43,6 +45,7 @@ def generate(
         fps: frames a second of a film, films.FPS if None.
         backend: one of `backends.BACKENDS`.
         threads: of the host, all if None.
+        vae_tiling: see `Pipeline`.
         progress: see `Pipeline.__call__`.
         **call: other arguments of `Pipeline.__call__`.
 
@@ -58,7 +61,7 @@ def generate(
 
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     write = _writer(opened, output, fps)
-    pipeline = Pipeline(opened, backend=backend, threads=threads)
+    pipeline = Pipeline(opened, backend=backend, threads=threads, vae_tiling=vae_tiling)
     start = None if image is None else read_picture(image, pipeline.size_step, height, width)
     told = [pipeline.fit(open_picture(path), own_size=own_size) for path in references]
     images = pipeline(prompt, image=start, reference=told, height=height, width=width, progress=progress, **call)
@@ -93,11 +96,13 @@ def describe(bundle: Bundle) -> str:
     """What is in a bundle, for a person: a line on each of its networks and engines."""
     manifest, defaults = bundle.manifest, bundle.manifest.defaults
     frames = "" if defaults.num_frames is None else f" x {defaults.num_frames} frames"
+    tiles = "" if defaults.vae_tile is None else f", decoded in tiles of {defaults.vae_tile}"
     lines = [
         f"{bundle.root}: {manifest.pipeline_class}, {manifest.sparsity}, by {manifest.created_by}",
         f"  {len(manifest.files)} files as their sha256 says, {bundle.total_bytes() / 2**20:.1f} MiB",
         f"  draws {defaults.width} x {defaults.height}{frames} in {defaults.num_inference_steps} steps "
-        f"at guidance {defaults.guidance_scale:g}",
+        f"at guidance {defaults.guidance_scale:g}{tiles}",
+        *([f"  {turns_in_words(manifest.turns, defaults.guidance_scale_2)}"] if manifest.turns else []),
     ]
     for name, component in manifest.components.items():
         size = sum(file.bytes for path, file in manifest.files.items() if path.startswith(f"{name}/"))

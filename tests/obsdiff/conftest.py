@@ -724,6 +724,15 @@ def wan_pipeline(**changes: Any) -> WanPipeline:
     )
 
 
+def wan22_pipeline(**changes: Any) -> WanPipeline:
+    """Two denoisers in turn: of four steps each takes two."""
+    pipeline = wan_pipeline(**changes)
+    torch.manual_seed(1)
+    pipeline.register_modules(transformer_2=wan_transformer(**changes).eval())
+    pipeline.register_to_config(boundary_ratio=0.875)
+    return pipeline
+
+
 def zimage_pipeline(**changes: Any) -> ZImagePipeline:
     torch.manual_seed(0)
     tokenizer, text_encoder = qwen3(Qwen3Model, hidden_size=24, num_hidden_layers=2)
@@ -762,6 +771,7 @@ PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "lumina2": lumina2_pipeline,
     "hunyuan": hunyuan_pipeline,
     "wan": wan_pipeline,
+    "wan22": wan22_pipeline,
     "dit": dit_pipeline,
     "zimage": zimage_pipeline,
 }

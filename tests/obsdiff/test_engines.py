@@ -127,6 +127,22 @@ def test_the_decoder_is_timed_at_one_image_and_the_denoiser_at_two_rows(bundle: 
     assert [decoder["latent_sample"][end][0] for end in ("min", "opt", "max")] == [1, 1, 4]
 
 
+def test_decoders_of_tiles_take_one_tile_at_a_time_or_a_part_of_it(bundle: Path, builds: SimpleNamespace) -> None:
+    assert open_bundle(bundle).manifest.defaults.vae_tile is None
+    obsdiff.build(bundle, profile="256-1024", vae_tile=512)
+    (denoiser,), (decoder,) = (request.profiles for request in builds.requests)
+    assert [denoiser["hidden_states"][end][2] for end in ("min", "opt", "max")] == [32, 64, 128]
+    assert [decoder["latent_sample"][end] for end in ("min", "opt", "max")] == [(1, 4, 1, 8), *[(1, 4, 64, 8)] * 2]
+    assert open_bundle(bundle).manifest.defaults.vae_tile == 512
+    obsdiff.build(bundle, profile="256", components=["vae_decoder"])  # stays so; no picture fills a tile
+    assert builds.requests[2].profiles[0]["latent_sample"]["max"] == (1, 4, 32, 8)
+    assert open_bundle(bundle).manifest.defaults.vae_tile == 512
+    obsdiff.build(bundle, components=["vae_decoder"], min_shapes="latent_sample:1x4x64x8", vae_tile=256)
+    assert builds.requests[3].profiles[0]["latent_sample"]["max"] == (1, 4, 64, 8)  # the user says
+    with pytest.raises(ConfigError, match="tiles of 300 pixels: should be a multiple of 8; near are 296, 304"):
+        obsdiff.build(bundle, vae_tile=300)
+
+
 def test_receipts_of_build_hold_the_verdict_of_every_linear(bundle: Path, builds: SimpleNamespace) -> None:
     built = obsdiff.build(bundle, require_sparse=True)
     built.hold()
@@ -246,7 +262,7 @@ def test_orders_are_for_every_component(builds: SimpleNamespace, bundle: Path) -
     graphs = {name: bundle / name / "model.onnx" for name in ("transformer", "vae_decoder")}
     what = served(LATENTS, "StableDiffusion3Pipeline", CONFIG)
     assert (what.rows, what.scale, what.step, what.largest) == (2, 8, 16, 3072)
-    found = build_engines(graphs, bundle, what, order, denoiser="transformer")
+    found = build_engines(graphs, bundle, what, order, denoisers={"transformer": None})
     assert list(found.built) == ["transformer", "vae_decoder"]
 
 
@@ -256,6 +272,8 @@ def test_export_finds_a_profile_that_cannot_be_drawn_before_any_work(
     monkeypatch.setattr(verbs, "load_model", lambda settings: pytest.fail("the model was loaded"))
     with pytest.raises(ConfigError, match="--profile 33: width 33 is no multiple of"):
         obsdiff.export(output=tmp_path / "out", sparsity="2:4", trt=True, profile="33")
+    with pytest.raises(ConfigError, match="tiles of 17 pixels: should be a multiple of 4"):
+        obsdiff.export(output=tmp_path / "out", sparsity="2:4", vae_tile=17)
     assert not (tmp_path / "out").exists()
 
 
@@ -283,7 +301,7 @@ def test_the_faster_of_the_engines_with_and_without_sparse_kernels_is_kept(
     entry = built.entries[0]
     assert entry.sparse_requested is sparse
     assert len(list((bundle / "engines" / "transformer").glob("*.plan"))) == 1
-    measured: Any = open_bundle(bundle).manifest.measurements["engines"]
+    measured: Any = open_bundle(bundle).manifest.measurements["engines/transformer"]
     assert measured["shipped"] == entry.key
     assert f"the engine {'with' if sparse else 'without'} the flag is shipped" in measured["decision"]["why"]
     assert measured["decision"]["why"] in "\n".join(engines.lines(built))
@@ -297,7 +315,7 @@ def test_the_faster_of_the_engines_with_and_without_sparse_kernels_is_kept(
 def test_no_builds_to_compare_build_once_with_sparse_kernels(bundle: Path, builds: SimpleNamespace) -> None:
     built = obsdiff.build(bundle, components=["transformer"], builds=0)
     assert [request.flags.sparse for request in builds.requests] == [True]
-    assert built.contest is None
+    assert not built.contests
     with pytest.raises(ConfigError, match="--builds -1"):
         obsdiff.build(bundle, builds=-1)
 

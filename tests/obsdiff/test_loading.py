@@ -214,7 +214,7 @@ def test_a_pipelines_own_defaults_go_first(copied: Path) -> None:
 def test_configurations_are_enough_to_plan_with(copied: Path) -> None:
     for weights in copied.rglob("*.safetensors"):
         weights.unlink()
-    denoiser, family, configs = load_configs(copied)
+    denoiser, family, configs, _ = load_configs(copied)
     assert family.name == "sd3"
     assert all(parameter.is_meta for parameter in denoiser.parameters())
     assert set(configs) == {"model_index", "transformer", "vae", "scheduler", "text_encoder", "text_encoder_2"} | {
@@ -226,7 +226,7 @@ def test_configurations_are_enough_to_plan_with(copied: Path) -> None:
 
 @pytest.mark.parametrize("name", ["transformer", "transformer/config.json"])
 def test_a_bare_denoiser_is_enough_to_plan_with(name: str, sd3_folder: Path) -> None:
-    denoiser, family, configs = load_configs(sd3_folder / name)
+    denoiser, family, configs, _ = load_configs(sd3_folder / name)
     assert len(family.groups(denoiser)) == len(family.groups(load_configs(sd3_folder).denoiser))
     assert loading.defaults_of(None, configs).num_inference_steps == 28
     assert loading.vae_scale(configs) == 8
@@ -267,7 +267,7 @@ def test_a_folder_that_is_neither_pipeline_nor_denoiser_is_an_error(tmp_path: Pa
 
 
 def test_configurations_of_a_pruned_checkpoint_include_its_cuts(pruned: Path) -> None:
-    denoiser, family, _ = load_configs(pruned)
+    denoiser, family, *_ = load_configs(pruned)
     units = {group.name: group.units for group in family.groups(denoiser)}
     assert units[HEADS] == 2
 

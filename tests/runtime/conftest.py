@@ -811,6 +811,14 @@ def wan_pipeline() -> Any:
     )
 
 
+def wan22_pipeline() -> Any:
+    """Two denoisers in turn: of four steps each takes two."""
+    pipeline = wan_pipeline()
+    pipeline.register_modules(transformer_2=wan22_transformer())
+    pipeline.register_to_config(boundary_ratio=0.875)
+    return pipeline
+
+
 @seeded
 @cut
 def wan_transformer() -> Any:
@@ -829,6 +837,17 @@ def wan_transformer() -> Any:
         cross_attn_norm=True,
         rope_max_seq_len=32,
     ).eval()
+
+
+@seeded
+def wan22_transformer() -> Any:
+    """One like the other in all but its weights."""
+    import torch
+    from diffusers import WanTransformer3DModel
+
+    config = wan_transformer().config  # draws, unless it was made before
+    torch.manual_seed(1)
+    return WanTransformer3DModel.from_config(config).eval()
 
 
 @seeded
@@ -899,15 +918,16 @@ def dit_transformer() -> Any:
     ).eval()
 
 
-OTHERS: dict[str, Callable[[], Any]] = {"dit": dit_pipeline, "kontext": kontext_pipeline}
-"""Pipelines whose calls are others: see test_class_conditional.py and test_references.py."""
+OTHERS: dict[str, Callable[[], Any]] = {"dit": dit_pipeline, "kontext": kontext_pipeline, "wan22": wan22_pipeline}
+"""Pipelines whose calls are others: see test_class_conditional.py, test_references.py and test_turns.py."""
 
-LIKE = {"kontext": "flux"}
+LIKE = {"kontext": "flux", "wan22": "wan"}
 """Pipelines that share all networks with another but for the denoiser's graph."""
 
 
 def write_bundle(pipeline: Any, folder: Path, *, sparsity: str = "dense", like: Path | None = None) -> Path:
     """What `obsdiff export` leaves, without engines; `like` is a bundle of the same networks but for the denoiser."""
+    from obsdiff import turns
     from obsdiff.delivery import copy_rest
     from obsdiff.families import exporting
     from obsdiff.families.table import family_of
@@ -948,6 +968,7 @@ def write_bundle(pipeline: Any, folder: Path, *, sparsity: str = "dense", like: 
                 max_sequence_length=5,
             ),
             components=components,
+            turns=turns.of(pipeline, family) if len(turns.names(pipeline.config, family)) > 1 else {},
         ),
     )
     return folder
@@ -1078,6 +1099,11 @@ def wan_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
 
 
 @pytest.fixture(scope="session")
+def wan22_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    return _pair("wan22", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
 def sd3_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _pair("sd3", tmp_path_factory)[1]
 
@@ -1086,6 +1112,12 @@ def sd3_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """make_bundle(a key of PIPELINES): its bundle."""
     return lambda name: _pair(name, tmp_path_factory)[1]
+
+
+@pytest.fixture
+def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Path]]:
+    """make_pair(a key of PIPELINES): it and its bundle."""
+    return lambda name: _pair(name, tmp_path_factory)
 
 
 _PAIRS: dict[str, tuple[Any, Path]] = {}

@@ -38,6 +38,7 @@ class Session(Protocol):
 
         Raises:
             ConfigError: an input is missing or unknown, or its shape is not one the component takes.
+            ResourceError: memory is too small for it.
         """
         ...
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from obsdiff_runtime.backends.feeds import check_names
 from obsdiff_runtime.bundle import Bundle, TensorEntry
-from obsdiff_runtime.errors import CompatibilityError, ConfigError, MissingPackageError
+from obsdiff_runtime.errors import CompatibilityError, ConfigError, MissingPackageError, ResourceError
 
 CPU: Final = "CPUExecutionProvider"
 CUDA: Final = "CUDAExecutionProvider"
@@ -27,6 +28,11 @@ DTYPES: Final[dict[str, str]] = {
     "tensor(int32)": "int32",
     "tensor(bool)": "bool",
 }
+
+AUTOENCODERS: Final = "vae_"
+"""How components begin that are given tiles of several shapes."""
+
+_NO_MEMORY: Final = re.compile("Failed to allocate memory|bad_alloc|out of memory", re.IGNORECASE)
 
 EXACT_INTEGERS: Final = ("session.x64quantprecision", "1")
 """Option of a session: without it, sums of 8-bit products saturate at 16 bits on CPUs that have no VNNI."""
@@ -51,6 +57,8 @@ class OrtSession:
             arrays = self._session.run(names, feeds)
         except _run_errors() as error:
             shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in feeds.items())
+            if _NO_MEMORY.search(str(error)):
+                raise ResourceError(f"{self._name}: memory is too small for {shapes}: {_first_line(error)}") from error
             raise ConfigError(f"{self._name} does not take {shapes}: {_first_line(error)}") from error
         return {
             name: array.astype(np.float32) if array.dtype == np.float16 else array
@@ -65,13 +73,26 @@ class OnnxRuntime:
     provider: str
 
     def open_session(self, bundle: Bundle, component: str, *, threads: int | None = None) -> OrtSession:
-        return open_graph(bundle.onnx(component), name=component, threads=threads, provider=self.provider)
+        return open_graph(
+            bundle.onnx(component),
+            name=component,
+            threads=threads,
+            provider=self.provider,
+            plan_memory=not component.startswith(AUTOENCODERS),
+        )
 
     def versions(self) -> dict[str, str]:
         return versions()
 
 
-def open_graph(path: Path, *, name: str | None = None, threads: int | None = None, provider: str = CPU) -> OrtSession:
+def open_graph(
+    path: Path,
+    *,
+    name: str | None = None,
+    threads: int | None = None,
+    provider: str = CPU,
+    plan_memory: bool = True,
+) -> OrtSession:
     """Loads an ONNX file.
 
     Args:
@@ -79,6 +100,7 @@ def open_graph(path: Path, *, name: str | None = None, threads: int | None = Non
         name: what messages call it; the path if None.
         threads: of the host, all if None.
         provider: the execution provider; others are no fallback for it.
+        plan_memory: reserve what a run needs as one piece, and keep one for each shape.
 
     Raises:
         MissingPackageError: onnxruntime is not installed.
@@ -97,7 +119,7 @@ def open_graph(path: Path, *, name: str | None = None, threads: int | None = Non
     try:
         session = onnxruntime.InferenceSession(
             str(path),
-            _options(onnxruntime, threads),
+            _options(onnxruntime, threads, plan_memory),
             providers=[(provider, PROVIDER_OPTIONS.get(provider, {}))],
             enable_fallback=0,
         )
@@ -142,8 +164,9 @@ def _find_cuda(onnxruntime: Any) -> None:
             onnxruntime.preload_dlls()
 
 
-def _options(onnxruntime: Any, threads: int | None) -> Any:
+def _options(onnxruntime: Any, threads: int | None, plan_memory: bool) -> Any:
     options = onnxruntime.SessionOptions()
+    options.enable_mem_pattern = plan_memory
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads

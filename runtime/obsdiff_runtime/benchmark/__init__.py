@@ -34,11 +34,13 @@ def bench(
     num_frames: int | None = None,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
+    guidance_scale_2: float | None = None,
     max_sequence_length: int | None = None,
     num_images: int = 1,
     seed: int = 0,
     backend: str = DEFAULT_BACKEND,
     threads: int | None = None,
+    vae_tiling: bool | int = False,
     sensors: Sensors | None = None,
     progress: Progress = silent,
 ) -> BenchReport:
@@ -49,17 +51,19 @@ def bench(
         against: what each of them is compared with; the first of them if None.
         iterations: rounds that count; in each, every candidate draws once.
         warmup: rounds before that do not.
-        prompt: of every call, the first candidate's default if None; so are the next six.
+        prompt: of every call, the first candidate's default if None; so are the next seven.
         height: in pixels.
         width: in pixels.
         num_frames: of a film.
         num_inference_steps: of every call.
         guidance_scale: of every call.
+        guidance_scale_2: likewise, of the denoisers behind the first, where some take turns.
         max_sequence_length: of every call.
         num_images: drawn in one batch.
         seed: of the noise.
         backend: of bundles that name none; one of `backends.BACKENDS`.
         threads: of the host, all if None.
+        vae_tiling: of bundles; see `Pipeline`.
         sensors: what reads the machine.
         progress: told of stage "bench" after each round.
 
@@ -70,7 +74,7 @@ def bench(
     sensors = Sensors() if sensors is None else sensors
     load_average = sensors.load_average()
     everyone = [*candidates, *([] if against is None else [against])]
-    runners = _named([_runner(each, backend, threads) for each in everyone])
+    runners = _named([_runner(each, backend, threads, vae_tiling) for each in everyone])
     leader = next(iter(runners.values()))
     first = leader.defaults
     request = Request(
@@ -80,6 +84,7 @@ def bench(
         num_frames=first.num_frames if num_frames is None else num_frames,
         num_inference_steps=first.num_inference_steps if num_inference_steps is None else num_inference_steps,
         guidance_scale=first.guidance_scale if guidance_scale is None else guidance_scale,
+        guidance_scale_2=first.guidance_scale_2 if guidance_scale is guidance_scale_2 is None else guidance_scale_2,
         max_sequence_length=first.max_sequence_length if max_sequence_length is None else max_sequence_length,
         num_images=num_images,
         seed=seed,
@@ -116,10 +121,14 @@ def _check(iterations: int, warmup: int, num_images: int, candidates: tuple[obje
         raise ConfigError(f"num_images should be at least 1, not {num_images}")
 
 
-def _runner(candidate: Runner | Bundle | Path | str, backend: str, threads: int | None) -> Runner:
+def _runner(
+    candidate: Runner | Bundle | Path | str, backend: str, threads: int | None, vae_tiling: bool | int
+) -> Runner:
     if isinstance(candidate, str | Path):
-        return open_runner(str(candidate), backend=backend, threads=threads)
-    return BundleRunner(candidate, backend=backend, threads=threads) if isinstance(candidate, Bundle) else candidate
+        return open_runner(str(candidate), backend=backend, threads=threads, vae_tiling=vae_tiling)
+    if isinstance(candidate, Bundle):
+        return BundleRunner(candidate, backend=backend, threads=threads, vae_tiling=vae_tiling)
+    return candidate
 
 
 def _named(runners: list[Runner]) -> dict[str, Runner]:

@@ -31,6 +31,7 @@ class Request:
         num_images: in one batch.
         seed: of the noise.
         num_frames: of a film; None where pictures are drawn.
+        guidance_scale_2: of the denoisers behind the first, where some take turns; None: as the first one's.
     """
 
     prompt: str
@@ -42,6 +43,7 @@ class Request:
     num_images: int
     seed: int
     num_frames: int | None = None
+    guidance_scale_2: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,18 +150,23 @@ class BundleRunner:
     """A bundle on a backend; see `Runner`."""
 
     def __init__(
-        self, bundle: Bundle | Path | str, *, backend: str = DEFAULT_BACKEND, threads: int | None = None
+        self,
+        bundle: Bundle | Path | str,
+        *,
+        backend: str = DEFAULT_BACKEND,
+        threads: int | None = None,
+        vae_tiling: bool | int = False,
     ) -> None:
-        """Checks the bundle; `threads` of the host to use, all if None.
+        """Checks the bundle; `threads` of the host to use, all if None; `vae_tiling` as of `Pipeline`.
 
         Raises:
-            ConfigError: the folder is one of diffusers, or there is no such backend.
+            ConfigError: the folder is one of diffusers, or there is no such backend or tile.
             BundleError: it is no bundle, or not as it was exported.
             CompatibilityError: the runtime cannot run this pipeline, or its schema is newer.
         """
         find_backend(backend)
         opened = bundle if isinstance(bundle, Bundle) else open_bundle(_bundle_folder(Path(bundle)))
-        self._pipeline = Pipeline(opened, backend=backend, threads=threads)
+        self._pipeline = Pipeline(opened, backend=backend, threads=threads, vae_tiling=vae_tiling)
         self._backend = backend
         self._runs: list[tuple[str, float]] = []
         self._pipeline.networks.observer = lambda component, seconds: self._runs.append((component, seconds))
@@ -192,6 +199,7 @@ class BundleRunner:
             request.height,
             request.width,
             request.max_sequence_length,
+            guidance_scale_2=request.guidance_scale_2,
             num_frames=request.num_frames,
         )
 
@@ -243,6 +251,7 @@ class BundleRunner:
             request.prompt,
             num_inference_steps=request.num_inference_steps,
             guidance_scale=request.guidance_scale,
+            guidance_scale_2=request.guidance_scale_2,
             height=request.height,
             width=request.width,
             num_frames=request.num_frames,
@@ -258,12 +267,14 @@ class BundleRunner:
         return entry.dtype if entry.precision in ("", entry.dtype) else f"{entry.precision} in {entry.dtype}"
 
 
-def open_runner(text: str, *, backend: str = DEFAULT_BACKEND, threads: int | None = None) -> BundleRunner:
+def open_runner(
+    text: str, *, backend: str = DEFAULT_BACKEND, threads: int | None = None, vae_tiling: bool | int = False
+) -> BundleRunner:
     """The bundle that `FOLDER` or `FOLDER@BACKEND` names; `backend` where it names none."""
     folder, at, named = text.rpartition("@")
     if not at or Path(text).exists():
         folder, named = text, backend
-    return BundleRunner(folder, backend=named, threads=threads)
+    return BundleRunner(folder, backend=named, threads=threads, vae_tiling=vae_tiling)
 
 
 def _bundle_folder(folder: Path) -> Path:

@@ -76,6 +76,7 @@ def serve_bundle(
     name: str | None = None,
     backend: str = "onnxruntime",
     threads: int | None = None,
+    vae_tiling: bool | int = False,
     limits: Limits = DEFAULT_LIMITS,
     bounds: Bounds = DEFAULT_BOUNDS,
     watch: Callable[[str], Watch] | None = None,
@@ -88,6 +89,7 @@ def serve_bundle(
         name: what requests call it; the folder's name if None.
         backend: one of `backends.BACKENDS`.
         threads: of the host, all if None.
+        vae_tiling: see `Pipeline`.
         limits: of the batcher.
         bounds: of a request.
         watch: makes what is told of its runs, from its name.
@@ -96,7 +98,8 @@ def serve_bundle(
     Raises:
         ObsdiffError: it cannot be loaded, or cannot draw.
     """
-    pipeline = Pipeline(bundle if isinstance(bundle, Bundle) else open_bundle(bundle), backend=backend, threads=threads)
+    opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+    pipeline = Pipeline(opened, backend=backend, threads=threads, vae_tiling=vae_tiling)
     name = name or pipeline.bundle.root.resolve().name
     if warm_up:
         pipeline(pipeline.example, num_inference_steps=_fewest_steps(pipeline))

@@ -73,6 +73,7 @@ class Options:
         host, port: to listen at; port 0 takes a free one.
         backend: of every bundle; see `backends.BACKENDS`.
         threads: of the host for each bundle, all if None.
+        vae_tiling: of every bundle; see `Pipeline`.
         api_keys: one must come with each request, where there are any.
         drain_s: how long accepted requests may take after a signal.
     """
@@ -81,10 +82,17 @@ class Options:
     port: int = 8000
     backend: str = "onnxruntime"
     threads: int | None = None
+    vae_tiling: bool | int = False
     api_keys: tuple[str, ...] = ()
     limits: Limits = DEFAULT_LIMITS
     bounds: Bounds = DEFAULT_BOUNDS
     drain_s: float = 120.0
+
+
+def read_tiling(given: Mapping[str, Any]) -> bool | int:
+    """What `Pipeline` takes, from the values of `flags.TILING` by their keys."""
+    tile: int | None = given["vae_tile"]
+    return bool(given["vae_tiling"]) if tile is None else tile
 
 
 def read_bounds(given: Mapping[str, Any]) -> Bounds:
@@ -109,6 +117,7 @@ def read_options(given: Mapping[str, Any]) -> Options:
         port=given["port"],
         backend=given["backend"],
         threads=given["threads"],
+        vae_tiling=read_tiling(given),
         api_keys=() if given["api_keys"] is None else read_keys(given["api_keys"]),
         limits=Limits(max_rows=given["max_rows"], max_waiting=given["max_queue"]),
         bounds=replace(read_bounds(given), deadline_s=given["deadline"]),

@@ -110,6 +110,7 @@ def load(bundles: Sequence[str], options: Options) -> "Server":
                 name=name,
                 backend=options.backend,
                 threads=options.threads,
+                vae_tiling=options.vae_tiling,
                 limits=options.limits,
                 bounds=options.bounds,
                 watch=metrics.of,

@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, WanPipeline
+from diffusers import WanPipeline
 
 import obsdiff
 from obsdiff import verbs
 from obsdiff.evaluation import Evaluation, evaluate
 from obsdiff.families import films, wan
-from obsdiff.loading import Defaults, load_pipeline
+from obsdiff.families.autoencoders import use_tiles
+from obsdiff.loading import Defaults
 from obsdiff.pipeline_runner import PipelineRunner
 from obsdiff.recipe import Sampling, select
 from obsdiff.resolving import resolve
@@ -86,13 +86,14 @@ def test_a_folder_is_pruned_and_compared_and_its_card_makes_a_film(folder: Path,
 def test_the_main_job_leaves_a_bundle_that_draws_the_film_of_the_pruned_pipeline(folder: Path, tmp_path: Path) -> None:
     settings = Settings(model=str(folder), sparsity="ffn:0.25+2:4", method="magnitude", align=4, **SMALL)
     verbs.prune_to_folder(settings, tmp_path / "pruned")
-    told = {"trt": True, "targets": ["8.9"], "dtype": "fp32", "eval_prompts": 0, "no_cache": True}
+    told = {"trt": True, "targets": ["8.9"], "dtype": "fp32", "eval_prompts": 0, "no_cache": True, "vae_tile": 16}
     exported = obsdiff.export(tmp_path / "pruned", tmp_path / "out", **told, **SMALL)
     bundle = open_bundle(tmp_path / "out")
     following = bundle.component(NEXT_DECODER)
     assert bundle.component(DECODER).engines
     last = following.inputs[-1]  # of what it is told of the frames before, sides follow those of the latents
-    assert following.engines[0].profiles[0][last.name].max[-2:] == (32, 32)
+    limits = following.engines[0].profiles[0][last.name]
+    assert (limits.min[-2:], limits.max[-2:]) == ((4, 4), (16, 16))  # a tile or a part of it, though a film has 32
     assert exported.report.recipe["sampling"]["num_frames"] == 9
     assert (
         'films.write(pipeline("a prompt", seed=1).arrays[0], "film.webp")' in (tmp_path / "out/README.md").read_text()
@@ -100,6 +101,7 @@ def test_the_main_job_leaves_a_bundle_that_draws_the_film_of_the_pruned_pipeline
     drawn = Pipeline(tmp_path / "out", threads=1)("a cat", seed=3, noise_source="torch")
     pipeline = obsdiff.load(tmp_path / "pruned")
     pipeline.set_progress_bar_config(disable=True)
+    use_tiles(pipeline.vae, 16)  # as the bundle does of itself
     film = pipeline(
         prompt="a cat",
         num_inference_steps=2,
@@ -114,12 +116,14 @@ def test_the_main_job_leaves_a_bundle_that_draws_the_film_of_the_pruned_pipeline
 
 
 def test_a_pipeline_in_torch_is_measured_by_its_films(folder: Path) -> None:
-    runner = PipelineRunner(folder)
+    runner = PipelineRunner(folder, vae_tiling=16)
     told = {"prompt": "a cat", "num_inference_steps": 2, "guidance_scale": 5.0, "max_sequence_length": 8, "seed": 3}
     request = Request(height=32, width=32, num_images=1, num_frames=5, **told)  # type: ignore[arg-type]
     runner.check(request)
     runner.load(request)
-    assert runner.draw(request).pictures.shape == (1, 5, 32, 32, 3)
+    drawn = runner.draw(request)
+    assert drawn.pictures.shape == (1, 5, 32, 32, 3)
+    assert len(drawn.components["vae_decoder"]) == 2 * 2 * 3**2  # networks, latent frames, tiles
     assert runner.defaults.num_frames == 81
     with pytest.raises(ConfigError, match="num_frames 6: a film has"):
         runner.check(replace(request, num_frames=6))
@@ -243,23 +247,6 @@ def test_fused_projections_are_refused(build_denoiser: Build) -> None:
     denoiser.blocks[1].attn2.fuse_projections()
     with pytest.raises(ModelError, match=r"blocks\.1\.attn2: its projections are fused; call unfuse"):
         wan.linears(denoiser)
-
-
-def test_the_two_experts_of_wan22_are_refused_before_their_weights_are_read(
-    folder: Path, build_pipeline: Build, build_denoiser: Build
-) -> None:
-    index = json.loads((folder / "model_index.json").read_text())
-    index |= {"transformer_2": ["diffusers", "WanTransformer3DModel"], "boundary_ratio": 0.875}
-    (folder / "model_index.json").write_text(json.dumps(index))
-    pipeline: DiffusionPipeline = build_pipeline("wan")
-    pipeline.register_modules(transformer_2=build_denoiser("wan"))
-    for refused in (
-        lambda: load_pipeline(folder),
-        lambda: verbs.plan(Settings(model=str(folder), sparsity="2:4")),
-        lambda: obsdiff.prune(pipeline, prompts=PROMPTS, sparsity="2:4", **SMALL),
-    ):
-        with pytest.raises(ModelError, match="two denoisers in turn, transformer and transformer_2"):
-            refused()
 
 
 def test_a_timestep_for_each_token_is_refused(build_pipeline: Build) -> None:

@@ -1,0 +1,377 @@
+"""Pipelines whose denoisers take turns (Wan 2.2): each is pruned on its own steps, and all of it goes all the way."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import WanPipeline
+
+import obsdiff
+from obsdiff import calibration, pruning, trajectories, turns, verbs
+from obsdiff.core import timesteps
+from obsdiff.evaluation import Evaluation, evaluate
+from obsdiff.families import exporting, wan
+from obsdiff.inspection import checkpoints
+from obsdiff.loading import load_pipeline
+from obsdiff.pipeline_runner import PipelineRunner
+from obsdiff.pruning import Pruned
+from obsdiff.recipe import Sampling
+from obsdiff.sampling import Pair
+from obsdiff.settings import Settings
+from obsdiff.whatif.subject import subject_of
+from obsdiff_runtime.benchmark.runner import Request
+from obsdiff_runtime.bundle import Bundle, open_bundle
+from obsdiff_runtime.errors import CalibrationError, ConfigError, ModelError
+from obsdiff_runtime.pipeline import Pipeline
+
+PROMPTS = ["a red dog", "a cat"]
+NAMES = ("transformer", "transformer_2")
+SMALL: dict[str, Any] = {"steps": 4, "height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 8}
+SCALES: dict[str, Any] = {"guidance_scale": 4.0, "guidance_scale_2": 3.0}
+CUT: dict[str, Any] = {"sparsity": "ffn:0.25+2:4", "allocation": "uniform", "protect_first": 0, "protect_last": 0}
+CONFIG = Path(__file__).parent / "configs" / "wan22_a14b.json"
+
+Build = Callable[..., Any]
+
+
+def sampling(steps: int = 4) -> Sampling:
+    return Sampling(
+        num_inference_steps=steps,
+        guidance_scale=4.0,
+        guidance_scale_2=3.0,
+        height=32,
+        width=32,
+        num_frames=5,
+        max_sequence_length=8,
+        batch_size=2,
+        seed=0,
+    )
+
+
+def drawn(pipeline: Any, **options: Any) -> Any:
+    """What diffusers draws of a cat."""
+    given = {"num_inference_steps": 4, "height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 8}
+    seeded = torch.Generator().manual_seed(3)
+    return pipeline(prompt="a cat", generator=seeded, **given, **SCALES, **options).frames
+
+
+@pytest.fixture(scope="module")
+def made() -> dict[str, Any]:
+    return {}
+
+
+@pytest.fixture
+def cut(build_pipeline: Build, made: dict[str, Any]) -> tuple[Pruned, dict[str, torch.nn.Module]]:
+    """The pipeline pruned by the default method, and its denoisers before they were cut; made once."""
+    if not made:
+        masked: list[torch.nn.Module] = []
+        shrink = pruning.shrink
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                pruning, "shrink", lambda model, *rest: (masked.append(copy.deepcopy(model)), shrink(model, *rest))
+            )
+            given = {"prompts": PROMPTS, "align": 4, "draws": 1, **CUT, **SMALL, **SCALES}
+            made["pruned"] = obsdiff.prune(build_pipeline("wan22", num_layers=1), **given)
+        made["masked"] = dict(zip(reversed(NAMES), masked, strict=True))
+    return made["pruned"], made["masked"]
+
+
+@pytest.fixture
+def folder(cut: tuple[Pruned, Any], tmp_path: Path) -> Path:
+    obsdiff.save(cut[0], tmp_path / "pruned")
+    return tmp_path / "pruned"
+
+
+@pytest.fixture
+def dense(build_pipeline: Build, tmp_path: Path) -> Path:
+    build_pipeline("wan22", num_layers=1).save_pretrained(tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+def test_steps_are_shared_by_the_timesteps_that_a_sampler_visits() -> None:
+    both = {"transformer": 875.0, "transformer_2": 0.0}
+    assert turns.steps_of(both, [999, 875, 874, 0], 4) == {"transformer": range(2), "transformer_2": range(2, 4)}
+    twice = [999, 950, 950, 800, 800, 300, 300]  # Heun's: of 4 steps the last visits one timestep
+    assert turns.steps_of(both, twice, 4) == {"transformer": range(2), "transformer_2": range(2, 4)}
+    assert turns.steps_of(both, [999, 900], 2) == {"transformer": range(2), "transformer_2": range(2, 2)}
+    assert turns.steps_of({"unet": 0.0}, [999, 500, 0], 3) == {"unet": range(3)}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NAMES)
+def test_a_denoiser_is_looked_at_in_its_own_calls(name: str, build_pipeline: Build) -> None:
+    """As a hook sees them in a plain run. Behind its turn no other computes."""
+    pipeline, plain, computed = build_pipeline("wan22"), [], []
+    family = turns.placed(wan, name)
+    prompts = calibration.encode(pipeline, family, PROMPTS, sampling())
+    hook = getattr(pipeline, name).register_forward_pre_hook(
+        lambda _, __, told: plain.append(told["hidden_states"].clone()), with_kwargs=True
+    )
+    calibration.sample(pipeline, prompts, range(2), sampling())
+    hook.remove()
+    for each in NAMES:
+        getattr(pipeline, each).proj_out.register_forward_hook(lambda *_, each=each: computed.append(each))
+    calls = trajectories.record(pipeline, family, prompts, sampling(), computed_steps=4, kept_steps=4)
+    assert [call.step for call in calls] == {"transformer": [0, 1], "transformer_2": [2, 3]}[name]
+    for index, call in enumerate(calls):
+        assert torch.equal(call.arguments[1]["hidden_states"], torch.cat(plain[2 * index : 2 * index + 2]))
+    assert computed == ["transformer"] * 4 + ["transformer_2"] * (4 if name == "transformer_2" else 0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "steps"), [("transformer", (0, 1)), ("transformer_2", (2, 3))])
+def test_tokens_of_a_denoiser_have_the_weights_of_its_steps(
+    name: str, steps: tuple[int, int], build_pipeline: Build
+) -> None:
+    pipeline, seen = build_pipeline("wan22"), []
+    family = turns.placed(wan, name)
+    linear = wan.linears(pipeline.transformer)[0]
+    prompts = calibration.encode(pipeline, family, PROMPTS, sampling())
+    getattr(pipeline, name).get_submodule(linear.name).register_forward_pre_hook(
+        lambda _, told: seen.append(told[0].double().flatten(0, -2))
+    )
+    found = calibration.calibrate(pipeline, family, [linear], prompts, sampling(), time_weights="log-decrease")
+    weights = [float(timesteps.weights("log-decrease", 4)[step]) for step in steps for _ in range(2)]  # two calls each
+    expected = sum(weight * rows.T @ rows for weight, rows in zip(weights, seen, strict=True))
+    total = sum(weight * len(rows) for weight, rows in zip(weights, seen, strict=True))
+    torch.testing.assert_close(found[linear.reads].matrix.double(), expected / total, rtol=1e-5, atol=1e-5)
+
+
+def test_a_denoiser_that_takes_no_step_is_not_pruned(build_pipeline: Build) -> None:
+    with pytest.raises(CalibrationError, match="transformer_2 takes none of 1 steps; take more of them"):
+        obsdiff.prune(build_pipeline("wan22"), prompts=PROMPTS, sparsity="2:4", **{**SMALL, "steps": 1})
+
+
+@torch.no_grad()
+@pytest.mark.stage("weights", "structured", "saved", kind="wan22")
+def test_both_are_pruned_cut_saved_and_loaded(cut: tuple[Pruned, dict[str, Any]], folder: Path) -> None:
+    pruned, masked = cut
+    loaded: Any = obsdiff.load(folder)
+    assert [each.family.denoiser for each in pruned.turns] == list(NAMES)
+    told = wan.example(masked["transformer"], batch=2, size=(2, 8, 8), text_tokens=7, pixels=(32, 32))
+    for each in pruned.turns:
+        name, denoiser = each.family.denoiser, each.denoiser
+        expected = masked[name](**told).sample
+        found = denoiser(**told).sample
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()  # fewer terms, in another order
+        assert each.kept.keys() == {"blocks.0.ffn.neurons"}
+        for layer in each.layers:
+            if layer.pattern.endswith("2:4"):
+                weight = denoiser.get_submodule(layer.name).weight
+                assert bool(((weight.unflatten(1, (-1, 4)) == 0).sum(-1) >= 2).all()), layer.name
+        assert torch.equal(getattr(loaded, name)(**told).sample, found)
+    assert pruned.kept != pruned.behind[0].kept
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["boundary_ratio"] == 0.875
+    manifests = [json.loads((folder / name / "obsdiff.json").read_text()) for name in NAMES]
+    assert [manifest["recipe"]["sampling"]["guidance_scale_2"] for manifest in manifests] == [3.0, 3.0]
+    assert manifests[0]["groups"] != manifests[1]["groups"]
+    assert set(load_pipeline(folder).behind) == {"transformer_2"}
+
+
+def test_each_is_fitted_as_if_the_other_were_dense(cut: tuple[Pruned, Any], build_pipeline: Build) -> None:
+    """What comes of the second does not depend on the first, nor the other way round: both look at dense films."""
+    pruned, _ = cut
+    pipeline = build_pipeline("wan22", num_layers=1)
+    alone = pruning._prune(
+        pipeline, wan, pruned.recipe, stored=torch.float32, journal=None, progress=lambda *_, **__: None
+    )
+    found = pruned.denoiser.state_dict()
+    assert all(torch.equal(weight, found[name]) for name, weight in alone.denoiser.state_dict().items())
+
+
+@torch.no_grad()
+def test_each_step_has_the_errors_of_the_denoiser_that_takes_it(build_pipeline: Build) -> None:
+    pipeline = build_pipeline("wan22")
+    pairs = {name: Pair(dense=getattr(pipeline, name), pruned=copy.deepcopy(getattr(pipeline, name))) for name in NAMES}
+    for parameter in pairs["transformer_2"].pruned.get_submodule("proj_out").parameters():
+        parameter.mul_(1.1)
+    first = pairs.pop("transformer")
+    asked: Any = {"dense": first.dense, "pruned": first.pruned, "behind": pairs, "prompts": PROMPTS[:1]}
+    evaluation, images = evaluate(pipeline, wan, **asked, sampling=sampling())
+    assert evaluation.velocity_error_per_step == pytest.approx([0, 0, 0.01, 0.01], rel=1e-3)
+    assert evaluation.image_mse > 0
+    assert pipeline.transformer is first.dense
+    assert pipeline.transformer_2 is pairs["transformer_2"].dense
+    pipeline.transformer_2 = pairs["transformer_2"].pruned
+    seeded = torch.Generator().manual_seed(0)
+    given = {"num_inference_steps": 4, "height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 8}
+    film = pipeline(prompt=PROMPTS[0], generator=seeded, **given, **SCALES).frames[0]
+    assert np.array_equal(images[0].pruned, np.rint(film[[0, 1, 3, 4]].reshape(4 * 32, 32, 3) * 255))
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.stage("engine", kind="wan22")
+def test_a_pruned_folder_is_compared_and_becomes_a_bundle_that_draws_its_latents(
+    folder: Path, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The decoder's graphs, which take half a minute, are those of any Wan."""
+    monkeypatch.setattr(exporting, "autoencoder", lambda *_, **__: ())
+    report = verbs.evaluate(folder, str(dense), Settings(eval_prompts=1, **SMALL, **SCALES)).reports[0]
+    assert isinstance(report.evaluation, Evaluation)
+    assert all(error > 0 for error in report.evaluation.velocity_error_per_step)
+    assert {layer.name.split(".")[0] for layer in report.layers} == set(NAMES)
+    parts = [getattr(load_pipeline(dense).pipeline, name) for name in NAMES]
+    assert report.dense.parameters == sum(parameter.numel() for part in parts for parameter in part.parameters())
+    assert report.pruned.parameters < report.dense.parameters
+    exported = obsdiff.export(folder, tmp_path / "out", dtype="fp32", eval_prompts=0, **SMALL, **SCALES)
+    assert [pair.what for pair in exported.report.latency] == [f"one call of {name}" for name in NAMES]
+    config, read = dict(load_pipeline(folder).pipeline.vae.config), Bundle.config
+    manifest = open_bundle(tmp_path / "out").manifest
+    assert (manifest.turns, manifest.defaults.guidance_scale_2) == ({"transformer": 875.0, "transformer_2": 0.0}, 3.0)
+    expected = drawn(obsdiff.load(folder), output_type="latent").numpy()
+    monkeypatch.setattr(Bundle, "config", lambda self, name: config if name == "vae_decoder" else read(self, name))
+    pipeline = Pipeline(tmp_path / "out", threads=1)
+    (drawing,) = pipeline.begin("a cat", seed=3, noise_source="torch")
+    while not drawing.is_over:
+        pipeline.step([drawing])
+    assert np.abs(drawing.sample - expected[0]).max() < 1e-4 * np.abs(expected).max()
+    pytest.importorskip("tensorrt_rtx")
+    built = verbs.build(tmp_path / "out", components=NAMES, builder="tensorrt_rtx", targets="8.9", no_cache=True)
+    assert list(built.engines) == list(NAMES)
+    assert all(entry.sparse_requested for entry in built.entries)
+    assert [bool(entry.receipt) for entry in built.entries] == [True, True]
+
+
+def test_weights_that_stay_in_their_files_are_exported_of_both(folder: Path) -> None:
+    loaded = load_pipeline(folder, low_memory=True)
+    assert {parameter.device.type for each in loaded.denoisers.values() for parameter in each.parameters()} == {"meta"}
+
+
+def test_inspecting_a_folder_points_to_the_other_denoiser(folder: Path) -> None:
+    found = checkpoints.read(folder)
+    assert found.denoiser == "transformer WanTransformer3DModel"
+    assert found.notes == (
+        f"transformer_2 takes turns with transformer; obsdiff inspect {folder / 'transformer_2'} shows it",
+    )
+    assert checkpoints.read(folder / "transformer_2").sparsity == "ffn:0.25+2:4"
+
+
+def test_blocks_of_both_come_and_go_where_the_gpu_holds_one(cut: tuple[Pruned, Any], dense: Path) -> None:
+    """Without a GPU from the host to itself."""
+    loaded = load_pipeline(dense, offload=True)
+    found = pruning.prune(loaded.pipeline, wan, cut[0].recipe)
+    for name, denoiser in found.denoisers.items():
+        expected = cut[0].denoisers[name].state_dict()
+        assert all(torch.equal(weight, expected[key]) for key, weight in denoiser.state_dict().items())
+
+
+def test_a_killed_run_goes_on_behind_what_it_finished(dense: Path, tmp_path: Path) -> None:
+    asked = Settings(model=str(dense), method="magnitude", **CUT, **SMALL)
+    written: list[str] = []
+    journal: Any = type(
+        "Journal", (), {"read": lambda *_: None, "write": lambda _, package, __: written.append(package)}
+    )
+    loaded = load_pipeline(dense)
+    recipe = verbs.open_job(asked).recipe
+    pruning.prune(loaded.pipeline, wan, recipe, journal=journal())
+    own = [package for package in written if not package.startswith("transformer_2-")]
+    assert own
+    assert [package for package in written if package not in own] == [f"transformer_2-{package}" for package in own]
+
+
+def test_a_pipeline_in_torch_is_measured_denoiser_by_denoiser(dense: Path, build_pipeline: Build) -> None:
+    runner = PipelineRunner(dense)
+    told: dict[str, Any] = {"prompt": "a cat", "num_inference_steps": 4, "max_sequence_length": 8, "seed": 3}
+    request = Request(height=32, width=32, num_images=1, num_frames=5, **told, **SCALES)
+    runner.check(request)
+    runner.load(request)
+    found = runner.draw(request)
+    assert np.array_equal(found.pictures, np.rint(drawn(build_pipeline("wan22", num_layers=1)) * 255).astype(np.uint8))
+    assert {name: len(found.components[name]) for name in NAMES} == {"transformer": 4, "transformer_2": 4}
+
+
+def test_a_plan_tells_of_each_denoiser_and_of_both(tmp_path: Path) -> None:
+    """Two of 14 B, says the models' card, widths as in the configuration that Wan2.2's repository has of T2V A14B."""
+    config = json.loads(CONFIG.read_text())
+    index = {"_class_name": "WanPipeline", "boundary_ratio": 0.875, "scheduler": [None, None]}
+    for name in NAMES:
+        index[name] = ["diffusers", "WanTransformer3DModel"]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    asked: dict[str, Any] = {"model": str(tmp_path), "sparsity": "ffn:0.25", "method": "obsdiff"}
+    whole = verbs.plan(Settings(**asked))
+    first, second = whole.turns.values()
+    assert first.parameters_before == second.parameters_before == 14_288_491_584
+    assert whole.parameters_before == 2 * 14_288_491_584
+    width, neurons, image, text = 5120, 13824, 21 * 30 * 52, 512
+    products = 40 * ((6 * width**2 + 2 * width * neurons) * image + 2 * width**2 * text)
+    assert products < first.macs_before < 1.01 * products
+    assert whole.macs_before == 2 * first.macs_before
+    lost = 38 * (2 * width + 1) * neurons // 4  # the first and the last block keep theirs
+    assert whole.parameters_before - whole.parameters_after == 2 * lost
+    assert whole.estimates.memory_bytes == first.estimates.memory_bytes > 4 * whole.parameters_before
+    assert whole.estimates.checkpoint_bytes == 4 * whole.parameters_after
+    assert whole.layers[0].name == "transformer.blocks.1.ffn.net.0.proj"
+    json.dumps(whole.to_json())
+
+
+def test_a_boundary_and_a_second_denoiser_belong_together(dense: Path, build_pipeline: Build) -> None:
+    index = json.loads((dense / "model_index.json").read_text())
+    (dense / "model_index.json").write_text(json.dumps({**index, "boundary_ratio": None}))
+    with pytest.raises(ModelError, match="has transformer and transformer_2 and boundary_ratio None; denoisers that"):
+        verbs.plan(Settings(model=str(dense), sparsity="2:4"))
+    pipeline = build_pipeline("wan")
+    pipeline.register_to_config(boundary_ratio=0.9)
+    with pytest.raises(ModelError, match=r"has transformer and boundary_ratio 0\.9"):
+        obsdiff.prune(pipeline, prompts=PROMPTS, sparsity="2:4", **SMALL)
+
+
+def test_denoisers_that_differ_are_refused(build_pipeline: Build, build_denoiser: Build, dense: Path) -> None:
+    pipeline: WanPipeline = build_pipeline("wan22")
+    pipeline.register_modules(transformer_2=build_denoiser("wan", num_layers=1))
+    with pytest.raises(ModelError, match="differ in num_layers, and obsdiff knows only those that take turns and are"):
+        obsdiff.prune(pipeline, prompts=PROMPTS, sparsity="2:4", **SMALL)
+    file = dense / "transformer_2" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "ffn_dim": 32}))
+    with pytest.raises(ModelError, match="differ in ffn_dim"):
+        verbs.plan(Settings(model=str(dense), sparsity="2:4"))
+
+
+@pytest.mark.parametrize(
+    ("refused", "what"),
+    [
+        (lambda model, _: subject_of(Settings(model=model)), "obsdiff whatif"),
+        (
+            lambda model, out: obsdiff.export(model, out, precision="int8", num_samples=1, eval_prompts=0, **SMALL),
+            "--precision int8",
+        ),
+    ],
+)
+def test_what_knows_one_denoiser_says_so(
+    refused: Callable[[str, Path], Any], what: str, dense: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=f"{what} knows one denoiser, and those of this pipeline take turns"):
+        refused(str(dense), tmp_path / "out")
+
+
+def test_a_latency_table_knows_one_denoiser(dense: Path, tmp_path: Path) -> None:
+    (tmp_path / "table.json").write_text("{}")
+    asked = Settings(model=str(dense), sparsity="ffn:0.25", allocation=f"latency:{tmp_path / 'table.json'}", **SMALL)
+    with pytest.raises(ConfigError, match="--allocation latency knows one denoiser"):
+        verbs.plan(asked)
+
+
+def test_a_lora_is_not_brought_to_denoisers_that_take_turns(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="obsdiff lora knows one denoiser"):
+        verbs.lora(folder, tmp_path / "a.safetensors", tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["wan", "wan22"])
+def test_the_second_scale_is_for_a_second_denoiser(kind: str, build_pipeline: Build, tmp_path: Path) -> None:
+    build_pipeline(kind).save_pretrained(tmp_path / "dense")
+    asked: dict[str, Any] = {"model": str(tmp_path / "dense"), "sparsity": "2:4", **SMALL}
+    if kind == "wan":
+        with pytest.raises(ConfigError, match="--guidance-scale-2 3: one denoiser takes all steps here"):
+            verbs.plan(Settings(**asked, guidance_scale_2=3.0))
+    else:
+        assert verbs.open_job(Settings(**asked)).recipe.sampling.guidance_scale_2 == 5.0  # as the first one's
+        with pytest.raises(ConfigError, match="--guidance-scale-2 -1: must be a finite number"):
+            verbs.plan(Settings(**asked, guidance_scale_2=-1.0))
