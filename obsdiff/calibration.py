@@ -108,9 +108,9 @@ class StepIndex:
             self._changes += 1
             self._last = now
         told = self._scheduler.timesteps.tolist()
-        visited = len(
-            set(told[:-1] if isinstance(self._scheduler, SCMScheduler) else told)
-        )  # there the last is the end
+        if isinstance(self._scheduler, SCMScheduler):
+            told = told[:-1]  # where it ends
+        visited = len(set(told))
         return min(self._changes * self._steps // max(visited, self._steps), self._steps - 1)
 
 

@@ -26,7 +26,7 @@ def call(pipeline: DiffusionPipeline) -> Callable[..., Any]:
     if isinstance(pipeline, ZImagePipeline):
         return partial(_listed, pipeline)
     if isinstance(pipeline, SanaSprintPipeline):
-        return partial(_in_steps, pipeline)
+        return partial(_stepped, pipeline)
     return cast("Callable[..., Any]", pipeline)
 
 
@@ -39,7 +39,15 @@ def _listed(pipeline: ZImagePipeline, **told: Any) -> Any:
     return pipeline(**told)
 
 
-def _in_steps(pipeline: SanaSprintPipeline, *, num_inference_steps: int, **told: Any) -> Any:
-    """Draws; by default the call knows when the second of two steps is, and refuses other numbers of them."""
-    between = {} if num_inference_steps == 2 else {"intermediate_timesteps": None}
-    return pipeline(num_inference_steps=num_inference_steps, **between, **told)
+def in_steps(pipeline_class: type[DiffusionPipeline] | None, steps: int) -> dict[str, Any]:
+    """Arguments by which a call takes so many steps.
+
+    By default that of Sana-Sprint knows when the second of two steps is, and refuses other numbers of them.
+    """
+    told: dict[str, Any] = {"num_inference_steps": steps}
+    return told | {"intermediate_timesteps": None} if pipeline_class is SanaSprintPipeline and steps != 2 else told
+
+
+def _stepped(pipeline: SanaSprintPipeline, *, num_inference_steps: int, **told: Any) -> Any:
+    """Draws; see `in_steps`."""
+    return pipeline(**in_steps(type(pipeline), num_inference_steps), **told)

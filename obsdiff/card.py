@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 import diffusers
 import yaml
 
-from obsdiff import wording
+from obsdiff import calls, wording
 from obsdiff.families import dit, parts
 from obsdiff.measurements import NotMeasured, Report
 from obsdiff.sparsity import NM, Unstructured, parse
@@ -91,7 +91,10 @@ def _code(report: Report, index: Mapping[str, Any], kind: Kind) -> str:
     prompt, options = "0" if _draws_classes(index) else "a prompt", ""
     if not isinstance(evaluation, NotMeasured):
         prompt, sampling = evaluation.per_prompt[0].prompt, evaluation.sampling
-        options = f", num_inference_steps={sampling.num_inference_steps}, {_guided(index, sampling.guidance_scale)}"
+        pipeline = getattr(diffusers, str(index.get("_class_name")), None)
+        steps = calls.in_steps(pipeline, sampling.num_inference_steps)
+        options = "".join(f", {name}={value}" for name, value in steps.items())
+        options += f", {_guided(index, sampling.guidance_scale)}"
         if sampling.guidance_scale_2 is not None:
             options += f", guidance_scale_2={sampling.guidance_scale_2:g}"
         if sampling.num_frames is not None:

@@ -21,7 +21,7 @@ from torch import nn
 
 from obsdiff import checkpoint, offloading, turns, weights
 from obsdiff.checkpoint import DEFAULTS, INDEX
-from obsdiff.families import HELP, Family, dit, parts, references
+from obsdiff.families import HELP, Family, dit, parts, references, sana
 from obsdiff.families.table import FAMILIES, family_of
 from obsdiff.folders import MANIFEST, is_variant
 from obsdiff.manifest import PrunedManifest, read_manifest
@@ -36,7 +36,7 @@ _PIPELINES: Final[Mapping[str, tuple[str, ...]]] = {
     "flux": ("FluxPipeline", "FluxKontextPipeline"),
     "flux2": ("Flux2KleinPipeline", "Flux2Pipeline"),
     "qwen": ("QwenImagePipeline",),
-    "sana": ("SanaPipeline", "SanaSprintPipeline"),
+    "sana": ("SanaPipeline", sana.SPRINT),
     "zimage": ("ZImagePipeline",),
 }
 """Of families whose networks are told other things in other pipelines, those that obsdiff knows."""
@@ -282,7 +282,8 @@ def _class_defaults(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     family = _family_of(configs)
     denoiser = configs[family.denoiser]
     index = configs.get("model_index", {})
-    name = index.get("_class_name") or family.pipeline
+    sprint = family is sana and denoiser.get("guidance_embeds")
+    name = index.get("_class_name") or (sana.SPRINT if sprint else family.pipeline)
     if not name:
         raise ModelError(
             f"no family describes a {denoiser['_class_name']}, so its configuration alone is not enough; "

@@ -59,6 +59,9 @@ negative_first: bool = True
 described: bool = True
 text_mask: str | None = "encoder_attention_mask"
 
+SPRINT: Final = "SanaSprintPipeline"
+"""That of a denoiser which is told its guidance."""
+
 TEXT_TOKENS: Final = 300
 
 _TIMESTEPS: Final = 1000

@@ -239,6 +239,15 @@ def test_a_configuration_may_have_any_name(sd3_folder: Path, tmp_path: Path) -> 
         load_pipeline(file)
 
 
+@pytest.mark.parametrize(("kind", "steps"), [("sana", 20), ("sana_sprint", 2)])
+def test_a_bare_sana_takes_the_steps_of_the_pipeline_that_tells_it_its_guidance(
+    kind: str, steps: int, build_denoiser: Callable[..., Any], tmp_path: Path
+) -> None:
+    build_denoiser(kind).save_config(tmp_path)
+    defaults = loading.defaults_of(None, load_configs(tmp_path).configs)
+    assert (defaults.num_inference_steps, defaults.guidance_scale) == (steps, 4.5)
+
+
 def test_a_bare_sana_stands_for_thirty_two_pixels_a_side(build_denoiser: Callable[..., Any], tmp_path: Path) -> None:
     build_denoiser("sana").save_config(tmp_path)
     assert loading.vae_scale(load_configs(tmp_path).configs) == 32
