@@ -9,7 +9,7 @@ from diffusers import (
     DiTPipeline,
     Flux2KleinPipeline,
     Flux2Pipeline,
-    SanaSprintPipeline,
+    WanPipeline,
     ZImagePipeline,
 )
 
@@ -17,16 +17,20 @@ from obsdiff import class_calls, pictures
 from obsdiff.families import parts
 
 
-def call(pipeline: DiffusionPipeline) -> Callable[..., Any]:
-    """The pipeline's call, with the arguments and results that others have."""
+def call(pipeline: DiffusionPipeline, *, own_timesteps: bool = False) -> Callable[..., Any]:
+    """The pipeline's call, with the arguments and results that others have.
+
+    A denoiser that the pipeline tells a timestep for each token (Wan 2.2 TI2V) is told one, unless `own_timesteps`:
+    without a picture all are equal, so it is the same in less work.
+    """
     if isinstance(pipeline, DiTPipeline):
         return class_calls.call(pipeline)
     if isinstance(pipeline, (Flux2KleinPipeline, Flux2Pipeline)):
         return pictures.call(pipeline)
     if isinstance(pipeline, ZImagePipeline):
         return partial(_listed, pipeline)
-    if isinstance(pipeline, SanaSprintPipeline):
-        return partial(_stepped, pipeline)
+    if isinstance(pipeline, WanPipeline) and pipeline.config.expand_timesteps and not own_timesteps:
+        return partial(_told_once, pipeline)
     return cast("Callable[..., Any]", pipeline)
 
 
@@ -39,15 +43,10 @@ def _listed(pipeline: ZImagePipeline, **told: Any) -> Any:
     return pipeline(**told)
 
 
-def in_steps(pipeline_class: type[DiffusionPipeline] | None, steps: int) -> dict[str, Any]:
-    """Arguments by which a call takes so many steps.
-
-    By default that of Sana-Sprint knows when the second of two steps is, and refuses other numbers of them.
-    """
-    told: dict[str, Any] = {"num_inference_steps": steps}
-    return told | {"intermediate_timesteps": None} if pipeline_class is SanaSprintPipeline and steps != 2 else told
-
-
-def _stepped(pipeline: SanaSprintPipeline, *, num_inference_steps: int, **told: Any) -> Any:
-    """Draws; see `in_steps`."""
-    return pipeline(**in_steps(type(pipeline), num_inference_steps), **told)
+def _told_once(pipeline: WanPipeline, **told: Any) -> Any:
+    """Draws, with a timestep for each film."""
+    pipeline.register_to_config(expand_timesteps=False)
+    try:
+        return pipeline(**told)
+    finally:
+        pipeline.register_to_config(expand_timesteps=True)

@@ -9,9 +9,10 @@ from typing import Any, Final, Literal
 import diffusers
 import yaml
 
-from obsdiff import calls, wording
+from obsdiff import wording
 from obsdiff.families import dit, parts
 from obsdiff.measurements import NotMeasured, Report
+from obsdiff.sampling import in_steps
 from obsdiff.sparsity import NM, Unstructured, parse
 from obsdiff.templates import environment
 
@@ -91,8 +92,7 @@ def _code(report: Report, index: Mapping[str, Any], kind: Kind) -> str:
     prompt, options = "0" if _draws_classes(index) else "a prompt", ""
     if not isinstance(evaluation, NotMeasured):
         prompt, sampling = evaluation.per_prompt[0].prompt, evaluation.sampling
-        pipeline = getattr(diffusers, str(index.get("_class_name")), None)
-        steps = calls.in_steps(pipeline, sampling.num_inference_steps)
+        steps = in_steps(getattr(diffusers, str(index.get("_class_name"))), sampling.num_inference_steps)
         options = "".join(f", {name}={value}" for name, value in steps.items())
         options += f", {_guided(index, sampling.guidance_scale)}"
         if sampling.guidance_scale_2 is not None:

@@ -26,7 +26,7 @@ from obsdiff.families.table import FAMILIES, family_of
 from obsdiff.folders import MANIFEST, is_variant
 from obsdiff.manifest import PrunedManifest, read_manifest
 from obsdiff_runtime import autoencoder
-from obsdiff_runtime.conditioning import IS_DISTILLED
+from obsdiff_runtime.conditioning import IS_DISTILLED, KINDS
 from obsdiff_runtime.errors import ModelError, ResourceError
 from obsdiff_runtime.labels import Labels, read_labels
 from obsdiff_runtime.turns import BEHIND
@@ -267,10 +267,16 @@ def require_alike(configs: Sequence[Mapping[str, Any]]) -> None:
 
 
 def require_known_pipeline(index: Mapping[str, Any], family: Family) -> None:
-    """Raises ModelError for pipelines that tell the family's networks what obsdiff does not; `index` as above."""
+    """Raises ModelError for pipelines that tell the family's networks what obsdiff does not; `index` as above.
+
+    So it does for those whose scheduler is another than the only one that they draw by.
+    """
     name, known = str(index["_class_name"]), _PIPELINES.get(family.name)
     if known is not None and name not in known:
         raise ModelError(f"of pipelines with this denoiser obsdiff knows {', '.join(known)}, not {name}")
+    only = KINDS[name].scheduler if name in KINDS else None
+    if only is not None and index["scheduler"][1] != only:
+        raise ModelError(f"{name} draws by {only} alone, not by {index['scheduler'][1]}; give it that one")
 
 
 def _family_of(configs: Mapping[str, Mapping[str, Any]]) -> Family:

@@ -25,7 +25,7 @@ c the angle's sine and cosine, x the latents and F the network (arXiv 2503.09641
 
     velocity(x, angle) = ((c - s) x + F(x / (s + c), s / (s + c))) / (s + c)
 
-In torch, calibration and comparison look at what F gives. At one step errors of both differ by one factor, s + c.
+In torch, calibration and comparison look at what F gives. An error of it is s + c times the velocity's.
 
 Scales, shifts and gates of all blocks come from one projection of the timestep; a block adds a table of its own.
 
@@ -63,9 +63,6 @@ SPRINT: Final = "SanaSprintPipeline"
 """That of a denoiser which is told its guidance."""
 
 TEXT_TOKENS: Final = 300
-
-_TIMESTEPS: Final = 1000
-"""Timesteps of the examples end in front of it."""
 
 _TEXT: Final = "encoder_hidden_states"
 
@@ -137,8 +134,9 @@ def example(
     config: Any = denoiser.config
     inputs = parts.masked_example(denoiser, batch, size, text_tokens, config.caption_channels)
     if config.guidance_embeds:
-        inputs["timestep"] = inputs["timestep"] * (math.pi / 2 / _TIMESTEPS)
-        inputs["guidance"] = torch.linspace(4.5, 1.5, batch).to(inputs["timestep"].dtype)
+        dtype = inputs["timestep"].dtype
+        inputs["timestep"] = torch.linspace(math.pi / 2, 0.1, batch).to(dtype)
+        inputs["guidance"] = torch.linspace(4.5, 1.5, batch).to(dtype)
     return inputs
 
 
