@@ -247,10 +247,10 @@ def require_known_turns(index: Mapping[str, Any], family: Family) -> None:
             f"this {name} has {' and '.join(denoisers)} and {turns.BOUNDARY} {index.get(turns.BOUNDARY)}; denoisers "
             f"that take turns are two, and {turns.BOUNDARY} says when"
         )
-    if index.get("expand_timesteps"):
+    if index.get("expand_timesteps") and name != family.pipeline:
         raise ModelError(
-            f"this {name} tells its denoiser a timestep for each token (expand_timesteps, Wan 2.2 TI2V 5B), and "
-            "obsdiff knows only those that tell it one"
+            f"this {name} tells its denoiser of a picture by timesteps of its tokens (image to video); of pipelines "
+            f"that tell it one for each token obsdiff knows {family.pipeline}"
         )
 
 

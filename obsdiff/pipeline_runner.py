@@ -236,7 +236,7 @@ class PipelineRunner:
             stack.enter_context(self._graphs_kept())
             stack.enter_context(self._watched(laps))
             before, start = self._allocated(reset=True), clock.mark()
-            images = calls.call(pipeline)(
+            images = calls.call(pipeline, own_timesteps=True)(
                 prompt=request.prompt,
                 height=request.height,
                 width=request.width,

@@ -31,6 +31,7 @@ FAMILIES: Final = {
     "dit": "`dit`: DiT, class-conditional",
     "wan": "`wan`: Wan 2.1, text to film",
     "wan22": "`wan`: Wan 2.2 A14B, text to film",
+    "wan_ti2v": "`wan`: Wan 2.2 TI2V 5B, text to film",
     "chroma": "no family: Chroma",
 }
 STAGES: Final = {

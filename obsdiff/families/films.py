@@ -1,4 +1,4 @@
-"""Autoencoders of films (Wan 2.1) as they are exported: decoders that go from one latent frame to the next.
+"""Autoencoders of films (Wan) as they are exported: decoders that go from one latent frame to the next.
 
     b         batch
     h, w      sides of the latents
@@ -38,6 +38,7 @@ class _First(nn.Module):
         super().__init__()
         self.post_quant_conv = vae.post_quant_conv
         self.decoder = _resizing(vae.decoder)
+        self.patch = vae.config.patch_size or 1
 
     def forward(self, latent_sample: Tensor) -> tuple[Tensor, ...]:
         found: list[Any] = [None] * sum(1 for _ in self.decoder.modules())  # more than there are convolutions
@@ -57,7 +58,7 @@ class _First(nn.Module):
                 hook.remove()
         seen = [unseen.get(index, found[index]) for index in range(place[0])]  # (b, c, 1, ...) each
         caches = [torch.cat([torch.zeros_like(frame), frame], dim=2) for frame in seen]
-        return (pixels, *caches)
+        return (_whole(pixels, self.patch), *caches)
 
 
 class _Next(nn.Module):
@@ -67,6 +68,7 @@ class _Next(nn.Module):
         super().__init__()
         self.post_quant_conv = vae.post_quant_conv
         self.decoder = _resizing(vae.decoder)
+        self.patch = vae.config.patch_size or 1
         named = ("latent_sample", *map(cached, range(caches)))
         parameters = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in named]
         self.forward = partial(self._decode)
@@ -76,18 +78,16 @@ class _Next(nn.Module):
         kept = [caches[cached(index)] for index in range(len(caches))]
         latents = self.post_quant_conv(latent_sample[:, :, None])
         pixels = self.decoder(latents, feat_cache=kept, feat_idx=[0])
-        return (pixels, *kept)
+        return (_whole(pixels, self.patch), *kept)
 
 
 def decoders(vae: Any, *, height: int, width: int) -> list[Component]:
     """Two: of a film's first latent frame, and of each of the others.
 
     Raises:
-        ModelError: it is one of Wan 2.2, or of another number of frames in a latent frame.
+        ModelError: it makes another number of frames of a latent frame.
     """
     config, dtype = config_of(vae), vae.dtype
-    if config["is_residual"] or config["patch_size"]:
-        raise ModelError(f"this {CLASS} is one of Wan 2.2, whose blocks are others; obsdiff knows those of Wan 2.1")
     if 2 ** sum(config["temperal_downsample"]) != FRAME_SCALE:
         raise ModelError(f"this {CLASS} makes a latent frame of another number of frames than {FRAME_SCALE}")
     scale = vae_scale(config)
@@ -125,6 +125,15 @@ def decoders(vae: Any, *, height: int, width: int) -> list[Component]:
         more_inputs=tuple(later[1:]),
     )
     return [first, following]
+
+
+def _whole(pixels: Tensor, patch: int) -> Tensor:
+    """Patches (b, 3 patch patch, f, h, w), as Wan 2.2 TI2V's decoder gives them, columns before rows, side by side."""
+    if patch == 1:
+        return pixels
+    split = pixels.unflatten(1, (-1, patch, patch))  # type: ignore[no-untyped-call]  # (b, 3, columns, rows, f, h, w)
+    whole: Tensor = split.permute(0, 1, 4, 5, 3, 6, 2).flatten(5).flatten(3, 4)
+    return whole
 
 
 def _resizing(module: nn.Module) -> Any:

@@ -17,8 +17,9 @@ own.
 Latents have an axis of frames, (b, channels, frames, h, w). There are FRAMES of them, which is what the pipeline's call
 draws, where nothing else is said.
 
-Known are the pipelines that make a film of a text: those of Wan 2.1, and of Wan 2.2 with two denoisers that take turns
-(turns.py). Those that are also told a picture, and those that tell a timestep for each token (TI2V 5B), are refused.
+Known are the pipelines that make a film of a text: those of Wan 2.1 and 2.2, of which A14B has two denoisers that take
+turns (turns.py), and TI2V 5B tells its denoiser a timestep for each token, which without a picture are all the same:
+here it is told one. Those that are also told a picture are refused.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

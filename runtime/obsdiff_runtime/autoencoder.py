@@ -36,7 +36,7 @@ OVERLAP_OF_OTHERS: Final = 4
 def vae_scale(config: Mapping[str, Any]) -> int:
     """Pixels per side of a latent pixel, from an autoencoder's configuration; VAE_SCALE where it does not say."""
     if "temperal_downsample" in config:  # of video autoencoders, spelled so: those of Qwen-Image and Wan
-        return int(2 ** len(config["temperal_downsample"]))
+        return int(2 ** len(config["temperal_downsample"]) * (config.get("patch_size") or 1))
     levels = config.get("block_out_channels") or config.get("encoder_block_out_channels")
     return VAE_SCALE if levels is None else int(2 ** (len(levels) - 1) * _patch(config))
 
@@ -96,10 +96,12 @@ def tile_side(asked: bool | int | None, own: int | None, config: Mapping[str, An
         config: of the autoencoder.
 
     Raises:
-        ConfigError: there is no tile of so many; says which are near.
+        ConfigError: there is no tile of so many; says which are near. Or tiles of this autoencoder are not known.
     """
     scale, parts = vae_scale(config), _overlap(config)
     side = own if asked is None or isinstance(asked, bool) else asked
+    if (asked or side is not None) and "temperal_downsample" in config and config.get("patch_size"):
+        raise ConfigError("an autoencoder of films whose pixels are patches is not run in tiles (Wan 2.2 TI2V)")
     if side is None:
         if not asked:
             return None

@@ -11,7 +11,7 @@ from obsdiff_runtime.autoencoder import Pixels
 from obsdiff_runtime.errors import ConfigError
 
 FPS: Final = 16.0
-"""Frames a second; Wan 2.1's."""
+"""Frames a second; Wan 2.1's and 2.2 A14B's."""
 MOST_FPS: Final = 50
 """Faster than that players of GIF slow down."""
 QUALITY: Final = 90

@@ -700,8 +700,12 @@ def hunyuan_pipeline(**changes: Any) -> HunyuanDiTPipeline:
     )
 
 
-def wan_pipeline(**changes: Any) -> WanPipeline:
-    """A latent pixel is four pixels wide, and a latent frame four frames long."""
+def wan_pipeline(patch: int | None = None, **changes: Any) -> WanPipeline:
+    """A latent pixel is four pixels wide, and a latent frame four frames long.
+
+    With a patch it is one of Wan 2.2 TI2V: its autoencoder's blocks have shortcuts, its pixels are patches of so many a
+    side, and its denoiser is told a timestep for each token.
+    """
     torch.manual_seed(0)
     tokenizer, _ = t5()
     vae = AutoencoderKLWan(
@@ -712,21 +716,26 @@ def wan_pipeline(**changes: Any) -> WanPipeline:
         temperal_downsample=[True, True],
         latents_mean=[-0.7, 0.1, 0.9, 0.2],
         latents_std=[2.8, 1.4, 0.6, 1.2],
+        is_residual=patch is not None,
+        in_channels=3 * (patch or 1) ** 2,
+        out_channels=3 * (patch or 1) ** 2,
+        patch_size=patch,
         scale_factor_temporal=4,
-        scale_factor_spatial=4,
+        scale_factor_spatial=4 * (patch or 1),
     )
     return WanPipeline(
         tokenizer=tokenizer,
         text_encoder=UMT5EncoderModel(UMT5Config(**T5_SIZES)).eval(),
         vae=vae.eval(),
         transformer=wan_transformer(**changes).eval(),
+        expand_timesteps=patch is not None,
         scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
     )
 
 
-def wan22_pipeline(**changes: Any) -> WanPipeline:
+def wan22_pipeline(patch: int | None = None, **changes: Any) -> WanPipeline:
     """Two denoisers in turn: of four steps each takes two."""
-    pipeline = wan_pipeline(**changes)
+    pipeline = wan_pipeline(patch, **changes)
     torch.manual_seed(1)
     pipeline.register_modules(transformer_2=wan_transformer(**changes).eval())
     pipeline.register_to_config(boundary_ratio=0.875)

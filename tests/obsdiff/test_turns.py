@@ -15,7 +15,7 @@ import obsdiff
 from obsdiff import calibration, pruning, trajectories, turns, verbs
 from obsdiff.core import timesteps
 from obsdiff.evaluation import Evaluation, evaluate
-from obsdiff.families import exporting, wan
+from obsdiff.families import wan
 from obsdiff.inspection import checkpoints
 from obsdiff.loading import load_pipeline
 from obsdiff.pipeline_runner import PipelineRunner
@@ -25,9 +25,7 @@ from obsdiff.sampling import Pair
 from obsdiff.settings import Settings
 from obsdiff.whatif.subject import subject_of
 from obsdiff_runtime.benchmark.runner import Request
-from obsdiff_runtime.bundle import Bundle, open_bundle
 from obsdiff_runtime.errors import CalibrationError, ConfigError, ModelError
-from obsdiff_runtime.pipeline import Pipeline
 
 PROMPTS = ["a red dog", "a cat"]
 NAMES = ("transformer", "transformer_2")
@@ -206,13 +204,7 @@ def test_each_step_has_the_errors_of_the_denoiser_that_takes_it(build_pipeline: 
 
 
 @torch.no_grad()
-@pytest.mark.slow
-@pytest.mark.stage("engine", kind="wan22")
-def test_a_pruned_folder_is_compared_and_becomes_a_bundle_that_draws_its_latents(
-    folder: Path, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The decoder's graphs, which take half a minute, are those of any Wan."""
-    monkeypatch.setattr(exporting, "autoencoder", lambda *_, **__: ())
+def test_a_pruned_folder_is_compared_with_both_dense_denoisers(folder: Path, dense: Path) -> None:
     report = verbs.evaluate(folder, str(dense), Settings(eval_prompts=1, **SMALL, **SCALES)).reports[0]
     assert isinstance(report.evaluation, Evaluation)
     assert all(error > 0 for error in report.evaluation.velocity_error_per_step)
@@ -220,23 +212,6 @@ def test_a_pruned_folder_is_compared_and_becomes_a_bundle_that_draws_its_latents
     parts = [getattr(load_pipeline(dense).pipeline, name) for name in NAMES]
     assert report.dense.parameters == sum(parameter.numel() for part in parts for parameter in part.parameters())
     assert report.pruned.parameters < report.dense.parameters
-    exported = obsdiff.export(folder, tmp_path / "out", dtype="fp32", eval_prompts=0, **SMALL, **SCALES)
-    assert [pair.what for pair in exported.report.latency] == [f"one call of {name}" for name in NAMES]
-    config, read = dict(load_pipeline(folder).pipeline.vae.config), Bundle.config
-    manifest = open_bundle(tmp_path / "out").manifest
-    assert (manifest.turns, manifest.defaults.guidance_scale_2) == ({"transformer": 875.0, "transformer_2": 0.0}, 3.0)
-    expected = drawn(obsdiff.load(folder), output_type="latent").numpy()
-    monkeypatch.setattr(Bundle, "config", lambda self, name: config if name == "vae_decoder" else read(self, name))
-    pipeline = Pipeline(tmp_path / "out", threads=1)
-    (drawing,) = pipeline.begin("a cat", seed=3, noise_source="torch")
-    while not drawing.is_over:
-        pipeline.step([drawing])
-    assert np.abs(drawing.sample - expected[0]).max() < 1e-4 * np.abs(expected).max()
-    pytest.importorskip("tensorrt_rtx")
-    built = verbs.build(tmp_path / "out", components=NAMES, builder="tensorrt_rtx", targets="8.9", no_cache=True)
-    assert list(built.engines) == list(NAMES)
-    assert all(entry.sparse_requested for entry in built.entries)
-    assert [bool(entry.receipt) for entry in built.entries] == [True, True]
 
 
 def test_weights_that_stay_in_their_files_are_exported_of_both(folder: Path) -> None:

@@ -811,6 +811,13 @@ def wan_pipeline() -> Any:
     )
 
 
+def wan_ti2v_pipeline() -> Any:
+    """A latent pixel is two patches of the autoencoder wide; the denoiser is told a timestep for each token."""
+    pipeline = wan_pipeline()
+    vae = wan_ti2v_vae()
+    return type(pipeline)(**{**pipeline.components, "vae": vae}, expand_timesteps=True)
+
+
 def wan22_pipeline() -> Any:
     """Two denoisers in turn: of four steps each takes two."""
     pipeline = wan_pipeline()
@@ -868,6 +875,28 @@ def wan_vae() -> Any:
     ).eval()
 
 
+@seeded
+def wan_ti2v_vae() -> Any:
+    """Its blocks have shortcuts, and its pixels are patches of two a side."""
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2, 2],
+        num_res_blocks=0,
+        temperal_downsample=[True, True],
+        latents_mean=[-0.7, 0.1, 0.9, 0.2],
+        latents_std=[2.8, 1.4, 0.6, 1.2],
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_temporal=4,
+        scale_factor_spatial=8,
+    ).eval()
+
+
 PIPELINES: dict[str, Callable[[], Any]] = {
     "sd3": sd3_pipeline,
     "sd3_t5": lambda: sd3_pipeline(t5=True),
@@ -918,15 +947,24 @@ def dit_transformer() -> Any:
     ).eval()
 
 
-OTHERS: dict[str, Callable[[], Any]] = {"dit": dit_pipeline, "kontext": kontext_pipeline, "wan22": wan22_pipeline}
+OTHERS: dict[str, Callable[[], Any]] = {
+    "dit": dit_pipeline,
+    "kontext": kontext_pipeline,
+    "wan22": wan22_pipeline,
+    "wan_ti2v": wan_ti2v_pipeline,
+}
 """Pipelines whose calls are others: see test_class_conditional.py, test_references.py and test_turns.py."""
 
-LIKE = {"kontext": "flux", "wan22": "wan"}
-"""Pipelines that share all networks with another but for the denoiser's graph."""
+LIKE = {"kontext": "flux", "wan22": "wan", "wan_ti2v": "wan"}
+"""Pipelines that share all networks with another but for those in OWN, or the denoiser's graph."""
+
+OWN = {"wan_ti2v": ("vae_decoder", "vae_decoder_next")}
 
 
-def write_bundle(pipeline: Any, folder: Path, *, sparsity: str = "dense", like: Path | None = None) -> Path:
-    """What `obsdiff export` leaves, without engines; `like` is a bundle of the same networks but for the denoiser."""
+def write_bundle(
+    pipeline: Any, folder: Path, *, sparsity: str = "dense", like: Path | None = None, own: tuple[str, ...] = ()
+) -> Path:
+    """What `obsdiff export` leaves, without engines; `like` is a bundle of the same networks but for its `own`."""
     from obsdiff import turns
     from obsdiff.delivery import copy_rest
     from obsdiff.families import exporting
@@ -936,9 +974,10 @@ def write_bundle(pipeline: Any, folder: Path, *, sparsity: str = "dense", like: 
     denoiser = getattr(pipeline, "transformer", None) or pipeline.unet
     family = family_of(denoiser)
     components = {} if like is None else dict(open_bundle(like).manifest.components)
-    for name in components.keys() - {family.denoiser}:
+    own = own or (family.denoiser,)
+    for name in components.keys() - set(own):
         shutil.copytree(like / name, folder / name)
-    components.pop(family.denoiser, None)
+    components = {name: entry for name, entry in components.items() if name not in own}
     for component in exporting.components(family, pipeline, height=32, width=32):
         if component.name in components:
             continue
@@ -1099,6 +1138,11 @@ def wan_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
 
 
 @pytest.fixture(scope="session")
+def wan_ti2v_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    return _pair("wan_ti2v", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
 def wan22_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return _pair("wan22", tmp_path_factory)
 
@@ -1136,7 +1180,7 @@ def _pair(name: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Pat
             if not (folder / "obsdiff.json").exists():
                 shutil.rmtree(folder, ignore_errors=True)
                 like = _pair(LIKE[name], tmp_path_factory)[1] if name in LIKE else None
-                write_bundle(pipeline, folder, like=like)
+                write_bundle(pipeline, folder, like=like, own=OWN.get(name, ()))
         _PAIRS[name] = pipeline, folder
     return _PAIRS[name]
 

@@ -63,14 +63,29 @@ def test_the_same_noise_gives_the_same_latents(wan_pair: tuple[Any, Path]) -> No
     assert np.abs(films.latents - expected.numpy()).max() < 1e-4 * np.abs(films.latents).max()
 
 
-def test_what_is_told_of_the_frames_before_is_as_large_as_the_latents(wan_pair: tuple[Any, Path]) -> None:
+@pytest.mark.stage("runtime", kind="wan_ti2v")
+@pytest.mark.parametrize("options", [{}, {"num_frames": 1, "guidance_scale": 1.0}])
+def test_the_same_noise_gives_the_same_film_by_a_timestep_for_each_token(
+    wan_ti2v_pair: tuple[Any, Path], options: dict[str, Any]
+) -> None:
+    assert wan_ti2v_pair[0].config.expand_timesteps
+    expected, films = both(wan_ti2v_pair, **options)
+    assert films.arrays.shape == expected.shape
+    assert expected.std() > 0.02
+    assert psnr(expected, films) > 58
+
+
+@pytest.mark.parametrize("pair", ["wan_pair", "wan_ti2v_pair"])
+def test_what_is_told_of_the_frames_before_is_as_large_as_the_latents(
+    pair: str, request: pytest.FixtureRequest
+) -> None:
     """The sides of all inputs follow those of the latents, which their names tell."""
-    inputs = open_bundle(wan_pair[1]).component(NEXT_DECODER).inputs
+    inputs = open_bundle(request.getfixturevalue(pair)[1]).component(NEXT_DECODER).inputs
     sides = {port.shape[-2:] for port in inputs}
     assert sides == {("height", "width"), ("height_x2", "width_x2"), ("height_x4", "width_x4")}
     ports = [Port(name=port.name, dtype=port.dtype, shape=port.shape) for port in inputs]
     profile = profile_for(ports, {"batch": (1, 1, 4), "height": (2, 60, 90), "width": 104})
-    assert profile["cache_19"].max == (4, 8, 2, 360, 416)
+    assert profile[ports[-1].name].max == (4, 8, 2, 360, 416)
 
 
 def test_another_sampler_draws_what_diffusers_draws_by_it(

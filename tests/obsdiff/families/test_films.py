@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from diffusers import WanPipeline
 
 import obsdiff
-from obsdiff import verbs
+from obsdiff import calls, verbs
 from obsdiff.evaluation import Evaluation, evaluate
 from obsdiff.families import films, wan
 from obsdiff.families.autoencoders import use_tiles
@@ -23,7 +24,7 @@ from obsdiff.recipe import Sampling, select
 from obsdiff.resolving import resolve
 from obsdiff.settings import Settings
 from obsdiff.shrinking import shrink
-from obsdiff_runtime.autoencoder import DECODER, NEXT_DECODER, cached
+from obsdiff_runtime.autoencoder import DECODER, NEXT_DECODER, cached, tile_side
 from obsdiff_runtime.benchmark.runner import Request
 from obsdiff_runtime.bundle import open_bundle
 from obsdiff_runtime.errors import ConfigError, ModelError
@@ -83,17 +84,34 @@ def test_a_folder_is_pruned_and_compared_and_its_card_makes_a_film(folder: Path,
 
 
 @torch.no_grad()
-def test_the_main_job_leaves_a_bundle_that_draws_the_film_of_the_pruned_pipeline(folder: Path, tmp_path: Path) -> None:
-    settings = Settings(model=str(folder), sparsity="ffn:0.25+2:4", method="magnitude", align=4, **SMALL)
+@pytest.mark.slow
+@pytest.mark.stage("engine", kind="wan22")
+def test_the_main_job_leaves_a_bundle_that_draws_the_film_of_the_pruned_pipeline(
+    build_pipeline: Build, tmp_path: Path
+) -> None:
+    """Of two denoisers that take turns."""
+    names = ("transformer", "transformer_2")
+    build_pipeline("wan22", num_layers=1).save_pretrained(tmp_path / "dense")
+    small = {**SMALL, "steps": 4, "guidance_scale": 4.0, "guidance_scale_2": 3.0}
+    settings = Settings(
+        model=str(tmp_path / "dense"), sparsity="ffn:0.25+2:4", method="magnitude", align=4, protect_first=0, **small
+    )
     verbs.prune_to_folder(settings, tmp_path / "pruned")
     told = {"trt": True, "targets": ["8.9"], "dtype": "fp32", "eval_prompts": 0, "no_cache": True, "vae_tile": 16}
-    exported = obsdiff.export(tmp_path / "pruned", tmp_path / "out", **told, **SMALL)
+    exported = obsdiff.export(tmp_path / "pruned", tmp_path / "out", **told, **small)
     bundle = open_bundle(tmp_path / "out")
     following = bundle.component(NEXT_DECODER)
     assert bundle.component(DECODER).engines
     last = following.inputs[-1]  # of what it is told of the frames before, sides follow those of the latents
     limits = following.engines[0].profiles[0][last.name]
     assert (limits.min[-2:], limits.max[-2:]) == ((4, 4), (16, 16))  # a tile or a part of it, though a film has 32
+    for name in names:
+        engine = bundle.component(name).engines[0]
+        assert engine.sparse_requested
+        assert engine.receipt
+    assert bundle.manifest.turns == {"transformer": 875.0, "transformer_2": 0.0}
+    assert bundle.manifest.defaults.guidance_scale_2 == 3.0
+    assert [pair.what for pair in exported.report.latency] == [f"one call of {name}" for name in names]
     assert exported.report.recipe["sampling"]["num_frames"] == 9
     assert (
         'films.write(pipeline("a prompt", seed=1).arrays[0], "film.webp")' in (tmp_path / "out/README.md").read_text()
@@ -104,7 +122,9 @@ def test_the_main_job_leaves_a_bundle_that_draws_the_film_of_the_pruned_pipeline
     use_tiles(pipeline.vae, 16)  # as the bundle does of itself
     film = pipeline(
         prompt="a cat",
-        num_inference_steps=2,
+        num_inference_steps=4,
+        guidance_scale=4.0,
+        guidance_scale_2=3.0,
         height=32,
         width=32,
         num_frames=9,
@@ -165,8 +185,11 @@ def test_the_pictures_that_are_compared_are_four_frames_of_the_film(build_pipeli
 
 @torch.no_grad()
 @pytest.mark.parametrize("frames", [1, 2, 6])
-def test_the_two_decoders_make_a_film_of_any_length_as_the_autoencoder_does(build_pipeline: Build, frames: int) -> None:
-    vae = build_pipeline("wan").vae
+@pytest.mark.parametrize("patch", [None, 2])
+def test_the_two_decoders_make_a_film_of_any_length_as_the_autoencoder_does(
+    build_pipeline: Build, frames: int, patch: int | None
+) -> None:
+    vae = build_pipeline("wan", patch=patch).vae
     first, following = films.decoders(vae, height=32, width=48)
     latents = torch.randn(2, 4, frames, 6, 5, generator=torch.Generator().manual_seed(0))
     pixels, *caches = first.module(latents[:, :, 0])
@@ -177,19 +200,20 @@ def test_the_two_decoders_make_a_film_of_any_length_as_the_autoencoder_does(buil
     assert torch.equal(pixels.clamp(-1, 1), vae.decode(latents).sample)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"is_residual": True}, r"one of Wan 2\.2"),
-        ({"patch_size": 2}, r"one of Wan 2\.2"),
-        ({"temperal_downsample": [False, True]}, "another number of frames than 4"),
-    ],
-)
-def test_another_autoencoder_is_refused(build_pipeline: Build, changes: dict[str, Any], message: str) -> None:
+def test_another_autoencoder_is_refused(build_pipeline: Build) -> None:
     vae = build_pipeline("wan").vae
-    vae.register_to_config(**changes)
-    with pytest.raises(ModelError, match=message):
+    vae.register_to_config(temperal_downsample=[False, True])
+    with pytest.raises(ModelError, match="another number of frames than 4"):
         films.decoders(vae, height=32, width=32)
+
+
+def test_patches_are_not_decoded_in_tiles() -> None:
+    """diffusers blends the tiles before their patches are put together."""
+    config = {"_class_name": "AutoencoderKLWan", "temperal_downsample": [False, True, True], "patch_size": 2}
+    assert tile_side(None, None, config) is None
+    for asked in (True, 256):
+        with pytest.raises(ConfigError, match="an autoencoder of films whose pixels are patches is not run in tiles"):
+            tile_side(asked, None, config)
 
 
 @pytest.mark.parametrize(
@@ -249,11 +273,59 @@ def test_fused_projections_are_refused(build_denoiser: Build) -> None:
         wan.linears(denoiser)
 
 
-def test_a_timestep_for_each_token_is_refused(build_pipeline: Build) -> None:
-    pipeline = build_pipeline("wan")
-    pipeline.register_to_config(expand_timesteps=True)
-    with pytest.raises(ModelError, match="a timestep for each token"):
-        obsdiff.prune(pipeline, prompts=PROMPTS, sparsity="2:4", **SMALL)
+def test_patches_of_the_autoencoder_count_in_what_a_latent_pixel_is(tmp_path: Path) -> None:
+    """Of the size that Wan 2.2 TI2V 5B is made for; widths and strides as its own repository has them."""
+    config = json.loads((Path(__file__).parent.parent / "configs" / "wan22_ti2v_5b.json").read_text())
+    vae = {"_class_name": "AutoencoderKLWan", "temperal_downsample": [False, True, True], "patch_size": 2, "z_dim": 48}
+    index = {"_class_name": "WanPipeline", "expand_timesteps": True}
+    for name, own in (("transformer", config), ("vae", vae)):
+        index[name] = ["diffusers", own["_class_name"]]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(own))
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    asked: dict[str, Any] = {"model": str(tmp_path), "sparsity": "2:4", "method": "magnitude"}
+    plan = verbs.plan(Settings(**asked, height=704, width=1280, num_frames=121))
+    assert 4.9e9 < plan.parameters_before < 5.1e9  # 5 B, says the model's card
+    assert plan.layers[0].positions == 31 * (704 // 32) * (1280 // 32)
+    with pytest.raises(ConfigError, match="--height 720: must be a multiple of 32; near are 704 and 736"):
+        verbs.plan(Settings(**asked, height=720, width=1280))
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "_class_name": "WanImageToVideoPipeline"}))
+    with pytest.raises(ModelError, match=r"\(image to video\); of pipelines that tell .* knows WanPipeline"):
+        verbs.plan(Settings(**asked))
+
+
+@torch.no_grad()
+@pytest.mark.stage("weights", "structured", "saved", kind="wan_ti2v")
+def test_one_timestep_stands_for_equal_ones_of_all_tokens(build_pipeline: Build, tmp_path: Path) -> None:
+    """Calibration and comparison tell the denoiser one; what was pruned draws the same by diffusers' own calls."""
+    pipeline, told = build_pipeline("wan", patch=2), []
+    hook = pipeline.transformer.register_forward_pre_hook(
+        lambda _, __, given: told.append(given["timestep"].ndim), with_kwargs=True
+    )
+    size = {**SMALL, "align": 4, "draws": 1, "protect_first": 0, "protect_last": 0, "allocation": "uniform"}
+    pruned = obsdiff.prune(pipeline, prompts=PROMPTS, sparsity="ffn:0.25+2:4", **size)
+    assert pruned.kept
+    assert set(told) == {1}
+    obsdiff.save(pruned, tmp_path / "out")
+    loaded: Any = obsdiff.load(tmp_path / "out")
+    loaded.set_progress_bar_config(disable=True)
+    assert loaded.config.expand_timesteps
+    films = [
+        draw(
+            prompt="a cat",
+            num_inference_steps=2,
+            height=32,
+            width=32,
+            num_frames=9,
+            generator=torch.Generator().manual_seed(3),
+            output_type="latent",
+        )[0]
+        for draw in (calls.call(pipeline), pipeline, loaded)
+    ]
+    hook.remove()
+    assert set(told) == {1, 2}
+    assert torch.equal(films[1], films[2])
+    torch.testing.assert_close(films[0], films[1], rtol=0, atol=1e-5)
 
 
 def test_what_diffusers_keeps_in_float32_stays_in_float32(folder: Path, tmp_path: Path) -> None:
