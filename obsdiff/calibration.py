@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SCMScheduler
 from torch import Tensor, nn
 
 from obsdiff import calls, offloading, padding, pictures, pointwise, ranks, turns
@@ -107,7 +107,10 @@ class StepIndex:
         if now != self._last:
             self._changes += 1
             self._last = now
-        visited = len(set(self._scheduler.timesteps.tolist()))
+        told = self._scheduler.timesteps.tolist()
+        if isinstance(self._scheduler, SCMScheduler):
+            told = told[:-1]  # where it ends
+        visited = len(set(told))
         return min(self._changes * self._steps // max(visited, self._steps), self._steps - 1)
 
 

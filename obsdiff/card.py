@@ -12,6 +12,7 @@ import yaml
 from obsdiff import wording
 from obsdiff.families import dit, parts
 from obsdiff.measurements import NotMeasured, Report
+from obsdiff.sampling import in_steps
 from obsdiff.sparsity import NM, Unstructured, parse
 from obsdiff.templates import environment
 
@@ -91,7 +92,9 @@ def _code(report: Report, index: Mapping[str, Any], kind: Kind) -> str:
     prompt, options = "0" if _draws_classes(index) else "a prompt", ""
     if not isinstance(evaluation, NotMeasured):
         prompt, sampling = evaluation.per_prompt[0].prompt, evaluation.sampling
-        options = f", num_inference_steps={sampling.num_inference_steps}, {_guided(index, sampling.guidance_scale)}"
+        steps = in_steps(getattr(diffusers, str(index.get("_class_name"))), sampling.num_inference_steps)
+        options = "".join(f", {name}={value}" for name, value in steps.items())
+        options += f", {_guided(index, sampling.guidance_scale)}"
         if sampling.guidance_scale_2 is not None:
             options += f", guidance_scale_2={sampling.guidance_scale_2:g}"
         if sampling.num_frames is not None:

@@ -21,12 +21,12 @@ from torch import nn
 
 from obsdiff import checkpoint, offloading, turns, weights
 from obsdiff.checkpoint import DEFAULTS, INDEX
-from obsdiff.families import HELP, Family, dit, parts, references
+from obsdiff.families import HELP, Family, dit, parts, references, sana
 from obsdiff.families.table import FAMILIES, family_of
 from obsdiff.folders import MANIFEST, is_variant
 from obsdiff.manifest import PrunedManifest, read_manifest
 from obsdiff_runtime import autoencoder
-from obsdiff_runtime.conditioning import IS_DISTILLED
+from obsdiff_runtime.conditioning import IS_DISTILLED, KINDS
 from obsdiff_runtime.errors import ModelError, ResourceError
 from obsdiff_runtime.labels import Labels, read_labels
 from obsdiff_runtime.turns import BEHIND
@@ -36,6 +36,7 @@ _PIPELINES: Final[Mapping[str, tuple[str, ...]]] = {
     "flux": ("FluxPipeline", "FluxKontextPipeline"),
     "flux2": ("Flux2KleinPipeline", "Flux2Pipeline"),
     "qwen": ("QwenImagePipeline",),
+    "sana": ("SanaPipeline", sana.SPRINT),
     "zimage": ("ZImagePipeline",),
 }
 """Of families whose networks are told other things in other pipelines, those that obsdiff knows."""
@@ -266,10 +267,16 @@ def require_alike(configs: Sequence[Mapping[str, Any]]) -> None:
 
 
 def require_known_pipeline(index: Mapping[str, Any], family: Family) -> None:
-    """Raises ModelError for pipelines that tell the family's networks what obsdiff does not; `index` as above."""
+    """Raises ModelError for pipelines that tell the family's networks what obsdiff does not; `index` as above.
+
+    So it does for those whose scheduler is another than the only one that they draw by.
+    """
     name, known = str(index["_class_name"]), _PIPELINES.get(family.name)
     if known is not None and name not in known:
         raise ModelError(f"of pipelines with this denoiser obsdiff knows {', '.join(known)}, not {name}")
+    only = KINDS[name].scheduler if name in KINDS else None
+    if only is not None and index["scheduler"][1] != only:
+        raise ModelError(f"{name} draws by {only} alone, not by {index['scheduler'][1]}; give it that one")
 
 
 def _family_of(configs: Mapping[str, Mapping[str, Any]]) -> Family:
@@ -281,7 +288,8 @@ def _class_defaults(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     family = _family_of(configs)
     denoiser = configs[family.denoiser]
     index = configs.get("model_index", {})
-    name = index.get("_class_name") or family.pipeline
+    sprint = family is sana and denoiser.get("guidance_embeds")
+    name = index.get("_class_name") or (sana.SPRINT if sprint else family.pipeline)
     if not name:
         raise ModelError(
             f"no family describes a {denoiser['_class_name']}, so its configuration alone is not enough; "

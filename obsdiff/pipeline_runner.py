@@ -31,7 +31,7 @@ from obsdiff.loading import (
 )
 from obsdiff.recipe import Sampling
 from obsdiff.residuals import block_modules
-from obsdiff.sampling import exactly, quiet, telling
+from obsdiff.sampling import exactly, in_steps, quiet, telling
 from obsdiff.weights import main_dtype
 from obsdiff_runtime.autoencoder import film_frames, tile_side
 from obsdiff_runtime.benchmark.runner import DeviceMemory, Drawn, Loaded, Request, Subject
@@ -240,9 +240,9 @@ class PipelineRunner:
                 prompt=request.prompt,
                 height=request.height,
                 width=request.width,
-                num_inference_steps=request.num_inference_steps,
                 generator=torch.Generator("cpu").manual_seed(request.seed),
                 **{parts.guidance_argument(type(pipeline)): request.guidance_scale},
+                **in_steps(type(pipeline), request.num_inference_steps),
                 **exactly(pipeline, embedded=False, pixels=request.height * request.width),
                 **telling(pipeline, note_step),
                 **told,

@@ -181,7 +181,7 @@ def call_of(
         told["max_sequence_length"] = sampling.max_sequence_length
     return {
         **told,
-        "num_inference_steps": sampling.num_inference_steps,
+        **in_steps(type(pipeline), sampling.num_inference_steps),
         parts.guidance_argument(type(pipeline)): sampling.guidance_scale,
         "height": sampling.height,
         "width": sampling.width,
@@ -189,6 +189,16 @@ def call_of(
         **({} if sampling.guidance_scale_2 is None else {"guidance_scale_2": sampling.guidance_scale_2}),
         **exactly(pipeline, embedded=embedded, pixels=sampling.height * sampling.width),
     }
+
+
+def in_steps(pipeline_class: type[DiffusionPipeline], steps: int) -> dict[str, Any]:
+    """Arguments by which a call takes so many steps.
+
+    By default that of Sana-Sprint says when the second of two steps is, and refuses other numbers of them.
+    """
+    known = inspect.signature(pipeline_class.__call__).parameters
+    between = {"intermediate_timesteps": None} if "intermediate_timesteps" in known and steps != 2 else {}
+    return {"num_inference_steps": steps, **between}
 
 
 def exactly(pipeline: DiffusionPipeline, *, embedded: bool, pixels: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ EVERY: Final = (
     "pixart_sigma",
     "auraflow",
     "sana",
+    "sana_sprint",
     "qwen",
     "lumina2",
     "zimage",

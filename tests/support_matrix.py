@@ -23,6 +23,7 @@ FAMILIES: Final = {
     "pixart": "`pixart`: PixArt-alpha, PixArt-sigma",
     "auraflow": "`auraflow`: AuraFlow",
     "sana": "`sana`: Sana",
+    "sana_sprint": "`sana`: Sana-Sprint",
     "qwen": "`qwen`: Qwen-Image",
     "lumina2": "`lumina2`: Lumina-2",
     "zimage": "`zimage`: Z-Image, Z-Image-Turbo",

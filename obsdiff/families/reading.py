@@ -53,19 +53,19 @@ def masked_text(
     max_sequence_length: int | None,
     **more: Any,
 ) -> dict[str, Tensor]:
-    """`Family.encode` of one text encoder: embeddings (n, text tokens, width), and which are text, (n, text tokens)."""
+    """`Family.encode` of one text encoder: embeddings (n, text tokens, width), and which are text, (n, text tokens).
+
+    Of a pipeline that knows no negative prompts, `negative` is empty.
+    """
     need(pipeline, "text_encoder", "tokenizer")
     limit = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
+    told = {"negative_prompt": list(negative), "do_classifier_free_guidance": bool(negative)}
+    known = inspect.signature(pipeline.encode_prompt).parameters
+    told = {name: value for name, value in told.items() if name in known}
     with torch.no_grad():
-        encoded = pipeline.encode_prompt(
-            prompt=list(prompts),
-            negative_prompt=list(negative),
-            do_classifier_free_guidance=bool(negative),
-            **limit,
-            **more,
-        )
+        encoded = pipeline.encode_prompt(prompt=list(prompts), **told, **limit, **more)
     names = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
-    return {key: value for key, value in zip(names, encoded, strict=True) if value is not None}
+    return {key: value for key, value in zip(names, encoded, strict=False) if value is not None}
 
 
 def instruction(pipeline: DiffusionPipeline) -> list[str]:

@@ -15,8 +15,17 @@ are. Between them `ff.conv_depth` filters each channel by itself, 3 x 3 weights 
 channel that goes apart: a neuron is a channel and its gate, so it takes two rows of `conv_inverted`, two filters of
 `conv_depth` and a column of `conv_point` with it.
 
-Where queries and keys are normalised over all heads at once (Sana 1.5), a head that goes would change the others, so
-only neurons are removed there. Sana-Sprint, which is told its guidance, is refused.
+Where queries and keys are normalised over all heads at once (Sana 1.5, Sana-Sprint), a head that goes would change the
+others, so only neurons are removed there.
+
+Sana-Sprint is told its guidance and draws in few steps, from one angle of TrigFlow to the next. Outside of this module
+it takes the scheduler's angle, and latents of unit variance, which diffusers' pipeline has times sigma_data, and gives
+TrigFlow's velocity of these. Its own time and latents are those of a flow; both ways are part of the graph. With s and
+c the angle's sine and cosine, x the latents and F the network (arXiv 2503.09641, section 3.1):
+
+    velocity(x, angle) = ((c - s) x + F(x / (s + c), s / (s + c))) / (s + c)
+
+In torch, calibration and comparison look at what F gives. An error of it is s + c times the velocity's.
 
 Scales, shifts and gates of all blocks come from one projection of the timestep; a block adds a table of its own.
 
@@ -25,9 +34,11 @@ instruction that the pipeline's call has by default; a size is drawn as it is as
 use_resolution_binning=False.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
+import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
@@ -35,7 +46,7 @@ from obsdiff.families import layers, parts, reading
 from obsdiff.families.places import Patches
 from obsdiff.groups import Consumer, Group, LinearSpec, Producer, ToldGate, Write
 from obsdiff_export.component import Component
-from obsdiff_runtime.errors import ModelError
+from obsdiff_runtime.errors import ConfigError
 
 name: str = "sana"
 denoiser: str = "transformer"
@@ -47,6 +58,9 @@ negatives: bool = True
 negative_first: bool = True
 described: bool = True
 text_mask: str | None = "encoder_attention_mask"
+
+SPRINT: Final = "SanaSprintPipeline"
+"""That of a denoiser which is told its guidance."""
 
 TEXT_TOKENS: Final = 300
 
@@ -103,7 +117,12 @@ def encode(
     """See `Family.encode`: Gemma-2's embeddings (n, text tokens, width), and which of them are text, (n, text tokens).
 
     Prompts, not negative ones, stand behind the instruction that is the default of the pipeline's call.
+
+    Raises:
+        ConfigError: negative prompts are given to Sana-Sprint.
     """
+    if negative and pipeline.transformer.config.guidance_embeds:
+        raise ConfigError("Sana-Sprint takes no negative prompts: its denoiser is told the guidance scale instead")
     told = {reading.INSTRUCTION: reading.instruction(pipeline)}
     return reading.masked_text(pipeline, prompts, negative, max_sequence_length, **told)
 
@@ -111,34 +130,56 @@ def encode(
 def example(
     denoiser: nn.Module, *, batch: int, size: tuple[int, ...], text_tokens: int, pixels: tuple[int, int]
 ) -> dict[str, Tensor]:
-    """See `Family.example`."""
+    """See `Family.example`; of Sana-Sprint also `guidance`, its scale, and timesteps are angles."""
     config: Any = denoiser.config
-    return parts.masked_example(denoiser, batch, size, text_tokens, config.caption_channels)
+    inputs = parts.masked_example(denoiser, batch, size, text_tokens, config.caption_channels)
+    if config.guidance_embeds:
+        dtype = inputs["timestep"].dtype
+        inputs["timestep"] = torch.linspace(math.pi / 2, 0.1, batch).to(dtype)
+        inputs["guidance"] = torch.linspace(4.5, 1.5, batch).to(dtype)
+    return inputs
 
 
 def arguments(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-    """See `Family.arguments`; of a model with another `timestep_scale` than 1 the timesteps are scaled already."""
-    return dict(inputs)
+    """See `Family.arguments`; where the configuration scales timesteps or guidance, they are scaled already."""
+    if "guidance" not in inputs:
+        return dict(inputs)
+    latents, sine, cosine = inputs["hidden_states"], *_turned(inputs["timestep"])
+    scaled = (latents / (sine + cosine)).to(latents.dtype)
+    return {**inputs, "hidden_states": scaled, "timestep": (sine / (sine + cosine)).flatten()}
 
 
 class _Flat(parts.Flat):
-    """The transformer, without options; (b, channels, h, w) to the same, told the scheduler's timesteps."""
+    """The transformer, without options; (b, channels, h, w) to the same, told the scheduler's timesteps or angles."""
 
     def __init__(self, source: Any) -> None:
         placed = source.patch_embed.pos_embed is not None
         super().__init__(parts.view(source, patch_embed=Patches(source.patch_embed)) if placed else source)
 
     def forward(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor, timestep: Tensor
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_attention_mask: Tensor,
+        timestep: Tensor,
+        guidance: Tensor | None = None,
     ) -> Tensor:
-        velocity: Tensor = self.source(
-            hidden_states,
-            encoder_hidden_states=encoder_hidden_states,
-            encoder_attention_mask=encoder_attention_mask,
-            timestep=timestep * self.source.config.timestep_scale,
-            return_dict=False,
-        )[0]
-        return velocity[:, : hidden_states.shape[1]]
+        config = self.source.config
+        inputs = {
+            "hidden_states": hidden_states,
+            "encoder_hidden_states": encoder_hidden_states,
+            "encoder_attention_mask": encoder_attention_mask,
+            "timestep": timestep,
+        }
+        if guidance is None:
+            inputs["timestep"] = timestep * config.timestep_scale
+        else:  # diffusers' pipeline of such a model does not look at timestep_scale
+            inputs["guidance"] = guidance * config.guidance_embeds_scale
+        found: Tensor = self.source(**arguments(inputs), return_dict=False)[0][:, : hidden_states.shape[1]]
+        if guidance is None:
+            return found
+        sine, cosine = _turned(timestep)
+        return (((cosine - sine) * hidden_states + found) / (sine + cosine)).to(found.dtype)
 
 
 def component(denoiser: nn.Module, *, height: int, width: int, vae_scale: int = 8) -> Component:
@@ -167,12 +208,13 @@ _INPUTS: Final[layers.Inputs] = (
 )
 
 
+def _turned(angle: Tensor) -> tuple[Tensor, Tensor]:
+    """Sine and cosine of angles (b,), for latents: (b, 1, 1, 1) each."""
+    angle = angle[:, None, None, None]
+    return angle.sin(), angle.cos()
+
+
 def _blocks(denoiser: nn.Module) -> Iterator[str]:
-    config: Any = denoiser.config
-    if config.guidance_embeds:
-        raise ModelError(
-            "this SanaTransformer2DModel is told its guidance (Sana-Sprint), and obsdiff knows only those that are not"
-        )
     for child, _ in denoiser.get_submodule("transformer_blocks").named_children():
         yield f"transformer_blocks.{child}"
 

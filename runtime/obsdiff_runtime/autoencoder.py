@@ -262,7 +262,8 @@ class Autoencoder:
         """(c, h, w): latents drawn from what `encode` gave, as the denoiser wants them."""
         mean, deviation = encoded
         factor, shift = self._affine()
-        latents: Array = (mean + deviation * noise(mean.shape) - shift) / factor
+        drawn = mean + deviation * noise(mean.shape) if deviation.any() else mean  # then diffusers asks for no noise
+        latents: Array = (drawn - shift) / factor
         return latents
 
     def _run(

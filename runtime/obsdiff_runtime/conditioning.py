@@ -77,6 +77,7 @@ class Kind:
         takes_negatives: whether that can be another than the empty one.
         example: a prompt that it can draw.
         even_sigmas: whether diffusers' pipeline gives the scheduler its noise levels; see `make_scheduler`.
+        scheduler: diffusers class of the only one whose timesteps its denoiser knows; None where there are others.
         shift: mu of a shift that depends on the image's tokens and the steps, where the pipeline says it and not the
             scheduler.
         counted: what a schedule that depends on the image's tokens is told; from the latents' channels and the tokens.
@@ -99,6 +100,7 @@ class Kind:
     takes_negatives: bool = True
     example: str = EXAMPLE
     even_sigmas: bool = False
+    scheduler: str | None = None
     shift: Callable[[int, int], float] | None = None
     counted: Callable[[int, int], int] = lambda channels, tokens: tokens
     kept_lengths: Callable[[Array], Array] | None = None
@@ -175,7 +177,7 @@ def encode_flux(networks: Networks, prompts: Sequence[str], negative: bool, sett
         "pooled_projections": pooled,
     }
     if networks.bundle.config("transformer")["guidance_embeds"]:
-        told["guidance"] = np.full(len(prompts), settings.guidance_scale, dtype=np.float32)
+        told |= _guidance(len(prompts), settings)
     return told
 
 
@@ -223,6 +225,11 @@ def encode_sana(networks: Networks, prompts: Sequence[str], negative: bool, sett
     return {"encoder_hidden_states": states[:, kept], "encoder_attention_mask": mask[:, kept]}
 
 
+def encode_sana_sprint(networks: Networks, prompts: Sequence[str], negative: bool, settings: Settings) -> Conditions:
+    """As Sana's, and the guidance scale."""
+    return encode_sana(networks, prompts, negative, settings) | _guidance(len(prompts), settings)
+
+
 def encode_flux2(networks: Networks, prompts: Sequence[str], negative: bool, settings: Settings) -> Conditions:
     """Hidden states of a chat model, told what is padding, though the denoiser looks at it."""
     before, behind = networks.bundle.config("text_encoder")[PROMPT_TEMPLATE]
@@ -235,7 +242,7 @@ def encode_flux2(networks: Networks, prompts: Sequence[str], negative: bool, set
 def encode_flux2_dev(networks: Networks, prompts: Sequence[str], negative: bool, settings: Settings) -> Conditions:
     """As klein's, of prompts without the mark that stands for an image, and the guidance scale."""
     told = encode_flux2(networks, [prompt.replace("[IMG]", "") for prompt in prompts], negative, settings)
-    return {**told, "guidance": np.full(len(prompts), settings.guidance_scale, dtype=np.float32)}
+    return told | _guidance(len(prompts), settings)
 
 
 def encode_qwen(networks: Networks, prompts: Sequence[str], negative: bool, settings: Settings) -> Conditions:
@@ -306,6 +313,11 @@ def encode_dit(networks: Networks, prompts: Sequence[str], negative: bool, setti
     labels = read_labels(networks.bundle.index(), config)
     numbers = [int(config[COUNT]) if negative else labels.number(prompt) for prompt in prompts]
     return {"class_labels": np.array(numbers, np.int64)}
+
+
+def _guidance(count: int, settings: Settings) -> Conditions:
+    """What so many prompts are told of the scale."""
+    return {"guidance": np.full(count, settings.guidance_scale, dtype=np.float32)}
 
 
 def _clip(networks: Networks, suffix: str, prompts: Sequence[str], length: int, pooled: str | None) -> dict[str, Array]:
@@ -436,6 +448,9 @@ SANA: Final = Kind(
     patch=lambda config: int(config["patch_size"]),
     skipped=_skipped_whole,  # as PixArt's
 )
+SANA_SPRINT: Final = replace(
+    SANA, encode=encode_sana_sprint, skipped=_skipped_part, negatives=False, scheduler="SCMScheduler"
+)
 FLUX2_KLEIN: Final = Kind(
     encode=encode_flux2,
     patch=lambda config: 1,  # its latents are patches already
@@ -498,6 +513,7 @@ KINDS: Final[dict[str, Kind]] = {
     "PixArtSigmaPipeline": PIXART,
     "AuraFlowPipeline": AURAFLOW,
     "SanaPipeline": SANA,
+    "SanaSprintPipeline": SANA_SPRINT,
     "Flux2KleinPipeline": FLUX2_KLEIN,
     "Flux2Pipeline": FLUX2,
     "QwenImagePipeline": QWEN,

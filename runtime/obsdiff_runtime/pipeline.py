@@ -446,6 +446,7 @@ class Pipeline:
             noise,
             even_sigmas=self._kind.even_sigmas,
             mu=None if shift is None else shift(tokens, settings.num_inference_steps),
+            only=self._kind.scheduler,
         )
 
 

@@ -40,7 +40,9 @@ from diffusers import (
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SanaPipeline,
+    SanaSprintPipeline,
     SanaTransformer2DModel,
+    SCMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -246,6 +248,10 @@ def sana_transformer(**changes: Any) -> SanaTransformer2DModel:
     return SanaTransformer2DModel(**{**config, **changes})
 
 
+SPRINT: dict[str, Any] = {"guidance_embeds": True, "qk_norm": "rms_norm_across_heads", "num_layers": 2}
+"""What makes a Sana one that is told its guidance."""
+
+
 def qwen_transformer(**changes: Any) -> QwenImageTransformer2DModel:
     """Three blocks of 3 heads of 8; the text of the last one goes nowhere."""
     config: dict[str, Any] = {
@@ -358,6 +364,7 @@ DENOISERS: dict[str, Callable[..., nn.Module]] = {
     "pixart_sigma": pixart_sigma_transformer,
     "auraflow": auraflow_transformer,
     "sana": sana_transformer,
+    "sana_sprint": lambda **changes: sana_transformer(**SPRINT | changes),
     "qwen": qwen_transformer,
     "lumina2": lumina2_transformer,
     "hunyuan": hunyuan_transformer,
@@ -641,6 +648,12 @@ def sana_pipeline(**changes: Any) -> SanaPipeline:
     )
 
 
+def sana_sprint_pipeline(**changes: Any) -> SanaSprintPipeline:
+    """The networks of Sana, but for the denoiser."""
+    components = sana_pipeline(**SPRINT | changes).components
+    return SanaSprintPipeline(**components | {"scheduler": SCMScheduler()})
+
+
 def qwen_pipeline(**changes: Any) -> QwenImagePipeline:
     torch.manual_seed(0)
     tokenizer, text_encoder = qwen()
@@ -762,6 +775,7 @@ PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "pixart_sigma": partial(pixart_pipeline, sigma=True),
     "auraflow": auraflow_pipeline,
     "sana": sana_pipeline,
+    "sana_sprint": sana_sprint_pipeline,
     "qwen": qwen_pipeline,
     "lumina2": lumina2_pipeline,
     "hunyuan": hunyuan_pipeline,

@@ -4,7 +4,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, StableDiffusion3Pipeline
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    SCMScheduler,
+    StableDiffusion3Pipeline,
+)
 from torch import Tensor
 
 from obsdiff.calibration import Prompts, StepIndex, calibrate, encode
@@ -119,6 +124,14 @@ def test_each_call_of_a_first_order_scheduler_is_a_step() -> None:
     assert list(steps_of(scheduler.timesteps, index)) == [0, 1, 2, 3, 4]
     index.restart()
     assert list(steps_of(scheduler.timesteps, index, calls_per_step=2)) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_a_scheduler_that_also_says_where_it_ends_has_no_step_there(steps: int) -> None:
+    scheduler = SCMScheduler()
+    scheduler.set_timesteps(steps, intermediate_timesteps=1.3 if steps == 2 else None)
+    assert len(scheduler.timesteps) == steps + 1
+    assert list(steps_of(scheduler.timesteps[:-1], StepIndex(scheduler, steps))) == list(range(steps))
 
 
 def test_a_scheduler_that_calls_twice_a_step_ends_on_the_last_step() -> None:

@@ -9,10 +9,11 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines import pipeline_loading_utils
 from torch import Tensor, nn
 
+import obsdiff
 from obsdiff import checkpoint, loading
 from obsdiff.families import guided, usual_scale
 from obsdiff.families.table import FAMILIES, family_of
@@ -237,6 +238,27 @@ def test_a_configuration_may_have_any_name(sd3_folder: Path, tmp_path: Path) -> 
     assert load_configs(file).family.name == "sd3"
     with pytest.raises(ModelError, match="it holds no model_index"):
         load_pipeline(file)
+
+
+@pytest.mark.parametrize(("kind", "steps"), [("sana", 20), ("sana_sprint", 2)])
+def test_a_bare_sana_takes_the_steps_of_the_pipeline_that_tells_it_its_guidance(
+    kind: str, steps: int, build_denoiser: Callable[..., Any], tmp_path: Path
+) -> None:
+    build_denoiser(kind).save_config(tmp_path)
+    defaults = loading.defaults_of(None, load_configs(tmp_path).configs)
+    assert (defaults.num_inference_steps, defaults.guidance_scale) == (steps, 4.5)
+
+
+def test_a_sampler_that_sana_sprint_does_not_draw_by_is_refused(
+    build_pipeline: Callable[..., Any], tmp_path: Path
+) -> None:
+    pipeline = build_pipeline("sana_sprint")
+    pipeline.register_modules(scheduler=FlowMatchEulerDiscreteScheduler())
+    with pytest.raises(ModelError, match="draws by SCMScheduler alone, not by FlowMatchEulerDiscreteScheduler"):
+        obsdiff.prune(pipeline, sparsity="2:4", prompts=["a cat"])
+    pipeline.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="draws by SCMScheduler alone"):
+        load_configs(tmp_path)
 
 
 def test_a_bare_sana_stands_for_thirty_two_pixels_a_side(build_denoiser: Callable[..., Any], tmp_path: Path) -> None:

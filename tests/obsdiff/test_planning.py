@@ -260,6 +260,28 @@ def test_sana_has_its_published_size_and_thirteen_squares_and_a_half_a_pixel_in_
     assert plan.macs_before - plan.macs_after == blocks * (a_pixel * image + a_token * text)
 
 
+@pytest.mark.parametrize(
+    ("name", "dense", "width", "blocks"),
+    [
+        ("sana_sprint_600m_1024", "sana_600m_1024", 1152, 28),
+        ("sana_sprint_1600m_1024", "sana_1600m_1024", 2240, 20),
+    ],
+)
+def test_sana_sprint_is_sana_told_its_guidance_and_loses_neurons_alone(
+    name: str, dense: str, width: int, blocks: int
+) -> None:
+    """Its configurations are those that diffusers' script for converting Sana writes, and the two norms of Sana 1.5.
+
+    Beside Sana's weights it has norms of queries and keys in both attentions, and a network of 256 waves for guidance.
+    """
+    plan, sana = planned(name, "ffn:25%"), planned(dense, "ffn:25%")
+    more = blocks * 4 * width + (256 + 1) * width + (width + 1) * width
+    assert plan.parameters_before == sana.parameters_before + more
+    assert plan.parameters_before - plan.parameters_after == sana.parameters_before - sana.parameters_after > 0
+    assert plan.macs_before - plan.macs_after == sana.macs_before - sana.macs_after
+    assert {cut.kind for cut in plan.cuts} == {"ffn"}
+
+
 def test_qwen_image_has_its_published_size_and_twelve_squares_a_token_in_each_block() -> None:
     """A quarter of it is cut: biases too; in the last block only neurons of the image."""
     plan = planned("qwen_image", "structured:25%")
@@ -642,7 +664,7 @@ def test_tokens_of_the_family_agree_with_those_of_a_call() -> None:
     texts = {"sd3_medium": 77, "sdxl": 77, "flux1_dev": 512, "pixart_alpha_1024": 120}
     texts |= {"flux2_klein_4b": 512, "auraflow_v03": 256, "sana_600m_1024": 300, "qwen_image": 512}
     texts |= {"lumina_image_2": 256, "z_image_turbo": 512, "wan21_1_3b": 512}
-    texts |= {"auraflow_v03": 256, "sana_600m_1024": 300, "hunyuan_v12": 77 + 256}
+    texts |= {"auraflow_v03": 256, "sana_600m_1024": 300, "sana_sprint_600m_1024": 300, "hunyuan_v12": 77 + 256}
     texts |= {"dit_xl_2_512": 0}
     for name, text in texts.items():
         denoiser, family, positions = model(name)

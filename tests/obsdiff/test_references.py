@@ -274,6 +274,7 @@ def test_comparison_tells_both_models_pictures(build_pipeline: Build, folder: Pa
         ("Flux2KleinKVPipeline", "flux2"),
         ("QwenImageEditPipeline", "qwen"),
         ("ZImageOmniPipeline", "zimage"),
+        ("SanaSprintImg2ImgPipeline", "sana_sprint"),
     ],
 )
 def test_a_pipeline_that_tells_the_networks_other_things_is_refused(

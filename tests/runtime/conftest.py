@@ -505,9 +505,27 @@ def sana_pipeline() -> Any:
     )
 
 
+def sana_sprint_pipeline() -> Any:
+    """The networks of Sana, but for the denoiser."""
+    from diffusers import SanaSprintPipeline, SCMScheduler
+
+    components = sana_pipeline().components | {"transformer": sana_sprint_transformer(), "scheduler": SCMScheduler()}
+    return SanaSprintPipeline(**components)
+
+
+@seeded
+@cut
+def sana_sprint_transformer() -> Any:
+    return _sana_transformer(guidance_embeds=True, qk_norm="rms_norm_across_heads")
+
+
 @seeded
 @cut
 def sana_transformer() -> Any:
+    return _sana_transformer(interpolation_scale=1.0)
+
+
+def _sana_transformer(**options: Any) -> Any:
     from diffusers import SanaTransformer2DModel
 
     return SanaTransformer2DModel(
@@ -521,7 +539,7 @@ def sana_transformer() -> Any:
         cross_attention_dim=24,
         caption_channels=32,
         sample_size=16,
-        interpolation_scale=1.0,
+        **options,
     ).eval()
 
 
@@ -891,6 +909,7 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "pixart_sigma": lambda: pixart_pipeline(sigma=True),
     "auraflow": auraflow_pipeline,
     "sana": sana_pipeline,
+    "sana_sprint": sana_sprint_pipeline,
     "qwen": qwen_pipeline,
     "lumina2": lumina2_pipeline,
     "zimage": zimage_pipeline,
@@ -1061,6 +1080,11 @@ def pixart_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
 @pytest.fixture(scope="session")
 def sana_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return _pair("sana", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def sana_sprint_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    return _pair("sana_sprint", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

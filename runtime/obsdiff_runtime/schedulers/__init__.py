@@ -22,6 +22,7 @@ from obsdiff_runtime.schedulers.flow_match_heun import FlowMatchHeun
 from obsdiff_runtime.schedulers.heun import Heun
 from obsdiff_runtime.schedulers.pndm import Pndm
 from obsdiff_runtime.schedulers.schedule import Floats
+from obsdiff_runtime.schedulers.scm import Scm
 from obsdiff_runtime.schedulers.unipc import UniPc
 
 
@@ -65,6 +66,7 @@ SCHEDULERS: Final[dict[str, Callable[[Mapping[str, Any], int, int, Noise], Sched
     "DDIMScheduler": Ddim,
     "DDPMScheduler": Ddpm,
     "PNDMScheduler": Pndm,
+    "SCMScheduler": Scm,
 }
 
 
@@ -76,6 +78,7 @@ def make_scheduler(
     *,
     even_sigmas: bool = False,
     mu: float | None = None,
+    only: str | None = None,
 ) -> Scheduler:
     """A scheduler ready for one call.
 
@@ -86,6 +89,7 @@ def make_scheduler(
         noise: asked once per call by stochastic samplers, never by others.
         even_sigmas: whether the pipeline gives the noise levels before shifting: even steps from 1 to 1 / steps.
         mu: of a shift that depends on the image's size, where the pipeline gives it; only with even_sigmas.
+        only: the one class that the pipeline draws by; None where there are others.
 
     Raises:
         CompatibilityError: a class or an option that is not supported; names it.
@@ -97,10 +101,9 @@ def make_scheduler(
             f"scheduler {name or 'without _class_name'} is not supported; supported are {', '.join(SCHEDULERS)}: "
             "give the pipeline one of these and export again"
         )
+    only = "FlowMatchEulerDiscreteScheduler" if even_sigmas else only
+    if only not in (None, name):
+        raise CompatibilityError(f"scheduler {name} is not supported with this pipeline; supported is {only}")
     if not even_sigmas:
         return SCHEDULERS[name](config, steps, image_tokens, noise)
-    if SCHEDULERS[name] is not FlowMatchEuler:
-        raise CompatibilityError(
-            f"scheduler {name} is not supported with this pipeline; supported is FlowMatchEulerDiscreteScheduler"
-        )
     return FlowMatchEuler(config, steps, image_tokens, noise, even_sigmas=True, mu=mu)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import Lumina2Pipeline, SanaPipeline, WanPipeline
+from diffusers import Lumina2Pipeline, SanaPipeline, SanaSprintPipeline, WanPipeline
 
 from obsdiff import calls
 from obsdiff.families import guided, parts
@@ -37,9 +37,8 @@ def latents(pipeline: Any, *, guidance_scale: float, **call: Any) -> torch.Tenso
     guided = {parts.guidance_argument(type(pipeline)): guidance_scale}
     generator = torch.Generator().manual_seed(0)
     exact = exactly(pipeline, embedded="prompt" not in call, pixels=64 * 64)
-    size = (
-        (32, 64) if isinstance(pipeline, SanaPipeline | Lumina2Pipeline | WanPipeline) else (16, 24)
-    )  # multiples of 32 and 16
+    large = isinstance(pipeline, SanaPipeline | SanaSprintPipeline | Lumina2Pipeline | WanPipeline)
+    size = (32, 64) if large else (16, 24)  # multiples of 32 and 16
     sized = dict(zip(("height", "width"), size, strict=True))
     found: torch.Tensor = calls.call(pipeline)(
         num_inference_steps=2, generator=generator, output_type="latent", **(sized | exact | guided | call)
@@ -121,3 +120,14 @@ def test_a_pipeline_without_text_encoders_is_an_error(build_pipeline: Callable[.
     pipeline.text_encoder_2 = None
     with pytest.raises(ModelError, match="has no text_encoder_2"):
         FAMILIES["sd3"].encode(pipeline, PROMPTS, [])
+
+
+def test_sana_sprint_reads_prompts_as_its_call_does_and_no_negative_ones(build_pipeline: Callable[..., Any]) -> None:
+    pipeline, sana = build_pipeline("sana_sprint"), FAMILIES["sana"]
+    encoded = sana.encode(pipeline, PROMPTS, [], max_sequence_length=6)
+    expected = latents(pipeline, guidance_scale=4.0, prompt=PROMPTS, max_sequence_length=6)
+    assert torch.equal(latents(pipeline, guidance_scale=4.0, **encoded), expected)
+    assert not torch.equal(latents(pipeline, guidance_scale=2.0, **encoded), expected)  # its denoiser is told
+    assert not guided(sana, pipeline.transformer, 4.0)
+    with pytest.raises(ConfigError, match="Sana-Sprint takes no negative prompts"):
+        sana.encode(pipeline, PROMPTS, ["ugly", ""])

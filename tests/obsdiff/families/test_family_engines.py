@@ -36,7 +36,7 @@ FEWER: dict[str, dict[str, Any]] = {
     **{kind: ONE_LEVEL for kind in ("sd15", "sdxl")},
     "auraflow": {"num_mmdit_layers": 1, "num_single_dit_layers": 1},
     "zimage": {"n_layers": 1},
-    **{kind: {"num_layers": 1} for kind in ("pixart", "sana", "qwen", "lumina2", "dit", "wan")},
+    **{kind: {"num_layers": 1} for kind in ("pixart", "sana", "sana_sprint", "qwen", "lumina2", "dit", "wan")},
     **{kind: {"num_layers": 1, "num_single_layers": 1} for kind in ("flux", "flux2")},
 }
 """Blocks: one of each kind, but for HunyuanDiT, whose skips need four."""
@@ -61,6 +61,7 @@ SIZES = {
         ("pixart", "pixart", "attn2.to_k.weight", "attn2.to_v.weight"),
         ("auraflow", "auraflow", "single_transformer_blocks.0.ff.linear_1.weight", "ff.linear_2.weight"),
         ("sana", "sana", "attn2.to_k.weight", "attn2.to_v.weight"),
+        ("sana_sprint", "sana", "attn2.to_k.weight", "attn2.to_v.weight"),
         ("flux2", "flux2", "transformer_blocks.0.attn.to_q.weight", "transformer_blocks.0.attn.to_k.weight"),
         ("qwen", "qwen", "transformer_blocks.0.attn.to_k.weight", "transformer_blocks.0.attn.to_v.weight"),
         ("lumina2", "lumina2", "layers.0.attn.to_k.weight", "layers.0.attn.to_v.weight"),

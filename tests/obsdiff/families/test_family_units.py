@@ -102,18 +102,13 @@ def test_a_sana_neuron_takes_two_filters_with_it(build_denoiser: Callable[..., A
 
 
 def test_heads_whose_queries_are_normalised_together_are_no_units(build_denoiser: Callable[..., Any]) -> None:
-    """One that goes would change the norm of the others: Sana 1.5."""
-    sana, denoiser = FAMILIES["sana"], build_denoiser("sana", qk_norm="rms_norm_across_heads")
+    """One that goes would change the norm of the others: Sana 1.5, and Sana-Sprint."""
+    sana, denoiser = FAMILIES["sana"], build_denoiser("sana_sprint")
     assert {group.kind for group in sana.groups(denoiser)} == {"ffn"}
     defaults = Defaults(height=32, width=32, num_inference_steps=2, guidance_scale=1.0)
     recipe = resolve(Settings(sparsity="structured:0.25"), model="", family=sana, defaults=defaults, prompts=["a cat"])
     with pytest.raises(ConfigError, match=r"no head of this denoiser can go.*ffn:0\.25 removes"):
         select(recipe, sana.linears(denoiser), sana.groups(denoiser))
-
-
-def test_a_sana_that_is_told_its_guidance_is_refused(build_denoiser: Callable[..., Any]) -> None:
-    with pytest.raises(ModelError, match=r"told its guidance \(Sana-Sprint\)"):
-        FAMILIES["sana"].linears(build_denoiser("sana", guidance_embeds=True))
 
 
 def test_the_last_block_of_qwen_image_loses_only_neurons_of_the_image(build_denoiser: Callable[..., Any]) -> None:

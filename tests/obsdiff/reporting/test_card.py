@@ -71,6 +71,7 @@ def test_three_lines_load_it(make_report: MakeReport, kind: Any, sparsity: str) 
         ("FluxPipeline", "guidance_scale=3.5"),
         ("ZImagePipeline", "guidance_scale=3.5"),
         ("QwenImagePipeline", 'true_cfg_scale=3.5, negative_prompt=""'),
+        ("SanaSprintPipeline", "intermediate_timesteps=None, guidance_scale=3.5"),
     ],
 )
 def test_guidance_is_told_as_the_pipeline_calls_it(make_report: MakeReport, pipeline: str, told: str) -> None:

@@ -26,6 +26,7 @@ ANCESTRAL = "EulerAncestralDiscreteScheduler"
 HEUN = "HeunDiscreteScheduler"
 DPM = "DPMSolverMultistepScheduler"
 UNIPC = "UniPCMultistepScheduler"
+SCM = "SCMScheduler"
 TOKENS = 1000  # of the image
 
 SPACINGS = ("linspace", "leading", "trailing")
@@ -164,6 +165,7 @@ CASES: list[Case] = [
     (UNIPC, OF_FLOWS | {"use_dynamic_shifting": True}),
     (UNIPC, OF_FLOWS | {"use_karras_sigmas": True}),
     (UNIPC, OF_FLOWS | {"final_sigmas_type": "sigma_min"}),
+    (SCM, {"sigma_data": 1.0}),
 ]
 
 
@@ -187,7 +189,7 @@ def no_noise(shape: tuple[int, ...]) -> np.ndarray:
 
 def is_stochastic(case: Case) -> bool:
     return (
-        case[0] in (ANCESTRAL, "DDPMScheduler")
+        case[0] in (ANCESTRAL, SCM, "DDPMScheduler")
         or bool(case[1].get("stochastic_sampling"))
         or SDE.items() <= case[1].items()
     )
@@ -201,6 +203,8 @@ def both(case: Case, steps: int, noise: Noise) -> tuple[Any, Scheduler]:
         ends = {"base_shift": 0.5, "max_shift": 1.15} | config
         mu = float(np.interp(TOKENS, [256, 4096], [ends["base_shift"], ends["max_shift"]]))
         theirs.set_timesteps(steps, mu=mu)
+    elif class_name == SCM:
+        theirs.set_timesteps(steps, intermediate_timesteps=1.3 if steps == 2 else None)
     else:
         theirs.set_timesteps(steps)
     config = dict(theirs.config) | {"_class_name": class_name}
@@ -225,7 +229,7 @@ def assert_close(ours: np.ndarray, theirs: torch.Tensor, before: np.ndarray | No
 def assert_steps_agree(case: Case, theirs: Any, ours: Scheduler, sample: np.ndarray, start: int) -> None:
     """From call `start` on; both are given the same sample at each."""
     generator = {"generator": torch.Generator().manual_seed(5)} if is_stochastic(case) else {}
-    for index, timestep in list(enumerate(theirs.timesteps))[start:]:
+    for index, timestep in list(enumerate(theirs.timesteps[: len(ours.timesteps)]))[start:]:
         scaled = ours.scale(sample, index)
         if hasattr(theirs, "scale_model_input"):
             assert_close(scaled, theirs.scale_model_input(torch.from_numpy(sample), timestep))
@@ -241,7 +245,9 @@ def test_each_step_equals_diffusers(case: Case, steps: int) -> None:
     if needs_more_steps(case, steps):
         pytest.skip("diffusers itself needs more steps here")
     theirs, ours = both(case, steps, stacked(noise_sources("torch", 5, 2)) if is_stochastic(case) else no_noise)
-    np.testing.assert_allclose(ours.timesteps, theirs.timesteps.numpy(), rtol=1e-5, atol=1e-4)
+    told = theirs.timesteps.numpy()
+    told = told[:-1] if case[0] == SCM else told  # behind them it says where it ends
+    np.testing.assert_allclose(ours.timesteps, told, rtol=1e-5, atol=1e-4)
     assert ours.order == theirs.order
     if hasattr(theirs, "init_noise_sigma"):
         assert ours.initial_sigma == pytest.approx(float(theirs.init_noise_sigma), rel=1e-5)
@@ -265,6 +271,7 @@ STARTS: list[Case] = [
     ("DDIMScheduler", SD15 | {"steps_offset": 1}),
     ("DDPMScheduler", SD15 | {"steps_offset": 1}),
     ("PNDMScheduler", SD15 | {"skip_prk_steps": True}),
+    (SCM, {"sigma_data": 1.0}),
 ]
 
 
@@ -280,6 +287,8 @@ def test_an_image_is_noised_and_drawn_from_there_as_by_diffusers(case: Case, fir
     timestep = theirs.timesteps[start]
     if case[0] in (FLOW, FLOW_HEUN):
         expected = theirs.scale_noise(torch.from_numpy(clean), timestep[None], torch.from_numpy(noise))
+    elif case[0] == SCM:  # diffusers' pipeline does that itself
+        expected = timestep.cos() * torch.from_numpy(clean) + timestep.sin() * torch.from_numpy(noise)
     else:
         expected = theirs.add_noise(torch.from_numpy(clean), torch.from_numpy(noise), timestep[None])
     sample = ours.noised(clean, noise, start)
@@ -307,6 +316,21 @@ def test_an_image_s_noise_and_steps_do_not_depend_on_its_batch(case: Case) -> No
         ]
     # BLAS is not involved: sums of two or three terms, in one order
     np.testing.assert_array_equal(batch, np.stack(images))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+@pytest.mark.parametrize("sigma", [0.5, 0.3])
+def test_few_steps_are_diffusers_in_units_of_sigma_data(steps: int, sigma: float) -> None:
+    """Noise, samples and outputs of diffusers' are times sigma_data; the denoiser is told the same of both."""
+    theirs, ours = both((SCM, {"sigma_data": sigma}), steps, stacked(noise_sources("torch", 5, 2)))
+    generator, sample = torch.Generator().manual_seed(5), normal((2, 4, 8, 6))
+    for index, timestep in enumerate(theirs.timesteps[:-1]):
+        output = network(sample, float(timestep))
+        given = torch.from_numpy(sigma * output), timestep, torch.from_numpy(sigma * sample)
+        after, clean = theirs.step(*given, generator=generator, return_dict=False)
+        sample = ours.step(output, index, sample)
+        assert_close(sample, after / sigma)
+    assert_close(sample, clean / sigma)  # what its pipeline gives behind the last step
 
 
 def test_the_last_step_of_bh1_is_finite_where_diffusers_is_not() -> None:
@@ -345,9 +369,11 @@ def test_flux2_s_pipeline_says_how_far_the_shift_goes(tokens: int, steps: int) -
     np.testing.assert_allclose(ours.timesteps, theirs.timesteps.numpy(), rtol=1e-5, atol=1e-4)
 
 
-def test_a_scheduler_that_takes_no_even_sigmas_is_named() -> None:
+def test_a_scheduler_that_a_pipeline_does_not_draw_by_is_named() -> None:
     with pytest.raises(CompatibilityError, match=r"UniPC.* with this pipeline; supported is FlowMatchEuler"):
         make_scheduler({"_class_name": UNIPC} | OF_FLOWS, 10, 1, no_noise, even_sigmas=True)
+    with pytest.raises(CompatibilityError, match=r"DPMSolver.* with this pipeline; supported is SCMScheduler"):
+        make_scheduler({"_class_name": DPM} | OF_FLOWS, 10, 1, no_noise, only=SCM)
 
 
 def test_an_unknown_scheduler_lists_the_known() -> None:
@@ -372,6 +398,7 @@ def test_an_unknown_scheduler_lists_the_known() -> None:
         ({"_class_name": DPM, "variance_type": "learned_range"}, "variance_type='learned_range'"),
         ({"_class_name": DPM, "use_flow_sigmas": True, "use_karras_sigmas": True}, "use_karras_sigmas=True"),
         ({"_class_name": DPM, "prediction_type": "flow_prediction"}, "flow_prediction needs use_flow_sigmas"),
+        ({"_class_name": SCM, "prediction_type": "epsilon"}, "prediction_type='epsilon'"),
         ({"_class_name": UNIPC, "thresholding": True}, "thresholding=True"),
         ({"_class_name": UNIPC, "lower_order_final": False}, "set final_sigmas_type=sigma_min"),
         ({"_class_name": UNIPC, "predict_x0": False}, "set final_sigmas_type=sigma_min"),
@@ -388,6 +415,7 @@ def test_an_option_that_is_not_supported_is_named(config: dict[str, Any], messag
     [
         ({"_class_name": "DDIMScheduler"}, 1001, "1001 steps are more than the 1000"),
         ({"_class_name": UNIPC}, 1001, "1001 steps are more than the 1000"),
+        ({"_class_name": SCM}, 1001, "1001 steps are more than the 1000"),
         ({"_class_name": DPM}, 1000, "1000 steps put two of them at the same level of noise; take fewer"),
     ],
 )
