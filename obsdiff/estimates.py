@@ -17,11 +17,8 @@ SOLVER_COPIES: Final = 6
 ACTIVATION_COPIES: Final = 4
 """Tensors of the widest layer's input and output that a forward pass holds at its peak."""
 
-WORKSPACE_BYTES: Final = 300_000_000
-"""Held beside all tensors: workspaces of matrix libraries, and what the allocator keeps of what was freed.
-
-Measured at 24 M to 2 G parameters: 0.3 to 0.9 GB (benchmarks/scale.py).
-"""
+WORKSPACE_BYTES: Final = 100_000_000
+"""Held beside all tensors: workspaces of matrix libraries, and what the allocator keeps of what was freed."""
 
 NETWORK_SLOWDOWN: Final = 2.0
 """A denoiser call against as many operations of a large matrix product: attention, norms, small matrices."""

@@ -23,6 +23,9 @@ WIDE_PRODUCTS: Final = 8
 """Products of float64 around a solve, counted twice: the best dense weight, and losses."""
 
 
+PASSING_COPIES: Final = 3
+"""Matrices of a gram's size beside those of `estimates.SOLVER_COPIES`; measured, as no tensor shows them."""
+
 WEIGHT_COPIES: Final = 8
 """Of the weights that are solved for together, as float64: the target, the solution, and what the solver goes by."""
 
@@ -147,7 +150,10 @@ def estimate_streams(
         )
     return replace(
         plain,
-        memory_bytes=plain.memory_bytes + _block_bytes(denoiser, everything) + _solved_bytes(solved),
+        memory_bytes=plain.memory_bytes
+        + _block_bytes(denoiser, everything)
+        + _solved_bytes(solved)
+        + _passing_bytes(solved),
         calibration_seconds=(networks + products) / workload.flops_per_second + modules * estimates.MODULE_SECONDS,
         solver_seconds=sum(_solver_operations(tier) for tier in _tiers(solved)) / workload.flops_per_second,
     )
@@ -179,6 +185,12 @@ def _solved_bytes(solved: Sequence[LinearSpec]) -> int:
     for linear in solved:
         sizes[linear.reads] = sizes.get(linear.reads, 0) + linear.in_features * linear.out_features
     return WEIGHT_COPIES * BYTES_PER_ENTRY * max(sizes.values(), default=0)
+
+
+def _passing_bytes(solved: Sequence[LinearSpec]) -> int:
+    """Of matrices of a gram's size that last as long as one operation of the solver."""
+    widest = max(estimates.gram_widths(solved).values(), default=0)
+    return PASSING_COPIES * BYTES_PER_ENTRY * widest * widest
 
 
 def _hidden(linears: Sequence[LinearSpec], positions: Mapping[str, int]) -> int:
