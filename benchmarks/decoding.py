@@ -22,8 +22,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from obsdiff_runtime.autoencoder import DECODER, ENCODER, Autoencoder, latent_channels
-from obsdiff_runtime.bundle import Defaults, Manifest, open_bundle, write_manifest
+from obsdiff_runtime.autoencoder import Autoencoder, latent_channels
+from obsdiff_runtime.bundle import DECODER, ENCODER, Defaults, Manifest, open_bundle, write_manifest
 from obsdiff_runtime.networks import Networks
 
 WIDTHS = (128, 256, 512, 512)

@@ -33,8 +33,8 @@ from obsdiff_export.requested import (
     tables,
 )
 from obsdiff_export.versus import BUILDS, Versus
-from obsdiff_runtime.autoencoder import AUTOENCODER, DECODER, tile_side
-from obsdiff_runtime.bundle import Bundle, EngineEntry, open_bundle, write_manifest
+from obsdiff_runtime.autoencoder import tile_side
+from obsdiff_runtime.bundle import AUTOENCODER, DECODER, Bundle, EngineEntry, open_bundle, write_manifest
 from obsdiff_runtime.conditioning import KINDS
 from obsdiff_runtime.errors import CompatibilityError, ConfigError, SparsityProofError
 from obsdiff_runtime.progress import Progress, silent

@@ -173,12 +173,6 @@ def open_job(settings: Settings, *, sparsity_required: bool = True) -> Job:
     return job
 
 
-def require_one(job: Job, what: str) -> None:
-    """Raises ConfigError where denoisers take turns, and `what` knows one."""
-    if job.behind:
-        raise ConfigError(f"{what} knows one denoiser, and those of this pipeline take turns")
-
-
 def check_size_of(loaded: LoadedPipeline, sampling: Sampling) -> None:
     """`check_size` of a pipeline in memory."""
     vae = getattr(loaded.pipeline, "vae", None)

@@ -29,7 +29,6 @@ from obsdiff_runtime import autoencoder
 from obsdiff_runtime.conditioning import IS_DISTILLED, KINDS
 from obsdiff_runtime.errors import ModelError, ResourceError
 from obsdiff_runtime.labels import Labels, read_labels
-from obsdiff_runtime.turns import BEHIND
 
 _DEFAULTS_KEY = Path(DEFAULTS).stem
 _PIPELINES: Final[Mapping[str, tuple[str, ...]]] = {
@@ -459,7 +458,7 @@ def _download(model: str, *, revision: str | None, variant: str | None, local_fi
         folder = DiffusionPipeline.download(
             model, revision=revision, variant=variant, use_safetensors=True, local_files_only=local_files_only
         )
-        _fetch_extras(model, revision, local_files_only)
+        _fetch_extras(model, _index(Path(folder)), revision, local_files_only)
     except (OSError, ValueError) as error:
         raise _unreachable(model, error) from error
     return Path(folder)
@@ -468,22 +467,22 @@ def _download(model: str, *, revision: str | None, variant: str | None, local_fi
 def _download_configs(model: str, *, revision: str | None, local_files_only: bool) -> Path:
     try:
         folder = _fetch(model, INDEX, revision, local_files_only).parent
-        for name, entry in _index(folder).items():
+        index = _index(folder)
+        for name, entry in index.items():
             if isinstance(entry, list) and entry[0] is not None and "tokenizer" not in name:
                 file = "scheduler_config.json" if name == "scheduler" else "config.json"
                 with contextlib.suppress(EntryNotFoundError):  # feature extractors have none
                     _fetch(model, f"{name}/{file}", revision, local_files_only)
-        _fetch_extras(model, revision, local_files_only)
+        _fetch_extras(model, index, revision, local_files_only)
     except (OSError, ValueError) as error:
         raise _unreachable(model, error) from error
     return folder
 
 
-def _fetch_extras(model: str, revision: str | None, local_files_only: bool) -> None:
+def _fetch_extras(model: str, index: Mapping[str, Any], revision: str | None, local_files_only: bool) -> None:
     """Our own files, which diffusers does not know of; most models have none."""
-    places = dict.fromkeys(family.denoiser for family in FAMILIES.values())
-    manifests = [f"{place}{behind}/{MANIFEST}" for place in places for behind in ("", BEHIND)]
-    for name in (DEFAULTS, *manifests):
+    denoisers = dict.fromkeys(name for family in FAMILIES.values() for name in turns.names(index, family))
+    for name in (DEFAULTS, *(f"{denoiser}/{MANIFEST}" for denoiser in denoisers)):
         with contextlib.suppress(EntryNotFoundError):
             _fetch(model, name, revision, local_files_only)
 

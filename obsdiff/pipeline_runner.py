@@ -38,6 +38,7 @@ from obsdiff_runtime.benchmark.runner import DeviceMemory, Drawn, Loaded, Reques
 from obsdiff_runtime.bundle import Defaults
 from obsdiff_runtime.conditioning import EXAMPLE, KINDS
 from obsdiff_runtime.errors import CompatibilityError, ConfigError
+from obsdiff_runtime.turns import require_taken
 
 COMPILED: Final = "compiled"
 DIFFUSERS: Final = "diffusers"
@@ -183,9 +184,7 @@ class PipelineRunner:
             num_frames=request.num_frames,
             guidance_scale_2=request.guidance_scale_2,
         )
-        if request.guidance_scale_2 is not None and not self._configs.behind:
-            scale = f"guidance_scale_2 {request.guidance_scale_2:g}"
-            raise ConfigError(f"{scale}: one denoiser takes all steps of {self._model}; leave it out")
+        require_taken(request.guidance_scale_2, bool(self._configs.behind), f"of {self._model}")
         film_frames(request.num_frames, self.defaults.num_frames, who=str(self._model))
         pipeline = str(configs["model_index"]["_class_name"])
         job.check_size(pipeline, configs[family.denoiser], vae_scale(configs), sampling)

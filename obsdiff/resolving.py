@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from obsdiff import latencies
+from obsdiff import latencies, turns
 from obsdiff.core.timesteps import SCHEDULES
 from obsdiff.families import Family, require_described
 from obsdiff.loading import Defaults
@@ -23,6 +23,7 @@ from obsdiff.settings import Settings
 from obsdiff.sparsity import Sparsity, Unstructured, parse
 from obsdiff_runtime.autoencoder import film_frames
 from obsdiff_runtime.errors import ConfigError
+from obsdiff_runtime.turns import require_taken
 
 ALLOCATIONS: Final = ("measured", "uniform", f"{latencies.PREFIX}FILE")
 
@@ -86,8 +87,8 @@ def resolve(
         require_described(family, f"--sparsity {sparsity}, which removes units,")
     method = _method(settings.method, sparsity)
     dense_share = _dense_share(settings.dense_share, sparsity)
-    if defaults.takes_turns and latencies.is_latency(settings.allocation or ""):
-        raise ConfigError("--allocation latency knows one denoiser, and those of this pipeline take turns")
+    if latencies.is_latency(settings.allocation or ""):
+        turns.require_one(defaults.takes_turns, "--allocation latency")
     allocation = _allocation(settings.allocation, method, sparsity, dense_share)
     runs = sampling(settings, defaults)
     steps = runs.num_inference_steps
@@ -165,9 +166,8 @@ def sampling(settings: Settings, defaults: Defaults) -> Sampling:
 
 
 def _guidance_behind(asked: float | None, first: float, defaults: Defaults) -> float | None:
+    require_taken(asked, defaults.takes_turns, "here", name="--guidance-scale-2")
     if not defaults.takes_turns:
-        if asked is not None:
-            raise ConfigError(f"--guidance-scale-2 {asked:g}: one denoiser takes all steps here; leave it out")
         return None
     scale = first if asked is None else asked
     if not 0 <= scale < math.inf:

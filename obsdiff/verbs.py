@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from obsdiff import adapters, card, checkpoint, delivery, engines, facts, launch, pruning, ranks
+from obsdiff import adapters, card, checkpoint, delivery, engines, facts, launch, pruning, ranks, turns
 from obsdiff.bundling import (
     Delivery,
     Stages,
@@ -45,7 +45,6 @@ from obsdiff.job import (
     require_disk_for,
     require_nothing_computed,
     require_offloadable,
-    require_one,
 )
 from obsdiff.job import load as load_model
 from obsdiff.journal import FolderJournal
@@ -229,7 +228,7 @@ def export(
     if order is not None:
         engines.require_drawable(order, what)
     if format is not None:
-        require_one(job, f"--precision {settings.precision}")
+        turns.require_one(bool(job.behind), f"--precision {settings.precision}")
         quantizable(job.family.linears(job.denoiser), job.recipe.keep_float)
     held_out = evaluation_prompts(settings, job.defaults.prompts, job.defaults.labels)
     if held_out:
@@ -330,8 +329,7 @@ def lora(
         raise ConfigError(f"{output} exists; choose another name or replace it with --force")
     manifest = checkpoint.require_manifest(folder)
     configs = load_configs(folder)
-    if configs.behind:
-        raise ConfigError("obsdiff lora knows one denoiser, and those of this pipeline take turns")
+    turns.require_one(bool(configs.behind), "obsdiff lora")
     with torch.device("meta"):
         dense = type(configs.denoiser).from_config(configs.configs[configs.family.denoiser])  # type: ignore[attr-defined]
     name = configs.family.denoiser

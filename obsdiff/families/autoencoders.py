@@ -16,7 +16,8 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from obsdiff.families import Family, films
 from obsdiff.families.parts import config_of, latent_sizes, noise, rows
 from obsdiff_export.component import Component
-from obsdiff_runtime.autoencoder import DECODER, latent_channels, tile_overlap, vae_scale
+from obsdiff_runtime.autoencoder import latent_channels, tile_overlap, vae_scale
+from obsdiff_runtime.bundle import DECODER
 from obsdiff_runtime.errors import ModelError
 
 PATCH: Final = 2

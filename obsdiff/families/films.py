@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from obsdiff.families.parts import config_of, latent_sizes, noise, rows, view
 from obsdiff_export.component import Component
-from obsdiff_runtime.autoencoder import DECODER, FRAME_SCALE, NEXT_DECODER, cached, vae_scale
+from obsdiff_runtime.autoencoder import FRAME_SCALE, cached, vae_scale
+from obsdiff_runtime.bundle import DECODER, NEXT_DECODER
 from obsdiff_runtime.errors import ModelError
 
 CLASS: Final = "AutoencoderKLWan"

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal
 
+from obsdiff import turns
 from obsdiff.families import require_described
 from obsdiff.groups import Group
-from obsdiff.job import Job, open_job, require_one
+from obsdiff.job import Job, open_job
 from obsdiff.recipe import select
 from obsdiff.settings import Settings
 from obsdiff_export.linears import Shape, grouped, weights_of
@@ -95,7 +96,7 @@ def subject_of(settings: Settings) -> Subject:
         settings = _served(settings, bundle)
     job = open_job(settings, sparsity_required=False)
     require_described(job.family, "obsdiff whatif")
-    require_one(job, "obsdiff whatif")
+    turns.require_one(bool(job.behind), "obsdiff whatif")
     linears, groups = select(
         replace(job.recipe, protect_first=0, protect_last=0),
         job.family.linears(job.denoiser),

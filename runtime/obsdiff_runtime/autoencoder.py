@@ -10,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from obsdiff_runtime.bundle import DECODER, ENCODER, NEXT_DECODER
 from obsdiff_runtime.errors import CompatibilityError, ConfigError, ResourceError
 from obsdiff_runtime.networks import Array, Networks
 from obsdiff_runtime.noise import Noise
@@ -20,10 +21,6 @@ from obsdiff_runtime.tiling import Seams, Tile, tiles
 Pixels = NDArray[np.uint8]
 VAE_SCALE: Final = 8  # pixels per side of a latent pixel of most autoencoders
 FRAME_SCALE: Final = 4  # frames of a film in a latent frame, of which the first has one alone
-DECODER: Final = "vae_decoder"  # component; of a film's first latent frame
-NEXT_DECODER: Final = "vae_decoder_next"  # of each of the others
-ENCODER: Final = "vae_encoder"
-AUTOENCODER: Final = (DECODER, NEXT_DECODER, ENCODER)
 LATENTS: Final = "latent_sample"  # their input
 LOG_VARIANCES: Final = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution
 TILE: Final = {"AutoencoderDC": 512, "AutoencoderKLQwenImage": 256, "AutoencoderKLWan": 256}

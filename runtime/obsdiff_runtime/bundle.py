@@ -21,6 +21,10 @@ from obsdiff_runtime.turns import Turns
 
 SCHEMA: Final = 1
 MANIFEST: Final = "obsdiff.json"
+DECODER: Final = "vae_decoder"  # component; of a film's first latent frame
+NEXT_DECODER: Final = "vae_decoder_next"  # of each of the others
+ENCODER: Final = "vae_encoder"
+AUTOENCODER: Final = (DECODER, NEXT_DECODER, ENCODER)
 UNLISTED: Final = frozenset({MANIFEST, "README.md"})
 MAX_JSON_BYTES: Final = 64 * 2**20
 CHUNK_BYTES: Final = 2**20

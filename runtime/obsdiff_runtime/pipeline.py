@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from obsdiff_runtime.autoencoder import DECODER, Autoencoder, Pixels, film_frames, latent_frames, tile_side
+from obsdiff_runtime.autoencoder import Autoencoder, Pixels, film_frames, latent_frames, tile_side
 from obsdiff_runtime.backends import Backend
-from obsdiff_runtime.bundle import Bundle, open_bundle
+from obsdiff_runtime.bundle import DECODER, Bundle, open_bundle
 from obsdiff_runtime.conditioning import IS_DISTILLED, Conditions, Kind, Settings, kind_of
 from obsdiff_runtime.drawing import Drawing, Stepper
 from obsdiff_runtime.errors import CancelledError, ConfigError
@@ -24,6 +24,7 @@ from obsdiff_runtime.noise import Noise, noise_sources
 from obsdiff_runtime.progress import Progress, silent
 from obsdiff_runtime.references import STATES, References, Sides, packed, pixels_of
 from obsdiff_runtime.schedulers import Scheduler, make_scheduler
+from obsdiff_runtime.turns import require_taken
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -366,10 +367,7 @@ class Pipeline:
 
     def _later_scale(self, first: float | None, given: float | None) -> float | None:
         """The guidance scale of the denoisers behind the first, None where it is as the first one's."""
-        if given is not None and not self.bundle.manifest.turns:
-            raise ConfigError(
-                f"guidance_scale_2 {given:g}: one denoiser takes all steps of this pipeline; leave it out"
-            )
+        require_taken(given, bool(self.bundle.manifest.turns), "of this pipeline")
         return self.bundle.manifest.defaults.guidance_scale_2 if first is None and given is None else given
 
     def _skipped(self, steps: int, strength: float | None) -> int:

@@ -6,6 +6,8 @@ Turns say of each component from which timestep on it is called; it is, up to wh
 from collections.abc import Mapping
 from typing import Final
 
+from obsdiff_runtime.errors import ConfigError
+
 Turns = Mapping[str, float]
 
 BEHIND: Final = "_2"
@@ -15,6 +17,12 @@ BEHIND: Final = "_2"
 def denoiser_at(turns: Turns, timestep: float) -> str:
     """The component that is called at a timestep; the last one has all that is below."""
     return next((name for name, begins in turns.items() if timestep >= begins), list(turns)[-1])
+
+
+def require_taken(scale: float | None, several: bool, where: str, *, name: str = "guidance_scale_2") -> None:
+    """Raises ConfigError where a guidance scale is given for denoisers behind the first, and there are none."""
+    if scale is not None and not several:
+        raise ConfigError(f"{name} {scale:g}: one denoiser takes all steps {where}; leave it out")
 
 
 def turns_in_words(turns: Turns, scale: float | None) -> str:

@@ -858,43 +858,29 @@ def wan22_transformer() -> Any:
 
 
 @seeded
-def wan_vae() -> Any:
+def wan_vae(**changes: Any) -> Any:
     """Of a step in space alone and two in space and time, as Wan 2.1's, but for the first."""
     from diffusers import AutoencoderKLWan
 
-    return AutoencoderKLWan(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 2, 2],
-        num_res_blocks=1,
-        temperal_downsample=[True, True],
-        latents_mean=[-0.7, 0.1, 0.9, 0.2],
-        latents_std=[2.8, 1.4, 0.6, 1.2],
-        scale_factor_temporal=4,
-        scale_factor_spatial=4,
-    ).eval()
+    config: dict[str, Any] = {
+        "base_dim": 8,
+        "z_dim": 4,
+        "dim_mult": [1, 2, 2],
+        "num_res_blocks": 1,
+        "temperal_downsample": [True, True],
+        "latents_mean": [-0.7, 0.1, 0.9, 0.2],
+        "latents_std": [2.8, 1.4, 0.6, 1.2],
+        "scale_factor_temporal": 4,
+        "scale_factor_spatial": 4,
+    }
+    return AutoencoderKLWan(**config | changes).eval()
 
 
-@seeded
 def wan_ti2v_vae() -> Any:
     """Its blocks have shortcuts, and its pixels are patches of two a side."""
-    from diffusers import AutoencoderKLWan
-
-    return AutoencoderKLWan(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 2, 2],
-        num_res_blocks=0,
-        temperal_downsample=[True, True],
-        latents_mean=[-0.7, 0.1, 0.9, 0.2],
-        latents_std=[2.8, 1.4, 0.6, 1.2],
-        is_residual=True,
-        in_channels=12,
-        out_channels=12,
-        patch_size=2,
-        scale_factor_temporal=4,
-        scale_factor_spatial=8,
-    ).eval()
+    return wan_vae(
+        num_res_blocks=0, is_residual=True, in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=8
+    )
 
 
 PIPELINES: dict[str, Callable[[], Any]] = {

@@ -11,9 +11,8 @@ import torch
 from obsdiff_export.ports import Port
 from obsdiff_export.profiles import profile_for
 from obsdiff_runtime import cli
-from obsdiff_runtime.autoencoder import NEXT_DECODER
 from obsdiff_runtime.benchmark import bench
-from obsdiff_runtime.bundle import Bundle, open_bundle
+from obsdiff_runtime.bundle import NEXT_DECODER, Bundle, open_bundle
 from obsdiff_runtime.conditioning import WAN, Settings
 from obsdiff_runtime.errors import CancelledError, CompatibilityError, ConfigError, RunError
 from obsdiff_runtime.pipeline import Images, Pipeline

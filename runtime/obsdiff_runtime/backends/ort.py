@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 
 from obsdiff_runtime.backends.feeds import check_names
-from obsdiff_runtime.bundle import Bundle, TensorEntry
+from obsdiff_runtime.bundle import AUTOENCODER, Bundle, TensorEntry
 from obsdiff_runtime.errors import CompatibilityError, ConfigError, MissingPackageError, ResourceError
 
 CPU: Final = "CPUExecutionProvider"
@@ -28,9 +28,6 @@ DTYPES: Final[dict[str, str]] = {
     "tensor(int32)": "int32",
     "tensor(bool)": "bool",
 }
-
-AUTOENCODERS: Final = "vae_"
-"""How components begin that are given tiles of several shapes."""
 
 _NO_MEMORY: Final = re.compile("Failed to allocate memory|bad_alloc|out of memory", re.IGNORECASE)
 
@@ -78,7 +75,7 @@ class OnnxRuntime:
             name=component,
             threads=threads,
             provider=self.provider,
-            plan_memory=not component.startswith(AUTOENCODERS),
+            plan_memory=component not in AUTOENCODER,  # which is given tiles of several shapes
         )
 
     def versions(self) -> dict[str, str]:

@@ -24,9 +24,9 @@ from obsdiff.recipe import Sampling, select
 from obsdiff.resolving import resolve
 from obsdiff.settings import Settings
 from obsdiff.shrinking import shrink
-from obsdiff_runtime.autoencoder import DECODER, NEXT_DECODER, cached, tile_side
+from obsdiff_runtime.autoencoder import cached, tile_side
 from obsdiff_runtime.benchmark.runner import Request
-from obsdiff_runtime.bundle import open_bundle
+from obsdiff_runtime.bundle import DECODER, NEXT_DECODER, open_bundle
 from obsdiff_runtime.errors import ConfigError, ModelError
 from obsdiff_runtime.pipeline import Pipeline
 
