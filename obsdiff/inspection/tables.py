@@ -189,6 +189,7 @@ def _bundle(content: BundleContent, everything: bool) -> list[RenderableType]:
             f"guidance {defaults.guidance_scale:g}",
         ),
         ("turns", turns_in_words(content.turns, defaults.guidance_scale_2)),
+        ("tiles", "" if defaults.vae_tile is None else f"of the VAE, {defaults.vae_tile} pixels a side"),
         ("engines", str(built) if built else "none"),
         ("measured", ", ".join(content.measurements) or "nothing"),
     ]

@@ -161,7 +161,7 @@ def bundle(tmp_path: Path, graph: Path, make_engine: Callable[..., Path]) -> Pat
         family="sd3",
         pipeline_class="StableDiffusion3Pipeline",
         sparsity="2:4",
-        defaults=Defaults(height=64, width=64, num_inference_steps=20, guidance_scale=3.5),
+        defaults=Defaults(height=64, width=64, num_inference_steps=20, guidance_scale=3.5, vae_tile=32),
         components={"transformer": component},
         measurements={"latency": {"p50_ms": 1.0}},
     )

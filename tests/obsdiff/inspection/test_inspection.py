@@ -226,7 +226,14 @@ def test_json_is_one_object_and_nothing_else(fixture, request, call):
         ("checkpoint", ["structured:0.25+2:4 by obsdiff 0.1.0", "3 of 4 in 1 group", "6 inputs are no multiple of 4"]),
         ("graph", ["MatMul 2", "x float16 [batch, 16]", "no pattern"]),
         ("plan", ["TensorRT 10.13.3.9", "x 1x16 .. 2x16 .. 4x16", "(1)", "only 0 of 4", "layers, from k.log"]),
-        ("bundle", ["every sha256 is that of the manifest", "1 of 2 linears run on sparse kernels"]),
+        (
+            "bundle",
+            [
+                "every sha256 is that of the manifest",
+                "of the VAE, 32 pixels a side",
+                "1 of 2 linears run on sparse kernels",
+            ],
+        ),
     ],
 )
 def test_the_tables_say_what_is_there(fixture, said, layers, request, call):
