@@ -148,6 +148,7 @@ class PipelineRunner:
             backend=BACKENDS[self._kind],
             sparsity="dense" if manifest is None else manifest.sparsity,
             stored_bytes=_stored_bytes(folder),
+            vae_tile=self._tile,
         )
 
     @property

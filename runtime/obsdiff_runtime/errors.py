@@ -110,6 +110,8 @@ def failure(error: BaseException, *, smaller: str = SMALLER, again: str = "") ->
         return Failure(exit_code=ResourceError.exit_code, sentence=f"out of memory; {smaller}")
     if _is_full(error):
         return Failure(exit_code=ResourceError.exit_code, sentence=f"the disk is full: {error}{again}")
+    if isinstance(error, BrokenPipeError):
+        return Failure(exit_code=ObsdiffError.exit_code, sentence="what read the output has ended")
     if isinstance(error, OSError) and error.errno is not None:
         return Failure(exit_code=ObsdiffError.exit_code, sentence=f"{error.filename or 'disk'}: {error.strerror}")
     return None

@@ -103,6 +103,11 @@ class Pipeline:
         tile = tile_side(vae_tiling, self.bundle.manifest.defaults.vae_tile, config)
         self._vae = Autoencoder(self.networks, config, tile)
 
+    @property
+    def vae_tile(self) -> int | None:
+        """Pixels along a side of the tiles that the VAE works in, None where pictures go through it whole."""
+        return self._vae.tile
+
     def __call__(
         self,
         prompt: str | Sequence[str],

@@ -161,6 +161,7 @@ def test_a_wrong_argument_is_one_line_and_an_exit_code(
         (MemoryError(), 4, "out of memory"),
         (OSError(28, "No space left on device"), 4, "the disk is full"),
         (PermissionError(13, "Permission denied", "a.png"), 1, "a.png: Permission denied"),
+        (BrokenPipeError(32, "Broken pipe"), 1, "what read the output has ended"),
     ],
 )
 def test_what_the_machine_lacks_is_one_line_too(

@@ -17,7 +17,7 @@ from PIL import Image
 from obsdiff.families.autoencoders import PATCH, use_tiles
 from obsdiff_runtime import cli
 from obsdiff_runtime.autoencoder import Autoencoder, tile_overlap, tile_side
-from obsdiff_runtime.benchmark import bench
+from obsdiff_runtime.benchmark import bench, table
 from obsdiff_runtime.bundle import Bundle, EngineEntry, open_bundle
 from obsdiff_runtime.errors import ConfigError, ResourceError
 from obsdiff_runtime.pipeline import Pipeline
@@ -167,12 +167,14 @@ def test_servers_and_measurements_take_tiles(sd_pair: Any) -> None:
     served = serve_bundle(sd_pair[1], threads=1, vae_tiling=16, warm_up=False)
     served.batcher.stop()
     assert served.pipeline.decode(np.zeros((4, 9, 9), np.float32)).shape == (18, 18, 3)
-    assert served.pipeline._vae.tile == 16
+    assert served.pipeline.vae_tile == 16
     report = bench(
         sd_pair[1], iterations=1, warmup=0, height=48, width=40, num_inference_steps=1, threads=1, vae_tiling=16
     )
     (measured,) = report.candidates.values()
     assert [len(runs) for runs in measured.rounds_ms["vae_decoder"]] == [4 * 4]
+    assert measured.subject.vae_tile == 16
+    assert "VAE in tiles of 16" in table(report)
 
 
 def test_what_no_engine_takes_is_refused_before_anything_runs(sd_pair: Any) -> None:

@@ -57,6 +57,7 @@ class Subject:
         backend: what runs it ("onnxruntime", "torch").
         sparsity: of its denoiser, "dense" where nothing was pruned.
         stored_bytes: of its folder.
+        vae_tile: pixels along a side of the tiles that its VAE works in, None where pictures go through it whole.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Subject:
     backend: str
     sparsity: str
     stored_bytes: int
+    vae_tile: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +184,7 @@ class BundleRunner:
             backend=self._backend,
             sparsity=bundle.manifest.sparsity,
             stored_bytes=bundle.total_bytes(),
+            vae_tile=self._pipeline.vae_tile,
         )
 
     @property

@@ -143,6 +143,8 @@ def _subject(letter: str, name: str, found: Candidate) -> Iterator[str]:
     subject = found.subject
     where = "/".join(dict.fromkeys(found.devices.values()))
     facts = f"{subject.sparsity}, {subject.stored_bytes / 1e6:.1f} MB, {found.dtype}, {subject.backend} on {where}"
+    if subject.vae_tile is not None:
+        facts += f", VAE in tiles of {subject.vae_tile}"
     path = "" if subject.path == name else f"{subject.path}: "
     yield from _wrapped(f"{letter}  {name}: {path}{facts}", indent=3)
 

@@ -21,7 +21,7 @@ from obsdiff_runtime.server.follow import Follower
 from obsdiff_runtime.server.limits import BoundedBodies
 from obsdiff_runtime.server.metrics import Metrics
 from obsdiff_runtime.server.models import ServedModel
-from obsdiff_runtime.server.orders import BusyError, Drawn, Pixels
+from obsdiff_runtime.server.orders import BusyError, Drawn
 from obsdiff_runtime.server.problems import Refused, problem_of, response_of
 from obsdiff_runtime.server.schemas import ErrorResponse, ImageRequest, ImagesResponse, Model, ModelList
 from obsdiff_runtime.version import __version__
@@ -152,18 +152,17 @@ def _described(model: ServedModel) -> Model:
 
 async def _edit(server: Server, request: Request) -> Any:
     asked, uploads = await edits.read_form(request)
-    references = await edits.read_pictures(server.find(asked.model).pipeline, uploads)
-    return await _generate(server, request, asked, references)
+    return await _generate(server, request, asked, uploads)
 
 
-async def _generate(server: Server, request: Request, asked: ImageRequest, references: Sequence[Pixels] = ()) -> Any:
+async def _generate(server: Server, request: Request, asked: ImageRequest, uploads: Sequence[edits.Upload] = ()) -> Any:
     model = server.find(asked.model)
     metrics, started = server.metrics.of(model.id), time.monotonic()
     seed = secrets.randbelow(SEEDS) if asked.seed is None else asked.seed
     if asked.output_format == "jpeg" and model.pipeline.bundle.manifest.defaults.num_frames is not None:
         raise Refused(400, f"{model.id} draws films, and jpeg holds none; ask for webp or png", param="output_format")
     width, height = asked.pixels or (None, None)
-    call = {
+    call: dict[str, Any] = {
         "prompt": asked.prompt,
         "negative_prompt": asked.negative_prompt,
         "num_inference_steps": asked.num_inference_steps,
@@ -173,16 +172,18 @@ async def _generate(server: Server, request: Request, asked: ImageRequest, refer
         "seed": seed,
         "noise_source": asked.noise_source,
         "num_images": asked.n,
-        "reference": references,
     }
     try:
+        if uploads:
+            model.batcher.require_room()  # before they are decoded
+        call["reference"] = await edits.read_pictures(model.pipeline, uploads)
         order = model.order(call, asked.n, asked.partial_images if asked.stream else 0)
         follower = Follower.submit(model.batcher, order, request)
     except BusyError as error:
         metrics.rejected("draining" if server.draining else "queue full")
         metrics.answered(problem_of(error).status, time.monotonic() - started, 0)
         raise
-    answer = answers.Answer(asked, model.pipeline.resolve(*_sizes(call)), seed, edits=bool(references))
+    answer = answers.Answer(asked, model.pipeline.resolve(*_sizes(call)), seed, edits=bool(uploads))
 
     def told(status: int, images: int) -> None:
         metrics.answered(status, time.monotonic() - started, images)

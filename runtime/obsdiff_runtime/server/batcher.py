@@ -95,13 +95,22 @@ class Batcher:
         """
         ticket = Ticket(order=order, emit=emit)
         with self._changed:
+            self.require_room()
+            self._waiting.append(ticket)
+            self._changed.notify()
+        return ticket
+
+    def require_room(self) -> None:
+        """Whether an order would be accepted now; to ask before work is put into one.
+
+        Raises:
+            BusyError: as `submit` does.
+        """
+        with self._changed:
             if self._closed or not self._thread.is_alive():
                 raise BusyError("the server is shutting down; try another one", 5.0)
             if len(self._waiting) >= self.limits.max_waiting:
                 raise BusyError(f"{len(self._waiting)} requests are waiting already; try again later", self._patience())
-            self._waiting.append(ticket)
-            self._changed.notify()
-        return ticket
 
     def close(self) -> None:
         """Takes no more orders, and goes on with those that it has."""

@@ -107,12 +107,15 @@ def test_a_full_queue_is_429_with_a_time_to_come_again(start: Any, monkeypatch: 
         wait_until(lambda: running.batcher.running == 1)
         slow.append(others.submit(running.draw, **LONG))
         wait_until(lambda: running.batcher.waiting == 1)
+        picture = {"image": ("a.png", b"is not looked at")}
+        edit = running.client.post("/v1/images/edits", files=picture, data={"prompt": "a"})
+        assert edit.status_code == 429
         answer = running.draw()
         assert answer.status_code == 429
         assert int(answer.headers["retry-after"]) >= 1
         assert answer.json()["error"]["type"] == "server_overloaded"
         assert [each.result().status_code for each in slow] == [200, 200]
-    assert 'obsdiff_rejections_total{model="model-0",reason="queue full"} 1.0' in running.client.get("/metrics").text
+    assert 'obsdiff_rejections_total{model="model-0",reason="queue full"} 2.0' in running.client.get("/metrics").text
 
 
 def test_a_deadline_is_504(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
