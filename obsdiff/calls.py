@@ -9,12 +9,13 @@ from diffusers import (
     DiTPipeline,
     Flux2KleinPipeline,
     Flux2Pipeline,
+    WanImageToVideoPipeline,
     WanPipeline,
     ZImagePipeline,
 )
 
 from obsdiff import class_calls, pictures
-from obsdiff.families import parts
+from obsdiff.families import parts, wan
 
 
 def call(pipeline: DiffusionPipeline, *, own_timesteps: bool = False) -> Callable[..., Any]:
@@ -27,6 +28,8 @@ def call(pipeline: DiffusionPipeline, *, own_timesteps: bool = False) -> Callabl
         return class_calls.call(pipeline)
     if isinstance(pipeline, (Flux2KleinPipeline, Flux2Pipeline)):
         return pictures.call(pipeline)
+    if isinstance(pipeline, WanImageToVideoPipeline):
+        return partial(_begun, pipeline)
     if isinstance(pipeline, ZImagePipeline):
         return partial(_listed, pipeline)
     if isinstance(pipeline, WanPipeline) and pipeline.config.expand_timesteps and not own_timesteps:
@@ -41,6 +44,12 @@ def _listed(pipeline: ZImagePipeline, **told: Any) -> Any:
         if mask is not None:
             told[f"{prefix}prompt_embeds"] = parts.listed(told[f"{prefix}prompt_embeds"], mask)
     return pipeline(**told)
+
+
+def _begun(pipeline: WanImageToVideoPipeline, **told: Any) -> Any:
+    """Draws films that begin with a picture."""
+    with wan.plainly(pipeline):
+        return pictures.call(pipeline)(**told)
 
 
 def _told_once(pipeline: WanPipeline, **told: Any) -> Any:

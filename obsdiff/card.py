@@ -10,7 +10,7 @@ import diffusers
 import yaml
 
 from obsdiff import wording
-from obsdiff.families import dit, parts
+from obsdiff.families import dit, parts, references
 from obsdiff.measurements import NotMeasured, Report
 from obsdiff.sampling import in_steps
 from obsdiff.sparsity import NM, Unstructured, parse
@@ -79,7 +79,7 @@ def _front_matter(report: Report, index: Mapping[str, Any], kind: Kind, base_mod
     drawn = "video" if _draws_films(index) else "image"
     data: dict[str, Any] = {"library_name": "diffusers"}
     if not _draws_classes(index):  # the Hub has no word for that
-        data["pipeline_tag"] = f"text-to-{drawn}"
+        data["pipeline_tag"] = "image-to-video" if _begins(index) else f"text-to-{drawn}"
     if base_model is not None:
         data["base_model"] = base_model
     data["tags"] = ["obsdiff", "pruned", "sparsity", report.family, *(["onnx"] if kind == "bundle" else [])]
@@ -105,8 +105,13 @@ def _code(report: Report, index: Mapping[str, Any], kind: Kind) -> str:
     if kind == "bundle":
         first, load = "from obsdiff_runtime import Pipeline", f'pipeline = Pipeline("{FOLDER}")'
         if _draws_films(index):
+            first += ", films"
+            if _begins(index):
+                first += "\nfrom obsdiff_runtime.pictures import read_picture"
+                load += '\npicture = read_picture("picture.png", pipeline.size_step)'
+                quoted += ", image=picture"
             drawn = f'films.write(pipeline({quoted}, seed=1).arrays[0], "film.webp")'
-            return f"{first}, films\n{load}\n{drawn}"
+            return f"{first}\n{load}\n{drawn}"
         return f'{first}\n{load}\npipeline({quoted}, seed=1).pil()[0].save("picture.png")'
     if parse(report.sparsity).structured:
         first, load = "import obsdiff", f'pipeline = obsdiff.load("{FOLDER}")'
@@ -117,7 +122,8 @@ def _code(report: Report, index: Mapping[str, Any], kind: Kind) -> str:
     if _draws_classes(index):
         quoted = f"[{prompt}]" if prompt.isdecimal() else f"pipeline.get_label_ids([{quoted}])"
     if _draws_films(index):
-        first = f"from diffusers.utils import export_to_video\n{first}"
+        first = f"from diffusers.utils import export_to_video{', load_image' if _begins(index) else ''}\n{first}"
+        quoted = f'load_image("picture.png"), {quoted}' if _begins(index) else quoted
         return f'{first}\n{load}\nexport_to_video(pipeline({quoted}{options}).frames[0], "film.mp4")'
     return f'{first}\n{load}\npipeline({quoted}{options}).images[0].save("picture.png")'
 
@@ -125,6 +131,11 @@ def _code(report: Report, index: Mapping[str, Any], kind: Kind) -> str:
 def _draws_films(index: Mapping[str, Any]) -> bool:
     pipeline = getattr(diffusers, str(index.get("_class_name")), None)
     return pipeline is not None and parts.draws_films(pipeline)
+
+
+def _begins(index: Mapping[str, Any]) -> bool:
+    """Whether films begin with a picture."""
+    return references.opens(str(index.get("_class_name")))
 
 
 def _draws_classes(index: Mapping[str, Any]) -> bool:

@@ -147,13 +147,13 @@ def deliver(
 
 
 def copy_rest(pipeline: DiffusionPipeline, folder: Path) -> None:
-    """Writes what the runtime needs beside the networks: model_index.json, tokenizers, the scheduler.
+    """Writes what the runtime needs beside the networks: model_index.json, tokenizers, processors, the scheduler.
 
     A tokenizer's side of padding is written, too, which transformers leaves to the class that reads it.
     """
     save_index(pipeline, folder)
     for name, component in pipeline.components.items():
-        if component is not None and (name.startswith("tokenizer") or name == "scheduler"):
+        if component is not None and (name.startswith("tokenizer") or name in ("scheduler", "image_processor")):
             tokenizer = getattr(component, "tokenizer", component)  # of a processor, which reads images, too
             if hasattr(tokenizer, "padding_side"):
                 tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side

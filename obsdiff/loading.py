@@ -36,6 +36,7 @@ _PIPELINES: Final[Mapping[str, tuple[str, ...]]] = {
     "flux2": ("Flux2KleinPipeline", "Flux2Pipeline"),
     "qwen": ("QwenImagePipeline",),
     "sana": ("SanaPipeline", sana.SPRINT),
+    "wan": ("WanPipeline", "WanImageToVideoPipeline"),
     "zimage": ("ZImagePipeline",),
 }
 """Of families whose networks are told other things in other pipelines, those that obsdiff knows."""
@@ -313,7 +314,7 @@ def _class_defaults(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "max_sequence_length": default("max_sequence_length", None),
         "prompts": None,
         "takes_guidance": not distilled,
-        "takes_references": references.of(name) is not None,
+        "takes_references": references.of(name) is not None or references.opens(name),
         "takes_turns": len(turns.names(index, family)) > 1,
     }
 

@@ -14,11 +14,12 @@ import diffusers
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 
 from obsdiff import calls, checkpoint, job, ranks
 from obsdiff.delivery import DTYPES
-from obsdiff.families import parts
+from obsdiff.families import parts, references
 from obsdiff.families.autoencoders import use_tiles
 from obsdiff.loading import (
     LoadedPipeline,
@@ -219,11 +220,14 @@ class PipelineRunner:
         pipeline, clock = self._ready().pipeline, self._clock
         options = inspect.signature(pipeline.__call__).parameters
         length = request.max_sequence_length
-        told = {} if length is None or "max_sequence_length" not in options else {"max_sequence_length": length}
+        takes_length = length is not None and "max_sequence_length" in options
+        told: dict[str, Any] = {"max_sequence_length": length} if takes_length else {}
         films = parts.draws_films(type(pipeline))
         told |= {"num_videos_per_prompt" if films else "num_images_per_prompt": request.num_images}
         for name in ("num_frames", "guidance_scale_2"):
             told |= {} if getattr(request, name) is None else {name: getattr(request, name)}
+        if references.opens(type(pipeline).__name__):
+            told["image"] = Image.new("RGB", (request.width, request.height))
         laps: dict[str, list[tuple[Mark, Mark]]] = {}
         steps: list[Mark] = []
 
@@ -316,7 +320,7 @@ def _components(loaded: LoadedPipeline) -> dict[str, tuple[nn.Module, ...]]:
     encoders = {
         name: (module,)
         for name, module in pipeline.components.items()
-        if name.startswith("text_encoder") and isinstance(module, nn.Module)
+        if name.startswith(("text_encoder", "image_encoder")) and isinstance(module, nn.Module)
     }
     quant = getattr(vae, "post_quant_conv", None)
     decoder = (vae.decoder,) if quant is None else (quant, vae.decoder)

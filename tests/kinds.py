@@ -1,8 +1,12 @@
 """Denoisers that the tests of families run on: one of each kind that a family describes, by its name in DENOISERS."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, Final
+
+import pytest
 
 EVERY: Final = (
     "sd3",
@@ -36,6 +40,17 @@ def prompts_of(family: str, prompts: Sequence[str]) -> Sequence[str]:
 def latents_of(family: str) -> tuple[int, int]:
     """Sides of latents that its denoiser takes: lopsided where it takes any."""
     return (16, 16) if family == "dit" else (12, 16)
+
+
+@contextmanager
+def no_ftfy() -> Iterator[None]:
+    """Until the end, diffusers' `WanImageToVideoPipeline` needs no ftfy, which `WanPipeline` goes without."""
+    from diffusers.pipelines.wan import pipeline_wan_i2v
+
+    with pytest.MonkeyPatch.context() as patch:
+        stand_in = SimpleNamespace(fix_text=lambda text: text)
+        patch.setattr(pipeline_wan_i2v, "ftfy", stand_in, raising=False)
+        yield
 
 
 Keep = dict[str, list[int]]

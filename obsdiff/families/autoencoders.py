@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from obsdiff.families import Family, films
+from obsdiff.families import Family, films, references
 from obsdiff.families.parts import config_of, latent_sizes, noise, rows
 from obsdiff_export.component import Component
 from obsdiff_runtime.autoencoder import latent_channels, tile_overlap, vae_scale
@@ -104,7 +104,7 @@ def _draws_films(vae: Any) -> bool:
 
 
 def autoencoder(pipeline: DiffusionPipeline, *, height: int, width: int) -> list[Component]:
-    """The VAE's decoder and encoder, of films the decoders alone; nothing where the pipeline has none.
+    """The VAE's decoder and encoder, of films the decoder alone unless they begin with a picture; none without VAE.
 
     Raises:
         ModelError: it is none of AUTOENCODERS.
@@ -115,7 +115,8 @@ def autoencoder(pipeline: DiffusionPipeline, *, height: int, width: int) -> list
     if type(vae).__name__ not in AUTOENCODERS:
         raise ModelError(f"the vae is a {type(vae).__name__}; known are {', '.join(AUTOENCODERS)}")
     if type(vae).__name__ == films.CLASS:
-        return films.decoders(vae, height=height, width=width)
+        reads = films.encoders(vae, height=height, width=width) if references.opens(type(pipeline).__name__) else []
+        return [*films.decoders(vae, height=height, width=width), *reads]
     scale, dtype, config = vae_scale(vae.config), vae.dtype, config_of(vae)
     channels = vae.bn.num_features if hasattr(vae, "bn") else latent_channels(config)
     sizes = rows(latent_sizes(height, width, vae_scale=scale, multiple=1))

@@ -5,12 +5,12 @@ from diffusers import DiffusionPipeline
 from obsdiff import turns
 from obsdiff.families import Family, references
 from obsdiff.families.autoencoders import autoencoder, vae_scale_of
-from obsdiff.families.reading import text_encoders
+from obsdiff.families.reading import image_encoders, text_encoders
 from obsdiff_export.component import Component
 
 
 def components(family: Family, pipeline: DiffusionPipeline, *, height: int, width: int) -> tuple[Component, ...]:
-    """Text encoders, denoisers, VAE decoders and encoder: those that the pipeline has, as the export needs them.
+    """Text and image encoders, denoisers, VAE decoders and encoders: what the pipeline has, as the export needs it.
 
     Example inputs are small; the last of `more_inputs` has the asked size in pixels, up to 256 a side.
 
@@ -24,4 +24,9 @@ def components(family: Family, pipeline: DiffusionPipeline, *, height: int, widt
         )
         for each in turns.families(pipeline, family)
     )
-    return (*text_encoders(pipeline), *denoisers, *autoencoder(pipeline, height=height, width=width))
+    return (
+        *text_encoders(pipeline),
+        *image_encoders(pipeline),
+        *denoisers,
+        *autoencoder(pipeline, height=height, width=width),
+    )

@@ -1,4 +1,4 @@
-"""Autoencoders of films (Wan) as they are exported: decoders that go from one latent frame to the next.
+"""Autoencoders of films (Wan) as they are exported: decoders, and encoders, that go from one latent frame to the next.
 
     b         batch
     h, w      sides of the latents
@@ -9,7 +9,8 @@ over time look at the two frames before their own: these are the caches, which a
 that a film of any length needs the memory of one latent frame.
 
 diffusers' first caches hold fewer frames, or none, and it pads with zeros what is missing. Here all hold two, zeros
-among them, so that every call but the first is the same graph.
+among them, so that every call but the first is the same graph. A film is encoded likewise; convolutions that halve the
+frames look at one frame before their own, and their caches hold it alone.
 
 Names of inputs and outputs are those of optimum's ONNX folders where it has such. Networks keep the names of their
 weights.
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from obsdiff.families.parts import config_of, latent_sizes, noise, rows, view
 from obsdiff_export.component import Component
 from obsdiff_runtime.autoencoder import FRAME_SCALE, cached, vae_scale
-from obsdiff_runtime.bundle import DECODER, NEXT_DECODER
+from obsdiff_runtime.bundle import DECODER, ENCODER, NEXT_DECODER, NEXT_ENCODER
 from obsdiff_runtime.errors import ModelError
 
 CLASS: Final = "AutoencoderKLWan"
@@ -70,16 +71,64 @@ class _Next(nn.Module):
         self.post_quant_conv = vae.post_quant_conv
         self.decoder = _resizing(vae.decoder)
         self.patch = vae.config.patch_size or 1
-        named = ("latent_sample", *map(cached, range(caches)))
-        parameters = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in named]
-        self.forward = partial(self._decode)
-        self.forward.__signature__ = Signature(parameters)  # type: ignore[attr-defined]  # torch.export asks for names
+        _take_caches(self, "latent_sample", caches)
 
-    def _decode(self, latent_sample: Tensor, **caches: Tensor) -> tuple[Tensor, ...]:
+    def run(self, latent_sample: Tensor, **caches: Tensor) -> tuple[Tensor, ...]:
         kept = [caches[cached(index)] for index in range(len(caches))]
         latents = self.post_quant_conv(latent_sample[:, :, None])
         pixels = self.decoder(latents, feat_cache=kept, feat_idx=[0])
         return (_whole(pixels, self.patch), *kept)
+
+
+class _FirstRead(nn.Module):
+    """The first frame (b, 3, H, W) to a mean and log-variance (b, 2 channels, h, w), and caches (b, c, 1 or 2, ...)."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.encoder, self.quant_conv = vae.encoder, vae.quant_conv
+
+    def forward(self, sample: Tensor) -> tuple[Tensor, ...]:
+        found: list[Any] = [None] * sum(1 for _ in self.encoder.modules())  # more than there are convolutions
+        place = [0]
+        halving: set[int] = set()
+
+        def see(_: nn.Module, __: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+            halving.add(kwargs["feat_idx"][0])
+
+        modules = [module for module in self.encoder.modules() if getattr(module, "mode", None) == "downsample3d"]
+        hooks = [module.register_forward_pre_hook(see, with_kwargs=True) for module in modules]
+        try:
+            parameters = self.quant_conv(self.encoder(sample[:, :, None], feat_cache=found, feat_idx=place))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        caches = [
+            frame if index in halving else torch.cat([torch.zeros_like(frame), frame], dim=2)
+            for index, frame in enumerate(found[: place[0]])  # (b, c, 1, ...) each
+        ]
+        return (parameters[:, :, 0], *caches)
+
+
+class _NextRead(nn.Module):
+    """Further frames (b, 3, FRAME_SCALE, H, W) and caches to what they make as one latent frame, and new caches."""
+
+    def __init__(self, vae: Any, caches: int) -> None:
+        super().__init__()
+        self.encoder, self.quant_conv = vae.encoder, vae.quant_conv
+        _take_caches(self, "sample", caches)
+
+    def run(self, sample: Tensor, **caches: Tensor) -> tuple[Tensor, ...]:
+        kept = [caches[cached(index)] for index in range(len(caches))]
+        parameters = self.quant_conv(self.encoder(sample, feat_cache=kept, feat_idx=[0]))
+        return (parameters[:, :, 0], *kept)
+
+
+def _take_caches(module: Any, name: str, caches: int) -> None:
+    """Changes a module: its forward takes `name` and so many caches to its `run`. torch.export asks for their names."""
+    named = (name, *map(cached, range(caches)))
+    parameters = [Parameter(each, Parameter.POSITIONAL_OR_KEYWORD) for each in named]
+    module.forward = partial(module.run)
+    module.forward.__signature__ = Signature(parameters)
 
 
 def decoders(vae: Any, *, height: int, width: int) -> list[Component]:
@@ -88,42 +137,80 @@ def decoders(vae: Any, *, height: int, width: int) -> list[Component]:
     Raises:
         ModelError: it makes another number of frames of a latent frame.
     """
-    config, dtype = config_of(vae), vae.dtype
+    latents = _examples(vae, height, width)
+    ports = ("latent_sample", "sample")
+    return _pair((DECODER, NEXT_DECODER), vae, (_First, _Next), ports, (latents, latents), unit=latents[0].shape[-1])
+
+
+def encoders(vae: Any, *, height: int, width: int) -> list[Component]:
+    """Two: of a film's first frame, and of each FRAME_SCALE further ones.
+
+    Raises:
+        ModelError: as of `decoders`, or its pixels are patches.
+    """
+    if vae.config.patch_size:
+        raise ModelError(f"this {CLASS} reads patches of pixels, and obsdiff knows films that begin with one of others")
+    latents, scale = _examples(vae, height, width), vae_scale(vae.config)
+    first, later = (
+        [noise(len(each), 3, *more, *(side * scale for side in each.shape[-2:]), dtype=vae.dtype) for each in latents]
+        for more in ((), (FRAME_SCALE,))
+    )
+    names, ports = (ENCODER, NEXT_ENCODER), ("sample", "latent_parameters")
+    return _pair(names, vae, (_FirstRead, _NextRead), ports, (first, later), unit=latents[0].shape[-1])
+
+
+def _examples(vae: Any, height: int, width: int) -> list[Tensor]:
+    """Latents (b, channels, h, w) of three sizes."""
+    config = config_of(vae)
     if 2 ** sum(config["temperal_downsample"]) != FRAME_SCALE:
         raise ModelError(f"this {CLASS} makes a latent frame of another number of frames than {FRAME_SCALE}")
-    scale = vae_scale(config)
-    latents = [
-        noise(batch, config["z_dim"], *size, dtype=dtype)
-        for batch, _, size in rows(latent_sizes(height, width, vae_scale=scale, multiple=1))
-    ]
+    sizes = latent_sizes(height, width, vae_scale=vae_scale(config), multiple=1)
+    return [noise(batch, config["z_dim"], *size, dtype=vae.dtype) for batch, _, size in rows(sizes)]
+
+
+def _pair(
+    names: tuple[str, str],
+    vae: Any,
+    modules: tuple[Any, Any],
+    ports: tuple[str, str],
+    examples: tuple[Sequence[Tensor], Sequence[Tensor]],
+    *,
+    unit: int,
+) -> list[Component]:
+    """A network of the first frame, and that of those behind it, which is told the caches that either gives.
+
+    Args:
+        names: of the components.
+        vae: whose they are.
+        modules: that make them, told the VAE, and the second one how many caches there are.
+        ports: input and output beside the caches.
+        examples: of that input, of either.
+        unit: width of the first example's latents.
+    """
+    (told, given), config, dtype = ports, config_of(vae), vae.dtype
     with torch.device("meta"):
-        empty = _First(type(vae).from_config(vae.config))
-    shapes = [[cache.shape for cache in empty(latent.to("meta"))[1:]] for latent in latents]
+        empty = modules[0](type(vae).from_config(vae.config))
+    shapes = [[cache.shape for cache in empty(example.to("meta"))[1:]] for example in examples[0]]
     later = [
-        {"latent_sample": latent, **{cached(k): noise(*shape, dtype=dtype) for k, shape in enumerate(found)}}
-        for latent, found in zip(latents, shapes, strict=True)
+        {told: example, **{cached(k): noise(*shape, dtype=dtype) for k, shape in enumerate(found)}}
+        for example, found in zip(examples[1], shapes, strict=True)
     ]
-    axes = {0: "batch", 2: "height", 3: "width"}
+    same: Any = {"outputs": (given, *(cached(k, given=True) for k in range(len(shapes[0])))), "config": config}
     first = Component(
-        name=DECODER,
-        module=_First(vae).eval(),
-        inputs={"latent_sample": latents[0]},
-        dynamic_axes={"latent_sample": axes},
-        outputs=("sample", *(cached(k, given=True) for k in range(len(shapes[0])))),
-        config=config,
-        more_inputs=tuple({"latent_sample": latent} for latent in latents[1:]),
+        name=names[0],
+        module=modules[0](vae).eval(),
+        inputs={told: examples[0][0]},
+        dynamic_axes={told: _axes(examples[0][0].shape, unit)},
+        more_inputs=tuple({told: example} for example in examples[0][1:]),
+        **same,
     )
     following = Component(
-        name=NEXT_DECODER,
-        module=_Next(vae, len(shapes[0])).eval(),
+        name=names[1],
+        module=modules[1](vae, len(shapes[0])).eval(),
         inputs=later[0],
-        dynamic_axes={
-            "latent_sample": axes,
-            **{cached(k): _axes(shape, latents[0].shape) for k, shape in enumerate(shapes[0])},
-        },
-        outputs=first.outputs,
-        config=config,
+        dynamic_axes={name: _axes(example.shape, unit) for name, example in later[0].items()},
         more_inputs=tuple(later[1:]),
+        **same,
     )
     return [first, following]
 
@@ -146,8 +233,8 @@ def _resizing(module: nn.Module) -> Any:
     return view(module, **{name: _resizing(child) for name, child in module.named_children()})
 
 
-def _axes(cache: Sequence[int], latent: Sequence[int]) -> dict[int, str]:
-    """Of a cache (b, c, 2, h t, w t): "height_x4" where t is 4."""
-    times = cache[-1] // latent[-1]
+def _axes(shape: Sequence[int], unit: int) -> dict[int, str]:
+    """Of something (b, ..., h t, w t): "height_x4" where t is 4; `unit` is w of the latents."""
+    times, sides = shape[-1] // unit, len(shape) - 2
     suffix = "" if times == 1 else f"_x{times}"
-    return {0: "batch", 3: f"height{suffix}", 4: f"width{suffix}"}
+    return {0: "batch", sides: f"height{suffix}", sides + 1: f"width{suffix}"}

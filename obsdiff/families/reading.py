@@ -15,8 +15,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from obsdiff.families.parts import SEED, Flat, config_of, padded
+from obsdiff.families.parts import SEED, Flat, config_of, noise, padded
 from obsdiff_export.component import Component
+from obsdiff_runtime.bundle import IMAGE_ENCODER
 from obsdiff_runtime.conditioning import PROMPT_TEMPLATE, QWEN_DROPPED, QWEN_TEMPLATE
 from obsdiff_runtime.errors import ModelError
 
@@ -123,6 +124,49 @@ def text_encoders(pipeline: DiffusionPipeline) -> list[Component]:
                 "Qwen3Model, Qwen3ForCausalLM and Mistral3ForConditionalGeneration"
             )
     return found
+
+
+class _Vision(Flat):
+    """Pixels (b, 3, side, side) to CLIP's states in front of its last layer, (b, tokens, width)."""
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        states: Tensor = self.source(pixel_values=pixel_values, output_hidden_states=True).hidden_states[-2]
+        return states
+
+
+def image_encoders(pipeline: DiffusionPipeline) -> list[Component]:
+    """The image encoder, where the pipeline's denoiser is told what it sees.
+
+    Raises:
+        ModelError: it is no CLIPVisionModel, or pictures are made into something else than the middle of them for it.
+    """
+    model: Any = getattr(pipeline, IMAGE_ENCODER, None)
+    if model is None or not pipeline.transformer.config.get("image_dim"):
+        return []
+    side, processor = int(model.config.image_size), pipeline.image_processor.to_dict()
+    steps = [processor.get(f"do_{step}") for step in ("resize", "center_crop", "rescale", "normalize")]
+    cut = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    if (
+        not type(model).__name__.startswith("CLIPVisionModel")
+        or not all(steps)
+        or any(processor[key] != cut[key] for key in cut)
+    ):
+        raise ModelError(
+            f"{IMAGE_ENCODER} is a {type(model).__name__} that reads {side} pixels a side; known are CLIPVisionModel, "
+            "and a processor that scales pictures to that, cuts out their middle and normalises them"
+        )
+    examples = [{"pixel_values": noise(batch, 3, side, side, dtype=model.dtype)} for batch in (2, 3, 1)]
+    return [
+        Component(
+            name=IMAGE_ENCODER,
+            module=_Vision(model),
+            inputs=examples[0],
+            dynamic_axes={"pixel_values": {0: "batch"}},
+            outputs=("states",),
+            config=config_of(model),
+            more_inputs=tuple(examples[1:]),
+        )
+    ]
 
 
 class _Clip(Flat):

@@ -26,6 +26,12 @@ def of(pipeline_class: str) -> References | None:
     return None if kind is None else kind.references
 
 
+def opens(pipeline_class: str) -> bool:
+    """Whether films of a pipeline begin with a picture."""
+    kind = KINDS.get(pipeline_class)
+    return kind is not None and kind.opens
+
+
 def component(
     family: Family, denoiser: nn.Module, pipeline_class: str, *, height: int, width: int, vae_scale: int
 ) -> Component:

@@ -1,11 +1,12 @@
-"""Wan: `WanTransformer3DModel`, a transformer over a film that looks at a text.
+"""Wan: `WanTransformer3DModel`, a transformer over a film that looks at a text, and at a picture that it begins with.
 
-A block reads six distinct tensors:
+A block reads six distinct tensors, and one more where an image encoder sees that picture:
 
     norm1              attn1.to_q, to_k, to_v    (self-attention over all frames)
     heads              attn1.to_out.0
     norm2              attn2.to_q                (cross-attention)
     the text           attn2.to_k, to_v          projected once: the very same tensor in all blocks of the model
+    the picture        attn2.add_k_proj, add_v_proj
     heads              attn2.to_out.0
     norm3              ffn.net.0.proj
     neurons            ffn.net.2
@@ -17,24 +18,32 @@ own.
 Latents have an axis of frames, (b, channels, frames, h, w). There are FRAMES of them, which is what the pipeline's call
 draws, where nothing else is said.
 
-Known are the pipelines that make a film of a text: those of Wan 2.1 and 2.2, of which A14B has two denoisers that take
-turns (turns.py), and TI2V 5B tells its denoiser a timestep for each token, which without a picture are all the same:
-here it is told one. Those that are also told a picture are refused.
+Of Wan 2.2 A14B's pipelines two denoisers take turns (turns.py). TI2V 5B's tells its denoiser a timestep for each token,
+which without a picture are all the same: here it is told one. Where films begin with a picture, the denoiser is told
+latents of a film that shows it first and then nothing, and which frames are given, behind the channels of what is drawn
+(openings.py). Wan 2.1's is also told what CLIP sees in it: diffusers puts those tokens in front of the text, which it
+takes to have TEXT_TOKENS.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, WanPipeline
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from obsdiff.families import layers, parts, reading
+from obsdiff.families import layers, parts, reading, references
 from obsdiff.families.rotations import rotated
 from obsdiff.groups import Group, LinearSpec, ToldGate, Write
+from obsdiff.instead import instead
 from obsdiff_export.component import Component
-from obsdiff_runtime.errors import ModelError
+from obsdiff_runtime.autoencoder import FRAME_SCALE
+from obsdiff_runtime.errors import ConfigError, ModelError
+from obsdiff_runtime.openings import SEEN, STATES
 
 name: str = "wan"
 denoiser: str = "transformer"
@@ -52,14 +61,19 @@ FRAMES: Final = 21
 
 TEXT_TOKENS: Final = 512
 
+SEEN_TOKENS: Final = 257
+"""Of a picture of 224 pixels a side in patches of 14, and one for all of it: CLIP's."""
+
 _TEXT: Final = "encoder_hidden_states"
 _PIXELS: Final = (480, 832)  # that the pipeline draws
 
 
 def linears(denoiser: nn.Module) -> tuple[LinearSpec, ...]:
     """See `Family.linears`. Tiers: attn1 in, attn1 out, attn2 in, attn2 out, into the neurons, out of them."""
-    blocks = ((block, prefix, _INPUTS) for block, prefix in enumerate(_blocks(denoiser)))
-    return layers.of_blocks(denoiser, blocks, _writes, common=(_TEXT,))
+    sees = _sees(denoiser.config)
+    inputs = (*_INPUTS, _SEEN) if sees else _INPUTS
+    blocks = ((block, prefix, inputs) for block, prefix in enumerate(_blocks(denoiser)))
+    return layers.of_blocks(denoiser, blocks, _writes, common=() if sees else (_TEXT,))  # cut out in each block
 
 
 def output(denoiser: nn.Module) -> LinearSpec | None:
@@ -76,15 +90,27 @@ def groups(denoiser: nn.Module) -> tuple[Group, ...]:
 def tokens(
     config: Mapping[str, Any], *, height: int, width: int, text_tokens: int, vae_scale: int = 8
 ) -> dict[str, int]:
-    """See `Family.tokens`: "image", one token per patch of all FRAMES of the latents, and "text"."""
+    """See `Family.tokens`: "image", one token per patch of all FRAMES of the latents, "text", and "picture"."""
     frames, rows, columns = config["patch_size"]
     image = (FRAMES // frames) * (height // vae_scale // rows) * (width // vae_scale // columns)
-    return {"image": image, "text": text_tokens}
+    return {"image": image} | (
+        {"text": TEXT_TOKENS, "picture": SEEN_TOKENS} if _sees(config) else {"text": text_tokens}
+    )
 
 
 def text_tokens(configs: Mapping[str, Mapping[str, Any]], max_sequence_length: int | None) -> int:
-    """See `Family.text_tokens`: UMT5's, padded."""
-    return TEXT_TOKENS if max_sequence_length is None else max_sequence_length
+    """See `Family.text_tokens`: UMT5's, padded.
+
+    Raises:
+        ConfigError: the denoiser takes no such number.
+    """
+    length = TEXT_TOKENS if max_sequence_length is None else max_sequence_length
+    if length != TEXT_TOKENS and _sees(configs.get(denoiser, {})):
+        raise ConfigError(
+            f"--max-sequence-length {length}: behind what an image encoder sees diffusers takes texts of {TEXT_TOKENS} "
+            "tokens alone; leave it out"
+        )
+    return length
 
 
 def latent_size(config: Mapping[str, Any]) -> tuple[int, int]:
@@ -101,14 +127,23 @@ def encode(
 ) -> dict[str, Tensor]:
     """See `Family.encode`: UMT5's embeddings (n, text tokens, width), and zeros behind a text, which are looked at."""
     reading.need(pipeline, "text_encoder", "tokenizer")
-    with torch.no_grad():
+    with torch.no_grad(), plainly(pipeline):
         given, without = pipeline.encode_prompt(
             prompt=list(prompts),
             negative_prompt=list(negative),
             do_classifier_free_guidance=bool(negative),
-            max_sequence_length=text_tokens({}, max_sequence_length),
+            max_sequence_length=text_tokens({denoiser: pipeline.transformer.config}, max_sequence_length),
         )
     return {"prompt_embeds": given} | ({} if without is None else {"negative_prompt_embeds": without})
+
+
+@contextmanager
+def plainly(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Until the end, a pipeline reads prompts as `WanPipeline` does: the others of diffusers ask for ftfy, installed or
+    not.
+    """
+    with instead(pipeline, "_get_t5_prompt_embeds", partial(WanPipeline._get_t5_prompt_embeds, pipeline)):
+        yield
 
 
 def example(
@@ -118,16 +153,26 @@ def example(
     config: Any = denoiser.config
     dtype: Any = denoiser.dtype
     size = size if len(size) == 3 else (FRAMES, *size)
-    return {
-        "hidden_states": parts.noise(batch, config.in_channels, *size, dtype=dtype),
-        "encoder_hidden_states": parts.noise(batch, text_tokens, config.text_dim, dtype=dtype),
+    channels, told = _channels(config)
+    length = TEXT_TOKENS if _sees(config) else text_tokens
+    found = {
+        "hidden_states": parts.noise(batch, channels, *size, dtype=dtype),
+        "encoder_hidden_states": parts.noise(batch, length, config.text_dim, dtype=dtype),
         "timestep": parts.timesteps(batch, dtype=dtype),
     }
+    if told:
+        found[STATES] = parts.noise(batch, told, *size, dtype=dtype)
+    if _sees(config):
+        found[SEEN] = parts.noise(batch, SEEN_TOKENS, config.image_dim, dtype=dtype)
+    return found
 
 
 def arguments(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
     """See `Family.arguments`."""
-    return dict(inputs)
+    told = dict(inputs)
+    if STATES in told:
+        told["hidden_states"] = torch.cat([told["hidden_states"], told.pop(STATES)], dim=1)
+    return told
 
 
 class _Turned:
@@ -161,17 +206,27 @@ class _Flat(parts.Flat):
             blocks[child] = parts.view(block, attn1=attention)
         super().__init__(parts.view(source, blocks=parts.view(source.blocks, **blocks)))
 
-    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor) -> Tensor:
-        velocity: Tensor = self.source(hidden_states, timestep, encoder_hidden_states, return_dict=False)[0]
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        timestep: Tensor,
+        opening_states: Tensor | None = None,
+        encoder_hidden_states_image: Tensor | None = None,
+    ) -> Tensor:
+        inputs = {"hidden_states": hidden_states, "encoder_hidden_states": encoder_hidden_states, "timestep": timestep}
+        told = references.given(**inputs, **{STATES: opening_states, SEEN: encoder_hidden_states_image})
+        velocity: Tensor = self.source(**arguments(told), return_dict=False)[0]
         return velocity
 
 
 def component(denoiser: nn.Module, *, height: int, width: int, vae_scale: int = 8) -> Component:
     """See `Family.component`."""
     config: Any = denoiser.config
-    _refuse_pictures(denoiser)
+    _require_known(config)
+    sees = _sees(config)
     sizes = parts.latent_sizes(height, width, vae_scale=vae_scale, multiple=config.patch_size[-1])
-    return parts.denoiser_component(
+    found = parts.denoiser_component(
         _Flat(denoiser),
         example,
         name="transformer",
@@ -179,7 +234,10 @@ def component(denoiser: nn.Module, *, height: int, width: int, vae_scale: int = 
         latents="hidden_states",
         sizes=[(frames, *size) for frames, size in zip((FRAMES, 5, 1), sizes, strict=True)],
         pixels=(height, width),
+        text=() if sees else (_TEXT,),
     )
+    axes = found.dynamic_axes
+    return replace(found, dynamic_axes={**axes, STATES: axes["hidden_states"]}) if STATES in axes else found
 
 
 _INPUTS: Final[layers.Inputs] = (
@@ -191,26 +249,40 @@ _INPUTS: Final[layers.Inputs] = (
     (4, "norm3", "image", ("ffn.net.0.proj",)),
     (5, "ffn.net.2", "image", ("ffn.net.2",)),
 )
+_SEEN: Final = (2, SEEN, "picture", ("attn2.add_k_proj", "attn2.add_v_proj"))
 
 
 def _blocks(denoiser: nn.Module) -> Iterator[str]:
-    _refuse_pictures(denoiser)
+    _require_known(denoiser.config)
     for child, block in denoiser.get_submodule("blocks").named_children():
         for attention in ("attn1", "attn2"):
             layers.require_unfused(block.get_submodule(attention), f"blocks.{child}.{attention}")
         yield f"blocks.{child}"
 
 
-def _refuse_pictures(denoiser: nn.Module) -> None:
-    config: Any = denoiser.config
-    if (
-        config.image_dim
-        or config.added_kv_proj_dim
-        or config.in_channels != (config.out_channels or config.in_channels)
-    ):
+def _sees(config: Any) -> bool:
+    """Whether the denoiser is told what an image encoder sees."""
+    return bool(config.get("image_dim"))
+
+
+def _channels(config: Any) -> tuple[int, int]:
+    """Of the latents that are drawn, and of what the denoiser is told of a film's beginning."""
+    drawn = config.out_channels or config.in_channels
+    return drawn, config.in_channels - drawn
+
+
+def _require_known(config: Any) -> None:
+    drawn, told = _channels(config)
+    known = (FRAME_SCALE + drawn,) if _sees(config) else (0, FRAME_SCALE + drawn)
+    if told not in known or _sees(config) != bool(config.added_kv_proj_dim):
         raise ModelError(
-            "this WanTransformer3DModel is told a picture beside the text (image to video), and obsdiff knows only "
-            "those that make a film of a text"
+            f"this WanTransformer3DModel is told {told} channels beside the {drawn} that it draws, and obsdiff knows "
+            "those that are told a text, or how a film begins"
+        )
+    if config.get("pos_embed_seq_len"):
+        raise ModelError(
+            "this WanTransformer3DModel is told how a film ends, too (first and last frame to video), and obsdiff "
+            "knows those that are told how it begins"
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from obsdiff_runtime.bundle import DECODER, ENCODER, NEXT_DECODER
+from obsdiff_runtime.bundle import DECODER, ENCODER, NEXT_DECODER, NEXT_ENCODER
 from obsdiff_runtime.errors import CompatibilityError, ConfigError, ResourceError
 from obsdiff_runtime.networks import Array, Networks
 from obsdiff_runtime.noise import Noise
@@ -240,20 +240,50 @@ class Autoencoder:
         Raises:
             RunError: they were not finite.
         """
-        pixels = (picture.transpose(2, 0, 1).astype(np.float32) / np.float32(127.5) - np.float32(1))[None]
-        height, width = (side // self.scale for side in pixels.shape[-2:])
-        patch, seams, rows = _patch(self._config), Seams(), list[list[Array]]()
-        for tile in self._cut(height, width):
-            high, wide = tile.covers(self.scale)
-            given = {"sample": pixels[:, :, high, wide]}
-            made = self._run(ENCODER, given, ["latent_parameters"])["latent_parameters"][0]
-            rows += [] if tile.column else [[]]
-            rows[-1].append(seams.settled(tile, _unpatched(made, patch)))
-        found = _patched(np.concatenate([np.concatenate(row, -1) for row in rows], -2), patch)
+        (found,) = self._parameters(picture, 1)
         if len(found) != 2 * latent_channels(self._config):
             return found, np.zeros_like(found)
         mean, log_variance = np.split(found, 2)
         return mean, np.exp(np.float32(0.5) * np.clip(log_variance, *LOG_VARIANCES))
+
+    def open(self, picture: Pixels, frames: int) -> Array:
+        """(c, f, h, w): latents of a film of so many latent frames, as the denoiser wants them.
+
+        Its first frame is the picture, (height, width, 3), and the others are grey, the zeros of its pixels.
+
+        Raises:
+            RunError: they were not finite.
+        """
+        factor, shift = self._affine()
+        means = (np.split(found, 2)[0] for found in self._parameters(picture, frames))
+        return np.stack([(mean - shift) / factor for mean in means], axis=1)
+
+    def _parameters(self, picture: Pixels, frames: int) -> list[Array]:
+        """What the encoder makes of a picture, (channels, h, w), and of each further latent frame of a film behind it.
+
+        As in `decode` a tile goes through all frames before the next one begins.
+        """
+        pixels = (picture.transpose(2, 0, 1).astype(np.float32) / np.float32(127.5) - np.float32(1))[None]
+        height, width = (side // self.scale for side in pixels.shape[-2:])
+        patch, seams = _patch(self._config), [Seams() for _ in range(frames)]
+        rows: list[list[list[Array]]] = [[] for _ in range(frames)]
+        for tile in self._cut(height, width):
+            high, wide = tile.covers(self.scale)
+            for frame, made in enumerate(self._encoded(pixels[:, :, high, wide], frames)):
+                rows[frame] += [] if tile.column else [[]]
+                rows[frame][-1].append(seams[frame].settled(tile, _unpatched(made, patch)))
+        return [_patched(np.concatenate([np.concatenate(row, -1) for row in own], -2), patch) for own in rows]
+
+    def _encoded(self, pixels: Array, frames: int) -> Iterator[Array]:
+        """(1, 3, height, width) -> (channels, h, w) for each latent frame in turn, those behind the first of zeros."""
+        told, name = {"sample": pixels}, ENCODER
+        given = [port.name for port in self._networks.bundle.component(name).outputs]
+        behind = np.zeros((1, 3, FRAME_SCALE, *pixels.shape[-2:]), np.float32)
+        for _ in range(frames):
+            found = self._run(name, told, given)
+            yield found.pop("latent_parameters")[0]
+            caches = {cached(cache): found[cached(cache, given=True)] for cache in range(len(found))}
+            told, name = {"sample": behind, **caches}, NEXT_ENCODER
 
     def sample(self, encoded: tuple[Array, Array], noise: Noise) -> Array:
         """(c, h, w): latents drawn from what `encode` gave, as the denoiser wants them."""

@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from obsdiff_runtime.errors import BundleError, CompatibilityError
+from obsdiff_runtime.errors import BundleError, CompatibilityError, ConfigError
 from obsdiff_runtime.labels import COUNT, read_labels
 from obsdiff_runtime.networks import Array, Networks
 from obsdiff_runtime.references import FLUX2 as FLUX2_REFERENCES
@@ -84,6 +84,7 @@ class Kind:
         kept_lengths: lengths of parts of (c, h, w) latents, which what guidance gives takes from what the prompt alone
             gives; they broadcast to (c, h, w). None where it does not.
         references: how the denoiser is told pictures; None where it is told none.
+        opens: whether films begin with a picture, which the denoiser is told; see openings.py.
     """
 
     denoiser: str = "transformer"
@@ -105,6 +106,7 @@ class Kind:
     counted: Callable[[int, int], int] = lambda channels, tokens: tokens
     kept_lengths: Callable[[Array], Array] | None = None
     references: References | None = None
+    opens: bool = False
 
     def usual_scale(self, guidance_scale: float) -> float:
         """The pipeline's scale as most count it: 1 is what the prompt alone gives."""
@@ -286,6 +288,11 @@ def encode_wan(networks: Networks, prompts: Sequence[str], negative: bool, setti
 
     As diffusers without ftfy, which it uses where that is installed: marks of HTML are read and spaces joined.
     """
+    inputs = networks.bundle.component("transformer").inputs
+    (tokens,) = (port.shape[1] for port in inputs if port.name == "encoder_hidden_states")
+    if isinstance(tokens, int) and tokens != settings.max_sequence_length:
+        asked = settings.max_sequence_length
+        raise ConfigError(f"max_sequence_length is fixed to {tokens} in this bundle's graph, not {asked}")
     written = [" ".join(unescape(unescape(prompt)).split()) for prompt in prompts]
     states, mask = _masked(networks, "", written, settings.max_sequence_length)
     return {"encoder_hidden_states": states * mask[..., None]}
@@ -493,8 +500,10 @@ DIT: Final = Kind(
 WAN: Final = Kind(
     encode=encode_wan,
     patch=lambda config: int(config["patch_size"][-1]),
+    channels=lambda config: int(config["out_channels"] or config["in_channels"]),
     skipped=_skipped_whole,  # as PixArt's
 )
+WAN_OPENING: Final = replace(WAN, opens=True)
 ZIMAGE: Final = Kind(
     encode=encode_zimage,
     patch=lambda config: PACKED,
@@ -521,6 +530,7 @@ KINDS: Final[dict[str, Kind]] = {
     "HunyuanDiTPipeline": HUNYUAN,
     "DiTPipeline": DIT,
     "WanPipeline": WAN,
+    "WanImageToVideoPipeline": WAN_OPENING,
     "ZImagePipeline": ZIMAGE,
 }
 

@@ -84,7 +84,11 @@ GENERATE: Final = (
     ),
     Flag(name="--fps", kind=float, text="Frames a second of a film; default: 16."),
     Flag(name="--negative-prompt", kind=str, text="What not to draw.", default=""),
-    Flag(name="--image", kind=Path, text="Image to change instead of drawing one from nothing."),
+    Flag(
+        name="--image",
+        kind=Path,
+        text="Image to change instead of drawing one from nothing, or that a film begins with.",
+    ),
     Flag(name="--strength", kind=float, text="How much of it to change, up to 1; default: 0.8."),
     Flag(
         name="--reference",

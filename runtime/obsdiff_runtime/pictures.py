@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def open_picture(
-    source: Path | BinaryIO,
+    source: Path | str | BinaryIO,
     name: str | None = None,
     *,
     formats: tuple[str, ...] | None = None,
@@ -43,7 +43,7 @@ def open_picture(
         raise ConfigError(f"{name or source}: no image that can be read: {reason}") from None
 
 
-def read_picture(path: Path, step: int, height: int | None = None, width: int | None = None) -> Pixels:
+def read_picture(path: Path | str, step: int, height: int | None = None, width: int | None = None) -> Pixels:
     """(height, width, 3) of an image file, resized as diffusers does it.
 
     Args:
@@ -55,10 +55,15 @@ def read_picture(path: Path, step: int, height: int | None = None, width: int | 
     Raises:
         ConfigError: the file is no image, or smaller than one step.
     """
-    from PIL.Image import Resampling
-
     image = open_picture(path)
     size = (width or image.width // step * step, height or image.height // step * step)
     if 0 in size:
         raise ConfigError(f"{path}: {image.width} x {image.height} pixels, and the model draws no fewer than {step}")
-    return np.asarray(image if size == image.size else image.resize(size, Resampling.LANCZOS))
+    return resized(image, *size)
+
+
+def resized(image: "Image", width: int, height: int) -> Pixels:
+    """(height, width, 3) of an image, as diffusers resizes it."""
+    from PIL.Image import Resampling
+
+    return np.asarray(image if image.size == (width, height) else image.resize((width, height), Resampling.LANCZOS))

@@ -1,4 +1,4 @@
-"""Text, or text and an image, to image, or text to film, over sessions: what diffusers computes, without torch.
+"""Text, or text and an image, to image or film, over sessions: what diffusers computes, without torch.
 
 Shapes: n images, c latent channels, h w latent height and width. What is said of images is said of films, whose latents
 have frames: (n, c, f, h, w).
@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from obsdiff_runtime import openings
 from obsdiff_runtime.autoencoder import Autoencoder, Pixels, film_frames, latent_frames, tile_side
 from obsdiff_runtime.backends import Backend
-from obsdiff_runtime.bundle import DECODER, Bundle, open_bundle
+from obsdiff_runtime.bundle import DECODER, IMAGE_ENCODER, Bundle, open_bundle
 from obsdiff_runtime.conditioning import IS_DISTILLED, Conditions, Kind, Settings, kind_of
 from obsdiff_runtime.drawing import Drawing, Stepper
 from obsdiff_runtime.errors import CancelledError, ConfigError
@@ -148,7 +149,8 @@ class Pipeline:
             noise_source: one of `noise.SOURCES`; "torch" draws what diffusers draws for the seed.
             num_images: per prompt.
             latents: (n, c, h, w), the noise to start from instead, of unit variance.
-            image: (height, width, 3), one to change rather than to draw from nothing; its size is the default one.
+            image: (height, width, 3), one to change rather than to draw from nothing, or that films begin with where
+                the pipeline's do; its size is the default one.
             strength: of that change, above 0 and up to 1, STRENGTH if None; the share of the steps that is taken.
             reference: (height, width, 3), a picture that the denoiser is told beside the text, or several, for all
                 images; of any size in multiples of `size_step`. `fit` makes of a file's what diffusers makes of it.
@@ -241,12 +243,13 @@ class Pipeline:
         sources = noise_sources(noise_source, seed, len(prompts))
         cleans = self._cleans(image, sources)
         starts = self._starts(sources, settings, latents)
-        conditions = self._conditions(prompts, negatives, settings) | self._told(references, len(prompts), settings)
+        told = self._told(references, len(prompts), settings) | self._opening(image, len(prompts), settings)
+        conditions = self._conditions(prompts, negatives, settings) | told
         rows = [{name: value[index] for name, value in conditions.items()} for index in range(len(prompts))]
         turns = self.bundle.manifest.turns
         return [
-            Drawing(self._kind, settings, told, self._scheduler(settings, source), start, clean, turns)
-            for told, source, start, clean in zip(rows, sources, starts, cleans, strict=True)
+            Drawing(self._kind, settings, row, self._scheduler(settings, source), start, clean, turns)
+            for row, source, start, clean in zip(rows, sources, starts, cleans, strict=True)
         ]
 
     def step(self, drawings: Sequence[Drawing]) -> None:
@@ -265,6 +268,15 @@ class Pipeline:
     def example(self) -> str:
         """A prompt that it can draw."""
         return self._kind.example
+
+    @property
+    def opens(self) -> bool:
+        """Whether films begin with a picture, without which it draws none."""
+        return self._kind.opens
+
+    def blank(self, height: int, width: int) -> Pixels | None:
+        """A picture that does where it matters how long a film takes and not what it shows; None where none is told."""
+        return np.zeros((height, width, 3), np.uint8) if self.opens else None
 
     @property
     def size_step(self) -> int:
@@ -325,6 +337,10 @@ class Pipeline:
         if references:
             raise ConfigError("an image is changed, or a reference is told to the denoiser; give one of them")
         self._vae.check_encodes()
+        if self._kind.opens:
+            if strength is not None:
+                raise ConfigError("strength says how much an image is changed, and here a film begins with it")
+            return settings
         return replace(settings, skipped_steps=self._skipped(settings.num_inference_steps, strength))
 
     def fit(self, image: "Image", *, own_size: bool = False) -> Pixels:
@@ -370,6 +386,19 @@ class Pipeline:
         rows = (images, 2 if settings.guided else 1, 1, 1)
         return {STATES: np.tile(np.concatenate(found), rows)}
 
+    def _opening(self, image: Pixels | None, films: int, settings: Settings) -> Conditions:
+        """(n, r, ...): what the denoiser is told of the picture that films begin with, all with the same one."""
+        if not self._kind.opens:
+            return {}
+        if image is None or settings.num_frames is None:
+            raise ConfigError("films of this pipeline begin with a picture; give it one (image, or --image FILE)")
+        found = {openings.STATES: openings.states(self._vae.open(image, latent_frames(settings.num_frames)))}
+        if self.networks.has(IMAGE_ENCODER):
+            pixels = openings.pixel_values(image, self.bundle.json(openings.PROCESSOR))
+            found[openings.SEEN] = self.networks.run(IMAGE_ENCODER, {"pixel_values": pixels}, ["states"])["states"][0]
+        rows = (films, 2 if settings.guided else 1)
+        return {name: np.broadcast_to(value, (*rows, *value.shape)) for name, value in found.items()}
+
     def _later_scale(self, first: float | None, given: float | None) -> float | None:
         """The guidance scale of the denoisers behind the first, None where it is as the first one's."""
         require_taken(given, bool(self.bundle.manifest.turns), "of this pipeline")
@@ -412,7 +441,7 @@ class Pipeline:
 
     def _cleans(self, image: Pixels | None, sources: Sequence[Noise]) -> Sequence[Array | None]:
         """(c, h, w) each: latents of the image to change, drawn anew for each."""
-        if image is None:
+        if image is None or self._kind.opens:
             return [None] * len(sources)
         encoded = self._vae.encode(image)
         return [self._vae.sample(encoded, source) for source in sources]

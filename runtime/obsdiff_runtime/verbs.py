@@ -37,7 +37,8 @@ def generate(
         bundle: opened, or a folder.
         prompt: what to draw.
         output: the file; its name says the format. Folders above it are created. Of films see `films.WRITERS`.
-        image: file of one to change, in any format that Pillow reads; see `pictures.read_picture`.
+        image: file of one to change, or that a film begins with, in any format that Pillow reads; see
+            `pictures.read_picture`. What it is changed to has its own size by default, a film the bundle's.
         references: files of pictures that the denoiser is told.
         own_size: see `Pipeline.fit`.
         height: in pixels.
@@ -62,6 +63,9 @@ def generate(
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     write = _writer(opened, output, fps)
     pipeline = Pipeline(opened, backend=backend, threads=threads, vae_tiling=vae_tiling)
+    if pipeline.opens:
+        own = opened.manifest.defaults
+        height, width = own.height if height is None else height, own.width if width is None else width
     start = None if image is None else read_picture(image, pipeline.size_step, height, width)
     told = [pipeline.fit(open_picture(path), own_size=own_size) for path in references]
     images = pipeline(prompt, image=start, reference=told, height=height, width=width, progress=progress, **call)

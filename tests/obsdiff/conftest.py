@@ -49,6 +49,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
     ZImagePipeline,
@@ -65,6 +66,8 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
@@ -80,6 +83,7 @@ from transformers import (
     UMT5Config,
     UMT5EncoderModel,
 )
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from obsdiff.families import flux
 from obsdiff.families.table import family_of
@@ -320,6 +324,12 @@ def wan_transformer(**changes: Any) -> WanTransformer3DModel:
     return WanTransformer3DModel(**{**config, **changes})
 
 
+def wan_i2v_transformer(*, sees: bool = True, **changes: Any) -> WanTransformer3DModel:
+    """One whose films begin with a picture, and which is told what an image encoder sees in it, if it `sees`."""
+    config = {"image_dim": 16, "added_kv_proj_dim": 36} if sees else {}
+    return wan_transformer(**{"in_channels": 12, **config, **changes})
+
+
 def dit_transformer(**changes: Any) -> DiTTransformer2DModel:
     """Three blocks of 4 heads of 8 and 128 neurons; it also gives a variance. It draws 16 x 16 latents alone."""
     config: dict[str, Any] = {
@@ -369,6 +379,8 @@ DENOISERS: dict[str, Callable[..., nn.Module]] = {
     "lumina2": lumina2_transformer,
     "hunyuan": hunyuan_transformer,
     "wan": wan_transformer,
+    "wan_i2v": wan_i2v_transformer,
+    "wan22_i2v": partial(wan_i2v_transformer, sees=False),
     "dit": dit_transformer,
     "zimage": zimage_transformer,
 }
@@ -742,6 +754,27 @@ def wan22_pipeline(patch: int | None = None, **changes: Any) -> WanPipeline:
     return pipeline
 
 
+def wan_i2v_pipeline(**changes: Any) -> WanImageToVideoPipeline:
+    """Films that begin with a picture, in which an image encoder sees as many tokens as CLIP's."""
+    parts = {**wan_pipeline().components, "transformer": wan_i2v_transformer(**changes).eval()}
+    torch.manual_seed(2)
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=2
+    )
+    return WanImageToVideoPipeline(
+        **parts,
+        image_encoder=CLIPVisionModel(vision).eval(),
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+    )
+
+
+def wan22_i2v_pipeline(**changes: Any) -> WanImageToVideoPipeline:
+    """Likewise, by two denoisers in turn, without an image encoder."""
+    parts, first, second = wan_pipeline().components, *(wan_i2v_transformer(sees=False, **changes) for _ in range(2))
+    given = {"transformer": first.eval(), "transformer_2": second.eval()}
+    return WanImageToVideoPipeline(**{**parts, **given}, boundary_ratio=0.875)
+
+
 def zimage_pipeline(**changes: Any) -> ZImagePipeline:
     torch.manual_seed(0)
     tokenizer, text_encoder = qwen3(Qwen3Model, hidden_size=24, num_hidden_layers=2)
@@ -781,6 +814,8 @@ PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "hunyuan": hunyuan_pipeline,
     "wan": wan_pipeline,
     "wan22": wan22_pipeline,
+    "wan_i2v": wan_i2v_pipeline,
+    "wan22_i2v": wan22_i2v_pipeline,
     "dit": dit_pipeline,
     "zimage": zimage_pipeline,
 }

@@ -826,33 +826,66 @@ def wan22_pipeline() -> Any:
     return pipeline
 
 
+def wan_i2v_pipeline() -> Any:
+    """Films that begin with a picture, in which an image encoder sees as many tokens as CLIP's."""
+    from diffusers import WanImageToVideoPipeline
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    parts = {**wan_pipeline().components, "transformer": wan_transformer(**OPENING, image_dim=16, added_kv_proj_dim=24)}
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    return WanImageToVideoPipeline(**parts, image_encoder=clip_vision(), image_processor=processor)
+
+
+def wan22_i2v_pipeline() -> Any:
+    """Likewise, by two denoisers in turn, without an image encoder."""
+    from diffusers import WanImageToVideoPipeline
+
+    given = {"transformer": wan_transformer(**OPENING), "transformer_2": wan22_transformer(**OPENING)}
+    return WanImageToVideoPipeline(**{**wan_pipeline().components, **given}, boundary_ratio=0.875)
+
+
+OPENING = {"in_channels": 12, "num_layers": 1}
+"""Latents, which frames are given, and latents of these; of a transformer that is soon exported."""
+
+
+@seeded
+def clip_vision() -> Any:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    config = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=2
+    )
+    return CLIPVisionModel(config).eval()
+
+
 @seeded
 @cut
-def wan_transformer() -> Any:
+def wan_transformer(**changes: Any) -> Any:
     from diffusers import WanTransformer3DModel
 
-    return WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=32,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=2,
-        cross_attn_norm=True,
-        rope_max_seq_len=32,
-    ).eval()
+    config: dict[str, Any] = {
+        "patch_size": (1, 2, 2),
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "in_channels": 4,
+        "out_channels": 4,
+        "text_dim": 32,
+        "freq_dim": 16,
+        "ffn_dim": 32,
+        "num_layers": 2,
+        "cross_attn_norm": True,
+        "rope_max_seq_len": 32,
+    }
+    return WanTransformer3DModel(**config | changes).eval()
 
 
 @seeded
-def wan22_transformer() -> Any:
+def wan22_transformer(**changes: Any) -> Any:
     """One like the other in all but its weights."""
     import torch
     from diffusers import WanTransformer3DModel
 
-    config = wan_transformer().config  # draws, unless it was made before
+    config = wan_transformer(**changes).config  # draws, unless it was made before
     torch.manual_seed(1)
     return WanTransformer3DModel.from_config(config).eval()
 
@@ -938,10 +971,12 @@ OTHERS: dict[str, Callable[[], Any]] = {
     "kontext": kontext_pipeline,
     "wan22": wan22_pipeline,
     "wan_ti2v": wan_ti2v_pipeline,
+    "wan_i2v": wan_i2v_pipeline,
+    "wan22_i2v": wan22_i2v_pipeline,
 }
-"""Pipelines whose calls are others: see test_class_conditional.py, test_references.py and test_turns.py."""
+"""Pipelines whose calls are others, each with a file of tests: class_conditional, references, turns, openings."""
 
-LIKE = {"kontext": "flux", "wan22": "wan", "wan_ti2v": "wan"}
+LIKE = {"kontext": "flux", "wan22": "wan", "wan_ti2v": "wan", "wan_i2v": "wan", "wan22_i2v": "wan"}
 """Pipelines that share all networks with another but for those in OWN, or the denoiser's graph."""
 
 OWN = {"wan_ti2v": ("vae_decoder", "vae_decoder_next")}
@@ -990,7 +1025,7 @@ def write_bundle(
                 num_inference_steps=4,
                 guidance_scale=3.0,
                 num_frames=9 if family.name in FILMS else None,
-                max_sequence_length=5,
+                max_sequence_length=5 if getattr(pipeline, "image_encoder", None) is None else 512,
             ),
             components=components,
             turns=turns.of(pipeline, family) if len(turns.names(pipeline.config, family)) > 1 else {},
@@ -1131,6 +1166,11 @@ def wan_ti2v_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
 @pytest.fixture(scope="session")
 def wan22_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return _pair("wan22", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def wan22_i2v_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    return _pair("wan22_i2v", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from obsdiff_runtime.backends import backend as find_backend
-from obsdiff_runtime.bundle import MANIFEST, Bundle, Defaults, open_bundle
+from obsdiff_runtime.bundle import ENCODER, MANIFEST, Bundle, Defaults, open_bundle
 from obsdiff_runtime.conditioning import kind_of
 from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.pipeline import Images, Pipeline
@@ -18,8 +18,6 @@ from obsdiff_runtime.progress import Progress, silent
 
 DEFAULT_BACKEND: Final = "onnxruntime"
 HOST_DEVICE: Final = "CPUExecutionProvider"
-UNUSED: Final = "vae_encoder"
-"""The component of a bundle that text to image has no use for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +207,7 @@ class BundleRunner:
     def load(self, request: Request) -> Loaded:
         networks = self._pipeline.networks
         for name in networks.bundle.manifest.components:
-            if name != UNUSED:
+            if name != ENCODER or self._pipeline.opens:
                 networks.session(name)
         start = time.perf_counter()
         self._call(request)
@@ -261,6 +259,7 @@ class BundleRunner:
             max_sequence_length=request.max_sequence_length,
             num_images=request.num_images,
             seed=request.seed,
+            image=self._pipeline.blank(request.height, request.width),
             progress=progress,
         )
 

@@ -176,7 +176,7 @@ async def _generate(server: Server, request: Request, asked: ImageRequest, uploa
     try:
         if uploads:
             model.batcher.require_room()  # before they are decoded
-        call["reference"] = await edits.read_pictures(model.pipeline, uploads)
+            call |= await edits.read_pictures(model.pipeline, uploads, asked.pixels)
         order = model.order(call, asked.n, asked.partial_images if asked.stream else 0)
         follower = Follower.submit(model.batcher, order, request)
     except BusyError as error:

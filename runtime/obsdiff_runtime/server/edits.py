@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 
 from obsdiff_runtime.autoencoder import Pixels
-from obsdiff_runtime.pictures import open_picture
+from obsdiff_runtime.pictures import open_picture, resized
 from obsdiff_runtime.pipeline import Pipeline
 from obsdiff_runtime.server.problems import Refused
 from obsdiff_runtime.server.schemas import ImageRequest
@@ -91,15 +91,26 @@ async def read_form(request: Request) -> tuple[ImageRequest, list[Upload]]:
         raise RequestValidationError(error.errors()) from None
 
 
-async def read_pictures(pipeline: Pipeline, uploads: Sequence[Upload]) -> list[Pixels]:
-    """The pictures as `Pipeline.begin` takes references.
+async def read_pictures(pipeline: Pipeline, uploads: Sequence[Upload], size: tuple[int, int] | None) -> dict[str, Any]:
+    """The pictures as `Pipeline.begin` takes them: references, or what a film begins with.
+
+    Args:
+        pipeline: that is to be told them.
+        uploads: their files.
+        size: (width, height) in pixels that is to be drawn; the bundle's own if None.
 
     Raises:
         ConfigError: one is no picture, or too large, or the denoiser is told none.
+        Refused: there are several, and films begin with one.
     """
+    own = pipeline.bundle.manifest.defaults
+    width, height = size or (own.width, own.height)
+    if pipeline.opens and len(uploads) > 1:
+        raise Refused(400, f"image: {len(uploads)} pictures; films of this model begin with one", param="image")
 
     def read(upload: Upload) -> Pixels:
         image = open_picture(io.BytesIO(upload.content), upload.name, formats=FORMATS, most_pixels=MOST_PIXELS)
-        return pipeline.fit(image)
+        return resized(image, width, height) if pipeline.opens else pipeline.fit(image)
 
-    return [await asyncio.to_thread(read, upload) for upload in uploads]
+    found = [await asyncio.to_thread(read, upload) for upload in uploads]
+    return {"image": found[0]} if pipeline.opens else {"reference": found}

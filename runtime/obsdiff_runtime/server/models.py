@@ -59,7 +59,8 @@ class ServedModel:
             call["guidance_scale"],
             call["height"],
             call["width"],
-            references=call["reference"],
+            references=call.get("reference", ()),
+            image=call.get("image"),
         )
         self.bounds.check(
             {name: call[name] for name in ("prompt", "negative_prompt")},
@@ -102,7 +103,9 @@ def serve_bundle(
     pipeline = Pipeline(opened, backend=backend, threads=threads, vae_tiling=vae_tiling)
     name = name or pipeline.bundle.root.resolve().name
     if warm_up:
-        pipeline(pipeline.example, num_inference_steps=_fewest_steps(pipeline))
+        defaults = pipeline.bundle.manifest.defaults
+        blank = pipeline.blank(defaults.height, defaults.width)
+        pipeline(pipeline.example, num_inference_steps=_fewest_steps(pipeline), image=blank)
     batcher = Batcher(pipeline, limits, None if watch is None else watch(name), name)
     return ServedModel(id=name, pipeline=pipeline, batcher=batcher, bounds=bounds, created=int(time.time()))
 

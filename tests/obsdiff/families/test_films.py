@@ -258,15 +258,6 @@ def test_heads_stay_because_they_are_normalised_together(sparsity: str, build_de
         select(recipe, wan.linears(denoiser), wan.groups(denoiser))
 
 
-@pytest.mark.parametrize("changes", [{"image_dim": 16, "added_kv_proj_dim": 36}, {"in_channels": 9}])
-def test_a_denoiser_that_is_told_a_picture_is_refused(changes: dict[str, Any], build_denoiser: Build) -> None:
-    """Of Wan 2.1 by keys and values of its own, of Wan 2.2 beside the latents."""
-    denoiser = build_denoiser("wan", **changes)
-    for refused in (wan.linears, wan.groups, lambda each: wan.component(each, height=32, width=32)):
-        with pytest.raises(ModelError, match=r"told a picture beside the text \(image to video\)"):
-            refused(denoiser)
-
-
 def test_fused_projections_are_refused(build_denoiser: Build) -> None:
     denoiser = build_denoiser("wan")
     denoiser.blocks[1].attn2.fuse_projections()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from obsdiff_runtime.pictures import resized
 from obsdiff_runtime.pipeline import Pipeline
 
 
@@ -42,3 +43,23 @@ def test_a_format_that_holds_no_film_is_refused(running: Any) -> None:
     answer = running.draw(output_format="jpeg")
     assert answer.status_code == 400
     assert answer.json()["error"]["message"] == "model-0 draws films, and jpeg holds none; ask for webp or png"
+
+
+def test_a_film_begins_with_the_picture_of_an_edit(
+    wan22_i2v_pair: tuple[Any, Path], serving: Callable[..., Any]
+) -> None:
+    """Scaled to the size that is drawn; there is none without a picture, nor with two."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 72, 3), dtype=np.uint8))
+    content = io.BytesIO()
+    image.save(content, "png")
+    file = ("photo.png", content.getvalue())
+    with serving(wan22_i2v_pair[1]) as running:
+        form = {"prompt": "a ring", "seed": "7", "size": "48x32"}
+        answer = running.client.post("/v1/images/edits", data=form, files={"image": file})
+        several = running.client.post("/v1/images/edits", data=form, files=[("image[]", file)] * 2)
+        without = running.draw()
+    expected = Pipeline(wan22_i2v_pair[1], threads=1)("a ring", image=resized(image, 48, 32), seed=7).arrays[0]
+    np.testing.assert_array_equal(frames(answer.json()["data"][0]["b64_json"]), expected)
+    assert several.status_code == without.status_code == 400
+    assert several.json()["error"]["message"] == "image: 2 pictures; films of this model begin with one"
+    assert "begin with a picture" in without.json()["error"]["message"]

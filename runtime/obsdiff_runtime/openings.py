@@ -1,0 +1,49 @@
+"""Pictures that films begin with: what the denoiser is told of one.
+
+Shapes: c latent channels, f latent frames of the film, h w their sides.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+
+from obsdiff_runtime.autoencoder import FRAME_SCALE, Pixels
+from obsdiff_runtime.networks import Array
+
+STATES: Final = "opening_states"
+"""Input of the denoiser, (rows, FRAME_SCALE + c, f, h, w): which frames are given, and latents of a film of them."""
+
+SEEN: Final = "encoder_hidden_states_image"
+"""Likewise where there is an image encoder, (rows, tokens, width): what that makes of the picture."""
+
+PROCESSOR: Final = "image_processor/preprocessor_config.json"
+"""In a bundle: what an image encoder's pictures are made into."""
+
+
+def states(latents: Array) -> Array:
+    """(FRAME_SCALE + c, f, h, w) of (c, f, h, w), the latents of a film of which the first frame alone is given."""
+    given = np.zeros((FRAME_SCALE, *latents.shape[1:]), np.float32)
+    given[:, 0] = 1
+    return np.concatenate([given, latents])
+
+
+def pixel_values(picture: Pixels, config: Mapping[str, Any]) -> Array:
+    """What CLIP's image encoder reads of a picture, (1, 3, side, side): its middle, of unit variance.
+
+    Args:
+        picture: (height, width, 3).
+        config: of its processor in transformers.
+    """
+    from PIL import Image
+
+    shortest = int(config["size"]["shortest_edge"])
+    sides = picture.shape[:2]
+    height, width = (int(shortest * side / min(sides)) for side in sides)
+    crop = config["crop_size"]
+    resized = np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling(config["resample"])))
+    top, left = (height - crop["height"]) // 2, (width - crop["width"]) // 2
+    cut = resized[top : top + crop["height"], left : left + crop["width"]].astype(np.float32)
+    mean, deviation = (np.array(config[name], np.float32) for name in ("image_mean", "image_std"))
+    unit = (cut * np.float32(config["rescale_factor"]) - mean) / deviation
+    return unit.transpose(2, 0, 1)[None]

@@ -1,0 +1,129 @@
+"""Films that begin with a picture: the same picture, prompt and noise through diffusers and through the bundle."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from kinds import no_ftfy
+from obsdiff.families.autoencoders import use_tiles
+from obsdiff_runtime import cli
+from obsdiff_runtime.benchmark import bench
+from obsdiff_runtime.errors import ConfigError
+from obsdiff_runtime.openings import pixel_values
+from obsdiff_runtime.pictures import read_picture
+from obsdiff_runtime.pipeline import Images, Pipeline
+
+PROMPTS = ["a large red circle above a small blue square", "a small green triangle"]
+UNWANTED = ["two yellow stars", ""]
+KINDS = ("wan_i2v", "wan22_i2v")
+
+
+def picture(height: int, width: int) -> Any:
+    pixels = np.random.default_rng(0).integers(0, 255, (height // 4, width // 4, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(pixels).resize((width, height)))
+
+
+def both(
+    pair: tuple[Any, Path], *, output_type: str = "np", vae_tiling: int | bool = False, **options: Any
+) -> tuple[Any, Images]:
+    """(n, frames, height, width, 3) of diffusers, in 0..1, or its latents, and what the runtime draws."""
+    theirs, folder = pair
+    given = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": 32, "width": 48, "num_frames": 9}
+    given |= {"negative_prompt": UNWANTED, "max_sequence_length": 512} | options
+    image = picture(given["height"], given["width"])
+    with torch.no_grad(), no_ftfy():
+        seeded = [torch.Generator().manual_seed(seed) for seed in (7, 8)]
+        told = {"image": Image.fromarray(image), "generator": seeded, "output_type": output_type}
+        expected = theirs(prompt=PROMPTS, **told, **given).frames
+    ours = Pipeline(folder, threads=1, vae_tiling=vae_tiling)
+    return expected, ours(PROMPTS, image=image, seed=[7, 8], noise_source="torch", **given)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        pytest.param(kind, options, marks=pytest.mark.stage("runtime", kind=kind))
+        for kind in KINDS
+        for options in (
+            {},
+            {"num_frames": 1, "guidance_scale": 1.0},
+            {"num_frames": 25, "height": 48, "width": 16, "num_inference_steps": 2},
+        )
+    ],
+)
+def test_the_same_picture_gives_the_same_film(
+    kind: str, options: dict[str, Any], make_pair: Callable[[str], tuple[Any, Path]]
+) -> None:
+    expected, films = both(make_pair(kind), **options)
+    assert films.arrays.shape == expected.shape
+    assert expected.std() > 0.02
+    assert -10 * np.log10(np.mean((expected - films.arrays / 255) ** 2)) > 58  # that of rounding to 256 values is 58.9
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_picture_gives_the_same_latents(kind: str, make_pair: Callable[[str], tuple[Any, Path]]) -> None:
+    """Latents tell more than the pixels of a small random decoder; another picture gives others."""
+    pair = make_pair(kind)
+    expected, films = both(pair, output_type="latent")
+    scale = float(expected.abs().max())
+    np.testing.assert_allclose(films.latents, expected.numpy(), atol=1e-4 * scale)
+    same = {"seed": [7, 8], "noise_source": "torch", "num_frames": 9, "negative_prompt": UNWANTED}
+    other = Pipeline(pair[1], threads=1)(PROMPTS, image=255 - picture(32, 48), **same)
+    assert np.abs(other.latents - films.latents).max() > 1e-2 * scale
+
+
+def test_a_picture_is_read_in_tiles_as_diffusers_reads_it(wan22_i2v_pair: tuple[Any, Path]) -> None:
+    theirs = wan22_i2v_pair[0]
+    use_tiles(theirs.vae, 16)
+    try:
+        expected, films = both(wan22_i2v_pair, output_type="latent", vae_tiling=16, num_inference_steps=2)
+    finally:
+        theirs.vae.disable_tiling()
+    np.testing.assert_allclose(films.latents, expected.numpy(), atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 96), (97, 41), (20, 30)])
+def test_an_image_encoder_is_told_what_transformers_tells_it(height: int, width: int) -> None:
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    image = picture(height, width)[:height, :width]
+    expected = processor(images=Image.fromarray(image), return_tensors="np")["pixel_values"]
+    np.testing.assert_allclose(pixel_values(image, processor.to_dict()), expected, atol=1e-6)
+
+
+def test_what_opens_no_film_is_refused(wan22_i2v_pair: tuple[Any, Path], wan_pair: tuple[Any, Path]) -> None:
+    ours = Pipeline(wan22_i2v_pair[1], threads=1)
+    with pytest.raises(ConfigError, match=r"films of this pipeline begin with a picture; give it one \(image, or --im"):
+        ours("red")
+    with pytest.raises(ConfigError, match="strength says how much an image is changed, and here a film begins with it"):
+        ours("red", image=picture(32, 32), strength=0.5)
+    with pytest.raises(ConfigError, match="height 48 is not that of the image, 32"):
+        ours("red", image=picture(32, 32), height=48)
+    assert not Pipeline(wan_pair[1], threads=1).opens
+
+
+def test_a_text_of_another_length_is_refused(make_pair: Callable[[str], tuple[Any, Path]]) -> None:
+    with pytest.raises(ConfigError, match="max_sequence_length is fixed to 512 in this bundle's graph, not 8"):
+        Pipeline(make_pair("wan_i2v")[1], threads=1)("red", image=picture(32, 32), max_sequence_length=8)
+
+
+def test_the_commands_take_a_file(
+    wan22_i2v_pair: tuple[Any, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the bundle's size, whatever its own; what is measured begins with a blank one."""
+    folder, path = str(wan22_i2v_pair[1]), tmp_path / "film.npy"
+    Image.fromarray(picture(40, 72)).save(tmp_path / "photo.png")
+    line = ["generate", folder, "red", "--steps", "2", "--num-frames", "5", "--threads", "1", "-q", "-o", str(path)]
+    assert cli.run([*line, "--image", str(tmp_path / "photo.png"), "--seed", "3"]) == 0
+    image = read_picture(tmp_path / "photo.png", 8, 32, 32)
+    expected = Pipeline(folder, threads=1)("red", image=image, seed=3, num_frames=5, num_inference_steps=2).arrays[0]
+    np.testing.assert_array_equal(np.load(path), expected)
+    assert cli.run(line) == 2
+    assert "begin with a picture" in capsys.readouterr().err
+    report = bench(folder, iterations=1, warmup=0, num_frames=5, num_inference_steps=2)
+    assert {"vae_encoder", "vae_encoder_next"} <= next(iter(report.candidates.values())).components.keys()
