@@ -93,9 +93,8 @@ def tokens(
     """See `Family.tokens`: "image", one token per patch of all FRAMES of the latents, "text", and "picture"."""
     frames, rows, columns = config["patch_size"]
     image = (FRAMES // frames) * (height // vae_scale // rows) * (width // vae_scale // columns)
-    return {"image": image} | (
-        {"text": TEXT_TOKENS, "picture": SEEN_TOKENS} if _sees(config) else {"text": text_tokens}
-    )
+    told = {"text": TEXT_TOKENS, "picture": SEEN_TOKENS} if _sees(config) else {"text": text_tokens}
+    return {"image": image, **told}
 
 
 def text_tokens(configs: Mapping[str, Mapping[str, Any]], max_sequence_length: int | None) -> int:
@@ -139,9 +138,7 @@ def encode(
 
 @contextmanager
 def plainly(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """Until the end, a pipeline reads prompts as `WanPipeline` does: the others of diffusers ask for ftfy, installed or
-    not.
-    """
+    """Until the end, a pipeline reads prompts as `WanPipeline` does, which goes without ftfy where that is absent."""
     with instead(pipeline, "_get_t5_prompt_embeds", partial(WanPipeline._get_t5_prompt_embeds, pipeline)):
         yield
 

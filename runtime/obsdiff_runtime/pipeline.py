@@ -353,6 +353,8 @@ class Pipeline:
         return pixels_of(image, self.size_step, None if own_size else references)
 
     def _referring(self) -> References:
+        if self.opens:
+            raise ConfigError("films of this pipeline begin with a picture, and no other is told; give it as the image")
         if self._kind.references is None:
             raise ConfigError(
                 "this bundle's denoiser is told no pictures; those of FLUX.1 Kontext and FLUX.2 are, in bundles "

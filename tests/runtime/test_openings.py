@@ -102,6 +102,8 @@ def test_what_opens_no_film_is_refused(wan22_i2v_pair: tuple[Any, Path], wan_pai
         ours("red")
     with pytest.raises(ConfigError, match="strength says how much an image is changed, and here a film begins with it"):
         ours("red", image=picture(32, 32), strength=0.5)
+    with pytest.raises(ConfigError, match="begin with a picture, and no other is told; give it as the image"):
+        ours("red", reference=picture(32, 32))
     with pytest.raises(ConfigError, match="height 48 is not that of the image, 32"):
         ours("red", image=picture(32, 32), height=48)
     assert not Pipeline(wan_pair[1], threads=1).opens
