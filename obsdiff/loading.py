@@ -57,7 +57,7 @@ class Defaults:
         max_sequence_length: text tokens of T5, or of the zeros in its place; None where the pipeline has no such thing.
         prompts: name of the prompt set the pipeline was made for; None for general ones.
         takes_guidance: whether a guidance scale above 1 makes a difference; not where a pipeline's steps are distilled.
-        takes_references: whether its denoiser is told pictures beside the prompt.
+        takes_references: whether its denoiser is told pictures beside the prompt, or its films begin with one.
         takes_turns: whether several denoisers share its steps; see turns.py.
         labels: the classes that it draws, where a prompt is one.
     """

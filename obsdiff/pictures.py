@@ -39,9 +39,8 @@ def latents(pipeline: DiffusionPipeline, sampling: Sampling, rows: range) -> dic
     """
     files = sampling.references
     opens = references.opens(type(pipeline).__name__)
+    require(type(pipeline).__name__, sampling)
     if not files:
-        if opens:
-            raise ConfigError("films of this pipeline begin with a picture; give some: --references FOLDER")
         return {}
     untyped: Any = pipeline
     vae = untyped.vae
@@ -124,6 +123,12 @@ def _draw(pipeline: Any, *, image: Tensor | None = None, **told: Any) -> Any:
     unread = Image.new("RGB", (64, 64))
     with instead(pipeline, "prepare_image_latents", prepared):
         return pipeline(image=[unread], **told)
+
+
+def require(pipeline_class: str, sampling: Sampling) -> None:
+    """Raises ConfigError where films begin with a picture, and there is none."""
+    if references.opens(pipeline_class) and not sampling.references:
+        raise ConfigError("films of this pipeline begin with a picture; give some: --references FOLDER")
 
 
 def note(pipeline_class: str, sampling: Sampling) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from obsdiff import adapters, card, checkpoint, delivery, engines, facts, launch, pruning, ranks, turns
+from obsdiff import adapters, card, checkpoint, delivery, engines, facts, launch, pictures, pruning, ranks, turns
 from obsdiff.bundling import (
     Delivery,
     Stages,
@@ -52,6 +52,7 @@ from obsdiff.judges import judges_of
 from obsdiff.loading import LoadedPipeline, load_configs
 from obsdiff.manifest import GroupCut, LinearRecord, PrunedManifest
 from obsdiff.measurements import NotMeasured, Report
+from obsdiff.methods.table import METHODS
 from obsdiff.planning import Plan
 from obsdiff.precision import fitting, format_of, quantizable, quantize, separate
 from obsdiff.pruning import Pruned
@@ -162,6 +163,8 @@ def prune_to_folder(
     job = open_job(settings)
     if settings.offload:
         require_offloadable(settings, job.recipe)
+    if METHODS[job.recipe.method].calibrates:
+        pictures.require(job.pipeline_class, job.recipe.sampling)
     weights = require(job, output, copies=1)
     loaded = load_model(settings, offload=True)
     require_disk_for(loaded, output, 2 * weights)
@@ -235,6 +238,8 @@ def export(
         check_size(job.recipe.sampling)
     elif settings.fail_if:
         raise ConfigError("--fail-if: nothing is measured without prompts to compare on; raise --eval-prompts")
+    if format is not None or (settings.sparsity and (held_out or METHODS[job.recipe.method].calibrates)):
+        pictures.require(job.pipeline_class, job.recipe.sampling)
     weights = 0 if settings.low_memory else require(job, output, copies=3)
     journal = FolderJournal(output, job.recipe.digest(), resume=resume)
     stages = Stages()

@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +257,19 @@ def test_a_denoiser_that_is_told_other_things_is_refused(
     for refused in (wan.linears, wan.groups, lambda each: wan.component(each, height=32, width=32)):
         with pytest.raises(ModelError, match=message):
             refused(denoiser)
+
+
+def test_pictures_are_asked_for_before_anything_is_loaded(
+    build_pipeline: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_pipeline("wan22_i2v", num_layers=1).save_pretrained(tmp_path / "dense")
+    monkeypatch.setattr(verbs, "load_model", None)
+    asked = Settings(model=str(tmp_path / "dense"), sparsity="2:4", steps=4, **SIZES)
+    message = "films of this pipeline begin with a picture; give some: --references FOLDER"
+    with pytest.raises(ConfigError, match=message):
+        verbs.prune_to_folder(asked, tmp_path / "out")
+    with pytest.raises(ConfigError, match=message):  # to compare on
+        verbs.export(replace(asked, method="magnitude"), tmp_path / "out")
 
 
 def test_what_cannot_be_is_refused_in_a_sentence(build_pipeline: Build, folder: Path) -> None:
