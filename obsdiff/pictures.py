@@ -72,7 +72,7 @@ def _beginning(pipeline: Any, image: Image.Image, pixels: Tensor, sampling: Samp
     channels, unread = pipeline.vae.config.z_dim, torch.zeros(())
     where = (torch.float32, pipeline.vae.device)
     _, states = pipeline.prepare_latents(pixels, 1, channels, *size, *where, latents=unread)
-    if not pipeline.transformer.config.get("image_dim"):
+    if not references.sees(pipeline.transformer.config):
         return {ARGUMENT: states}
     return {ARGUMENT: states, SEEN: pipeline.encode_image(image, pipeline.vae.device)}
 

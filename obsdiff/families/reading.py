@@ -15,6 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from obsdiff.families import references
 from obsdiff.families.parts import SEED, Flat, config_of, noise, padded
 from obsdiff_export.component import Component
 from obsdiff_runtime.bundle import IMAGE_ENCODER
@@ -141,7 +142,7 @@ def image_encoders(pipeline: DiffusionPipeline) -> list[Component]:
         ModelError: it is no CLIPVisionModel, or pictures are made into something else than the middle of them for it.
     """
     model: Any = getattr(pipeline, IMAGE_ENCODER, None)
-    if model is None or not pipeline.transformer.config.get("image_dim"):
+    if model is None or not references.sees(pipeline.transformer.config):
         return []
     side, processor = int(model.config.image_size), pipeline.image_processor.to_dict()
     steps = [processor.get(f"do_{step}") for step in ("resize", "center_crop", "rescale", "normalize")]

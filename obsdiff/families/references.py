@@ -32,6 +32,11 @@ def opens(pipeline_class: str) -> bool:
     return kind is not None and kind.opens
 
 
+def sees(config: Mapping[str, Any]) -> bool:
+    """Whether a denoiser of that configuration is told what an image encoder sees in the picture."""
+    return bool(config.get("image_dim"))
+
+
 def component(
     family: Family, denoiser: nn.Module, pipeline_class: str, *, height: int, width: int, vae_scale: int
 ) -> Component:

@@ -70,7 +70,8 @@ _PIXELS: Final = (480, 832)  # that the pipeline draws
 
 def linears(denoiser: nn.Module) -> tuple[LinearSpec, ...]:
     """See `Family.linears`. Tiers: attn1 in, attn1 out, attn2 in, attn2 out, into the neurons, out of them."""
-    sees = _sees(denoiser.config)
+    config: Any = denoiser.config
+    sees = references.sees(config)
     inputs = (*_INPUTS, _SEEN) if sees else _INPUTS
     blocks = ((block, prefix, inputs) for block, prefix in enumerate(_blocks(denoiser)))
     return layers.of_blocks(denoiser, blocks, _writes, common=() if sees else (_TEXT,))  # cut out in each block
@@ -93,7 +94,7 @@ def tokens(
     """See `Family.tokens`: "image", one token per patch of all FRAMES of the latents, "text", and "picture"."""
     frames, rows, columns = config["patch_size"]
     image = (FRAMES // frames) * (height // vae_scale // rows) * (width // vae_scale // columns)
-    told = {"text": TEXT_TOKENS, "picture": SEEN_TOKENS} if _sees(config) else {"text": text_tokens}
+    told = {"text": TEXT_TOKENS, "picture": SEEN_TOKENS} if references.sees(config) else {"text": text_tokens}
     return {"image": image, **told}
 
 
@@ -104,7 +105,7 @@ def text_tokens(configs: Mapping[str, Mapping[str, Any]], max_sequence_length: i
         ConfigError: the denoiser takes no such number.
     """
     length = TEXT_TOKENS if max_sequence_length is None else max_sequence_length
-    if length != TEXT_TOKENS and _sees(configs.get(denoiser, {})):
+    if length != TEXT_TOKENS and references.sees(configs.get(denoiser, {})):
         raise ConfigError(
             f"--max-sequence-length {length}: behind what an image encoder sees diffusers takes texts of {TEXT_TOKENS} "
             "tokens alone; leave it out"
@@ -151,7 +152,7 @@ def example(
     dtype: Any = denoiser.dtype
     size = size if len(size) == 3 else (FRAMES, *size)
     channels, told = _channels(config)
-    length = TEXT_TOKENS if _sees(config) else text_tokens
+    length = TEXT_TOKENS if references.sees(config) else text_tokens
     found = {
         "hidden_states": parts.noise(batch, channels, *size, dtype=dtype),
         "encoder_hidden_states": parts.noise(batch, length, config.text_dim, dtype=dtype),
@@ -159,7 +160,7 @@ def example(
     }
     if told:
         found[STATES] = parts.noise(batch, told, *size, dtype=dtype)
-    if _sees(config):
+    if references.sees(config):
         found[SEEN] = parts.noise(batch, SEEN_TOKENS, config.image_dim, dtype=dtype)
     return found
 
@@ -221,7 +222,6 @@ def component(denoiser: nn.Module, *, height: int, width: int, vae_scale: int = 
     """See `Family.component`."""
     config: Any = denoiser.config
     _require_known(config)
-    sees = _sees(config)
     sizes = parts.latent_sizes(height, width, vae_scale=vae_scale, multiple=config.patch_size[-1])
     found = parts.denoiser_component(
         _Flat(denoiser),
@@ -231,7 +231,7 @@ def component(denoiser: nn.Module, *, height: int, width: int, vae_scale: int = 
         latents="hidden_states",
         sizes=[(frames, *size) for frames, size in zip((FRAMES, 5, 1), sizes, strict=True)],
         pixels=(height, width),
-        text=() if sees else (_TEXT,),
+        text=() if references.sees(config) else (_TEXT,),
     )
     axes = found.dynamic_axes
     return replace(found, dynamic_axes={**axes, STATES: axes["hidden_states"]}) if STATES in axes else found
@@ -257,11 +257,6 @@ def _blocks(denoiser: nn.Module) -> Iterator[str]:
         yield f"blocks.{child}"
 
 
-def _sees(config: Any) -> bool:
-    """Whether the denoiser is told what an image encoder sees."""
-    return bool(config.get("image_dim"))
-
-
 def _channels(config: Any) -> tuple[int, int]:
     """Of the latents that are drawn, and of what the denoiser is told of a film's beginning."""
     drawn = config.out_channels or config.in_channels
@@ -270,8 +265,8 @@ def _channels(config: Any) -> tuple[int, int]:
 
 def _require_known(config: Any) -> None:
     drawn, told = _channels(config)
-    known = (FRAME_SCALE + drawn,) if _sees(config) else (0, FRAME_SCALE + drawn)
-    if told not in known or _sees(config) != bool(config.added_kv_proj_dim):
+    known = (FRAME_SCALE + drawn,) if references.sees(config) else (0, FRAME_SCALE + drawn)
+    if told not in known or references.sees(config) != bool(config.added_kv_proj_dim):
         raise ModelError(
             f"this WanTransformer3DModel is told {told} channels beside the {drawn} that it draws, and obsdiff knows "
             "those that are told a text, or how a film begins"
