@@ -46,13 +46,12 @@ def encode(
 ) -> Prompts:
     """Runs the text encoders once over all prompts, in batches, and the VAE over what pictures they are told with."""
     negatives = guided(family, getattr(pipeline, family.denoiser), sampling.guidance_scale)
-    options = {} if sampling.max_sequence_length is None else {"max_sequence_length": sampling.max_sequence_length}
     parts: list[dict[str, Tensor]] = []
     with offloading.borrowed(offloading.encoders(pipeline), pipeline.device):
         for rows in batches(len(texts), sampling.batch_size):
             chunk = texts[rows.start : rows.stop]
-            text = family.encode(pipeline, chunk, [negative] * len(chunk) if negatives else [], **options)
-            parts.append(text | pictures.latents(pipeline, sampling, rows))
+            unwanted = [negative] * len(chunk) if negatives else []
+            parts.append(pictures.encode(pipeline, family, chunk, unwanted, sampling, rows))
     return Prompts(
         texts=tuple(texts), embeddings={name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
     )

@@ -9,6 +9,8 @@ from diffusers import (
     DiTPipeline,
     Flux2KleinPipeline,
     Flux2Pipeline,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
     WanImageToVideoPipeline,
     WanPipeline,
     ZImagePipeline,
@@ -28,6 +30,8 @@ def call(pipeline: DiffusionPipeline, *, own_timesteps: bool = False) -> Callabl
         return class_calls.call(pipeline)
     if isinstance(pipeline, (Flux2KleinPipeline, Flux2Pipeline)):
         return pictures.call(pipeline)
+    if isinstance(pipeline, (QwenImageEditPipeline, QwenImageEditPlusPipeline)):
+        return pictures.editing(pipeline)
     if isinstance(pipeline, WanImageToVideoPipeline):
         return partial(_begun, pipeline)
     if isinstance(pipeline, ZImagePipeline):
@@ -49,7 +53,7 @@ def _listed(pipeline: ZImagePipeline, **told: Any) -> Any:
 def _begun(pipeline: WanImageToVideoPipeline, **told: Any) -> Any:
     """Draws films that begin with a picture."""
     with wan.plainly(pipeline):
-        return pictures.call(pipeline)(**told)
+        return pictures.opening(pipeline)(**told)
 
 
 def _told_once(pipeline: WanPipeline, **told: Any) -> Any:

@@ -35,11 +35,14 @@ class ChunkGate:
         module: gives (rows, chunks out).
         chunks: how many there are.
         chunk: which of them, counted from 0.
+        told: argument of the block, (rows, tokens), which may be None; else the module gives twice as many rows, and a
+            token's gate is of the first half where it is 0.
     """
 
     module: str
     chunks: int
     chunk: int
+    told: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

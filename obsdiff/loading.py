@@ -34,7 +34,7 @@ _DEFAULTS_KEY = Path(DEFAULTS).stem
 _PIPELINES: Final[Mapping[str, tuple[str, ...]]] = {
     "flux": ("FluxPipeline", "FluxKontextPipeline"),
     "flux2": ("Flux2KleinPipeline", "Flux2Pipeline"),
-    "qwen": ("QwenImagePipeline",),
+    "qwen": ("QwenImagePipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline"),
     "sana": ("SanaPipeline", sana.SPRINT),
     "wan": ("WanPipeline", "WanImageToVideoPipeline"),
     "zimage": ("ZImagePipeline",),

@@ -42,7 +42,7 @@ class Glance:
         inputs: (rows, tokens, in).
         outputs: (rows, tokens, out).
         bases: where the linear writes to a residual stream, that stream before it, (rows, tokens, out).
-        gates: where there is a base, (rows, 1, out), or the number 1.
+        gates: where there is a base, (rows, 1 or tokens, out), or the number 1.
         sources: address and shape of the input, the same for linears that read the very same tensor.
     """
 
@@ -103,6 +103,7 @@ class _Look:
         self._outputs: dict[str, Tensor] = {}
         self._bases: dict[str, Tensor] = {}
         self._gates: dict[str, Tensor | float] = {}
+        self._seconds: dict[str, Tensor] = {}
         self._sources: dict[str, tuple[int, torch.Size]] = {}
 
     @contextmanager
@@ -122,6 +123,8 @@ class _Look:
                 elif isinstance(write.gate, ChunkGate):
                     module, see = self._module(write.gate.module), partial(self._see_chunk_gate, name, write.gate)
                     stack.callback(module.register_forward_hook(see).remove)
+                    told = partial(self._see_halves, name, write.gate.told)
+                    stack.callback(self._block.register_forward_pre_hook(told, with_kwargs=True).remove)
                 elif write.gate is not None:
                     module, place = self._module(write.gate[0]), write.gate[1]
                     stack.callback(module.register_forward_hook(partial(self._see_gate, name, place)).remove)
@@ -153,12 +156,24 @@ class _Look:
         self._gates[name] = self._spread(name, output[place])
 
     def _see_chunk_gate(self, name: str, gate: ChunkGate, _: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
-        self._gates[name] = self._spread(name, output.chunk(gate.chunks, dim=-1)[gate.chunk])
+        found, second = output.chunk(gate.chunks, dim=-1)[gate.chunk], self._seconds.get(name)
+        if second is None:
+            self._gates[name] = self._spread(name, found)
+        else:
+            one, other = (half.unsqueeze(1) for half in found.chunk(2))
+            self._gates[name] = self._counted(name, torch.where(second[..., None], other, one))
+
+    def _see_halves(
+        self, name: str, told: str | None, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        halves = None if told is None else _given(block, args, kwargs).get(told)
+        if halves is not None:
+            self._seconds[name] = halves != 0
 
     def _see_told_gate(
         self, name: str, gate: ToldGate, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        given = inspect.signature(type(block).forward).bind(block, *args, **kwargs).arguments
+        given = _given(block, args, kwargs)
         out = pointwise.widths(self._module(name))[1]
         told = given[gate.told].flatten(1).unflatten(-1, (-1, out))  # (rows, n, out)
         if gate.table is not None:
@@ -181,6 +196,11 @@ class _Look:
         if name not in self._masks:
             return gate.unsqueeze(1)
         return gate[self._masks[name].to(gate.device).nonzero()[:, 0]]
+
+
+def _given(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a block's call, by name."""
+    return inspect.signature(type(block).forward).bind(block, *args, **kwargs).arguments
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,11 +29,10 @@ def masks(family: Family, denoiser: nn.Module, arguments: Mapping[str, Any]) -> 
         ModelError: the argument holds something else than a token's 0 or 1.
     """
     own = pictures.drawn(arguments)
-    if own is not None:
-        return {"drawn": own.expand(len(arguments["hidden_states"]), -1)}
+    drawn = {} if own is None else {"drawn": own.expand(len(arguments["hidden_states"]), -1)}
     mask = None if family.text_mask is None else arguments.get(family.text_mask)
     if mask is None:
-        return {}
+        return drawn
 
     def tokens(length: int) -> Mapping[str, int]:
         latents = arguments["hidden_states"] if "hidden_states" in arguments else arguments["x"][0]
@@ -52,6 +51,7 @@ def masks(family: Family, denoiser: nn.Module, arguments: Mapping[str, Any]) -> 
             f"{family.text_mask} is not (rows, text tokens), 0 for padding, but {tuple(mask.shape)}; "
             "which tokens count is not known"
         )
+    found |= drawn
     if not family.described or not {"hidden_states", "x"} & arguments.keys():
         return found
     sizes = tokens(int(lengths.max()))

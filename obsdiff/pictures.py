@@ -1,27 +1,34 @@
 """Pictures in torch: what calibration and comparison tell a denoiser beside the prompts, and what its films begin with.
 
 Prompt i is told picture i of the folder, which begins again behind its last. A picture is cropped to the shape of what
-is drawn and scaled to its size, so that it has as many tokens as that.
+is drawn and scaled to its size, so that it has as many tokens as that. A text encoder that looks at pictures looks at
+the same, at the size that diffusers gives it.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, QwenImagePipeline
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image, ImageOps
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import pixel_unshuffle
 
 from obsdiff import offloading
-from obsdiff.families import references
+from obsdiff.families import Family, references, seeing
+from obsdiff.families.autoencoders import draws_films
 from obsdiff.instead import instead
 from obsdiff.recipe import Sampling
+from obsdiff_runtime.conditioning import PACKED
 from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.pictures import open_picture
+from obsdiff_runtime.references import Reference
 
 ARGUMENT: Final = "image"
 """Of the calls of pipelines that are told pictures."""
@@ -31,36 +38,69 @@ SEEN: Final = "image_embeds"
 
 
 @torch.no_grad()
-def latents(pipeline: DiffusionPipeline, sampling: Sampling, rows: range) -> dict[str, Tensor]:
-    """What the calls of these prompts are told of pictures, (rows, ...) each; nothing where they are told none.
+def encode(
+    pipeline: DiffusionPipeline,
+    family: Family,
+    prompts: Sequence[str],
+    negative: Sequence[str],
+    sampling: Sampling,
+    rows: range,
+) -> dict[str, Tensor]:
+    """What the calls of these prompts are told of text, see `Family.encode`, and of pictures, (rows, ...) each.
 
     Raises:
-        ConfigError: a file is no picture, there is none and films begin with one, or the pipeline has no VAE.
+        ConfigError: a file is no picture, the pipeline has no VAE, or it draws nothing without a picture.
     """
-    files = sampling.references
-    opens = references.opens(type(pipeline).__name__)
     require(type(pipeline).__name__, sampling)
-    if not files:
+    length = sampling.max_sequence_length
+    own = [sampling.references[row % len(sampling.references)] for row in rows if sampling.references]
+    pictures = {file: _fitted(Path(file), sampling) for file in dict.fromkeys(own)}
+    kind = references.of(type(pipeline).__name__)
+    if kind is None or kind.seen is None:
+        options = {} if length is None else {"max_sequence_length": length}
+        text = family.encode(pipeline, prompts, negative, **options)
+    else:
+        longest = family.text_tokens({}, length) + kind.seen_tokens(sampling.width, sampling.height)
+        told = []
+        for index, file in enumerate(own):
+            seen = Reference(pixels=np.asarray(pictures[file])).looked_at(kind.seen)
+            with seeing.looking(pipeline, [Image.fromarray(seen)]):
+                each = (prompts[index : index + 1], negative[index : index + 1])
+                told.append(family.encode(pipeline, *each, max_sequence_length=longest))
+        text = {name: torch.cat([each[name] for each in told]) for name in told[0]}
+    return text | _read(pipeline, sampling, pictures, own)
+
+
+def _fitted(file: Path, sampling: Sampling) -> Image.Image:
+    return ImageOps.fit(open_picture(file), (sampling.width, sampling.height), Image.Resampling.LANCZOS)
+
+
+def _read(
+    pipeline: DiffusionPipeline, sampling: Sampling, pictures: Mapping[str, Image.Image], own: Sequence[str]
+) -> dict[str, Tensor]:
+    """What networks make of the pictures of each row, by name."""
+    if not own:
         return {}
     untyped: Any = pipeline
     vae = untyped.vae
     if vae is None:
         raise ConfigError("--references: the pipeline has no VAE to read pictures with")
-    own = [files[row % len(files)] for row in rows]
     found: dict[str, dict[str, Tensor]] = {}
+    opens = references.opens(type(pipeline).__name__)
     readers = [vae, *([untyped.image_encoder] if opens and untyped.image_encoder is not None else [])]
     with offloading.borrowed(readers, pipeline.device):
-        for file in dict.fromkeys(own):
-            image = open_picture(Path(file))
-            size = (sampling.width, sampling.height)
-            fitted = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
-            pixels = torch.from_numpy(np.array(fitted))
-            told = (pixels.permute(2, 0, 1)[None] / 127.5 - 1).to(vae.device, vae.dtype)
-            if opens:
-                found[file] = _beginning(untyped, fitted, told, sampling)
-            else:
-                found[file] = {ARGUMENT: untyped._encode_vae_image(told, None)}
+        for file, image in pictures.items():
+            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
+            told = pixels.to(vae.device, vae.dtype)
+            found[file] = _beginning(untyped, image, told, sampling) if opens else _reference(untyped, told)
     return {name: torch.cat([found[file][name] for file in own]) for name in found[own[0]]}
+
+
+def _reference(pipeline: Any, pixels: Tensor) -> dict[str, Tensor]:
+    """Latents of a picture beside what is drawn, (1, channels, h, w)."""
+    films = draws_films(pipeline.vae)
+    latents = pipeline._encode_vae_image(pixels[:, :, None] if films else pixels, None)
+    return {ARGUMENT: latents[:, :, 0] if films else latents}
 
 
 def _beginning(pipeline: Any, image: Image.Image, pixels: Tensor, sampling: Sampling) -> dict[str, Tensor]:
@@ -88,12 +128,17 @@ class _OfEach:
 
 
 def call(pipeline: DiffusionPipeline) -> Callable[..., Any]:
-    """The call of a pipeline that is told latents of a picture for each prompt, as FLUX.1 Kontext's is."""
-    return partial(_open if references.opens(type(pipeline).__name__) else _draw, pipeline)
+    """The call of a pipeline of FLUX.2 that is told latents of a picture for each prompt, as FLUX.1 Kontext's is."""
+    return partial(_draw, pipeline)
 
 
-def _open(pipeline: Any, *, image: Tensor | Image.Image, image_embeds: Tensor | None = None, **told: Any) -> Any:
-    """Draws films; `image` is what each is told of how it begins, of `latents`, or a picture for all of them."""
+def opening(pipeline: DiffusionPipeline) -> Callable[..., Any]:
+    """The call of a pipeline whose films begin with a picture, that is told what `encode` makes of one for each."""
+    return partial(_begin, pipeline)
+
+
+def _begin(pipeline: Any, *, image: Tensor | Image.Image, image_embeds: Tensor | None = None, **told: Any) -> Any:
+    """Draws films; `image` is what each is told of how it begins, or a picture for all of them."""
     if not isinstance(image, Tensor):
         return pipeline(image=image, **told)
 
@@ -125,20 +170,69 @@ def _draw(pipeline: Any, *, image: Tensor | None = None, **told: Any) -> Any:
         return pipeline(image=[unread], **told)
 
 
+def editing(pipeline: DiffusionPipeline) -> Callable[..., Any]:
+    """The call of Qwen-Image-Edit that is told latents of a picture for each prompt, and embeddings of both.
+
+    It is that of Qwen-Image but for the pictures, and diffusers' takes one prompt a time.
+    """
+    return partial(_edit, pipeline)
+
+
+def _edit(pipeline: Any, *, image: Any = None, **told: Any) -> Any:
+    """Draws; `image` is (rows, channels, h, w), or what diffusers' own call reads."""
+    if not isinstance(image, Tensor):
+        return pipeline(image=image, **told)
+    networks = {name: part for name, part in pipeline.components.items() if name != "processor"}
+    drawer = QwenImagePipeline(**networks)
+    drawer.set_progress_bar_config(**pipeline._progress_bar_config)
+    tokens = pixel_unshuffle(image, PACKED).flatten(2).transpose(1, 2)  # (rows, tokens, channels * 4)
+    shape = (1, image.shape[-2] // PACKED, image.shape[-1] // PACKED)
+
+    def tell(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        states = torch.cat([given["hidden_states"], tokens.to(given["hidden_states"])], dim=1)
+        shapes = [[*given["img_shapes"][0], shape]]  # of all rows, however many there are
+        return args, {**given, "hidden_states": states, "img_shapes": shapes}
+
+    def read(_: nn.Module, __: tuple[Any, ...], found: tuple[Tensor]) -> tuple[Tensor]:
+        return (found[0][:, : -tokens.shape[1]],)
+
+    with ExitStack() as stack:
+        # first of all and last of all, so that who watches the denoiser sees all that it is told and gives
+        stack.callback(pipeline.transformer.register_forward_pre_hook(tell, prepend=True, with_kwargs=True).remove)
+        stack.callback(pipeline.transformer.register_forward_hook(read).remove)
+        return drawer(**told)
+
+
+def example(pipeline_class: str, height: int, width: int) -> dict[str, Any]:
+    """What calls of a pipeline that draws nothing without a picture are told of one: a grey one of the drawn size."""
+    grey = Image.new("RGB", (width, height), (127,) * 3)
+    if references.opens(pipeline_class):
+        return {ARGUMENT: grey}
+    return {} if _why_needed(pipeline_class) is None else {ARGUMENT: [grey]}
+
+
+def _why_needed(pipeline_class: str) -> str | None:
+    """Why a pipeline draws nothing without a picture; None where it does."""
+    if references.opens(pipeline_class):
+        return "films of this pipeline begin with a picture"
+    kind = references.of(pipeline_class)
+    return None if kind is None or not kind.least else "this pipeline edits pictures and draws nothing without one"
+
+
 def require(pipeline_class: str, sampling: Sampling) -> None:
-    """Raises ConfigError where films begin with a picture, and there is none."""
-    if references.opens(pipeline_class) and not sampling.references:
-        raise ConfigError("films of this pipeline begin with a picture; give some: --references FOLDER")
+    """Raises ConfigError where there is no picture, and nothing is drawn without one."""
+    why = _why_needed(pipeline_class)
+    if why is not None and not sampling.references:
+        raise ConfigError(f"{why}; give some: --references FOLDER")
 
 
 def note(pipeline_class: str, sampling: Sampling) -> tuple[str, ...]:
     """What a user should know who prunes a denoiser that is told pictures, and gives none."""
-    if sampling.references:
+    why = _why_needed(pipeline_class)
+    if sampling.references or (why is None and references.of(pipeline_class) is None):
         return ()
-    if references.opens(pipeline_class):
-        return ("films of this pipeline begin with a picture; calibration and comparison want --references FOLDER",)
-    if references.of(pipeline_class) is None:
-        return ()
+    if why is not None:
+        return (f"{why}; calibration and comparison want --references FOLDER",)
     return (
         "this denoiser is told pictures, too, and calibration told it none: it looked at prompts alone. --references "
         "FOLDER shows it some",
@@ -147,6 +241,9 @@ def note(pipeline_class: str, sampling: Sampling) -> tuple[str, ...]:
 
 def drawn(arguments: Mapping[str, Any]) -> Tensor | None:
     """Which tokens of the image's sequence a denoiser's call draws, (tokens,), bool; None where that is all."""
+    if "img_shapes" in arguments:  # of each row what is drawn, and the pictures
+        first, *told = (math.prod(shape) for shape in arguments["img_shapes"][0])
+        return torch.arange(first + sum(told), device=arguments["hidden_states"].device) < first if told else None
     places = arguments.get("img_ids")
     if not isinstance(places, Tensor):
         return None

@@ -14,12 +14,11 @@ import diffusers
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 
-from obsdiff import calls, checkpoint, job, ranks
+from obsdiff import calls, checkpoint, job, pictures, ranks
 from obsdiff.delivery import DTYPES
-from obsdiff.families import parts, references
+from obsdiff.families import parts
 from obsdiff.families.autoencoders import use_tiles
 from obsdiff.loading import (
     LoadedPipeline,
@@ -226,8 +225,7 @@ class PipelineRunner:
         told |= {"num_videos_per_prompt" if films else "num_images_per_prompt": request.num_images}
         for name in ("num_frames", "guidance_scale_2"):
             told |= {} if getattr(request, name) is None else {name: getattr(request, name)}
-        if references.opens(type(pipeline).__name__):
-            told["image"] = Image.new("RGB", (request.width, request.height))
+        told |= pictures.example(type(pipeline).__name__, request.height, request.width)
         laps: dict[str, list[tuple[Mark, Mark]]] = {}
         steps: list[Mark] = []
 

@@ -163,11 +163,11 @@ def batches(sampler: Sampler, prompts: Sequence[str], negative: str) -> Iterator
     sampling = sampler.sampling
     denoiser = getattr(sampler.pipeline, sampler.family.denoiser)
     negatives = guided(sampler.family, denoiser, sampling.guidance_scale)
-    options = {} if sampling.max_sequence_length is None else {"max_sequence_length": sampling.max_sequence_length}
     for start in range(0, len(prompts), sampling.batch_size):
         texts = prompts[start : start + sampling.batch_size]
-        text = sampler.family.encode(sampler.pipeline, texts, [negative] * len(texts) if negatives else [], **options)
-        text = text | pictures.latents(sampler.pipeline, sampling, range(start, start + len(texts)))
+        unwanted = [negative] * len(texts) if negatives else []
+        rows = range(start, start + len(texts))
+        text = pictures.encode(sampler.pipeline, sampler.family, texts, unwanted, sampling, rows)
         yield Batch(prompts=texts, seeds=[sampling.seed + start + i for i in range(len(texts))], text=text)
 
 

@@ -77,7 +77,7 @@ class Settings:
     max_sequence_length: Annotated[int | None, "T5 tokens; default: the pipeline's"] = None
     references: Annotated[
         str | None,
-        "folder of pictures that FLUX.1 Kontext and FLUX.2 are told, or films begin with, in turn with the prompts",
+        "folder of pictures that FLUX.1 Kontext, FLUX.2 and Qwen-Image-Edit are told, or films begin with, by turns",
     ] = None
     batch_size: Annotated[int | None, "prompts per batch; default: 4"] = None
     seed: Annotated[int | None, "each prompt's noise is seeded by this plus its index; default: 0"] = None

@@ -25,6 +25,7 @@ FAMILIES: Final = {
     "sana": "`sana`: Sana",
     "sana_sprint": "`sana`: Sana-Sprint",
     "qwen": "`qwen`: Qwen-Image",
+    "qwen_edit": "`qwen`: Qwen-Image-Edit",
     "lumina2": "`lumina2`: Lumina-2",
     "zimage": "`zimage`: Z-Image, Z-Image-Turbo",
     "hunyuan": "`hunyuan`: HunyuanDiT",

@@ -43,7 +43,7 @@ class _Decoder(nn.Module):
         self.post_quant_conv = getattr(vae, "post_quant_conv", None)
         self.bn = getattr(vae, "bn", None)
         self.decoder = vae.decoder
-        self._films = _draws_films(vae)
+        self._films = draws_films(vae)
 
     def forward(self, latent_sample: Tensor) -> Tensor:
         if self.bn is not None:
@@ -68,7 +68,7 @@ class _Encoder(nn.Module):
         self.encoder = vae.encoder
         self.quant_conv = getattr(vae, "quant_conv", None)
         self.bn = getattr(vae, "bn", None)
-        self._films = _draws_films(vae)
+        self._films = draws_films(vae)
 
     def forward(self, sample: Tensor) -> Tensor:
         parameters: Tensor = self.encoder(sample[:, :, None] if self._films else sample)
@@ -99,7 +99,8 @@ def use_tiles(vae: Any, side: int) -> None:
     vae.enable_tiling(side, side, stride, stride)
 
 
-def _draws_films(vae: Any) -> bool:
+def draws_films(vae: Any) -> bool:
+    """Whether pictures are films of one frame to it."""
     return type(vae).__name__ == "AutoencoderKLQwenImage"
 
 

@@ -3,7 +3,7 @@
 from diffusers import DiffusionPipeline
 
 from obsdiff import turns
-from obsdiff.families import Family, references
+from obsdiff.families import Family, references, seeing
 from obsdiff.families.autoencoders import autoencoder, vae_scale_of
 from obsdiff.families.reading import image_encoders, text_encoders
 from obsdiff_export.component import Component
@@ -25,7 +25,7 @@ def components(family: Family, pipeline: DiffusionPipeline, *, height: int, widt
         for each in turns.families(pipeline, family)
     )
     return (
-        *text_encoders(pipeline),
+        *seeing.components(pipeline, text_encoders(pipeline)),
         *image_encoders(pipeline),
         *denoisers,
         *autoencoder(pipeline, height=height, width=width),

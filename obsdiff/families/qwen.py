@@ -20,8 +20,11 @@ rotates queries and keys as complex numbers, which ONNX has none of; the graph r
 
 Text has the length of its prompt. Here it is padded to one length for all prompts, and the denoiser is told where.
 
-Guidance is diffusers' true_cfg_scale, with the length of what the prompt alone gives. What reads an image beside the
-prompt (QwenImageEdit) or is told more than a timestep (Layered, a distilled guidance) is refused.
+Guidance is diffusers' true_cfg_scale, with the length of what the prompt alone gives.
+
+Qwen-Image-Edit is the same denoiser told pictures; see references.py. That of 2511 (zero_cond_t) modulates their tokens
+as at timestep 0: its img_mod gives twice as many rows, those of the told timesteps first. What is told still more
+(Layered, a distilled guidance) is refused.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,12 +35,13 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle
 
-from obsdiff.families import layers, parts, reading
+from obsdiff.families import layers, parts, reading, references
 from obsdiff.families.rotations import Places, rotating
 from obsdiff.groups import ChunkGate, Group, LinearSpec, Write
 from obsdiff_export.component import Component
 from obsdiff_runtime.conditioning import PACKED as PATCH
 from obsdiff_runtime.errors import ModelError
+from obsdiff_runtime.references import PLACES, STATES
 
 name: str = "qwen"
 denoiser: str = "transformer"
@@ -55,7 +59,7 @@ _TIMESTEPS: Final = 1000
 
 _TEXT_TOKENS: Final = 512
 _SAMPLE_SIZE: Final = 128
-_OPTIONS: Final = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
+_OPTIONS: Final = ("guidance_embeds", "use_additional_t_cond", "use_layer3d_rope")
 
 
 def linears(denoiser: nn.Module) -> tuple[LinearSpec, ...]:
@@ -66,7 +70,7 @@ def linears(denoiser: nn.Module) -> tuple[LinearSpec, ...]:
 
 def output(denoiser: nn.Module) -> LinearSpec | None:
     """See `Family.output`."""
-    return layers.output(denoiser, "proj_out", blocks=sum(1 for _ in _blocks(denoiser)))
+    return layers.output(denoiser, "proj_out", blocks=sum(1 for _ in _blocks(denoiser)), tokens="drawn")
 
 
 def groups(denoiser: nn.Module) -> tuple[Group, ...]:
@@ -83,13 +87,16 @@ def groups(denoiser: nn.Module) -> tuple[Group, ...]:
 def tokens(
     config: Mapping[str, Any], *, height: int, width: int, text_tokens: int, vae_scale: int = 8
 ) -> dict[str, int]:
-    """See `Family.tokens`: "image", one token per 2 x 2 latent pixels, and "text"."""
-    return {"image": (height // vae_scale // PATCH) * (width // vae_scale // PATCH), "text": text_tokens}
+    """See `Family.tokens`: "image", one token per 2 x 2 latent pixels, "text", and "drawn", as of FLUX."""
+    image = (height // vae_scale // PATCH) * (width // vae_scale // PATCH)
+    return {"image": image, "text": text_tokens, "drawn": image}
 
 
 def text_tokens(configs: Mapping[str, Mapping[str, Any]], max_sequence_length: int | None) -> int:
-    """See `Family.text_tokens`."""
-    return _TEXT_TOKENS if max_sequence_length is None else max_sequence_length
+    """See `Family.text_tokens`: of editors with a square picture among them."""
+    told = references.of(str(configs.get("model_index", {}).get("_class_name")))
+    length = _TEXT_TOKENS if max_sequence_length is None else max_sequence_length
+    return length + (0 if told is None else told.seen_tokens(1, 1))
 
 
 def latent_size(config: Mapping[str, Any]) -> tuple[int, int]:
@@ -140,14 +147,29 @@ def example(
 
 def arguments(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
     """See `Family.arguments`: latents as tokens, their rows and columns, and the timestep in the denoiser's unit."""
-    latents = inputs["hidden_states"]
-    size = (1, latents.shape[-2] // PATCH, latents.shape[-1] // PATCH)
+    shape, tokens = _tokens(inputs["hidden_states"])
+    shapes = [(1, *shape)]
+    if STATES in inputs:
+        tokens = torch.cat([tokens, inputs[STATES]], dim=1)
+        shapes += _shapes(inputs[PLACES])
     return {
-        **inputs,
-        "hidden_states": pixel_unshuffle(latents, PATCH).flatten(2).transpose(1, 2),  # (b, tokens, channels * 4)
+        **{name: value for name, value in inputs.items() if name not in (STATES, PLACES)},
+        "hidden_states": tokens,
         "timestep": inputs["timestep"] / _TIMESTEPS,
-        "img_shapes": [[size]],  # of all rows
+        "img_shapes": [shapes],  # of all rows
     }
+
+
+def _tokens(latents: Tensor) -> tuple[tuple[int, int], Tensor]:
+    """Rows and columns of the tokens of latents (b, channels, h, w), and these, (b, tokens, channels * 4)."""
+    shape = latents.shape[-2] // PATCH, latents.shape[-1] // PATCH
+    return shape, pixel_unshuffle(latents, PATCH).flatten(2).transpose(1, 2)
+
+
+def _shapes(places: Tensor) -> list[tuple[int, int, int]]:
+    """1, rows and columns of the pictures whose tokens have these places, (tokens, 3)."""
+    pictures = (places[places[:, 0] == index] for index in torch.unique(places[:, 0]))
+    return [(1, len(torch.unique(own[:, 1])), len(torch.unique(own[:, 2]))) for own in pictures]
 
 
 class _Flat(parts.Flat):
@@ -165,17 +187,26 @@ class _Flat(parts.Flat):
         encoder_hidden_states: Tensor,
         encoder_hidden_states_mask: Tensor,
         timestep: Tensor,
+        reference_states: Tensor | None = None,
+        reference_places: Tensor | None = None,
     ) -> Tensor:
-        inputs = {
-            "hidden_states": hidden_states,
-            "encoder_hidden_states": encoder_hidden_states,
-            "encoder_hidden_states_mask": encoder_hidden_states_mask,
-            "timestep": timestep,
-        }
-        told = arguments(inputs)
-        mask = told.pop("encoder_hidden_states_mask").bool()  # diffusers would count its tokens: no graph of any length
-        found = self.source(**told, attention_kwargs={"text_mask": mask}, return_dict=False)[0]
-        rows, columns = hidden_states.shape[-2] // PATCH, hidden_states.shape[-1] // PATCH
+        model, ((rows, columns), tokens) = self.source, _tokens(hidden_states)
+        drawn = tokens
+        if reference_states is not None:
+            tokens = torch.cat([tokens, reference_states], dim=1)
+        image, text = model.img_in(tokens), model.txt_in(model.txt_norm(encoder_hidden_states))
+        times, which = timestep / _TIMESTEPS, None
+        if model.zero_cond_t:
+            times = torch.cat([times, torch.zeros_like(times)])
+            which = torch.arange(tokens.shape[1], device=tokens.device) >= drawn.shape[1]
+            which = which.expand(tokens.shape[:2]).int()
+        time = model.time_text_embed(times, image)
+        places = model.pos_embed(rows, columns, text.shape[1], tokens.device, reference_places)
+        told = {"text_mask": encoder_hidden_states_mask.bool()}  # diffusers counts its tokens: no graph of any length
+        for block in model.transformer_blocks:
+            text, image = block(image, text, None, time, places, told, which)
+        time = time.chunk(2)[0] if model.zero_cond_t else time
+        found = model.proj_out(model.norm_out(image[:, : drawn.shape[1]], time))  # (b, tokens, channels * 4)
         grid = found.transpose(1, 2).unflatten(2, (rows, columns))  # (b, channels * 4, rows, columns)
         return pixel_shuffle(grid, PATCH)
 
@@ -223,8 +254,8 @@ def _refuse_options(denoiser: nn.Module) -> None:
     asked = [option for option in _OPTIONS if config.get(option)]
     if asked:
         raise ModelError(
-            f"this QwenImageTransformer2DModel has {asked[0]}, as those that edit images do, and obsdiff knows only "
-            "those that draw an image of a prompt"
+            f"this QwenImageTransformer2DModel has {asked[0]}, which those of Qwen-Image and Qwen-Image-Edit have not, "
+            "and obsdiff knows these"
         )
 
 
@@ -235,5 +266,6 @@ def _writes(prefix: str, linear: str) -> Write | None:
     if place is None:
         return None
     stream, norm = place
-    gate = ChunkGate(module=f"{prefix}.{stream}_mod", chunks=6, chunk=3 * norm - 1)
+    told = "modulate_index" if stream == "img" else None
+    gate = ChunkGate(module=f"{prefix}.{stream}_mod", chunks=6, chunk=3 * norm - 1, told=told)
     return Write(stream=f"{prefix}.{stream}_norm{norm}", gate=gate)

@@ -237,15 +237,20 @@ class _Qwen(Flat):
     """Tokens (b, l), and 0 where they are padding, (b, l), to the language model's last hidden state (b, l, width)."""
 
     def __init__(self, source: Any) -> None:
-        inner, outer = copy.copy(source.model), copy.copy(source)  # without what sees, and what writes
-        inner._modules, outer._modules = {"language_model": source.model.language_model}, {"model": inner}
-        super().__init__(outer)
+        super().__init__(only(source, "language_model"))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         model = self.source.model.language_model
         found = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         states: Tensor = found.last_hidden_state
         return states
+
+
+def only(model: Any, part: str) -> Any:
+    """A view of Qwen2.5-VL that has what reads ("language_model") or what sees ("visual"), and nothing that writes."""
+    inner, outer = copy.copy(model.model), copy.copy(model)
+    inner._modules, outer._modules = {part: getattr(model.model, part)}, {"model": inner}
+    return outer
 
 
 class _Layers(Flat):

@@ -21,8 +21,8 @@ Waves = tuple[Tensor, Tensor]
 class Places(nn.Module):
     """Cosines and sines of the tokens' angles, (tokens, head width / 2) each, text before image.
 
-    An image's rows and columns are counted from its middle. The text goes on where the longer of them ends, with the
-    same place along all axes. Float32 whatever the model is in.
+    An image's rows and columns are counted from its middle, of pictures that the denoiser is told, too. The text goes
+    on where the longest of all sides ends, with the same place along all axes. Float32 whatever the model is in.
     """
 
     def __init__(self, source: Any) -> None:
@@ -30,22 +30,22 @@ class Places(nn.Module):
         steps = (torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width for width in source.axes_dim)
         self._frequencies = [(1 / torch.pow(source.theta, step)).tolist() for step in steps]
 
-    def forward(self, img_shapes: Sequence[Any], max_txt_seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        _, rows, columns = img_shapes[0][0]
+    def forward(
+        self, rows: int, columns: int, text_tokens: int, device: torch.device, told: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`told` are the places of tokens of pictures, (tokens, 3): which one, its row and its column."""
 
         def places(count: int) -> Tensor:
             return torch.arange(count, dtype=torch.float32, device=device)
 
-        row, column = places(rows) - (rows - rows // 2), places(columns) - (columns - columns // 2)
-        frame, down, across = (torch.tensor(axis, dtype=torch.float32, device=device) for axis in self._frequencies)
-        grid = (
-            torch.zeros_like(frame).expand(rows, columns, -1),
-            (row[:, None] * down)[:, None].expand(rows, columns, -1),
-            (column[:, None] * across)[None].expand(rows, columns, -1),
-        )
-        start = torch.maximum(row.max(), column.max()) + 1
-        text = (start + places(max_txt_seq_len))[:, None] * torch.cat([frame, down, across])
-        angles = torch.cat([text, torch.cat(grid, dim=-1).flatten(0, 1)])
+        row = (places(rows) - (rows - rows // 2))[:, None].expand(rows, columns)
+        column = (places(columns) - (columns - columns // 2))[None].expand(rows, columns)
+        grid = torch.stack([torch.zeros_like(row), row, column], dim=-1).flatten(0, 1)
+        grid = grid if told is None else torch.cat([grid, told.float()])
+        axes = [torch.tensor(axis, dtype=torch.float32, device=device) for axis in self._frequencies]
+        text = (grid[:, 1:].max() + 1 + places(text_tokens))[:, None] * torch.cat(axes)
+        image = torch.cat([grid[:, index, None] * axis for index, axis in enumerate(axes)], dim=-1)
+        angles = torch.cat([text, image])
         return angles.cos(), angles.sin()
 
 

@@ -19,6 +19,7 @@ from obsdiff.triton.configs import (
 )
 from obsdiff.triton.pbtxt import Message, render
 from obsdiff_runtime.bundle import MANIFEST, Bundle, description
+from obsdiff_runtime.conditioning import kind_of
 from obsdiff_runtime.decoding import encode
 from obsdiff_runtime.errors import CompatibilityError, ConfigError
 from obsdiff_runtime.triton import DESCRIPTION, model_of
@@ -79,6 +80,9 @@ def write_repository(bundle: Bundle, output: Path, choice: Choice, *, force: boo
         raise CompatibilityError(
             f"{bundle.root} draws films, and Triton's model draws pictures alone; use obsdiff serve"
         )
+    references = kind_of(manifest.pipeline_class).references
+    if references is not None and references.least:
+        raise CompatibilityError(f"{bundle.root} edits pictures, and Triton's model takes none; use obsdiff serve")
     models = {component: model_of(choice.name, component) for component in manifest.components}
     configs = {
         component: component_config(component, models[component], entry, choice)

@@ -12,11 +12,12 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from obsdiff_runtime import seeing
 from obsdiff_runtime.errors import BundleError, CompatibilityError, ConfigError
 from obsdiff_runtime.labels import COUNT, read_labels
 from obsdiff_runtime.networks import Array, Networks
 from obsdiff_runtime.references import FLUX2 as FLUX2_REFERENCES
-from obsdiff_runtime.references import KONTEXT, References, Sides
+from obsdiff_runtime.references import KONTEXT, QWEN_EDIT, QWEN_EDIT_PLUS, References, Sides
 
 PACKED: Final = 2  # latent pixels a side of a token, which the pipeline packs; the denoiser's patch_size is 1
 PIXART_ADDED: Final = 128  # sample_size of a denoiser that is told the image's size where its config does not say
@@ -50,6 +51,7 @@ class Settings:
     skipped_steps: int = 0
     guidance_scale_2: float | None = None  # of the denoisers behind the first, where some take turns
     references: tuple[Sides, ...] = ()  # pictures that the denoiser is told
+    seen: tuple[seeing.Seen, ...] = ()  # the same, where the text encoder looks at them, too
 
     def scale_of(self, *, first: bool) -> float:
         """The guidance scale of the first denoiser, or of one behind it."""
@@ -254,9 +256,44 @@ def encode_qwen(networks: Networks, prompts: Sequence[str], negative: bool, sett
     """
     config = networks.bundle.config("text_encoder")
     written = [str(config[QWEN_TEMPLATE]).format(prompt) for prompt in prompts]
-    dropped = int(config[QWEN_DROPPED])
     # padded behind, for the pipeline drops whatever stands in front
-    states, mask = _masked(networks, "", written, dropped + settings.max_sequence_length, pads_left=False)
+    states, mask = _masked(
+        networks, "", written, int(config[QWEN_DROPPED]) + settings.max_sequence_length, pads_left=False
+    )
+    return _behind_template(config, states, mask)
+
+
+def encode_qwen_edit(networks: Networks, prompts: Sequence[str], negative: bool, settings: Settings) -> Conditions:
+    """As Qwen-Image's, with what Qwen2.5-VL's vision made of the pictures among the text.
+
+    Where the template has no place for one, they stand in front of the prompt, each behind its number. Their tokens
+    come on top of the length that is asked for.
+
+    Raises:
+        ConfigError: a prompt holds the mark of a picture, or there is no room for what stands around pictures.
+    """
+    config = networks.bundle.config("text_encoder")
+    template, count = str(config[QWEN_TEMPLATE]), sum(len(each.states) for each in settings.seen)
+    if any(seeing.MARK in prompt for prompt in prompts):
+        raise ConfigError(f"a prompt may not hold {seeing.MARK}, which stands for pictures")
+    before = "".join(f"Picture {index + 1}: {seeing.PICTURE}" for index in range(len(settings.seen)))
+    before = "" if seeing.MARK in template else before
+    written = [seeing.written(template.format(before + prompt), settings.seen) for prompt in prompts]
+    length = int(config[QWEN_DROPPED]) + settings.max_sequence_length + count
+    ids, mask = networks.tokenizer("tokenizer").masked_ids(written, length, pads_left=False)
+    image = int(config["image_token_id"])
+    if ((ids == image).sum(axis=1) != count).any():
+        raise ConfigError(
+            f"max_sequence_length {settings.max_sequence_length} leaves no room for what is around pictures"
+        )
+    inputs = {"input_ids": ids, "attention_mask": mask, **seeing.told(ids, image, settings.seen)}
+    states = networks.run("text_encoder", inputs, ["last_hidden_state"])["last_hidden_state"]
+    return _behind_template(config, states, mask.astype(np.float32))
+
+
+def _behind_template(config: Mapping[str, Any], states: Array, mask: Array) -> Conditions:
+    """What Qwen-Image's denoiser is told of hidden states (n, t, d) and of where text is, (n, t)."""
+    dropped = int(config[QWEN_DROPPED])
     states, mask = states[:, dropped:], mask[:, dropped:]
     return {"encoder_hidden_states": states * mask[..., None], "encoder_hidden_states_mask": mask}
 
@@ -475,6 +512,8 @@ QWEN: Final = Kind(
     even_sigmas=True,
     kept_lengths=_lengths_of_patches,
 )
+QWEN_IMAGE_EDIT: Final = replace(QWEN, encode=encode_qwen_edit, references=QWEN_EDIT)
+QWEN_IMAGE_EDIT_PLUS: Final = replace(QWEN_IMAGE_EDIT, references=QWEN_EDIT_PLUS)
 LUMINA2: Final = Kind(
     encode=encode_lumina2,
     patch=lambda config: int(config["patch_size"]),
@@ -526,6 +565,8 @@ KINDS: Final[dict[str, Kind]] = {
     "Flux2KleinPipeline": FLUX2_KLEIN,
     "Flux2Pipeline": FLUX2,
     "QwenImagePipeline": QWEN,
+    "QwenImageEditPipeline": QWEN_IMAGE_EDIT,
+    "QwenImageEditPlusPipeline": QWEN_IMAGE_EDIT_PLUS,
     "Lumina2Pipeline": LUMINA2,
     "HunyuanDiTPipeline": HUNYUAN,
     "DiTPipeline": DIT,

@@ -23,8 +23,9 @@ from obsdiff_runtime.errors import CancelledError, ConfigError
 from obsdiff_runtime.networks import Array, Networks
 from obsdiff_runtime.noise import Noise, noise_sources
 from obsdiff_runtime.progress import Progress, silent
-from obsdiff_runtime.references import STATES, References, Sides, packed, pixels_of
+from obsdiff_runtime.references import STATES, Reference, References, Sides, packed, reference_of
 from obsdiff_runtime.schedulers import Scheduler, make_scheduler
+from obsdiff_runtime.seeing import Seen, look
 from obsdiff_runtime.turns import require_taken
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ class Pipeline:
         latents: Array | None = None,
         image: Pixels | None = None,
         strength: float | None = None,
-        reference: Pixels | Sequence[Pixels] = (),
+        reference: Pixels | Reference | Sequence[Pixels | Reference] = (),
         progress: Progress = silent,
         on_step: OnStep | None = None,
     ) -> Images:
@@ -152,8 +153,8 @@ class Pipeline:
             image: (height, width, 3), one to change rather than to draw from nothing, or that films begin with where
                 the pipeline's do; its size is the default one.
             strength: of that change, above 0 and up to 1, STRENGTH if None; the share of the steps that is taken.
-            reference: (height, width, 3), a picture that the denoiser is told beside the text, or several, for all
-                images; of any size in multiples of `size_step`. `fit` makes of a file's what diffusers makes of it.
+            reference: a picture that the denoiser is told beside the text, or several, for all images: what `fit` makes
+                of a file's, as diffusers does; or (height, width, 3), of any size in multiples of `size_step`.
             progress: told of each stage: "text", "denoise" step by step, "decode" image by image, or by latent frames.
             on_step: called after each step.
 
@@ -215,14 +216,15 @@ class Pipeline:
         latents: Array | None = None,
         image: Pixels | None = None,
         strength: float | None = None,
-        reference: Pixels | Sequence[Pixels] = (),
+        reference: Pixels | Reference | Sequence[Pixels | Reference] = (),
     ) -> list[Drawing]:
         """The images of a call before their first step, for whoever takes the steps; see `__call__`, `step`, `decode`.
 
         Raises:
             ConfigError, CompatibilityError, RunError: as `__call__`.
         """
-        references = [reference] if isinstance(reference, np.ndarray) else list(reference)
+        given = [reference] if isinstance(reference, (np.ndarray, Reference)) else reference
+        references = [each if isinstance(each, Reference) else Reference(pixels=each) for each in given]
         settings = self.resolve(
             num_inference_steps,
             guidance_scale,
@@ -235,12 +237,15 @@ class Pipeline:
             strength=strength,
             references=references,
         )
+        if self._kind.references is not None and len(references) < self._kind.references.least:
+            raise ConfigError("this pipeline edits pictures and draws nothing without one; give it a reference picture")
         prompts, negatives = _prompts(prompt, negative_prompt, num_images)
         if any(negatives) and not self._kind.negatives:
             raise ConfigError("this pipeline takes no negative prompt: its denoiser is told the guidance scale instead")
         if any(negatives) and not self._kind.takes_negatives:
             raise ConfigError("this pipeline takes no negative prompt: it is guided away from the picture of no class")
         sources = noise_sources(noise_source, seed, len(prompts))
+        settings = replace(settings, seen=self._seen(references))
         cleans = self._cleans(image, sources)
         starts = self._starts(sources, settings, latents)
         told = self._told(references, len(prompts), settings) | self._opening(image, len(prompts), settings)
@@ -269,14 +274,18 @@ class Pipeline:
         """A prompt that it can draw."""
         return self._kind.example
 
+    def example_pictures(self, height: int | None = None, width: int | None = None) -> dict[str, Any]:
+        """What `begin` is told beside the example: a grey picture of such a size, where it draws nothing without one."""
+        kind, defaults = self._kind.references, self.bundle.manifest.defaults
+        grey = np.full((height or defaults.height, width or defaults.width, 3), 127, np.uint8)
+        if self.opens:
+            return {"image": grey}
+        return {} if kind is None or not kind.least else {"reference": [grey] * kind.least}
+
     @property
     def opens(self) -> bool:
         """Whether films begin with a picture, without which it draws none."""
         return self._kind.opens
-
-    def blank(self, height: int, width: int) -> Pixels | None:
-        """A picture that does where it matters how long a film takes and not what it shows; None where none is told."""
-        return np.zeros((height, width, 3), np.uint8) if self.opens else None
 
     @property
     def size_step(self) -> int:
@@ -295,7 +304,7 @@ class Pipeline:
         num_frames: int | None = None,
         image: Pixels | None = None,
         strength: float | None = None,
-        references: Sequence[Pixels] = (),
+        references: Sequence[Reference] = (),
     ) -> Settings:
         """What a call will use; the bundle's defaults where it is told nothing.
 
@@ -343,26 +352,27 @@ class Pipeline:
             return settings
         return replace(settings, skipped_steps=self._skipped(settings.num_inference_steps, strength))
 
-    def fit(self, image: "Image", *, own_size: bool = False) -> Pixels:
+    def fit(self, image: "Image", *, own_size: bool = False) -> Reference:
         """A picture as `reference` takes it, at the size that diffusers gives it, or its own in whole tokens.
 
+        What a text encoder looks at has the size that diffusers gives it in any case.
+
         Raises:
-            ConfigError: the denoiser is told no pictures, or this one is smaller than a token.
+            ConfigError: the denoiser is told no pictures, or this one is smaller than a token, or too slender.
         """
-        references = self._referring()
-        return pixels_of(image, self.size_step, None if own_size else references)
+        return reference_of(image, self.size_step, self._referring(), own_size=own_size)
 
     def _referring(self) -> References:
         if self.opens:
             raise ConfigError("films of this pipeline begin with a picture, and no other is told; give it as the image")
         if self._kind.references is None:
             raise ConfigError(
-                "this bundle's denoiser is told no pictures; those of FLUX.1 Kontext and FLUX.2 are, in bundles "
-                "of this version or a later one"
+                "this bundle's denoiser is told no pictures; those of FLUX.1 Kontext, FLUX.2 and Qwen-Image-Edit are, "
+                "in bundles of this version or a later one"
             )
         return self._kind.references
 
-    def _sides(self, references: Sequence[Pixels]) -> tuple[Sides, ...]:
+    def _sides(self, references: Sequence[Reference]) -> tuple[Sides, ...]:
         """Tokens of each of these pictures."""
         if not references:
             return ()
@@ -370,20 +380,25 @@ class Pipeline:
         if most is not None and len(references) > most:
             raise ConfigError(f"{len(references)} reference pictures; this pipeline takes {most}")
         self._vae.check_encodes()
-        sizes = [_size_of(picture, None, None, "reference") for picture in references]
+        sizes = [_size_of(picture.pixels, None, None, "reference") for picture in references]
         for height, width in sizes:
             if height % step or width % step or 0 in (height, width):
                 raise ConfigError(f"a reference of {width} x {height} pixels; its sides should be multiples of {step}")
         return tuple((height // step, width // step) for height, width in sizes)
 
-    def _told(self, references: Sequence[Pixels], images: int, settings: Settings) -> Conditions:
+    def _seen(self, references: Sequence[Reference]) -> tuple[Seen, ...]:
+        """What the text encoder's vision makes of these pictures; nothing where it reads text alone."""
+        pixels = None if self._kind.references is None else self._kind.references.seen
+        return () if pixels is None else look(self.networks, [each.looked_at(pixels) for each in references])
+
+    def _told(self, references: Sequence[Reference], images: int, settings: Settings) -> Conditions:
         """(n, r, tokens, ...): latents of the pictures that the denoiser is told, which all images have in common."""
         if self._kind.references is None:
             return {}
         patch, channels = self._kind.patch(self._denoiser), self._kind.channels(self._denoiser)
         found = [np.zeros((0, channels * patch**2), np.float32)]
         for picture in references:
-            latents = self._vae.sample(self._vae.encode(picture), lambda shape: np.zeros(shape, np.float32))
+            latents = self._vae.sample(self._vae.encode(picture.pixels), lambda shape: np.zeros(shape, np.float32))
             found.append(packed(latents, patch))
         rows = (images, 2 if settings.guided else 1, 1, 1)
         return {STATES: np.tile(np.concatenate(found), rows)}

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import eyes
 import pytest
 import torch
 from diffusers import (
@@ -37,6 +38,7 @@ from diffusers import (
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    QwenImageEditPlusPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SanaPipeline,
@@ -678,6 +680,12 @@ def qwen_pipeline(**changes: Any) -> QwenImagePipeline:
     )
 
 
+def qwen_edit_pipeline(**changes: Any) -> QwenImageEditPlusPipeline:
+    """As of 2511, whose denoiser modulates pictures as at timestep 0."""
+    components = qwen_pipeline(zero_cond_t=True, **changes).components
+    return eyes.seeing(QwenImageEditPlusPipeline, components, eyes.language_model(24))
+
+
 def lumina2_pipeline(**changes: Any) -> Lumina2Pipeline:
     """A latent pixel is eight pixels wide, whatever the autoencoder, says the pipeline."""
     torch.manual_seed(0)
@@ -810,6 +818,7 @@ PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "sana": sana_pipeline,
     "sana_sprint": sana_sprint_pipeline,
     "qwen": qwen_pipeline,
+    "qwen_edit": qwen_edit_pipeline,
     "lumina2": lumina2_pipeline,
     "hunyuan": hunyuan_pipeline,
     "wan": wan_pipeline,

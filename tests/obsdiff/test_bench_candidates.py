@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from torch import nn
 
 from obsdiff import candidates
@@ -69,6 +70,16 @@ def test_a_pipeline_that_guides_by_another_name_is_guided(build_pipeline: Callab
     runner.load(request)
     drawn = runner.draw(request)
     assert len(drawn.components["transformer"]) == 2 * REQUEST.num_inference_steps
+
+
+def test_an_editor_that_draws_nothing_without_a_picture_is_told_a_grey_one(
+    build_pipeline: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", 32 * 32)
+    build_pipeline("qwen_edit").save_pretrained(tmp_path)
+    runner, request = PipelineRunner(tmp_path), replace(REQUEST, max_sequence_length=None)
+    runner.load(request)
+    assert len(runner.draw(request).components["transformer"]) == 2 * REQUEST.num_inference_steps
 
 
 def test_compiled_means_every_block(sd3_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kinds import EVERY, latents_of
 from obsdiff import moments, pausing, pointwise
+from obsdiff.families import references
 from obsdiff.families.table import family_of
 from obsdiff.groups import LinearSpec, Write
 from obsdiff.moments import TOKENS, Glance, TierMoments
@@ -354,10 +355,15 @@ def test_a_flux2_block_adds_gates_that_it_is_told_times_output_to_each_stream(
 
 
 @torch.no_grad()
-def test_a_qwen_image_block_adds_gate_times_output_to_each_stream(build_denoiser: Callable[..., nn.Module]) -> None:
-    denoiser: Any = build_denoiser("qwen", num_layers=2).double()
+@pytest.mark.parametrize("pictures", [False, True], ids=["none", "pictures with gates of their own"])
+def test_a_qwen_image_block_adds_gate_times_output_to_each_stream(
+    pictures: bool, build_denoiser: Callable[..., nn.Module]
+) -> None:
+    denoiser: Any = build_denoiser("qwen", num_layers=2, zero_cond_t=pictures).double()
     family = family_of(denoiser)
     inputs = family.example(denoiser, batch=2, size=(12, 16), text_tokens=7, pixels=(24, 32))
+    if pictures:
+        inputs |= references.example(denoiser, "QwenImageEditPlusPipeline", batch=2, tokens=12)
     name = "transformer_blocks.0"
     writers = [each for each in family.linears(denoiser) if each.block == 0 and each.writes is not None]
     with pausing.gated([denoiser.get_submodule(name)]):

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from PIL import Image, ImageOps
 
 import obsdiff
@@ -17,6 +19,7 @@ from obsdiff import calibration, pictures, pruning, trajectories, verbs
 from obsdiff.engines import sizes_of
 from obsdiff.evaluation import evaluate
 from obsdiff.families import references
+from obsdiff.families.exporting import components
 from obsdiff.families.table import family_of
 from obsdiff.recipe import Sampling
 from obsdiff.sampling import velocity_of
@@ -26,6 +29,8 @@ from obsdiff_export.onnx import export
 from obsdiff_export.profiles import profiles_for
 from obsdiff_runtime.errors import ConfigError, ModelError
 from obsdiff_runtime.references import PLACES, STATES, TOKENS
+from obsdiff_runtime.seeing import TOKENS as SEEN
+from obsdiff_runtime.seeing import WINDOWS, grid_of, windows_of
 
 PROMPTS = ["a red circle", "a blue square", "a star"]
 SIZES = {"height": 64, "width": 80}
@@ -140,7 +145,7 @@ def editor(folder: Path, build_pipeline: Build, made: dict[str, Any]) -> tuple[A
     return found
 
 
-def pruned_on(folder: Path, pipeline: Any) -> tuple[Any, torch.nn.Module]:
+def pruned_on(folder: Path, pipeline: Any, max_sequence_length: int = 6) -> tuple[Any, torch.nn.Module]:
     masked: list[torch.nn.Module] = []
     shrink = pruning.shrink
     with pytest.MonkeyPatch.context() as patch:
@@ -154,7 +159,7 @@ def pruned_on(folder: Path, pipeline: Any) -> tuple[Any, torch.nn.Module]:
             references=str(folder),
             steps=STEPS,
             draws=1,
-            max_sequence_length=6,
+            max_sequence_length=max_sequence_length,
             protect_first=0,
             protect_last=0,
             align=4,
@@ -165,11 +170,11 @@ def pruned_on(folder: Path, pipeline: Any) -> tuple[Any, torch.nn.Module]:
     return pruned, masked[0]
 
 
-def told(denoiser: Any) -> dict[str, Any]:
+def told(denoiser: Any, pipeline_class: str = "FluxKontextPipeline") -> dict[str, Any]:
     """Arguments of a call with 12 tokens of a picture."""
     family = family_of(denoiser)
     inputs = family.example(denoiser, batch=2, size=(12, 16), text_tokens=7, pixels=(24, 32))
-    inputs |= references.example(denoiser, "FluxKontextPipeline", batch=2, tokens=12)
+    inputs |= references.example(denoiser, pipeline_class, batch=2, tokens=12)
     return family.arguments(inputs)
 
 
@@ -178,23 +183,59 @@ def test_an_editor_that_was_pruned_on_pictures_is_cut_and_comes_back(
     editor: tuple[Any, torch.nn.Module], tmp_path: Path
 ) -> None:
     pruned, masked = editor
+    check_cut(pruned, masked, tmp_path, "FluxKontextPipeline")
+    recipe = pruned.to_json()["recipe"]
+    assert recipe["sampling"]["references"] == 2
+    assert recipe["references_sha256"]
+
+
+def check_cut(pruned: Any, masked: torch.nn.Module, folder: Path, pipeline_class: str) -> None:
+    """The cut denoiser is the masked one, holds the pattern and comes back from a folder."""
+    given = told(masked, pipeline_class)
     with torch.no_grad():
-        expected = masked(**told(masked), return_dict=False)[0]
-        found = pruned.denoiser(**told(masked), return_dict=False)[0]
+        expected = masked(**given, return_dict=False)[0]
+        found = pruned.denoiser(**given, return_dict=False)[0]
     assert pruned.kept
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()  # sums over fewer terms in another order
     for layer in pruned.layers:
         if layer.pattern.endswith("2:4"):
             weight = pruned.denoiser.get_submodule(layer.name).weight
             assert bool(((weight.unflatten(1, (-1, 4)) == 0).sum(-1) >= 2).all()), layer.name
-    obsdiff.save(pruned, tmp_path / "out")
-    loaded = obsdiff.load(tmp_path / "out")
-    assert type(loaded).__name__ == "FluxKontextPipeline"
+    obsdiff.save(pruned, folder / "out")
+    loaded = obsdiff.load(folder / "out")
+    assert type(loaded).__name__ == pipeline_class
     with torch.no_grad():
-        assert torch.equal(loaded.transformer(**told(masked), return_dict=False)[0], found)
-    recipe = pruned.to_json()["recipe"]
-    assert recipe["sampling"]["references"] == 2
-    assert recipe["references_sha256"]
+        assert torch.equal(loaded.transformer(**given, return_dict=False)[0], found)
+
+
+@pytest.mark.stage("weights", "structured", "saved", kind="qwen_edit")
+def test_qwen_image_edit_is_pruned_on_what_diffusers_draws_of_pictures(
+    build_pipeline: Build, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its text encoder looks at the picture of each prompt, and is told where that is, as the model was trained."""
+    monkeypatch.setattr(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", 64 * 96)
+    pipeline = build_pipeline("qwen_edit", num_layers=2)
+    family = family_of(pipeline.transformer)
+    asked = sampling(folder, height=64, width=96, max_sequence_length=100)
+    with pytest.raises(ConfigError, match="draws nothing without one; give some: --references"):
+        calibration.encode(pipeline, family, PROMPTS, sampling(None))
+    found = calibration.sample(pipeline, calibration.encode(pipeline, family, PROMPTS, asked), range(3), asked)
+
+    def tell(_: Any, args: Any, given: dict[str, Any]) -> Any:  # diffusers 0.42 does not
+        types = pipeline.processor.create_mm_token_type_ids(given["input_ids"])
+        return args, {**given, "mm_token_type_ids": torch.tensor(types)}
+
+    hook = pipeline.text_encoder.register_forward_pre_hook(tell, with_kwargs=True)
+    for row, prompt in enumerate(PROMPTS):
+        image = ImageOps.fit(Image.open(asked.references[row % 2]), (96, 64), Image.Resampling.LANCZOS)
+        generator = torch.Generator().manual_seed(row)
+        given = {"num_inference_steps": STEPS, "true_cfg_scale": 3.0, "negative_prompt": "", "generator": generator}
+        with torch.no_grad():
+            alone = pipeline(image=[image], prompt=prompt, height=64, width=96, output_type="latent", **given)[0]
+        torch.testing.assert_close(found[row], alone[0], atol=1e-4, rtol=1e-4)
+    hook.remove()
+    pruned, masked = pruned_on(folder, pipeline, max_sequence_length=100)
+    check_cut(pruned, masked, tmp_path, "QwenImageEditPlusPipeline")
 
 
 @pytest.mark.slow
@@ -217,6 +258,37 @@ def test_the_real_builder_takes_a_graph_that_is_told_pictures_or_none(build_pipe
     )
     limits = engine.profiles[0][STATES]
     assert (limits.min[1], limits.opt[1], limits.max[1]) == (0, 64, 128)
+
+
+def test_engines_of_a_text_encoder_that_looks_at_pictures_take_longer_text(folder: Path) -> None:
+    """A picture of the served shape at best, two of any at most; its windows are those of one, square or slender."""
+    asked, same = sampling(folder, height=1024, width=1024), {"rows": 2, "vae_scale": 8, "template_tokens": 64}
+    sizes = sizes_of(asked, "QwenImageEditPlusPipeline", {}, text_tokens=30 + 196, **same)
+    most = max(math.prod(grid_of(width, 100, 384 * 384)) for width in range(100, 400))
+    windows = max(windows_of(width, 100, 384 * 384) for width in range(100, 400))
+    assert sizes[SEEN] == (1, 196, 470)
+    assert 2 * most <= 470
+    assert sizes["text_tokens"] == (31, 226, 500)
+    assert sizes["sequence"] == (95, 290, 564)
+    assert sizes[WINDOWS] == (1, 16, 24)
+    assert windows <= 24
+    assert sizes[TOKENS] == (0, 4096, 8192)
+
+
+@pytest.mark.slow
+@pytest.mark.stage("engine", kind="qwen_edit")
+@pytest.mark.parametrize("name", ["vision_encoder", "transformer"])
+def test_the_real_builder_takes_what_looks_at_pictures(name: str, build_pipeline: Build, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    pipeline = build_pipeline("qwen_edit", num_layers=1)
+    parts = components(family_of(pipeline.transformer), pipeline, height=32, width=32)
+    (component,) = (each for each in parts if each.name == name)
+    model = export(component, tmp_path / name, dtype=torch.float16)
+    sizes = {"batch": (1, 1, 4), "height": 16, "width": 16, "text_tokens": (6, 6, 20), TOKENS: (0, 64, 128)}
+    builder, profiles = BUILDERS["tensorrt_rtx"], profiles_for(model.inputs, [sizes | {WINDOWS: (1, 16, 24)}])
+    engine = build(model.path, tmp_path / "engines", builder=builder, profiles=profiles, targets=("8.9",))
+    limits = engine.profiles[0]["pixel_values" if name == "vision_encoder" else STATES]
+    assert (limits.min[0], limits.max[0]) == (1, 24 if name == "vision_encoder" else 4)
 
 
 def test_a_plan_counts_one_picture_where_some_are_given_and_says_so_where_not(
@@ -272,7 +344,7 @@ def test_comparison_tells_both_models_pictures(build_pipeline: Build, folder: Pa
         ("FluxFillPipeline", "flux"),
         ("FluxControlPipeline", "flux"),
         ("Flux2KleinKVPipeline", "flux2"),
-        ("QwenImageEditPipeline", "qwen"),
+        ("QwenImageEditInpaintPipeline", "qwen"),
         ("ZImageOmniPipeline", "zimage"),
         ("SanaSprintImg2ImgPipeline", "sana_sprint"),
     ],

@@ -604,9 +604,27 @@ def qwen_pipeline() -> Any:
     )
 
 
+def qwen_edit_pipeline(*, plus: bool = True) -> Any:
+    """The networks of Qwen-Image but for what reads, and the denoiser, which modulates pictures as at timestep 0."""
+    import diffusers
+    import eyes
+
+    name = "QwenImageEditPlusPipeline" if plus else "QwenImageEditPipeline"
+    denoiser = qwen_transformer(zero_cond_t=True) if plus else qwen_transformer()
+    components = {**qwen_pipeline().components, "transformer": denoiser}
+    return eyes.seeing(getattr(diffusers, name), components, seeing_language_model())
+
+
+@seeded
+def seeing_language_model() -> Any:
+    import eyes
+
+    return eyes.language_model(32)
+
+
 @seeded
 @cut
-def qwen_transformer() -> Any:
+def qwen_transformer(**changes: Any) -> Any:
     from diffusers import QwenImageTransformer2DModel
 
     return QwenImageTransformer2DModel(
@@ -617,6 +635,7 @@ def qwen_transformer() -> Any:
         num_attention_heads=2,
         joint_attention_dim=32,
         axes_dims_rope=(2, 2, 4),
+        **changes,
     ).eval()
 
 
@@ -969,6 +988,8 @@ def dit_transformer() -> Any:
 OTHERS: dict[str, Callable[[], Any]] = {
     "dit": dit_pipeline,
     "kontext": kontext_pipeline,
+    "qwen_edit": qwen_edit_pipeline,
+    "qwen_edit_first": lambda: qwen_edit_pipeline(plus=False),
     "wan22": wan22_pipeline,
     "wan_ti2v": wan_ti2v_pipeline,
     "wan_i2v": wan_i2v_pipeline,
@@ -976,10 +997,19 @@ OTHERS: dict[str, Callable[[], Any]] = {
 }
 """Pipelines whose calls are others, each with a file of tests: class_conditional, references, turns, openings."""
 
-LIKE = {"kontext": "flux", "wan22": "wan", "wan_ti2v": "wan", "wan_i2v": "wan", "wan22_i2v": "wan"}
+LIKE = {
+    "kontext": "flux",
+    "qwen_edit": "qwen",
+    "qwen_edit_first": "qwen_edit",
+    **{name: "wan" for name in ("wan22", "wan_ti2v", "wan_i2v", "wan22_i2v")},
+}
 """Pipelines that share all networks with another but for those in OWN, or the denoiser's graph."""
 
-OWN = {"wan_ti2v": ("vae_decoder", "vae_decoder_next")}
+OWN = {
+    "qwen_edit": ("transformer", "text_encoder", "vision_encoder"),
+    "qwen_edit_first": ("transformer", "text_encoder"),
+    "wan_ti2v": ("vae_decoder", "vae_decoder_next"),
+}
 
 
 def write_bundle(
@@ -1025,13 +1055,20 @@ def write_bundle(
                 num_inference_steps=4,
                 guidance_scale=3.0,
                 num_frames=9 if family.name in FILMS else None,
-                max_sequence_length=5 if getattr(pipeline, "image_encoder", None) is None else 512,
+                max_sequence_length=_longest(pipeline),
             ),
             components=components,
             turns=turns.of(pipeline, family) if len(turns.names(pipeline.config, family)) > 1 else {},
         ),
     )
     return folder
+
+
+def _longest(pipeline: Any) -> int:
+    """Text tokens; of a processor's, what is around the pictures counts, and beside an image encoder's it is fixed."""
+    if hasattr(pipeline, "processor"):
+        return 60
+    return 5 if getattr(pipeline, "image_encoder", None) is None else 512
 
 
 _EXPORTED: dict[tuple[str, int, frozenset[str]], Any] = {}
@@ -1121,6 +1158,16 @@ def flux2_dev_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]
 @pytest.fixture(scope="session")
 def qwen_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return _pair("qwen", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def qwen_edit_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    return _pair("qwen_edit", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def qwen_edit_first_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    return _pair("qwen_edit_first", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,13 @@ SHORTEST_COUNTED_SECONDS: Final = 0.2
 
 GROWTH: Final = "growth of what all programs use, by NVML; of the first on a GPU with CUDA's own share"
 
-STAGES: Final[Mapping[str, str]] = {"text": "text_encoder", "decode": "vae_decoder"}
+STAGES: Final[Mapping[str, str]] = {
+    "text_encoder": "text",
+    "vision_encoder": "text",
+    "image_encoder": "text",
+    "vae_encoder": "text",  # of pictures that are told beside it
+    "vae_decoder": "decode",
+}
 """How components begin that belong to a stage; the others are the denoiser's, "denoise"."""
 
 
@@ -154,7 +160,7 @@ def _outside(takes: list[Take]) -> Outside:
     for take in takes:
         left = dict(take.drawn.stages)
         for component, runs in take.drawn.components.items():
-            stage = next((stage for stage, prefix in STAGES.items() if component.startswith(prefix)), "denoise")
+            stage = next((stage for prefix, stage in STAGES.items() if component.startswith(prefix)), "denoise")
             if stage in left:
                 left[stage] -= sum(runs)
         for stage, rest in left.items():

@@ -205,9 +205,9 @@ class BundleRunner:
         )
 
     def load(self, request: Request) -> Loaded:
-        networks = self._pipeline.networks
+        networks, shown = self._pipeline.networks, self._pipeline.example_pictures()
         for name in networks.bundle.manifest.components:
-            if name != ENCODER or self._pipeline.opens:
+            if name != ENCODER or shown:
                 networks.session(name)
         start = time.perf_counter()
         self._call(request)
@@ -259,7 +259,7 @@ class BundleRunner:
             max_sequence_length=request.max_sequence_length,
             num_images=request.num_images,
             seed=request.seed,
-            image=self._pipeline.blank(request.height, request.width),
+            **self._pipeline.example_pictures(request.height, request.width),
             progress=progress,
         )
 

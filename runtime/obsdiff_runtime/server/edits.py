@@ -14,6 +14,7 @@ from starlette.datastructures import UploadFile
 from obsdiff_runtime.autoencoder import Pixels
 from obsdiff_runtime.pictures import open_picture, resized
 from obsdiff_runtime.pipeline import Pipeline
+from obsdiff_runtime.references import Reference
 from obsdiff_runtime.server.problems import Refused
 from obsdiff_runtime.server.schemas import ImageRequest
 
@@ -108,7 +109,7 @@ async def read_pictures(pipeline: Pipeline, uploads: Sequence[Upload], size: tup
     if pipeline.opens and len(uploads) > 1:
         raise Refused(400, f"image: {len(uploads)} pictures; films of this model begin with one", param="image")
 
-    def read(upload: Upload) -> Pixels:
+    def read(upload: Upload) -> Pixels | Reference:
         image = open_picture(io.BytesIO(upload.content), upload.name, formats=FORMATS, most_pixels=MOST_PIXELS)
         return resized(image, width, height) if pipeline.opens else pipeline.fit(image)
 

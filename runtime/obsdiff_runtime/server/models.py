@@ -103,9 +103,8 @@ def serve_bundle(
     pipeline = Pipeline(opened, backend=backend, threads=threads, vae_tiling=vae_tiling)
     name = name or pipeline.bundle.root.resolve().name
     if warm_up:
-        defaults = pipeline.bundle.manifest.defaults
-        blank = pipeline.blank(defaults.height, defaults.width)
-        pipeline(pipeline.example, num_inference_steps=_fewest_steps(pipeline), image=blank)
+        steps, pictures = _fewest_steps(pipeline), pipeline.example_pictures()
+        pipeline(pipeline.example, num_inference_steps=steps, **pictures)
     batcher = Batcher(pipeline, limits, None if watch is None else watch(name), name)
     return ServedModel(id=name, pipeline=pipeline, batcher=batcher, bounds=bounds, created=int(time.time()))
 

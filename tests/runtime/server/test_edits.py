@@ -11,6 +11,7 @@ import openai
 import pytest
 from PIL import Image
 
+from obsdiff_runtime import references
 from obsdiff_runtime.pipeline import Pipeline
 from obsdiff_runtime.server.limits import MAX_FORM_BYTES
 
@@ -47,6 +48,25 @@ def test_openai_s_client_edits_pictures(client: openai.OpenAI, flux2_pair: tuple
     drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(found.data[0].b64_json))))
     np.testing.assert_array_equal(drawn, expected)
     assert not np.array_equal(drawn, ours(PROMPT, **given).arrays[0])
+
+
+def test_what_draws_nothing_without_a_picture_is_served(
+    qwen_edit_pair: tuple[Any, Path], serving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first request, too, for which the server draws once."""
+    monkeypatch.setattr(references, "_MEGAPIXEL", 64 * 64)
+    fields = {"prompt": PROMPT, "size": "32x24", "seed": "7", "num_inference_steps": "2", "guidance_scale": "1"}
+    file = file_of(64, 64)
+    with serving(qwen_edit_pair[1]) as found:
+        edited = found.client.post("/v1/images/edits", data=fields, files={"image": file})
+        refused = found.client.post("/v1/images/generations", json={"prompt": PROMPT, "size": "32x24"})
+    assert (edited.status_code, refused.status_code) == (200, 400), edited.text
+    assert "draws nothing without one" in refused.json()["error"]["message"]
+    ours = Pipeline(qwen_edit_pair[1], threads=1)
+    given = {"seed": 7, "num_inference_steps": 2, "height": 24, "width": 32, "guidance_scale": 1.0}
+    expected = ours(PROMPT, reference=ours.fit(Image.open(io.BytesIO(file[1]))), **given).arrays[0]
+    drawn = Image.open(io.BytesIO(base64.b64decode(edited.json()["data"][0]["b64_json"])))
+    np.testing.assert_array_equal(np.asarray(drawn), expected)
 
 
 def test_an_edit_is_streamed_under_its_own_name(client: openai.OpenAI) -> None:
