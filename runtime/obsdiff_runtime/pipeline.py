@@ -275,7 +275,7 @@ class Pipeline:
         return self._kind.example
 
     def example_pictures(self, height: int | None = None, width: int | None = None) -> dict[str, Any]:
-        """What `begin` is told beside the example: a grey picture of such a size, where it draws nothing without one."""
+        """What `begin` is told beside the example: a grey picture of such a size where it draws nothing without."""
         kind, defaults = self._kind.references, self.bundle.manifest.defaults
         grey = np.full((height or defaults.height, width or defaults.width, 3), 127, np.uint8)
         if self.opens:
