@@ -45,6 +45,7 @@ EVALUATION_SEED: Final = 1_000_000
 """Added to the seed for the comparison, so that no calibration noise is seen again."""
 
 _NOTHING_EXPORTED: Final = NotMeasured(why="nothing was exported")
+_NOTHING_CHANGED: Final = NotMeasured(why="the model was exported as it came")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,8 +224,11 @@ def deliver(
     if any(is_stored(module) for module in dense.values()):
         return Delivery(dense_bytes=written, pruned_bytes=written, latency=delivery.UNCOMPARED, **same)
     with tempfile.TemporaryDirectory(prefix="obsdiff-") as scratch:
-        with stages("time"):
-            before, latency = _timed(job, settings, pruned.pipeline, dense, models, Path(scratch), progress)
+        before: Mapping[str, OnnxModel | None] = dict.fromkeys(dense)
+        latency: tuple[LatencyPair, ...] | NotMeasured = _NOTHING_CHANGED
+        if any(each.denoiser is not dense[each.family.denoiser] for each in pruned.turns):
+            with stages("time"):
+                before, latency = _timed(job, settings, pruned.pipeline, dense, models, Path(scratch), progress)
         if order is not None:
             with stages("build engines"):
                 built = engines.build_engines(
@@ -232,14 +236,14 @@ def deliver(
                     folder,
                     what,
                     order,
-                    denoisers={name: model.path for name, model in before.items()},
+                    denoisers={name: None if model is None else model.path for name, model in before.items()},
                     progress=progress,
                 )
             same["components"] = tuple(
                 dataclasses.replace(item, engines=(built.built[item.model.name],)) for item in components
             )
     return Delivery(
-        dense_bytes=sum(model.bytes for model in before.values()),
+        dense_bytes=sum(model.bytes for model in before.values() if model is not None) or written,
         pruned_bytes=written,
         latency=latency,
         engines=built,

@@ -249,7 +249,8 @@ def export(
         judges = judges_of(settings, obeys=obedience_of(loaded.defaults), device=loaded.pipeline.device)
         gates, scales = gates_of(settings, judges), scales_of(settings, judges)
         stored = computable(loaded)
-        dense = loaded.denoisers if settings.low_memory else copy.deepcopy(loaded.denoisers)
+        changes = settings.sparsity is not None or format is not None
+        dense = copy.deepcopy(loaded.denoisers) if changes else loaded.denoisers
     with stages("calibrate and prune"):
         pruned = _prune(loaded, job, stored, journal, progress)
     rounding = None

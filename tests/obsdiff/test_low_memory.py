@@ -39,6 +39,7 @@ def test_the_bundle_of_a_pruned_checkpoint_is_the_usual_one(pruned: Path, tmp_pa
         usual.report.pruned.parameters,
         usual.report.pruned.nonzero,
     )
+    assert usual.report.to_json()["latency"] == {"not_measured": "the model was exported as it came"}
     told = low.report.to_json()
     assert told["latency"] == {"not_measured": "--low-memory runs no network"}
     assert "were not compared with torch, and nothing was timed" in told["notes"][0]

@@ -93,12 +93,17 @@ def test_the_main_job_leaves_a_bundle_that_draws_the_film_of_the_pruned_pipeline
     names = ("transformer", "transformer_2")
     build_pipeline("wan22", num_layers=1).save_pretrained(tmp_path / "dense")
     small = {**SMALL, "steps": 4, "guidance_scale": 4.0, "guidance_scale_2": 3.0}
-    settings = Settings(
-        model=str(tmp_path / "dense"), sparsity="ffn:0.25+2:4", method="magnitude", align=4, protect_first=0, **small
-    )
-    verbs.prune_to_folder(settings, tmp_path / "pruned")
-    told = {"trt": True, "targets": ["8.9"], "dtype": "fp32", "eval_prompts": 0, "no_cache": True, "vae_tile": 16}
-    exported = obsdiff.export(tmp_path / "pruned", tmp_path / "out", **told, **small)
+    how = {
+        "sparsity": "ffn:0.25+2:4",
+        "method": "magnitude",
+        "align": 4,
+        "protect_first": 0,
+        "eval_prompts": 0,
+        **small,
+    }
+    verbs.prune_to_folder(Settings(model=str(tmp_path / "dense"), **how), tmp_path / "pruned")
+    told = {"trt": True, "targets": ["8.9"], "dtype": "fp32", "no_cache": True, "vae_tile": 16}
+    exported = obsdiff.export(tmp_path / "dense", tmp_path / "out", **told, **how)
     bundle = open_bundle(tmp_path / "out")
     following = bundle.component(NEXT_DECODER)
     assert bundle.component(DECODER).engines
