@@ -5,6 +5,7 @@ shows that the stage is refused; the family is its parameter `kind` or `pair`, o
 A run of the whole suite fails where the page says something else; `pytest --write-families` writes it.
 """
 
+import difflib
 from pathlib import Path
 from typing import Final
 
@@ -83,6 +84,9 @@ class SupportMatrix:
             terminalreporter.write_line(
                 f"{PAGE.name} is not what the tests show; pytest --write-families writes it", red=True
             )
+            own = PAGE.read_text(encoding="utf-8").splitlines()
+            for line in difflib.unified_diff(own, page(self._cells).splitlines(), "page", "tests", lineterm="", n=0):
+                terminalreporter.write_line(line)
 
     def _whole(self) -> bool:
         """Whether every row and column that the page has a yes for could have been filled."""

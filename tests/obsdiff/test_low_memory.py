@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from obsdiff import checkpoint, verbs, weights
@@ -20,10 +21,13 @@ from obsdiff_runtime.errors import BundleError, ConfigError, ModelError
 SMALL: dict[str, Any] = {"height": 32, "width": 32, "steps": 2}
 
 
-@pytest.fixture(scope="module")
-def pruned(sd3_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("pruned") / "out"
-    settings = Settings(model=str(sd3_folder), sparsity="structured:0.25+2:4", method="magnitude", align=1, **SMALL)
+@pytest.fixture
+def pruned(build_pipeline: Callable[..., DiffusionPipeline], tmp_path: Path) -> Path:
+    out = tmp_path / "pruned"
+    build_pipeline("sd3", num_layers=2).save_pretrained(tmp_path / "dense")
+    settings = Settings(
+        model=str(tmp_path / "dense"), sparsity="structured:0.25+2:4", method="magnitude", align=1, **SMALL
+    )
     verbs.prune_to_folder(settings, out)
     return out
 

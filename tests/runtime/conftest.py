@@ -646,8 +646,8 @@ def film_vae() -> Any:
     return AutoencoderKLQwenImage(
         base_dim=8,
         z_dim=4,
-        dim_mult=[1, 2],
-        num_res_blocks=1,
+        dim_mult=[1, 1],
+        num_res_blocks=0,
         temperal_downsample=[True],
         latents_mean=[-0.7, 0.1, 0.9, 0.2],
         latents_std=[2.8, 1.4, 0.6, 1.2],
@@ -917,8 +917,8 @@ def wan_vae(**changes: Any) -> Any:
     config: dict[str, Any] = {
         "base_dim": 8,
         "z_dim": 4,
-        "dim_mult": [1, 2, 2],
-        "num_res_blocks": 1,
+        "dim_mult": [1, 1, 1],
+        "num_res_blocks": 0,
         "temperal_downsample": [True, True],
         "latents_mean": [-0.7, 0.1, 0.9, 0.2],
         "latents_std": [2.8, 1.4, 0.6, 1.2],
@@ -930,9 +930,7 @@ def wan_vae(**changes: Any) -> Any:
 
 def wan_ti2v_vae() -> Any:
     """Its blocks have shortcuts, and its pixels are patches of two a side."""
-    return wan_vae(
-        num_res_blocks=0, is_residual=True, in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=8
-    )
+    return wan_vae(is_residual=True, in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=8)
 
 
 PIPELINES: dict[str, Callable[[], Any]] = {
