@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import eyes
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -58,6 +59,7 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from diffusers.utils import logging as diffusers_logging
+from PIL import Image
 from tokenizers import pre_tokenizers
 from torch import nn
 from transformers import (
@@ -937,6 +939,17 @@ def denoise() -> Callable[[nn.Module], torch.Tensor]:
             return denoiser(sample, time, text, added_cond_kwargs=added, return_dict=False)[0]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two pictures of shapes of their own, and a file that is none."""
+    place = tmp_path_factory.mktemp("pictures")
+    for name, size in {"b.png": (90, 70, 3), "a.jpg": (96, 128, 3)}.items():
+        pixels = np.random.default_rng(len(name)).integers(0, 255, size, dtype=np.uint8)
+        Image.fromarray(pixels).resize((size[1] // 8, size[0] // 8)).resize((size[1], size[0])).save(place / name)
+    (place / "notes.txt").write_text("no picture")
+    return place
 
 
 @pytest.fixture(scope="session")

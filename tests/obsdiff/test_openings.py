@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
@@ -37,16 +36,6 @@ SIZES: dict[str, Any] = {"height": 32, "width": 48, "num_frames": 9}
 Build = Callable[..., Any]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two pictures of other shapes than what is drawn."""
-    place = tmp_path_factory.mktemp("openings")
-    for name, size in {"b.png": (90, 70, 3), "a.png": (96, 128, 3)}.items():
-        pixels = np.random.default_rng(len(name)).integers(0, 255, size, dtype=np.uint8)
-        Image.fromarray(pixels).resize((size[1] // 8, size[0] // 8)).resize((size[1], size[0])).save(place / name)
-    return place
-
-
 def steps_of(kind: str) -> int:
     return 4 if kind == "wan22_i2v" else 2
 
@@ -64,11 +53,11 @@ def test_the_family_says_what_the_denoiser_does(kind: str, build_denoiser: Build
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
 def test_calibration_draws_what_diffusers_draws_of_prompt_and_picture(
-    kind: str, build_pipeline: Build, folder: Path
+    kind: str, build_pipeline: Build, picture_folder: Path
 ) -> None:
     """Of a batch whose prompts have pictures of their own, beside diffusers given them one at a time."""
     pipeline = build_pipeline(kind)
-    files = (str(folder / "a.png"), str(folder / "b.png"))
+    files = (str(picture_folder / "a.jpg"), str(picture_folder / "b.png"))
     given: dict[str, Any] = {"num_inference_steps": steps_of(kind), "guidance_scale": 3.0, **SIZES}
     asked = Sampling(batch_size=3, seed=0, max_sequence_length=512, references=files, **given)
     prompts = calibration.encode(pipeline, wan, PROMPTS, asked)
@@ -95,7 +84,7 @@ def made() -> dict[str, Any]:
 
 
 @pytest.fixture
-def cut(request: pytest.FixtureRequest, build_pipeline: Build, folder: Path, made: dict[str, Any]) -> Any:
+def cut(request: pytest.FixtureRequest, build_pipeline: Build, picture_folder: Path, made: dict[str, Any]) -> Any:
     """A pipeline pruned by the default method, and its denoisers before they were cut; made once."""
     kind = request.param
     if kind not in made:
@@ -109,7 +98,7 @@ def cut(request: pytest.FixtureRequest, build_pipeline: Build, folder: Path, mad
                 build_pipeline(kind, num_layers=1),
                 sparsity="ffn:0.25+2:4",
                 prompts=PROMPTS[:2],
-                references=str(folder),
+                references=str(picture_folder),
                 steps=steps_of(kind),
                 draws=1,
                 protect_first=0,
@@ -167,11 +156,13 @@ def test_the_two_encoders_read_a_film_of_any_length_as_the_autoencoder_does(buil
 
 @torch.no_grad()
 @pytest.mark.parametrize("cut", ["wan22_i2v"], indirect=True)
-def test_a_pruned_folder_is_compared_on_pictures(cut: Any, folder: Path, build_pipeline: Build, tmp_path: Path) -> None:
+def test_a_pruned_folder_is_compared_on_pictures(
+    cut: Any, picture_folder: Path, build_pipeline: Build, tmp_path: Path
+) -> None:
     """Its card says how to draw."""
     build_pipeline("wan22_i2v", num_layers=1).save_pretrained(tmp_path / "dense")
     obsdiff.save(cut[0], tmp_path / "pruned")
-    settings = Settings(eval_prompts=1, references=str(folder), steps=4, max_sequence_length=8, **SIZES)
+    settings = Settings(eval_prompts=1, references=str(picture_folder), steps=4, max_sequence_length=8, **SIZES)
     report = verbs.evaluate(tmp_path / "pruned", str(tmp_path / "dense"), settings).reports[0]
     assert isinstance(report.evaluation, Evaluation)
     assert all(0 < error < 10 for error in report.evaluation.velocity_error_per_step)
@@ -272,13 +263,13 @@ def test_pictures_are_asked_for_before_anything_is_loaded(
         verbs.export(replace(asked, method="magnitude"), tmp_path / "out")
 
 
-def test_what_cannot_be_is_refused_in_a_sentence(build_pipeline: Build, folder: Path) -> None:
+def test_what_cannot_be_is_refused_in_a_sentence(build_pipeline: Build, picture_folder: Path) -> None:
     pipeline = build_pipeline("wan_i2v", num_layers=1)
     asked: dict[str, Any] = {"sparsity": "2:4", "prompts": PROMPTS[:1], "steps": 1, **SIZES}
     with pytest.raises(ConfigError, match="films of this pipeline begin with a picture; give some: --references"):
         obsdiff.prune(pipeline, **asked)
     with pytest.raises(ConfigError, match=r"--max-sequence-length 8: .* texts of 512 tokens alone"):
-        obsdiff.prune(pipeline, references=str(folder), max_sequence_length=8, **asked)
+        obsdiff.prune(pipeline, references=str(picture_folder), max_sequence_length=8, **asked)
     pipeline.image_processor.do_center_crop = False
     with pytest.raises(ModelError, match="image_encoder is a CLIPVisionModel that reads 32 pixels a side; known are"):
         components(wan, pipeline, height=32, width=32)

@@ -38,30 +38,19 @@ STEPS = 2
 Build = Callable[..., Any]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two pictures of other shapes than what is drawn, and a file that is none."""
-    place = tmp_path_factory.mktemp("references")
-    for name, size in {"b.png": (90, 70, 3), "a.jpg": (96, 128, 3)}.items():
-        pixels = np.random.default_rng(len(name)).integers(0, 255, size, dtype=np.uint8)
-        Image.fromarray(pixels).resize((size[1] // 8, size[0] // 8)).resize((size[1], size[0])).save(place / name)
-    (place / "notes.txt").write_text("no picture")
-    return place
-
-
-def sampling(folder: Path | None, **changes: Any) -> Sampling:
-    files = () if folder is None else (str(folder / "a.jpg"), str(folder / "b.png"))
+def sampling(picture_folder: Path | None, **changes: Any) -> Sampling:
+    files = () if picture_folder is None else (str(picture_folder / "a.jpg"), str(picture_folder / "b.png"))
     given = {"num_inference_steps": STEPS, "guidance_scale": 3.0, "max_sequence_length": 30, "batch_size": 3, "seed": 0}
     return Sampling(**{**given, **SIZES, "references": files, **changes})
 
 
 @pytest.mark.parametrize("kind", ["kontext", "flux2"])
 def test_calibration_draws_what_diffusers_draws_of_prompt_and_picture(
-    kind: str, build_pipeline: Build, folder: Path
+    kind: str, build_pipeline: Build, picture_folder: Path
 ) -> None:
     """Of a batch whose prompts have pictures of their own, beside diffusers given them one at a time."""
     pipeline = build_pipeline(kind)
-    asked = sampling(folder)
+    asked = sampling(picture_folder)
     prompts = calibration.encode(pipeline, family_of(pipeline.transformer), PROMPTS, asked)
     seen: list[Any] = []
     hook = pipeline.transformer.register_forward_pre_hook(lambda _, __, told: seen.append(told), with_kwargs=True)
@@ -96,13 +85,13 @@ def test_calibration_draws_what_diffusers_draws_of_prompt_and_picture(
 
 
 @pytest.mark.parametrize("kind", ["kontext", "flux2"])
-def test_what_nobody_reads_is_not_measured(kind: str, build_pipeline: Build, folder: Path) -> None:
+def test_what_nobody_reads_is_not_measured(kind: str, build_pipeline: Build, picture_folder: Path) -> None:
     """Of the last linear, and of velocities, tokens of pictures count nothing; of blocks they do."""
     pipeline = build_pipeline(kind)
     family = family_of(pipeline.transformer)
     output = family.output(pipeline.transformer)
     assert output is not None
-    asked = sampling(folder, guidance_scale=1.0)
+    asked = sampling(picture_folder, guidance_scale=1.0)
     prompts = calibration.encode(pipeline, family, PROMPTS, asked)
     calls = trajectories.record(pipeline, family, prompts, asked, computed_steps=1, kept_steps=1)
     (call,) = calls
@@ -113,11 +102,11 @@ def test_what_nobody_reads_is_not_measured(kind: str, build_pipeline: Build, fol
     assert torch.equal(velocity_of(pipeline.transformer, (whole,), call.arguments[1]), whole[:, :half])
 
 
-def test_grams_count_tokens_of_pictures_as_those_of_what_is_drawn(build_pipeline: Build, folder: Path) -> None:
+def test_grams_count_tokens_of_pictures_as_those_of_what_is_drawn(build_pipeline: Build, picture_folder: Path) -> None:
     pipeline = build_pipeline("kontext")
     family = family_of(pipeline.transformer)
     (linear,) = (each for each in family.linears(pipeline.transformer) if each.name == "transformer_blocks.1.attn.to_q")
-    asked = sampling(folder)
+    asked = sampling(picture_folder)
     prompts = calibration.encode(pipeline, family, PROMPTS, asked)
     seen: list[torch.Tensor] = []
     hook = pipeline.transformer.get_submodule(linear.name).register_forward_pre_hook(
@@ -137,15 +126,15 @@ def made() -> dict[str, Any]:
 
 
 @pytest.fixture
-def editor(folder: Path, build_pipeline: Build, made: dict[str, Any]) -> tuple[Any, torch.nn.Module]:
+def editor(picture_folder: Path, build_pipeline: Build, made: dict[str, Any]) -> tuple[Any, torch.nn.Module]:
     """FLUX.1 Kontext pruned on pictures by the default method, and its denoiser before it was cut; made once."""
     if "editor" not in made:
-        made["editor"] = pruned_on(folder, build_pipeline("kontext"))
+        made["editor"] = pruned_on(picture_folder, build_pipeline("kontext"))
     found: tuple[Any, torch.nn.Module] = made["editor"]
     return found
 
 
-def pruned_on(folder: Path, pipeline: Any, max_sequence_length: int = 6) -> tuple[Any, torch.nn.Module]:
+def pruned_on(picture_folder: Path, pipeline: Any, max_sequence_length: int = 6) -> tuple[Any, torch.nn.Module]:
     masked: list[torch.nn.Module] = []
     shrink = pruning.shrink
     with pytest.MonkeyPatch.context() as patch:
@@ -156,7 +145,7 @@ def pruned_on(folder: Path, pipeline: Any, max_sequence_length: int = 6) -> tupl
             pipeline,
             sparsity="structured:0.25+2:4",
             prompts=PROMPTS,
-            references=str(folder),
+            references=str(picture_folder),
             steps=STEPS,
             draws=1,
             max_sequence_length=max_sequence_length,
@@ -210,13 +199,13 @@ def check_cut(pruned: Any, masked: torch.nn.Module, folder: Path, pipeline_class
 
 @pytest.mark.stage("weights", "structured", "saved", kind="qwen_edit")
 def test_qwen_image_edit_is_pruned_on_what_diffusers_draws_of_pictures(
-    build_pipeline: Build, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    build_pipeline: Build, picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its text encoder looks at the picture of each prompt, and is told where that is, as the model was trained."""
     monkeypatch.setattr(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", 64 * 96)
     pipeline = build_pipeline("qwen_edit", num_layers=2)
     family = family_of(pipeline.transformer)
-    asked = sampling(folder, height=64, width=96, max_sequence_length=100)
+    asked = sampling(picture_folder, height=64, width=96, max_sequence_length=100)
     with pytest.raises(ConfigError, match="draws nothing without one; give some: --references"):
         calibration.encode(pipeline, family, PROMPTS, sampling(None))
     found = calibration.sample(pipeline, calibration.encode(pipeline, family, PROMPTS, asked), range(3), asked)
@@ -234,7 +223,7 @@ def test_qwen_image_edit_is_pruned_on_what_diffusers_draws_of_pictures(
             alone = pipeline(image=[image], prompt=prompt, height=64, width=96, output_type="latent", **given)[0]
         torch.testing.assert_close(found[row], alone[0], atol=1e-4, rtol=1e-4)
     hook.remove()
-    pruned, masked = pruned_on(folder, pipeline, max_sequence_length=100)
+    pruned, masked = pruned_on(picture_folder, pipeline, max_sequence_length=100)
     check_cut(pruned, masked, tmp_path, "QwenImageEditPlusPipeline")
 
 
@@ -260,9 +249,9 @@ def test_the_real_builder_takes_a_graph_that_is_told_pictures_or_none(build_pipe
     assert (limits.min[1], limits.opt[1], limits.max[1]) == (0, 64, 128)
 
 
-def test_engines_of_a_text_encoder_that_looks_at_pictures_take_longer_text(folder: Path) -> None:
+def test_engines_of_a_text_encoder_that_looks_at_pictures_take_longer_text(picture_folder: Path) -> None:
     """A picture of the served shape at best, two of any at most; its windows are those of one, square or slender."""
-    asked, same = sampling(folder, height=1024, width=1024), {"rows": 2, "vae_scale": 8, "template_tokens": 64}
+    asked, same = sampling(picture_folder, height=1024, width=1024), {"rows": 2, "vae_scale": 8, "template_tokens": 64}
     sizes = sizes_of(asked, "QwenImageEditPlusPipeline", {}, text_tokens=30 + 196, **same)
     most = max(math.prod(grid_of(width, 100, 384 * 384)) for width in range(100, 400))
     windows = max(windows_of(width, 100, 384 * 384) for width in range(100, 400))
@@ -292,11 +281,11 @@ def test_the_real_builder_takes_what_looks_at_pictures(name: str, build_pipeline
 
 
 def test_a_plan_counts_one_picture_where_some_are_given_and_says_so_where_not(
-    build_pipeline: Build, folder: Path, tmp_path: Path
+    build_pipeline: Build, picture_folder: Path, tmp_path: Path
 ) -> None:
     build_pipeline("kontext").save_pretrained(tmp_path / "model")
     asked = {"model": str(tmp_path / "model"), "sparsity": "2:4", "height": 32, "width": 32, "max_sequence_length": 6}
-    plans = {name: verbs.plan(Settings(**asked, references=name)) for name in (None, str(folder))}
+    plans = {name: verbs.plan(Settings(**asked, references=name)) for name in (None, str(picture_folder))}
     for name, plan in plans.items():
         tokens = {layer.name: layer.positions for layer in plan.layers}
         pictures_of_image = 1 if name is None else 2
@@ -319,11 +308,11 @@ def test_engines_hold_pictures_as_large_as_they_are_fitted(name: str, scale: int
     assert sizes.get(TOKENS) == expected
 
 
-def test_comparison_tells_both_models_pictures(build_pipeline: Build, folder: Path) -> None:
+def test_comparison_tells_both_models_pictures(build_pipeline: Build, picture_folder: Path) -> None:
     """A pruned model that is the dense one has no error, whatever it is told; told others it draws others."""
     pipeline = build_pipeline("flux2")
     drawn = []
-    for files in (folder, None):
+    for files in (picture_folder, None):
         asked = sampling(files, height=32, width=32)
         evaluation, images = evaluate(
             pipeline,
@@ -363,9 +352,9 @@ def test_a_pipeline_that_tells_the_networks_other_things_is_refused(
 
 
 def test_a_folder_of_pictures_is_listed_and_refused_where_there_are_none(
-    build_pipeline: Build, folder: Path, tmp_path: Path
+    build_pipeline: Build, picture_folder: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=r"--references .*: holds no picture"):
         obsdiff.prune(build_pipeline("kontext"), sparsity="2:4", prompts=PROMPTS, references=str(tmp_path))
     with pytest.raises(ConfigError, match="this pipeline's denoiser is told no pictures"):
-        obsdiff.prune(build_pipeline("flux"), sparsity="2:4", prompts=PROMPTS, references=str(folder))
+        obsdiff.prune(build_pipeline("flux"), sparsity="2:4", prompts=PROMPTS, references=str(picture_folder))

@@ -167,6 +167,8 @@ async def _generate(server: Server, request: Request, asked: ImageRequest, uploa
         "negative_prompt": asked.negative_prompt,
         "num_inference_steps": asked.num_inference_steps,
         "guidance_scale": asked.guidance_scale,
+        "guidance_scale_2": asked.guidance_scale_2,
+        "num_frames": asked.num_frames,
         "height": height,
         "width": width,
         "seed": seed,
@@ -177,13 +179,14 @@ async def _generate(server: Server, request: Request, asked: ImageRequest, uploa
         if uploads:
             model.batcher.require_room()  # before they are decoded
             call |= await edits.read_pictures(model.pipeline, uploads, asked.pixels)
-        order = model.order(call, asked.n, asked.partial_images if asked.stream else 0)
+        settings = model.resolve(call)
+        order = model.order(call, settings, asked.n, asked.partial_images if asked.stream else 0)
         follower = Follower.submit(model.batcher, order, request)
     except BusyError as error:
         metrics.rejected("draining" if server.draining else "queue full")
         metrics.answered(problem_of(error).status, time.monotonic() - started, 0)
         raise
-    answer = answers.Answer(asked, model.pipeline.resolve(*_sizes(call)), seed, edits=bool(uploads))
+    answer = answers.Answer(asked, settings, seed, edits=bool(uploads))
 
     def told(status: int, images: int) -> None:
         metrics.answered(status, time.monotonic() - started, images)
@@ -200,7 +203,3 @@ async def _generate(server: Server, request: Request, asked: ImageRequest, uploa
         raise
     told(200, len(pictures))
     return answer.response([pictures[image] for image in sorted(pictures)], follower.seconds)
-
-
-def _sizes(call: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(call[name] for name in ("num_inference_steps", "guidance_scale", "height", "width"))

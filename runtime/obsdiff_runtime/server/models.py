@@ -2,12 +2,13 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from obsdiff_runtime.bundle import Bundle, open_bundle
+from obsdiff_runtime.conditioning import Settings
 from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.pipeline import Pipeline
 from obsdiff_runtime.server.batcher import Batcher, Watch
@@ -43,13 +44,11 @@ class ServedModel:
             "devices": sessions,
         }
 
-    def order(self, call: dict[str, Any], images: int, previews: int) -> Order:
-        """An order that the pipeline can take.
+    def resolve(self, call: Mapping[str, Any]) -> Settings:
+        """What a call will use.
 
         Args:
             call: arguments of `Pipeline.begin`, None for its own.
-            images: how many.
-            previews: of each.
 
         Raises:
             ConfigError: it asks for too much, or for what the pipeline cannot do.
@@ -59,6 +58,8 @@ class ServedModel:
             call["guidance_scale"],
             call["height"],
             call["width"],
+            guidance_scale_2=call["guidance_scale_2"],
+            num_frames=call["num_frames"],
             references=call.get("reference", ()),
             image=call.get("image"),
         )
@@ -67,6 +68,17 @@ class ServedModel:
             settings,
             self.pipeline.bundle.manifest.defaults,
         )
+        return settings
+
+    def order(self, call: dict[str, Any], settings: Settings, images: int, previews: int) -> Order:
+        """An order of so many images, and so many previews of each.
+
+        Args:
+            call: arguments of `Pipeline.begin`.
+            settings: what it resolves to.
+            images: how many.
+            previews: of each.
+        """
         rows = images * (2 if settings.guided else 1)
         return Order(call=call, images=images, rows=rows, previews=previews, deadline_s=self.bounds.deadline_s)
 

@@ -29,7 +29,7 @@ class Bounds:
 
     Attributes:
         prompt_characters: of prompt and negative prompt, each.
-        pixels: of an image; None: four times the model's own size.
+        pixels: of an image; None: four times the model's own size. Of a film, times as many frames as the model's own.
         steps: denoising steps.
         deadline_s: from request to answer.
     """
@@ -59,6 +59,9 @@ class Bounds:
         pixels, most = settings.height * settings.width, self.pixels or 4 * defaults.height * defaults.width
         if pixels > most:
             raise ConfigError(f"size has {pixels} pixels; at most {most} are drawn here")
+        frames, own = settings.num_frames or 1, defaults.num_frames or 1
+        if frames * pixels > own * most:
+            raise ConfigError(f"num_frames is {frames}; at most {own * most // pixels} of that size are drawn here")
 
 
 DEFAULT_LIMITS: Final = Limits()

@@ -31,6 +31,14 @@ class ImageRequest(BaseModel):
     guidance_scale: float | None = Field(
         None, ge=0, le=100, allow_inf_nan=False, description="1 and less, of Z-Image 0: off."
     )
+    guidance_scale_2: float | None = Field(
+        None,
+        ge=0,
+        le=100,
+        allow_inf_nan=False,
+        description="Of the denoisers behind the first, where they take turns.",
+    )
+    num_frames: int | None = Field(None, ge=1, description="Of a film; the model's own if none.")
     seed: int | None = Field(None, ge=0, lt=2**63, description="Of the noise; drawn by lot if none is given.")
     noise_source: Literal["numpy", "torch"] = Field(
         "numpy", description="torch: a seed means what it does in diffusers."

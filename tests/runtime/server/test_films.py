@@ -39,6 +39,20 @@ def test_a_film_comes_as_a_picture_that_moves(running: Any, wan_pair: tuple[Any,
     assert np.corrcoef(found.mean(-1).ravel(), expected.mean(-1).ravel())[0, 1] > 0.9
 
 
+def test_a_film_is_as_long_as_it_is_asked_for(running: Any, wan_pair: tuple[Any, Path]) -> None:
+    expected = Pipeline(wan_pair[1], threads=1)("a ring", seed=7, num_frames=5).arrays[0]
+    answer = running.draw(prompt="a ring", seed=7, num_frames=5).json()
+    np.testing.assert_array_equal(frames(answer["data"][0]["b64_json"]), expected)
+    for asked, message in (
+        ({"num_frames": 6}, "num_frames 6: a film has"),
+        ({"num_frames": 41}, "num_frames is 41; at most 36 of that size are drawn here"),
+        ({"guidance_scale_2": 2}, "guidance_scale_2"),
+    ):
+        refused = running.draw(**asked)
+        assert refused.status_code == 400
+        assert message in refused.json()["error"]["message"]
+
+
 def test_a_format_that_holds_no_film_is_refused(running: Any) -> None:
     answer = running.draw(output_format="jpeg")
     assert answer.status_code == 400
@@ -54,11 +68,13 @@ def test_a_film_begins_with_the_picture_of_an_edit(
     image.save(content, "png")
     file = ("photo.png", content.getvalue())
     with serving(wan22_i2v_pair[1]) as running:
-        form = {"prompt": "a ring", "seed": "7", "size": "48x32"}
+        form = {"prompt": "a ring", "seed": "7", "size": "48x32", "guidance_scale_2": "1"}
         answer = running.client.post("/v1/images/edits", data=form, files={"image": file})
         several = running.client.post("/v1/images/edits", data=form, files=[("image[]", file)] * 2)
         without = running.draw()
-    expected = Pipeline(wan22_i2v_pair[1], threads=1)("a ring", image=resized(image, 48, 32), seed=7).arrays[0]
+    expected = Pipeline(wan22_i2v_pair[1], threads=1)(
+        "a ring", image=resized(image, 48, 32), seed=7, guidance_scale_2=1.0
+    ).arrays[0]
     np.testing.assert_array_equal(frames(answer.json()["data"][0]["b64_json"]), expected)
     assert several.status_code == without.status_code == 400
     assert several.json()["error"]["message"] == "image: 2 pictures; films of this model begin with one"

@@ -129,6 +129,7 @@ def test_progress_is_told_where_it_is_asked_for(shared: Any) -> None:
         ({"prompt": "x" * 4001}, None, "prompt has 4001 characters; at most 4000 are taken"),
         ({"noise_source": "cuda"}, "noise_source", "noise_source: input should be 'numpy' or 'torch'"),
         ({"seed": -1}, "seed", "seed: input should be greater than or equal to 0"),
+        ({"num_frames": 5}, None, "num_frames 5: this pipeline draws pictures; leave it out"),
         ({"guidance_scale": 1e9}, "guidance_scale", "guidance_scale: input should be less than or equal to 100"),
     ],
 )
