@@ -8,6 +8,7 @@ import gc
 import os
 import signal
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +33,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(SupportMatrix(config))
+    if hasattr(config.option, "loadscopereorder"):  # of pytest-xdist, which would sort by the number of tests
+        config.option.loadscopereorder = False
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests go first, then those of many: so no process is left alone with a long one at the end."""
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    slow = {path for path, own in files.items() if any(item.get_closest_marker("slow") for item in own)}
+    items[:] = [
+        item for path in sorted(files, key=lambda each: (each not in slow, -len(files[each]))) for item in files[path]
+    ]
 
 
 def pytest_collection_finish() -> None:

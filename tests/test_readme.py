@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import typer.main
 
 from obsdiff.cli import app
@@ -38,6 +39,7 @@ def test_verbs_and_flags_that_the_readme_names_exist() -> None:
     assert set(re.findall(r"`(--[a-z-]+)", README)) - {"--help"} <= flags
 
 
+@pytest.mark.slow
 def test_the_python_lines_run(tmp_path: Path) -> None:
     code = re.search(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert code is not None

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_a_few_blocks_of_flux_need_less_memory_than_their_weights(tmp_path: Path) -> None:
     config = json.loads((ROOT / "tests/obsdiff/configs/flux1_dev.json").read_text(encoding="utf-8"))
     small = tmp_path / "few_blocks.json"

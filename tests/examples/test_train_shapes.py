@@ -6,12 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "01_train_shapes" / "train.py"
 
 
+@pytest.mark.slow
 def test_smoke_training_leaves_a_pipeline_that_generates(tmp_path: Path) -> None:
     out = tmp_path / "shapes"
     command = [sys.executable, str(SCRIPT), "--out", str(out), "--smoke", "--threads", "1"]

@@ -408,6 +408,7 @@ def test_ctrl_c_is_one_line_that_names_resume(here: Path) -> None:
     assert not (here / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_no_result_and_resumes_to_the_same_bytes(
     here: Path, call: Callable[..., tuple[int, str, str]]
 ) -> None:

@@ -32,6 +32,7 @@ def pruned(build_pipeline: Callable[..., DiffusionPipeline], tmp_path: Path) -> 
     return out
 
 
+@pytest.mark.slow
 def test_the_bundle_of_a_pruned_checkpoint_is_the_usual_one(pruned: Path, tmp_path: Path) -> None:
     usual = verbs.export(pruned, tmp_path / "usual", **SMALL)
     low = verbs.export(pruned, tmp_path / "low", low_memory=True, **SMALL)

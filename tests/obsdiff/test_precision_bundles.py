@@ -41,6 +41,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, sd3_folder: Path) -> Expo
     return verbs.export(settings, tmp_path_factory.mktemp("bundles") / "int8")
 
 
+@pytest.mark.slow
 def test_the_stored_codes_hold_the_pattern_under_the_weights_names(exported):
     graph = exported.folder / "transformer" / "model.onnx"
     pruned = [layer.name for layer in exported.report.layers if layer.pattern == "2:4"]

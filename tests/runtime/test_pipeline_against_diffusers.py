@@ -127,6 +127,7 @@ def psnr(expected: np.ndarray, images: Images) -> float:
     return float(-10 * np.log10(error))
 
 
+@pytest.mark.slow
 @pytest.mark.stage("runtime")
 def test_an_image_is_what_diffusers_draws(pair: tuple[Any, Path]) -> None:
     expected, images = both(pair)
