@@ -176,10 +176,11 @@ async def _generate(server: Server, request: Request, asked: ImageRequest, uploa
         "num_images": asked.n,
     }
     try:
-        if uploads:
-            model.batcher.require_room()  # before they are decoded
-            call |= await edits.read_pictures(model.pipeline, uploads, asked.pixels)
         settings = model.resolve(call)
+        if uploads:  # decoded, and scaled to what is asked for, where that is allowed and there is room
+            model.batcher.require_room()
+            call |= await edits.read_pictures(model.pipeline, uploads, asked.pixels)
+            settings = model.resolve(call)
         order = model.order(call, settings, asked.n, asked.partial_images if asked.stream else 0)
         follower = Follower.submit(model.batcher, order, request)
     except BusyError as error:

@@ -71,11 +71,13 @@ def test_a_film_begins_with_the_picture_of_an_edit(
         form = {"prompt": "a ring", "seed": "7", "size": "48x32", "guidance_scale_2": "1"}
         answer = running.client.post("/v1/images/edits", data=form, files={"image": file})
         several = running.client.post("/v1/images/edits", data=form, files=[("image[]", file)] * 2)
+        large = running.client.post("/v1/images/edits", data={**form, "size": "65536x65536"}, files={"image": file})
         without = running.draw()
     expected = Pipeline(wan22_i2v_pair[1], threads=1)(
         "a ring", image=resized(image, 48, 32), seed=7, guidance_scale_2=1.0
     ).arrays[0]
     np.testing.assert_array_equal(frames(answer.json()["data"][0]["b64_json"]), expected)
-    assert several.status_code == without.status_code == 400
+    assert several.status_code == large.status_code == without.status_code == 400
+    assert "size has 4294967296 pixels; at most 4096 are drawn here" in large.json()["error"]["message"]
     assert several.json()["error"]["message"] == "image: 2 pictures; films of this model begin with one"
     assert "begin with a picture" in without.json()["error"]["message"]
