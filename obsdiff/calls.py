@@ -29,9 +29,9 @@ def call(pipeline: DiffusionPipeline, *, own_timesteps: bool = False) -> Callabl
     if isinstance(pipeline, DiTPipeline):
         return class_calls.call(pipeline)
     if isinstance(pipeline, (Flux2KleinPipeline, Flux2Pipeline)):
-        return pictures.call(pipeline)
+        return partial(pictures.draw_referring, pipeline)
     if isinstance(pipeline, (QwenImageEditPipeline, QwenImageEditPlusPipeline)):
-        return pictures.editing(pipeline)
+        return partial(pictures.draw_edited, pipeline)
     if isinstance(pipeline, WanImageToVideoPipeline):
         return partial(_begun, pipeline)
     if isinstance(pipeline, ZImagePipeline):
@@ -53,7 +53,7 @@ def _listed(pipeline: ZImagePipeline, **told: Any) -> Any:
 def _begun(pipeline: WanImageToVideoPipeline, **told: Any) -> Any:
     """Draws films that begin with a picture."""
     with wan.plainly(pipeline):
-        return pictures.opening(pipeline)(**told)
+        return pictures.draw_opened(pipeline, **told)
 
 
 def _told_once(pipeline: WanPipeline, **told: Any) -> Any:

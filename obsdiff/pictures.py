@@ -6,9 +6,8 @@ the same, at the size that diffusers gives it.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -127,18 +126,8 @@ class _OfEach:
         return self._rows
 
 
-def call(pipeline: DiffusionPipeline) -> Callable[..., Any]:
-    """The call of a pipeline of FLUX.2 that is told latents of a picture for each prompt, as FLUX.1 Kontext's is."""
-    return partial(_draw, pipeline)
-
-
-def opening(pipeline: DiffusionPipeline) -> Callable[..., Any]:
-    """The call of a pipeline whose films begin with a picture, that is told what `encode` makes of one for each."""
-    return partial(_begin, pipeline)
-
-
-def _begin(pipeline: Any, *, image: Tensor | Image.Image, image_embeds: Tensor | None = None, **told: Any) -> Any:
-    """Draws films; `image` is what each is told of how it begins, or a picture for all of them."""
+def draw_opened(pipeline: Any, *, image: Tensor | Image.Image, image_embeds: Tensor | None = None, **told: Any) -> Any:
+    """Draws films that begin with a picture; `image` is what `encode` makes of one for each, or a picture for all."""
     if not isinstance(image, Tensor):
         return pipeline(image=image, **told)
 
@@ -155,8 +144,11 @@ def _begin(pipeline: Any, *, image: Tensor | Image.Image, image_embeds: Tensor |
         return pipeline(image=unread, **told)
 
 
-def _draw(pipeline: Any, *, image: Tensor | None = None, **told: Any) -> Any:
-    """Draws; `image` is (rows, channels, h, w), where diffusers' call reads pictures that all rows have in common."""
+def draw_referring(pipeline: Any, *, image: Tensor | None = None, **told: Any) -> Any:
+    """Draws by FLUX.2, told latents of a picture for each prompt, (rows, channels, h, w), as FLUX.1 Kontext's call is.
+
+    diffusers' own call reads pictures that all rows have in common.
+    """
     if image is None:
         return pipeline(**told)
 
@@ -170,16 +162,11 @@ def _draw(pipeline: Any, *, image: Tensor | None = None, **told: Any) -> Any:
         return pipeline(image=[unread], **told)
 
 
-def editing(pipeline: DiffusionPipeline) -> Callable[..., Any]:
-    """The call of Qwen-Image-Edit that is told latents of a picture for each prompt, and embeddings of both.
+def draw_edited(pipeline: Any, *, image: Any = None, **told: Any) -> Any:
+    """Draws by Qwen-Image-Edit, told latents of a picture for each prompt, (rows, channels, h, w), and what is read.
 
-    It is that of Qwen-Image but for the pictures, and diffusers' takes one prompt a time.
+    It is Qwen-Image's call but for the pictures. diffusers' own takes one prompt at a time, and `image` as it reads it.
     """
-    return partial(_edit, pipeline)
-
-
-def _edit(pipeline: Any, *, image: Any = None, **told: Any) -> Any:
-    """Draws; `image` is (rows, channels, h, w), or what diffusers' own call reads."""
     if not isinstance(image, Tensor):
         return pipeline(image=image, **told)
     networks = {name: part for name, part in pipeline.components.items() if name != "processor"}

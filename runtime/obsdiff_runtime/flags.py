@@ -93,7 +93,7 @@ GENERATE: Final = (
     Flag(
         name="--reference",
         kind=Path,
-        text="Picture that FLUX.1 Kontext, FLUX.2 or Qwen-Image-Edit is told; the latter two take several: repeat it.",
+        text="Picture that FLUX.1 Kontext, FLUX.2 or Qwen-Image-Edit is told; repeat it where several are.",
         many=True,
     ),
     Flag(

@@ -64,6 +64,11 @@ def read_picture(path: Path | str, step: int, height: int | None = None, width: 
 
 def resized(image: "Image", width: int, height: int) -> Pixels:
     """(height, width, 3) of an image, as diffusers resizes it."""
+    return np.asarray(scaled(image, width, height))
+
+
+def scaled(image: "Image", width: int, height: int) -> "Image":
+    """The same as an image."""
     from PIL.Image import Resampling
 
-    return np.asarray(image if image.size == (width, height) else image.resize((width, height), Resampling.LANCZOS))
+    return image if image.size == (width, height) else image.resize((width, height), Resampling.LANCZOS)

@@ -14,6 +14,7 @@ from obsdiff_runtime import seeing
 from obsdiff_runtime.autoencoder import Pixels
 from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.networks import Array
+from obsdiff_runtime.pictures import resized, scaled
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -146,21 +147,21 @@ def pixels_of(image: "Image", step: int, references: References | None) -> Pixel
     image = image.convert("RGB")
     if references is not None:
         return np.asarray(references.fitted(image, step))
-    return np.asarray(_resized(image, image.width // step * step, image.height // step * step))
+    return resized(image, image.width // step * step, image.height // step * step)
 
 
 def fitted_by_shape(image: "Image", step: int) -> "Image":
     """FLUX.1 Kontext: scaled to that of KONTEXT_SIZES whose shape is nearest."""
     shape = image.width / image.height
     _, width, height = min((abs(shape - width / height), width, height) for width, height in KONTEXT_SIZES)
-    return _resized(image, width // step * step, height // step * step)
+    return scaled(image, width // step * step, height // step * step)
 
 
 def fitted_by_area(image: "Image", step: int) -> "Image":
     """FLUX.2: scaled down to a megapixel where it is larger; what is no whole token at the edges is cut off."""
     if image.width * image.height > _MEGAPIXEL:
         scale = math.sqrt(_MEGAPIXEL / (image.width * image.height))
-        image = _resized(image, int(image.width * scale), int(image.height * scale))
+        image = scaled(image, int(image.width * scale), int(image.height * scale))
     width, height = image.width // step * step, image.height // step * step
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
@@ -168,17 +169,11 @@ def fitted_by_area(image: "Image", step: int) -> "Image":
 
 def fitted_to_a_megapixel(image: "Image", step: int) -> "Image":
     """Qwen-Image-Edit: scaled to about that, whatever it has."""
-    return _resized(image, *seeing.size_of(image.width, image.height, _MEGAPIXEL))
+    return scaled(image, *seeing.size_of(image.width, image.height, _MEGAPIXEL))
 
 
 def _seen(image: "Image", pixels: int) -> Pixels:
-    return np.asarray(_resized(image, *seeing.size_of(image.width, image.height, pixels)))
-
-
-def _resized(image: "Image", width: int, height: int) -> "Image":
-    from PIL.Image import Resampling
-
-    return image if image.size == (width, height) else image.resize((width, height), Resampling.LANCZOS)
+    return resized(image, *seeing.size_of(image.width, image.height, pixels))
 
 
 KONTEXT: Final = References(
