@@ -15,9 +15,10 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from obsdiff import costs, latencies, planning, ranks, sensitivities
-from obsdiff.core import budget, timesteps
+from obsdiff import costs, latencies, planning, ranks, sensitivities, trajectories
+from obsdiff.core import budget
 from obsdiff.core.budget import Option
+from obsdiff.core.metric import Metric
 from obsdiff.core.support import count
 from obsdiff.families import Family
 from obsdiff.groups import Group, LinearSpec
@@ -69,6 +70,7 @@ def measured(
     method: Method,
     options: Options,
     calls: Sequence[Call],
+    metrics: Mapping[str, Metric],
     *,
     journal: Journal | None,
     progress: Progress,
@@ -82,6 +84,7 @@ def measured(
         method: that will prune, and solves for the candidates.
         options: of the method.
         calls: recorded, those of this rank; see trajectories.
+        metrics: what errors of a linear's output cost, by name; see gradients.
         journal: keeps what was measured, so that a run that goes on prunes what it began.
         progress: told of the measuring.
 
@@ -104,7 +107,6 @@ def measured(
     known = journal.read("allocation") if journal is not None else None
     if known is None:
         probes = _probes(recipe, candidates, len(block_modules(everything)), ranks.total(len(calls)))
-        weights = timesteps.weights(recipe.time_weights, recipe.sampling.num_inference_steps).tolist()
         errors = sensitivities.measure(
             denoiser,
             everything,
@@ -112,7 +114,8 @@ def measured(
             method,
             options,
             calls,
-            weights=[weights[call.step] for call in calls],
+            metrics,
+            weights=trajectories.weights(calls, recipe),
             probes=probes,
             progress=progress,
         )

@@ -117,11 +117,17 @@ def _calibration(plan: "Plan") -> str:
     if streams is None:
         grams = ", ".join(f"{package.grams} ({size(package.gram_bytes)})" for package in plan.packages)
         return f"{plan.denoiser_calls} denoiser calls; grams by package: {grams or 'none'}"
+    backwards = (
+        f"gradients, the work of {streams.gradient_calls}, which hold {size(streams.gradient_bytes)}; "
+        if streams.gradient_calls
+        else ""
+    )
     return (
         f"{plan.denoiser_calls} denoiser calls, of which {streams.kept_calls} are walked through {streams.blocks} "
         f"blocks twice, dense and pruned: {streams.block_calls} block calls, in all the work of "
-        f"{streams.denoiser_calls:.0f} denoiser calls; {streams.grams} grams, at most {size(streams.moment_bytes)} at "
-        f"a time; {size(streams.stream_bytes)} of hidden states"
+        f"{streams.denoiser_calls:.0f} denoiser calls; {backwards}"
+        f"{streams.grams} grams, at most {size(streams.moment_bytes)} at a time; "
+        f"{size(streams.stream_bytes)} of hidden states"
     )
 
 

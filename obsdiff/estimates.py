@@ -39,6 +39,7 @@ class Streams:
         trajectory_steps: sampler steps at which the denoiser computes for them.
         kept_steps: steps of each batch whose calls are kept.
         tokens: of a row that count, at most.
+        metric: whether errors of outputs count by what they cost, which takes gradients.
         measuring_calls: denoiser calls' worth of block calls that measuring the units takes, at most.
     """
 
@@ -46,6 +47,7 @@ class Streams:
     trajectory_steps: int
     kept_steps: int
     tokens: int
+    metric: bool = True
     measuring_calls: int = 0
 
 

@@ -143,6 +143,7 @@ def streams_of(recipe: Recipe) -> Streams:
         trajectory_steps=recipe.trajectory_steps,
         kept_steps=recipe.kept_steps,
         tokens=moments.TOKENS,
+        metric=recipe.metric,
         measuring_calls=round(measured * passes * recipe.sampling.num_inference_steps),
     )
 

@@ -98,7 +98,7 @@ class _Look:
         self._masks = {linear.name: masks[linear.tokens] for linear in linears if linear.tokens in masks}
         self._joint = {linear.name for linear in linears if linear.tokens == "joint"}
         for name in self._masks.keys() & self._joint:
-            self._masks[name] = _spaced(self._masks[name][..., None])[..., 0]
+            self._masks[name] = spaced(self._masks[name][..., None])[..., 0]
         self._inputs: dict[str, Tensor] = {}
         self._outputs: dict[str, Tensor] = {}
         self._bases: dict[str, Tensor] = {}
@@ -183,7 +183,7 @@ class _Look:
     def _counted(self, name: str, value: Tensor) -> Tensor:
         """Of (rows, tokens, width) the tokens that count."""
         if name not in self._masks or name in self._joint:
-            value = _spaced(value)
+            value = spaced(value)
         if name not in self._masks:
             return value
         try:
@@ -385,7 +385,7 @@ def _sum(value: Tensor) -> Tensor:
     return value.sum(dim=0).double()
 
 
-def _spaced(value: Tensor) -> Tensor:
+def spaced(value: Tensor) -> Tensor:
     """(rows, tokens, width) -> (rows, TOKENS at most, width), evenly spaced."""
     if value.ndim < 3 or value.shape[-2] <= TOKENS:
         return value

@@ -202,9 +202,13 @@ def together(plans: Mapping[str, Plan]) -> Plan:
         packages=tuple(package for plan in every for package in plan.packages),
         streams=replace(
             streams[0],
-            **_sums(streams, "blocks", "linears", "grams", "kept_calls", "block_calls", "denoiser_calls"),
-            moment_bytes=max(each.moment_bytes for each in streams),
-            stream_bytes=max(each.stream_bytes for each in streams),
+            **_sums(
+                streams, "blocks", "linears", "grams", "kept_calls", "block_calls", "gradient_calls", "denoiser_calls"
+            ),
+            **{
+                kind: max(getattr(each, kind) for each in streams)
+                for kind in ("moment_bytes", "stream_bytes", "gradient_bytes", "metric_bytes")
+            },
         )
         if streams
         else None,

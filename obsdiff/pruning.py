@@ -13,10 +13,22 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from obsdiff import allocation, calibration, planning, pointwise, ranks, stream_costs, streaming, turns
+from obsdiff import (
+    allocation,
+    calibration,
+    gradients,
+    planning,
+    pointwise,
+    ranks,
+    stream_costs,
+    streaming,
+    trajectories,
+    turns,
+)
 from obsdiff.clusters import Cluster, clusters
 from obsdiff.core import solver
 from obsdiff.core.gram import Gram
+from obsdiff.core.metric import Metric
 from obsdiff.families import Family
 from obsdiff.groups import LinearSpec
 from obsdiff.methods import Layer, Method, Options
@@ -27,6 +39,7 @@ from obsdiff.results import Journal, LayerResult, PackageResult, Sensitivity, Wi
 from obsdiff.shrinking import shrink
 from obsdiff.sparsity import NM, Pattern
 from obsdiff.streaming import Assignment
+from obsdiff.trajectories import Call
 from obsdiff_runtime.progress import Progress, silent
 
 log = logging.getLogger(__name__)
@@ -187,14 +200,28 @@ class _Run:
             return self._left_dense(assignment)
         stream_costs.check_budget(self._solved(assignment), self._recipe.gram_budget_bytes)
         calls = streaming.record(self._pipeline, self._family, self._recipe, self._progress)
-        resources = (self._method, self._options, calls)
+        metrics = self._metrics(calls)
+        how = (self._method, self._options)
+        seen = (calls, metrics)
         if self._recipe.allocation != "uniform":
-            assignment = allocation.measured(*subject, *resources, journal=self._journal, progress=self._progress)
+            assignment = allocation.measured(*subject, *how, *seen, journal=self._journal, progress=self._progress)
         self.sensitivities = assignment.sensitivities
         pruned = streaming.prune(
-            *subject, *resources, assignment, stored=self._stored, journal=self._journal, progress=self._progress
+            *subject, *how, *seen, assignment, stored=self._stored, journal=self._journal, progress=self._progress
         )
         return merged([self._left_dense(assignment), pruned])
+
+    def _metrics(self, calls: Sequence[Call]) -> dict[str, Metric]:
+        if not self._recipe.metric:
+            return {}
+        return gradients.measure(
+            self._denoiser,
+            self._family.linears(self._denoiser),
+            calls,
+            weights=trajectories.weights(calls, self._recipe),
+            journal=self._journal,
+            progress=self._progress,
+        )
 
     def _solved(self, assignment: Assignment) -> list[LinearSpec]:
         """The linears of the uniform rule that will be solved for."""

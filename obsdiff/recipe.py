@@ -77,6 +77,7 @@ class Recipe:
         permute: of a streamed method: whether channels may change places where N:M then costs less.
         dense_targets: of a streamed method: whether layers are fitted to the dense model's outputs, or to what they
             make of their own inputs.
+        metric: of a streamed method: whether errors of a layer's output count by what they cost the velocity.
         refit_output: of a streamed method: whether the linear behind the last block is refitted.
         joint: of a streamed method: whether ADMM looks for the support, or the OBS sweep.
         fast: of a streamed method: whether ADMM looks less long.
@@ -116,6 +117,7 @@ class Recipe:
     guided: float
     permute: bool
     dense_targets: bool
+    metric: bool
     refit_output: bool
     joint: bool
     fast: bool

@@ -33,6 +33,7 @@ METHOD_OPTIONS: Final = {
     "guided": 0.3,
     "permute": 1.0,
     "dense_targets": 1.0,
+    "metric": 1.0,
     "refit_output": 1.0,
     "joint": 1.0,
 }
@@ -132,6 +133,7 @@ def resolve(
         guided=options["guided"],
         permute=bool(options["permute"]),
         dense_targets=bool(options["dense_targets"]),
+        metric=bool(options["metric"]),
         refit_output=bool(options["refit_output"]),
         joint=bool(options["joint"]),
         dtype=settings.dtype or "auto",

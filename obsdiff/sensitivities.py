@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from obsdiff import padding, pausing, pointwise, ranks
 from obsdiff.clusters import cluster
 from obsdiff.core.gram import Gram, GramAccumulator
+from obsdiff.core.metric import Metric
 from obsdiff.core.solver import FAST
 from obsdiff.groups import Group, LinearSpec
 from obsdiff.methods import Layer, Method, Options
@@ -88,6 +89,7 @@ def measure(
     method: Method,
     options: Options,
     calls: Sequence[Call],
+    metrics: Mapping[str, Metric],
     *,
     weights: Sequence[float],
     probes: int,
@@ -102,6 +104,7 @@ def measure(
         method: solves for their weights, each against what the dense layer computes.
         options: of the method; patterns are solved with little effort.
         calls: recorded, those of this rank.
+        metrics: what errors of a linear's output cost, by name.
         weights: of each call's tokens.
         probes: how many calls of all ranks a candidate is measured on, at least 1.
         progress: told block by block.
@@ -125,7 +128,7 @@ def measure(
         chosen = spaced(calls, MOMENT_CALLS)
         stream = [PausedPass(denoiser, calls[index].arguments) for index in chosen]
         counts, masks = [weights[index] for index in chosen], [calls[index].masks for index in chosen]
-        solver = _Solver(denoiser, linears, method, options)
+        solver = _Solver(denoiser, linears, method, options, metrics)
         ahead = dict(enumerate(blocks))
         for done in range(len(blocks)):
             index = pausing.next_block(stream[0], ahead, names)
@@ -182,7 +185,15 @@ class _Probe:
 class _Solver:
     """Solves for the weights of candidates on grams of the dense model."""
 
-    def __init__(self, denoiser: nn.Module, linears: Sequence[LinearSpec], method: Method, options: Options) -> None:
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        linears: Sequence[LinearSpec],
+        method: Method,
+        options: Options,
+        metrics: Mapping[str, Metric],
+    ) -> None:
+        self._metrics = metrics
         self._denoiser, self._method, self._options = denoiser, method, replace(options, effort=FAST)
         self._linears = {linear.name: linear for linear in linears}
 
@@ -247,7 +258,9 @@ class _Solver:
         gram = grams[self._linears[name].reads]
         bias = module.bias.data if isinstance(module.bias, Tensor) else None
         weight = pointwise.matrix(self._denoiser.get_parameter(f"{name}.weight").data)
-        return Layer(name=name, weight=weight, gram=gram.matrix, mean=gram.mean, bias=bias)
+        metric = self._metrics.get(name)
+        metric = None if metric is None else metric.to(weight.device)
+        return Layer(name=name, weight=weight, gram=gram.matrix, mean=gram.mean, bias=bias, metric=metric)
 
 
 @contextmanager

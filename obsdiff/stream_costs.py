@@ -1,4 +1,4 @@
-"""What a streamed method costs: block calls, memory for streams and sums, seconds; from sizes alone."""
+"""What a streamed method costs: block calls, memory for streams, sums and gradients, seconds; from sizes alone."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -6,7 +6,8 @@ from typing import Final
 
 from torch import nn
 
-from obsdiff import estimates
+from obsdiff import costs, estimates, gradients
+from obsdiff.core import metric
 from obsdiff.core.gram import BYTES_PER_ENTRY
 from obsdiff.core.solver import LEAN
 from obsdiff.estimates import Estimates, Streams, Workload
@@ -42,7 +43,10 @@ class StreamPlan:
             up to that tier.
         moment_bytes: of the largest tier: grams, and the products with what the linears should compute.
         stream_bytes: what is held of all kept calls at a block: hidden states, and the dense block's outputs.
-        denoiser_calls: of the trajectories, and what the blocks' runs come to in whole denoiser calls.
+        gradient_calls: what differentiating some of the kept calls comes to in whole denoiser calls.
+        gradient_bytes: held while that is done: sums of gradients, and one call's activations.
+        metric_bytes: of what it leaves.
+        denoiser_calls: of the trajectories, of the gradients, and what the blocks' runs come to in whole ones.
     """
 
     blocks: int
@@ -52,6 +56,9 @@ class StreamPlan:
     block_calls: int
     moment_bytes: int
     stream_bytes: int
+    gradient_calls: int
+    gradient_bytes: int
+    metric_bytes: int
     denoiser_calls: float
 
 
@@ -84,6 +91,7 @@ def plan_streams(
     held = _hidden(everything, positions) + max(outputs.values(), default=0)
     rows = round(workload.evaluations * workload.kept_share)
     runs = workload.kept_calls * (2 * blocks + len(tiers))
+    differentiated = gradients.COST * gradients.count(workload.kept_calls) if streams.metric else 0
     return StreamPlan(
         blocks=blocks,
         linears=len(solved),
@@ -92,7 +100,10 @@ def plan_streams(
         block_calls=runs,
         moment_bytes=max((moment_bytes(tier) for tier in tiers), default=0),
         stream_bytes=element * rows * held,
-        denoiser_calls=workload.calls + streams.measuring_calls + runs / max(blocks, 1),
+        gradient_calls=differentiated,
+        gradient_bytes=_gradient_bytes(everything, workload.rows, positions, element) if streams.metric else 0,
+        metric_bytes=sum(metric.metric_bytes(each.out_features) for each in everything) if streams.metric else 0,
+        denoiser_calls=workload.calls + streams.measuring_calls + differentiated + runs / max(blocks, 1),
     )
 
 
@@ -133,8 +144,10 @@ def estimate_streams(
     )
     rows = workload.evaluations * workload.kept_share
     measured = workload.evaluations / max(workload.calls, 1) * streams.measuring_calls
-    networks = (workload.evaluations + measured + 2 * rows) * estimates.NETWORK_SLOWDOWN * 2 * macs
-    products, modules = 0.0, len(positions) * (workload.calls + streams.measuring_calls + 2 * workload.kept_calls)
+    differentiated = workload.evaluations / max(workload.calls, 1) * found.gradient_calls
+    networks = (workload.evaluations + measured + differentiated + 2 * rows) * estimates.NETWORK_SLOWDOWN * 2 * macs
+    called = workload.calls + streams.measuring_calls + found.gradient_calls + 2 * workload.kept_calls
+    products, modules = 0.0, len(positions) * called
     for tier in _tiers(solved):
         before = [each for each in everything if each.block == tier[0].block and each.tier <= tier[0].tier]
         run = sum(positions[each.name] * each.in_features * each.out_features for each in before)
@@ -148,12 +161,11 @@ def estimate_streams(
             2 * rows * min(positions[each.name], streams.tokens) * each.in_features**2
             for each in {linear.reads: linear for linear in tier}.values()
         )
+    walking = _block_bytes(denoiser, everything) + _solved_bytes(solved) + _passing_bytes(solved)
+    still = estimates.WORKSPACE_BYTES + costs.weight_bytes(denoiser) + workload.other_bytes
     return replace(
         plain,
-        memory_bytes=plain.memory_bytes
-        + _block_bytes(denoiser, everything)
-        + _solved_bytes(solved)
-        + _passing_bytes(solved),
+        memory_bytes=max(plain.memory_bytes + walking + found.metric_bytes, still + found.gradient_bytes),
         calibration_seconds=(networks + products) / workload.flops_per_second + modules * estimates.MODULE_SECONDS,
         solver_seconds=sum(_solver_operations(tier) for tier in _tiers(solved)) / workload.flops_per_second,
     )
@@ -171,6 +183,19 @@ def _solver_operations(tier: Sequence[LinearSpec]) -> float:
     factors = sum((2 + len(LEAN.penalties)) * 8 / 3 * width**3 for width in estimates.gram_widths(tier).values())
     products = sum(2 * (rounds + WIDE_PRODUCTS) * linear.out_features * linear.in_features**2 for linear in tier)
     return factors + products
+
+
+def _gradient_bytes(linears: Sequence[LinearSpec], rows: int, positions: Mapping[str, int], element: int) -> int:
+    """Of the sums; of what every block was called with, for one call; of what the largest block computes from it."""
+    sums = sum(metric.sum_bytes(linear.out_features) for linear in linears)
+    read: dict[tuple[int, str], int] = {}
+    computed: dict[int, int] = {}
+    for linear in linears:
+        read.setdefault((linear.block, linear.tokens), positions[linear.name] * linear.in_features)
+        entries = positions[linear.name] * (linear.in_features + linear.out_features)
+        computed[linear.block] = computed.get(linear.block, 0) + entries
+    held = sum(read.values()) + estimates.ACTIVATION_COPIES * max(computed.values(), default=0)
+    return sums + element * rows * held
 
 
 def _block_bytes(denoiser: nn.Module, linears: Sequence[LinearSpec]) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from obsdiff import calibration, moments, offloading, pausing, pointwise, ranks, trajectories, turns
 from obsdiff.clusters import clusters
-from obsdiff.core import timesteps
+from obsdiff.core.metric import Metric
 from obsdiff.core.permutation import permute
 from obsdiff.families import Family, guided, usual_scale
 from obsdiff.groups import Group, LinearSpec
@@ -79,6 +79,7 @@ def prune(
     method: Method,
     options: Options,
     calls: Sequence[Call],
+    metrics: Mapping[str, Metric],
     assignment: Assignment,
     *,
     stored: torch.dtype,
@@ -87,6 +88,8 @@ def prune(
 ) -> PackageResult:
     """Prunes the denoiser in place along recorded calls; removed units are zero columns, not yet cut.
 
+    `metrics` is what errors of a linear's output cost, by name; see gradients.
+
     Returns:
         what was done, without the weights: the denoiser has them.
 
@@ -94,7 +97,7 @@ def prune(
         CalibrationError: statistics that cannot be used; names the layer.
         ModelError: the denoiser does not run its blocks once each, in order.
     """
-    run = _Run(denoiser, family, recipe, method, options, assignment, calls, stored)
+    run = _Run(denoiser, family, recipe, method, options, assignment, calls, metrics, stored)
     results: list[PackageResult] = []
     with torch.no_grad(), pausing.gated([denoiser.get_submodule(name) for name in run.blocks]):
         run.start()
@@ -123,9 +126,10 @@ class _Run:
         options: Options,
         assignment: Assignment,
         calls: Sequence[Call],
+        metrics: Mapping[str, Metric],
         stored: torch.dtype,
     ) -> None:
-        self._denoiser, self._method, self._options = denoiser, method, options
+        self._denoiser, self._method, self._options, self._metrics = denoiser, method, options, metrics
         self._assignment, self._calls, self._stored = assignment, calls, stored
         self._linears = family.linears(denoiser)
         self.blocks = block_modules(self._linears)
@@ -135,8 +139,7 @@ class _Run:
             self._patterns[last.name] = DENSE
             self._linears = (*self._linears, last)
             self.blocks = (*self.blocks, last.name)
-        weights = timesteps.weights(recipe.time_weights, recipe.sampling.num_inference_steps).tolist()
-        self._weights = [weights[call.step] for call in calls]
+        self._weights = trajectories.weights(calls, recipe)
         self._recipe = recipe
         combined = recipe.guided and guided(family, denoiser, recipe.sampling.guidance_scale)
         scale = usual_scale(family, turns.guidance_scale(recipe.sampling, family))
@@ -220,6 +223,7 @@ class _Run:
                 mean=grams[linear.reads].mean,
                 bias=self._bias(linear.name),
                 target=targets[linear.name] if self._recipe.dense_targets else None,
+                metric=self._metric(linear.name),
             )
             for linear in tier
         }
@@ -314,6 +318,10 @@ class _Run:
 
     def _weight(self, name: str) -> Tensor:
         return pointwise.matrix(self._denoiser.get_parameter(f"{name}.weight").data)
+
+    def _metric(self, name: str) -> Metric | None:
+        found = self._metrics.get(name)
+        return None if found is None else found.to(self._weight(name).device)
 
     def _bias(self, name: str) -> Tensor | None:
         bias = self._denoiser.get_submodule(name).bias

@@ -1,6 +1,6 @@
 """The denoiser's calls along the dense model's own trajectories: what streamed calibration looks at."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,10 +13,11 @@ from torch.utils._pytree import tree_map_only
 
 from obsdiff import padding, ranks, turns
 from obsdiff.calibration import Prompts, StepIndex, batches, sample
+from obsdiff.core import timesteps
 from obsdiff.families import Family, guided
 from obsdiff.padding import Masks
 from obsdiff.pausing import Arguments
-from obsdiff.recipe import Sampling
+from obsdiff.recipe import Recipe, Sampling
 from obsdiff.sampling import named, quiet, velocity_of
 from obsdiff_runtime.errors import CalibrationError
 from obsdiff_runtime.progress import Progress, silent
@@ -137,6 +138,12 @@ def record(
     progress(stage, total, total)
     calls.extend(waiting)
     return [replace(call, masks=padding.masks(family, denoiser, named(denoiser, *call.arguments))) for call in calls]
+
+
+def weights(calls: Sequence[Call], recipe: Recipe) -> list[float]:
+    """Of each call's tokens, by its step."""
+    schedule = timesteps.weights(recipe.time_weights, recipe.sampling.num_inference_steps).tolist()
+    return [schedule[call.step] for call in calls]
 
 
 def computed(steps: int, count: int, batch: int) -> frozenset[int]:

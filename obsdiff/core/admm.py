@@ -2,15 +2,16 @@
 
 W*      (out, in): the best dense weight
 H       (in, in), damped gram scaled to a unit diagonal, and W* with it (linalg.unit_diagonal)
+C       (out, out): what errors of the output cost (metric.Stack), the identity where it is not known
 D       (out, in): the iterate that obeys the pattern
 V       (out, in): the scaled dual, what the pattern pushed away so far
 rho     penalty on |W - D|^2; small: W is free, large: the support settles
 
-    W = (W* H + rho (D - V)) (H + rho I)^-1
+    C W H + rho W = C W* H + rho (D - V)
     D = the pattern's nearest matrix to W + V
     V = W + V - D
 
-One product (out, in) x (in, in) an iteration and one Cholesky inverse a value of rho: no loop over columns.
+H is taken apart into eigenvectors once; two products (out, in) x (in, in) an iteration: no loop over columns.
 """
 
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from obsdiff.core.gram import full_precision
+from obsdiff.core.metric import Stack
 from obsdiff.core.support import check_groups, count
 from obsdiff.sparsity import NM, Pattern
 from obsdiff_runtime.errors import CalibrationError
@@ -28,6 +30,9 @@ PENALTIES: Final = (0.1, 0.2, 0.4, 0.8)
 """Rising penalties. With five iterations each they come within 2 % of the loss that three times as many reach; further
 doublings change nothing, fewer or coarser ones cost 3 to 10 %. Over-relaxation, and swaps after the refit, gained
 nothing."""
+
+ROUNDING: Final = 1e-4
+"""An eigenvalue this far below zero, beside the largest, is no rounding of float32."""
 
 SETTLED: Final = 3e-4
 """A penalty is done with when at most this share of the weights changed sides in an iteration."""
@@ -38,6 +43,7 @@ def support(
     gram: Tensor,
     pattern: Pattern,
     *,
+    stack: Stack | None = None,
     start: Tensor | None = None,
     rows: Sequence[int] | None = None,
     penalties: Sequence[float] = PENALTIES,
@@ -46,9 +52,10 @@ def support(
     """Chooses a support by ADMM.
 
     Args:
-        target: (out, in), float32 or float64: W*, in the units of H.
+        target: (out, in), float32 or float64: W*, in the units of H, its rows in those of `stack`.
         gram: (in, in), in target's dtype: H, of unit diagonal, positive definite. Float32 is enough.
         pattern: what is removed. Unstructured: floor(out * in * ratio) weights of each layer, anywhere in it.
+        stack: C; None is the identity.
         start: (out, in), bool: a support to start from; None starts from W* itself, which was as good.
         rows: how many rows each of the layers stacked in `target` has; None: it is one layer.
         penalties: values of rho, in turn.
@@ -62,16 +69,18 @@ def support(
         ConfigError: N:M, and `in` is no multiple of M.
     """
     check_groups(target.shape[1], pattern)
+    spectrum, vectors = _eigen(gram)
     with full_precision():
-        right = target @ gram
+        costs = Stack([None], [len(target)], target) if stack is None else stack
+        right = costs.apply(target @ gram)
         chosen = target if start is None else target.masked_fill(~start, 0)  # D
         keep = torch.ones_like(target, dtype=torch.bool) if start is None else start
         dual = torch.zeros_like(target)  # V
         for place, penalty in enumerate(penalties):
-            inverse = _inverse(gram, penalty)
             dual *= penalties[place - 1] / penalty if place else 1.0
             for _ in range(iterations):
-                free = torch.add(right, chosen - dual, alpha=penalty) @ inverse
+                rotated = torch.add(right, chosen - dual, alpha=penalty) @ vectors
+                free = costs.resolve(rotated, spectrum, penalty) @ vectors.mT
                 free += dual  # W + V
                 before, keep = keep, project(free, pattern, rows)
                 chosen = free.masked_fill(~keep, 0)
@@ -124,11 +133,9 @@ def _largest(size: Tensor, removed: int) -> Tensor:
     return ~(below | equal).view_as(size)
 
 
-def _inverse(gram: Tensor, penalty: float) -> Tensor:
-    """(H + rho I)^-1."""
-    shifted = gram.clone()
-    shifted.diagonal().add_(penalty)
-    lower, failed = torch.linalg.cholesky_ex(shifted)
-    if int(failed):
+def _eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and vectors of H."""
+    spectrum, vectors = torch.linalg.eigh(gram)
+    if not float(spectrum[0]) > -ROUNDING * float(spectrum[-1]):
         raise CalibrationError("the gram is not positive definite; factorise it first, which damps it")
-    return torch.cholesky_inverse(lower)
+    return spectrum.clamp_min(0), vectors

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from obsdiff.core import linalg
 from obsdiff.core.gram import full_precision
+from obsdiff.core.metric import Stack
 
 CHUNK: Final = 1 << 23
 """Entries of each working matrix: rows are taken in chunks of about this size, which bounds memory."""
@@ -93,9 +94,19 @@ def refit_support(
 
 
 def conjugate_gradients(
-    right: Tensor, gram: Tensor, keep: Tensor, start: Tensor, *, iterations: int, tolerance: float
+    right: Tensor,
+    gram: Tensor,
+    keep: Tensor,
+    start: Tensor,
+    *,
+    iterations: int,
+    tolerance: float,
+    stack: Stack | None = None,
 ) -> Tensor:
     """Minimises f on the support where H has a unit diagonal, the Jacobi preconditioner then being 1.
+
+    Where it is known what errors of the output cost, it is tr(C X H X^T) - 2 tr(C X R^T), and a layer's rows are solved
+    for together.
 
     Args:
         right: (out, in), float32 or float64: R in the units of H.
@@ -104,30 +115,43 @@ def conjugate_gradients(
         start: (out, in), in the same dtype; zero outside `keep`.
         iterations: at most.
         tolerance: a row is done when its residual is this share of its right side, both on the support.
+        stack: C; None is the identity.
 
     Returns:
         (out, in). Up to rounding f never rises.
     """
     found = torch.empty_like(right)
     with full_precision():
-        for rows in _chunks(keep):
-            found[rows] = _descend(
-                right[rows], gram, keep[rows], start[rows], iterations=iterations, tolerance=tolerance
-            )
+        for part, metric in [(slice(None), None)] if stack is None else stack.parts:
+            own = Stack([metric], [len(keep[part])], right)
+            for rows in _chunks(keep[part]) if metric is None else [slice(None)]:
+                found[part][rows] = _descend(
+                    right[part][rows],
+                    gram,
+                    keep[part][rows],
+                    start[part][rows],
+                    iterations=iterations,
+                    tolerance=tolerance,
+                    metric=None if metric is None else own,
+                )
     return found
 
 
-def row_losses(weight: Tensor, target: Tensor, gram: Tensor) -> Tensor:
-    """(x - w*) H (x - w*)^T of each row.
+def row_losses(weight: Tensor, target: Tensor, gram: Tensor, stack: Stack | None = None) -> Tensor:
+    """(x - w*) H (x - w*)^T of each row; with a metric each row's part of tr(S (X - W*) H (X - W*)^T).
 
     Args:
         weight: (out, in), any float dtype: X.
         target: (out, in), any float dtype: W*.
         gram: (in, in), float64: H.
+        stack: what errors of the output cost, in float64; None is the identity.
 
     Returns:
-        (out,), float64, at least 0.
+        (out,), float64, without a metric at least 0.
     """
+    if stack is not None:
+        change = stack.scale * (weight.double() - target.double())
+        return (stack.apply(change @ gram) * change).sum(dim=1)
     losses = torch.empty(len(weight), dtype=torch.float64, device=gram.device)
     for rows in _chunks(weight):
         error = weight[rows].double() - target[rows].double()
@@ -141,24 +165,41 @@ def _chunks(matrix: Tensor) -> Iterator[slice]:
     return (slice(top, top + height) for top in range(0, len(matrix), height))
 
 
-def _descend(right: Tensor, gram: Tensor, keep: Tensor, start: Tensor, *, iterations: int, tolerance: float) -> Tensor:
-    """Conjugate gradients on H of unit diagonal; all tensors in one dtype, rows independent."""
+def _descend(
+    right: Tensor,
+    gram: Tensor,
+    keep: Tensor,
+    start: Tensor,
+    *,
+    iterations: int,
+    tolerance: float,
+    metric: Stack | None,
+) -> Tensor:
+    """Conjugate gradients on H of unit diagonal; all tensors in one dtype. Without a metric rows are independent."""
     mask = keep.to(right.dtype)
+
+    def cost(rows: Tensor) -> Tensor:
+        return (rows if metric is None else metric.apply(rows)).mul_(mask)
+
+    def energy_of(rows: Tensor) -> Tensor:  # (out, 1), or (1, 1) of all rows
+        return rows.square().sum(dim=1 if metric is None else None, keepdim=True)
+
     solution = start
-    residual = (right - solution @ gram).mul_(mask)
+    residual = cost(right - solution @ gram)
     direction = residual.clone()
-    energy = residual.square().sum(dim=1, keepdim=True)  # (out, 1)
-    enough = (tolerance * tolerance) * (right * mask).square().sum(dim=1, keepdim=True)
+    energy = energy_of(residual)
+    enough = (tolerance * tolerance) * energy_of(cost(right.clone()))
     tiny = torch.finfo(right.dtype).tiny
     for _ in range(iterations):
         active = energy > enough
         if not bool(active.any()):
             break
-        image = (direction @ gram).mul_(mask)
-        step = torch.where(active, energy / (direction * image).sum(dim=1, keepdim=True).clamp_min(tiny), 0)
+        image = cost(direction @ gram)
+        along = (direction * image).sum(dim=1 if metric is None else None, keepdim=True).clamp_min(tiny)
+        step = torch.where(active, energy / along, 0)
         solution = torch.addcmul(solution, step, direction)
         residual.addcmul_(step, image, value=-1)
-        previous, energy = energy, residual.square().sum(dim=1, keepdim=True)
+        previous, energy = energy, energy_of(residual)
         direction.mul_(energy / previous.clamp_min(tiny)).add_(residual)
     return solution
 

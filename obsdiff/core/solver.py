@@ -2,7 +2,8 @@
 
 W*      (out, in): the best dense weight: the weight itself, or R H^-1 where the target is not what it computes
 H       (in, in), damped gram (linalg.Factor.gram)
-loss    tr((X - W*) H (X - W*)^T)
+S       (out, out): what errors of the output cost (metric.Metric), the identity where that is not known
+loss    tr(S (X - W*) H (X - W*)^T)
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from torch import Tensor
 from obsdiff.core import admm, linalg
 from obsdiff.core.gram import full_precision
 from obsdiff.core.linalg import Factor
+from obsdiff.core.metric import Metric, Stack
 from obsdiff.core.refit import TOLERANCE, conjugate_gradients, refit_support, row_losses
 from obsdiff.core.support import check_groups, sweep
 from obsdiff.sparsity import NM, Pattern
@@ -26,7 +28,7 @@ class Effort:
     """How long to look.
 
     Attributes:
-        penalties: ADMM's values of rho, one Cholesky inverse each; none: no ADMM.
+        penalties: ADMM's values of rho; none: no ADMM.
         iterations: at each penalty, at most.
         refits: iterations of the refit, at most.
         sweep: whether the OBS support competes too, so that the result is never worse than it; a loop over columns.
@@ -54,7 +56,7 @@ class Solution:
     Attributes:
         weight: (out, in), float64, zero outside `keep`.
         keep: (out, in), bool: the support.
-        losses: (out,), float64: (x - w*) H (x - w*)^T of each row; their sum is the objective.
+        losses: (out,), float64: each row's part of the loss; their sum is the objective.
     """
 
     weight: Tensor
@@ -63,7 +65,7 @@ class Solution:
 
     @property
     def objective(self) -> float:
-        """tr((X - W*) H (X - W*)^T)."""
+        """tr(S (X - W*) H (X - W*)^T)."""
         return float(self.losses.sum())
 
 
@@ -73,20 +75,22 @@ def solve(
     pattern: Pattern,
     *,
     rows: Sequence[int] | None = None,
+    metrics: Sequence[Metric | None] | None = None,
     effort: Effort = FULL,
     block: int = 128,
 ) -> Solution:
     """Chooses a support and solves for the weights on it.
 
     Candidates are the ADMM support and, with `effort.sweep`, the OBS support, both refitted. The better one is taken
-    row by row for N:M, layer by layer for unstructured, where rows share one budget.
+    row by row for N:M, layer by layer for unstructured, where rows share one budget, and where a metric couples them.
 
     Args:
         target: (out, in), any float dtype: W*. Entries that read dead channels are taken as zero.
         factor: of the gram of the inputs.
         pattern: what is removed.
         rows: how many rows each of the layers stacked in `target` has, layers that share their inputs (q, k, v);
-            None: it is one layer. Only unstructured patterns need it.
+            None: it is one layer. Unstructured patterns and metrics need it.
+        metrics: S of each layer, None where it is not known; None: of none.
         effort: FULL, LEAN or FAST, or one's own.
         block: columns per lazy update of the sweep.
 
@@ -101,35 +105,77 @@ def solve(
     if not bool(target.isfinite().all()):
         raise CalibrationError("the weight or target of this layer is not finite; is the checkpoint whole?")
     wanted = target.double().masked_fill(factor.dead, 0)
-    best = _joint(wanted, factor, pattern, rows, effort) if effort.penalties else None
+    parts = [len(wanted)] if rows is None else list(rows)
+    known = None if metrics is None or not any(metrics) else metrics
+    best = _joint(wanted, factor, pattern, parts, known, effort) if effort.penalties else None
     if best is not None and not effort.sweep:
         return best
-    parts = [len(wanted)] if rows is None else list(rows)
     sweeps = [sweep(part, factor.upper, pattern, block=block) for part in torch.split(wanted.float(), parts)]
     start, keep = (torch.cat(halves) for halves in zip(*sweeps, strict=True))
-    weight = refit_support(wanted @ factor.gram, factor.gram, keep, start, iterations=effort.refits)
-    swept = Solution(weight=weight, keep=keep, losses=row_losses(weight, wanted, factor.gram))
+    if known is None:
+        weight = refit_support(wanted @ factor.gram, factor.gram, keep, start, iterations=effort.refits)
+        swept = Solution(weight=weight, keep=keep, losses=row_losses(weight, wanted, factor.gram))
+    else:
+        space = _Space(wanted, factor, parts, known)
+        swept = space.solution(keep, (start / space.scale * space.stack.scale).to(space.gram.dtype), effort)
     if best is None:
         return swept
-    return _better(best, swept, [1] * len(wanted) if isinstance(pattern, NM) else parts)
+    return _better(best, swept, [1] * len(wanted) if isinstance(pattern, NM) and known is None else parts)
 
 
-def _joint(target: Tensor, factor: Factor, pattern: Pattern, rows: Sequence[int] | None, effort: Effort) -> Solution:
-    """The ADMM support, refitted: float32 on the unit-diagonal gram, the loss in float64."""
-    gram, scale = linalg.unit_diagonal(factor.gram)
-    wanted = (target / scale).to(gram.dtype)
-    keep, start = admm.support(
-        wanted, gram, pattern, rows=rows, penalties=effort.penalties, iterations=effort.iterations
-    )
-    with full_precision():
-        right = wanted @ gram
-    found = conjugate_gradients(right, gram, keep, start, iterations=effort.refits, tolerance=TOLERANCE)
-    weight = found.double() * scale
-    if not bool(weight.isfinite().all()):
-        raise CalibrationError(
-            "the layer's outputs are too large for float32; are its weights those of a trained model?"
+class _Space:
+    """Where solving is well conditioned: H of unit diagonal, rows in the scale of their metric, float32."""
+
+    def __init__(
+        self, target: Tensor, factor: Factor, rows: Sequence[int], metrics: Sequence[Metric | None] | None
+    ) -> None:
+        self._target, self._factor = target, factor
+        self.gram, self.scale = linalg.unit_diagonal(factor.gram)
+        metrics = [None] * len(rows) if metrics is None else metrics
+        self.stack = Stack(metrics, rows, self.gram)
+        self._exact = Stack(metrics, rows, factor.gram) if any(metrics) else None
+        self.wanted = (target / self.scale * self.stack.scale).to(self.gram.dtype)
+
+    def solution(self, keep: Tensor, start: Tensor, effort: Effort) -> Solution:
+        """Least squares on a support; the loss in float64.
+
+        Raises:
+            CalibrationError: float32 does not hold the layer's outputs.
+        """
+        with full_precision():
+            right = self.wanted @ self.gram
+        found = conjugate_gradients(
+            right, self.gram, keep, start, iterations=effort.refits, tolerance=TOLERANCE, stack=self.stack
         )
-    return Solution(weight=weight, keep=keep, losses=row_losses(weight, target, factor.gram))
+        weight = found.double() * self.scale / self.stack.scale
+        if not bool(weight.isfinite().all()):
+            raise CalibrationError(
+                "the layer's outputs are too large for float32; are its weights those of a trained model?"
+            )
+        losses = row_losses(weight, self._target, self._factor.gram, self._exact)
+        return Solution(weight=weight, keep=keep, losses=losses)
+
+
+def _joint(
+    target: Tensor,
+    factor: Factor,
+    pattern: Pattern,
+    rows: Sequence[int],
+    metrics: Sequence[Metric | None] | None,
+    effort: Effort,
+) -> Solution:
+    """The ADMM support, refitted."""
+    space = _Space(target, factor, rows, metrics)
+    keep, start = admm.support(
+        space.wanted,
+        space.gram,
+        pattern,
+        stack=space.stack,
+        rows=rows,
+        penalties=effort.penalties,
+        iterations=effort.iterations,
+    )
+    return space.solution(keep, start, effort)
 
 
 def _better(first: Solution, second: Solution, parts: Sequence[int]) -> Solution:

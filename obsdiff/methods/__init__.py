@@ -10,6 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from obsdiff.core.metric import Metric
 from obsdiff.core.solver import LEAN, Effort
 from obsdiff.core.units import Removal
 from obsdiff.sparsity import Pattern
@@ -42,6 +43,7 @@ class Layer:
         mean: (in,), float64, the same weighted mean of x; None where it was not collected.
         bias: (out,), any float dtype; None where the linear has none.
         target: what it should compute; None: what its weight makes of its input.
+        metric: what errors of its output cost; None: one is as bad as another.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Layer:
     mean: Tensor | None = None
     bias: Tensor | None = None
     target: Target | None = None
+    metric: Metric | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +63,8 @@ class Pruned:
         weight: (out, in), in the dtype of the layer's weight; zero where `keep` is False.
         keep: (out, in), bool: the support.
         loss: tr(dW G dW^T) / tr(W G W^T), measured on `weight` as returned; NaN without a gram. Of a layer with a
-            target: E|W x + b - y|^2 / E|y - E y|^2.
+            target: E|W x + b - y|^2 / E|y - E y|^2. Of one with a metric S: tr(S D G D^T) / tr(S W* G W*^T), where W*
+            is the best dense weight and D what the returned one lacks of it.
         bias: (out,), in the dtype of the layer's bias; None where it is left as it was.
     """
 

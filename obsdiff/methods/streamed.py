@@ -2,7 +2,8 @@
 
 What a layer should compute comes from the dense model, what it reads from the model as pruned so far (streaming.py):
 later layers repair what earlier ones broke (asymmetric calibration; GPTAQ, Li et al. 2025). The support is ADMM's
-(ALPS, Meng et al. 2024), the weights on it are the least-squares ones, the bias carries the means.
+(ALPS, Meng et al. 2024), the weights on it are the least-squares ones, the bias carries the means. Where it is known
+what errors of a layer's output cost the network's (core.metric), it is that cost which is least.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from obsdiff.core import bias, linalg, solver, units
 from obsdiff.core.linalg import Factor
+from obsdiff.core.metric import Metric
 from obsdiff.core.units import Removal
 from obsdiff.methods import Layer, Options, Pruned, result
 from obsdiff.sparsity import Pattern
@@ -41,10 +43,12 @@ def prune_weights(layers: Sequence[Layer], pattern: Pattern, options: Options) -
             weight, keep = torch.cat(wanted), torch.ones(sum(rows), len(factor.gram), dtype=torch.bool)
         else:
             with result.named(sharing):
-                solution = solver.solve(torch.cat(wanted), factor, pattern, rows=rows, effort=options.effort)
+                metrics = [layer.metric for layer in sharing]
+                stacked = torch.cat(wanted)
+                solution = solver.solve(stacked, factor, pattern, rows=rows, metrics=metrics, effort=options.effort)
             weight, keep = solution.weight, solution.keep
-        parts = zip(sharing, torch.split(weight, rows), torch.split(keep.to(weight.device), rows), strict=True)
-        pruned += [_finished(layer, part, kept) for layer, part, kept in parts]
+        parts = zip(sharing, wanted, torch.split(weight, rows), torch.split(keep.to(weight.device), rows), strict=True)
+        pruned += [_finished(layer, best, part, kept) for layer, best, part, kept in parts]
     return pruned
 
 
@@ -58,9 +62,13 @@ def prune_units(
             factors.append(_factor(layer, options))
     wanted = [_wanted(layer, factor) for layer, factor in zip(layers, factors, strict=True)]
     with result.named(layers):
-        kept, weights = units.remove(wanted, factors, removals)
+        costs = [layer.metric for layer in layers]
+        roots = [rows if cost is None else cost.root(rows) for rows, cost in zip(wanted, costs, strict=True)]
+        kept, roots = units.remove(roots, factors, removals)
+        weights = [rows if cost is None else cost.unroot(rows) for rows, cost in zip(roots, costs, strict=True)]
     supports = result.without(layers, removals, kept)
-    return kept, [_finished(layer, weight, keep) for weight, (layer, keep) in zip(weights, supports, strict=True)]
+    parts = zip(wanted, weights, supports, strict=True)
+    return kept, [_finished(layer, best, weight, keep) for best, weight, (layer, keep) in parts]
 
 
 def _factor(layer: Layer, options: Options) -> Factor:
@@ -95,7 +103,7 @@ def _wanted(layer: Layer, factor: Factor) -> Tensor:
     return linalg.solve(factor.gram, right.mT).mT
 
 
-def _finished(layer: Layer, weight: Tensor, keep: Tensor) -> Pruned:
+def _finished(layer: Layer, best: Tensor, weight: Tensor, keep: Tensor) -> Pruned:
     stored = result.stored(layer, weight, keep)
     if layer.bias is None or layer.mean is None:
         new_bias = None
@@ -104,8 +112,17 @@ def _finished(layer: Layer, weight: Tensor, keep: Tensor) -> Pruned:
         mean = bias.output_mean(layer.weight.detach(), before, layer.mean)
         wanted = mean if layer.target is None else layer.target.mean
         new_bias = bias.best(stored.weight, wanted, layer.mean).to(before.dtype)
-    loss = stored.loss if layer.target is None else _loss(layer, stored.weight)
+    if layer.metric is not None:
+        loss = _cost(layer, layer.metric, stored.weight.double() - best) / _cost(layer, layer.metric, best)
+    else:
+        loss = stored.loss if layer.target is None else _loss(layer, stored.weight)
     return Pruned(weight=stored.weight, keep=keep, loss=loss, bias=new_bias)
+
+
+def _cost(layer: Layer, metric: Metric, weight: Tensor) -> float:
+    """tr(S W G W^T), above 0."""
+    rows = metric.root(weight)
+    return max(float(((rows @ _gram(layer)) * rows).sum()), torch.finfo(torch.float64).tiny)
 
 
 def _loss(layer: Layer, weight: Tensor) -> float:

@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from obsdiff import allocation, costs, planning, pruning, sensitivities, streaming
+from obsdiff import allocation, costs, gradients, planning, pruning, sensitivities, streaming, trajectories
 from obsdiff.core.units import Removal
 from obsdiff.groups import Consumer, Group
 from obsdiff.job import computable, given
@@ -56,13 +56,16 @@ class Subject:
         return streaming.record(self.pipeline, self.family, self.recipe, silent)
 
     def measured(self, journal: Any = None) -> streaming.Assignment:
+        calls, linears = self.calls(), self.family.linears(self.denoiser)
+        metrics = gradients.measure(self.denoiser, linears, calls, weights=trajectories.weights(calls, self.recipe))
         return allocation.measured(
             self.denoiser,
             self.family,
             self.recipe,
             METHODS[self.recipe.method],
             Options(),
-            self.calls(),
+            calls,
+            metrics,
             journal=journal,
             progress=silent,
         )
@@ -141,7 +144,7 @@ def test_a_candidate_s_error_is_that_of_a_plain_forward_pass(kind: str, subject:
     calls = what.calls()
     asked = candidates(what)
     errors = sensitivities.measure(
-        what.denoiser, what.family.linears(before), asked, Zeroing(), Options(), calls,
+        what.denoiser, what.family.linears(before), asked, Zeroing(), Options(), calls, {},
         weights=[1.0] * len(calls), probes=2,
     )  # fmt: skip
     assert errors.keys() == {candidate.key for candidate in asked}
@@ -169,7 +172,7 @@ def test_a_candidate_that_breaks_the_model_is_named_and_leaves_it_whole(subject:
     first = candidates(what)[:1]
     with pytest.raises(CalibrationError, match=r"transformer_blocks\.0\.attn\.heads: .* not finite"):
         sensitivities.measure(
-            what.denoiser, what.family.linears(what.denoiser), first, Zeroing(float("nan")), Options(), calls,
+            what.denoiser, what.family.linears(what.denoiser), first, Zeroing(float("nan")), Options(), calls, {},
             weights=[1.0] * len(calls), probes=1,
         )  # fmt: skip
     assert all(torch.equal(before[name], tensor) for name, tensor in what.denoiser.state_dict().items())

@@ -79,6 +79,7 @@ class Subject:
             METHODS[recipe.method],
             Options(),
             self.calls,
+            {},
             journal=self.journals.setdefault((str(recipe.sparsity), recipe.align), Memory()),
             progress=silent,
         )

@@ -5,6 +5,7 @@ The printed digits are those of arXiv 2510.06751, tables 3, 4 and 9, at 1024 x 1
 
 import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -588,7 +589,26 @@ def test_a_streamed_plan_has_no_packages_and_counts_blocks() -> None:
     assert streams.linears == 23 * 12 + 9 + 1
     assert streams.grams == 23 * 8 + 5 + 1
     assert streams.block_calls == 150 * (2 * 25 + 24 * 4 + 1)
-    assert streams.denoiser_calls == pytest.approx(75 * 13 + streams.block_calls / 25)
+    assert streams.gradient_calls == 150  # a third of the calls, each forwards, again block by block, and backwards
+    assert streams.denoiser_calls == pytest.approx(75 * 13 + 150 + streams.block_calls / 25)
+
+
+def test_a_streamed_plan_counts_what_gradients_hold() -> None:
+    plan, streams = planned("sd3_medium", "2:4", workload=STREAMED), STREAMED.streams
+    assert plan.streams is not None
+    assert streams is not None
+    width = 1536
+    narrow, wide = 24 * 8 - 1 + 23 + 24, 23 + 24  # q, k, v, out of both streams; down; up
+    assert plan.streams.metric_bytes == sum(
+        count * (4 * out * 128 + 8 * (out + 128)) for count, out in ((narrow, width), (wide, 4 * width))
+    )
+    sums = 8 * 257 * width * (narrow + 4 * wide)
+    assert plan.streams.gradient_bytes > sums + 4 * 8 * 24 * 4096 * width
+    plain = Workload(**{**vars(STREAMED), "streams": replace(streams, metric=False)})
+    without = planned("sd3_medium", "2:4", workload=plain)
+    assert without.streams is not None
+    assert without.streams.gradient_bytes == without.streams.metric_bytes == without.streams.gradient_calls == 0
+    assert without.estimates.memory_bytes == plan.estimates.memory_bytes - plan.streams.metric_bytes
 
 
 def test_measuring_units_is_counted() -> None:

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from obsdiff import launch, pruning, ranks
+from obsdiff import gradients, launch, pruning, ranks, streaming, trajectories
 from obsdiff.families.table import family_of
 from obsdiff.job import computable, given
 from obsdiff.launch import Place
@@ -25,17 +25,22 @@ from obsdiff.results import PackageResult
 from obsdiff.settings import Settings
 from obsdiff.streaming import _parts
 from obsdiff_runtime.errors import ConfigError
+from obsdiff_runtime.progress import silent
 
 WHOLE = {"protect_first": 0, "protect_last": 0, "align": 1}
 COMMON = {"steps": 2, "height": 32, "width": 32, "batch_size": 2, "max_sequence_length": 2, "draws": 1}
+PLAIN = {"method_options": {"metric": 0}}
+"""With a metric, what is solved from as few tokens as here is ill-conditioned: rounding then decides more."""
+
 RUNS: dict[str, dict[str, Any]] = {
-    "streamed 2:4": {"sparsity": "2:4"},
-    "streamed 0.5": {"sparsity": "0.5", "allocation": "uniform"},
-    "streamed units": {"sparsity": "structured:0.25", **WHOLE},
-    "streamed spared": {"sparsity": "2:4", "dense_share": 0.3},
+    "streamed 2:4": {"sparsity": "2:4", **PLAIN},
+    "streamed 0.5": {"sparsity": "0.5", "allocation": "uniform", **PLAIN},
+    "streamed units": {"sparsity": "structured:0.25", **WHOLE, **PLAIN},
+    "streamed spared": {"sparsity": "2:4", "dense_share": 0.3, **PLAIN},
     "packages 2:4": {"sparsity": "2:4", "method": "obsdiff", "packages": 2},
     "packages units": {"sparsity": "structured:0.3+2:4", "method": "obsdiff", "packages": 2, **WHOLE},
 }
+WITH_METRIC = {"sparsity": "2:4"}
 PROMPTS = ["a red circle", "a blue square", "a dog", "a cat", "a house"]
 """In batches of two: the ranks' shares differ, and the last batch is smaller."""
 
@@ -45,13 +50,22 @@ WORKER = """
 import json, sys
 import torch
 from safetensors.torch import save_file
-from obsdiff import cli, pruning, ranks
+from obsdiff import cli, gradients, pruning, ranks
 from obsdiff.job import computable
 from obsdiff.loading import load_pipeline
 from obsdiff.resolving import resolve
 from obsdiff.settings import Settings
 
 torch.set_num_threads(1)
+measured, measure = {}, gradients.measure
+
+
+def keep(*args, **options):
+    measured.update(measure(*args, **options))
+    return dict(measured)
+
+
+gradients.measure = keep
 runs, prompts, command = json.loads(sys.argv[1])
 for name, settings in runs.items():
     loaded = load_pipeline("sd3", revision=None, variant=None, device="cpu")
@@ -60,6 +74,9 @@ for name, settings in runs.items():
     with ranks.joined(loaded.pipeline.device) as place:
         pruned = pruning.prune(loaded.pipeline, loaded.family, recipe, stored=computable(loaded))
     save_file(pruned.denoiser.state_dict(), f"{name} of {place.rank}.safetensors")
+    eye = lambda each: torch.eye(len(each.scale), dtype=torch.float64)
+    roots = {name: each.root(eye(each)).contiguous() for name, each in measured.items()}
+    save_file(roots, f"metrics of {place.rank}.safetensors")
 sys.argv = command
 cli.main()  # joins once more
 """
@@ -85,8 +102,8 @@ def together(sd3_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     (folder / "worker.py").write_text(WORKER)
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
     command = ["obsdiff", "prune", "sd3", "-o", "pruned", "--prompts-file", "prompts.txt", "--sparsity", "2:4"]
-    command += [f"--set={key}={value}" for key, value in COMMON.items()]
-    runs = {name: COMMON | settings for name, settings in RUNS.items()}
+    command += [f"--set={key}={value}" for key, value in COMMON.items()] + ["--set=method_options.metric=0"]
+    runs = {name: COMMON | settings for name, settings in {**RUNS, "with its metric": WITH_METRIC}.items()}
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *TORCHRUN, "worker.py", json.dumps([runs, PROMPTS, command])],
         cwd=folder,
@@ -113,6 +130,25 @@ def test_two_ranks_give_what_one_gives(name: str, together: tuple[Path, str], sd
     for key, value in alone.items():
         assert torch.equal(first[key], second[key]), key
         assert _distance(first[key], value) < 1e-6, key
+
+
+@pytest.mark.slow
+def test_two_ranks_measure_what_one_does_and_prune_alike(together: tuple[Path, str], sd3_folder: Path) -> None:
+    loaded = load_pipeline(str(sd3_folder), revision=None, variant=None, device="cpu")
+    asked = Settings(**COMMON | WITH_METRIC)
+    recipe = resolve(asked, model="tiny", family=loaded.family, defaults=loaded.defaults, prompts=PROMPTS)
+    computable(loaded)
+    calls = streaming.record(loaded.pipeline, loaded.family, recipe, silent)
+    linears, weights = loaded.family.linears(loaded.denoiser), trajectories.weights(calls, recipe)
+    alone = gradients.measure(loaded.denoiser, linears, calls, weights=weights)
+    for rank in range(2):
+        found = load_file(together[0] / f"metrics of {rank}.safetensors")
+        assert found.keys() == alone.keys()
+        for name, each in alone.items():
+            exact = each.root(torch.eye(len(each.scale), dtype=torch.float64))
+            assert _distance(found[name], exact) < 1e-4, name
+    first, second = (load_file(together[0] / f"with its metric of {rank}.safetensors") for rank in range(2))
+    assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 @pytest.mark.slow
