@@ -27,6 +27,10 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         aten.meshgrid.indexing: meshgrid,
         aten.detach_.default: detach,
         aten.__and__.Tensor: both,
+        aten.add_.Tensor: add,
+        aten.min.other: least,
+        aten.movedim.int: move_axis,
+        aten._upsample_nearest_exact2d.vec: enlarge,
         aten.to.dtype: cast,
         aten.to.dtype_layout: lay_out,
         aten.to.device: move,
@@ -59,14 +63,18 @@ def einsum(equation: str, tensors: Sequence[Any], path: Any = None) -> Any:
 
 def split(x: Any, sizes: Sequence[Any], dim: int = 0) -> tuple[Any, ...]:
     """As a slice for each part: a size may be computed, and a sequence of tensors is no type that builders know."""
-    axes, one = op.Constant(value_ints=[dim]), op.Constant(value_ints=[1])
-    parts, start = [], op.Constant(value_ints=[0])
+    axes, start = op.Constant(value_ints=[dim]), op.Constant(value_ints=[0])
+    parts = []
     for size in sizes:
-        length = op.Constant(value_ints=[size]) if isinstance(size, int) else op.Reshape(size, one)
-        end = op.Add(start, length)
+        end = op.Add(start, _list_of(size))
         parts.append(op.Slice(x, start, end, axes))
         start = end
     return tuple(parts)
+
+
+def _list_of(size: Any) -> Any:
+    """Of one entry; a size is known, or computed."""
+    return op.Constant(value_ints=[size]) if isinstance(size, int) else op.Reshape(size, op.Constant(value_ints=[1]))
 
 
 def rms_norm(x: Any, normalized_shape: Sequence[Any], weight: Any = None, eps: float | None = None) -> Any:
@@ -126,6 +134,33 @@ def detach(x: Any) -> Any:
 def both(x: Any, y: Any) -> Any:
     """Of truth values; bits of numbers are opset 18's BitwiseAnd."""
     return op.And(x, y) if x.dtype == ir.DataType.BOOL else op.BitwiseAnd(x, y)
+
+
+def add(x: Any, y: Any, alpha: float = 1) -> Any:
+    """Of a tensor that nobody else reads: into another one, in its type."""
+    added = _to(y, x.dtype)
+    return op.Add(x, added if alpha == 1 else op.Mul(added, op.Constant(value=ir.tensor(alpha, dtype=x.dtype))))
+
+
+def least(x: Any, y: Any) -> Any:
+    """Of integers of one type, as T5's buckets of distances are, or of floats."""
+    widest = _widest([x.dtype, y.dtype])
+    return op.Min(x, y) if widest is None else op.Min(_to(x, widest), _to(y, widest))
+
+
+def move_axis(x: Any, source: int, destination: int) -> Any:
+    order = list(range(len(x.shape)))
+    order.insert(destination % len(order), order.pop(source))
+    return op.Transpose(x, perm=order)
+
+
+def enlarge(x: Any, sizes: Sequence[Any] | None, factors: Sequence[float] | None) -> Any:
+    """To the nearest pixel of where a pixel's middle falls."""
+    how = {"mode": "nearest", "coordinate_transformation_mode": "half_pixel", "nearest_mode": "round_prefer_ceil"}
+    if factors is not None:
+        return op.Resize(x, None, op.Constant(value_floats=[1.0, 1.0, *factors]), None, **how)
+    sides = op.Concat(op.Shape(x, start=0, end=2), *(_list_of(size) for size in sizes or ()), axis=0)
+    return op.Resize(x, None, None, sides, **how)
 
 
 def cast(x: Any, dtype: int, non_blocking: bool = False, copy: bool = False, memory_format: Any = None) -> Any:

@@ -12,6 +12,7 @@ import torch
 from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 
+from kinds import never_traced_again
 from obsdiff_export.casting import cast_to
 from obsdiff_export.component import Component
 from obsdiff_export.onnx import OnnxModel, export
@@ -230,13 +231,39 @@ class Grids(nn.Module):
         return grids * inner[:, None] + (down & along)
 
 
-def test_grids_and_differences_are_translated_without_tracing_again(tmp_path, monkeypatch):
-    def traced(*_: object) -> None:
-        raise AssertionError("traced again")
+class Buckets(nn.Module):
+    """Operations of T5, and of the autoencoders of Sana, Wan and Qwen-Image, as above."""
 
-    monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", traced)
-    component = one_input(Grids(), more_inputs=({"x": torch.linspace(-3, 3, 40).reshape(5, 8)},))
-    assert compare(component, export(component, tmp_path, dtype=torch.float32)).max_relative_error == 0
+    def forward(self, x: Tensor) -> Tensor:
+        scores = torch.matmul(x, x.transpose(0, 1))
+        scores += torch.min(torch.arange(x.shape[0]), torch.full((x.shape[0],), 2))
+        image = torch.movedim(torch.stack([scores, x[:, :1] * scores, 2 * scores]), 0, -1)[None].movedim(-1, 1)
+        doubled = nn.functional.interpolate(image, scale_factor=2.0, mode="nearest-exact")
+        odd = nn.functional.interpolate(image, size=(x.shape[0] + 2, 3), mode="nearest-exact")
+        return doubled.sum((1, 2, 3)) + odd[0, :, :-1].sum(0)
+
+
+@pytest.mark.parametrize("net", [Grids, Buckets])
+def test_its_operations_are_translated_without_tracing_again(tmp_path, net):
+    component = one_input(net(), more_inputs=({"x": torch.linspace(-3, 3, 40).reshape(5, 8)},))
+    with never_traced_again():
+        model = export(component, tmp_path, dtype=torch.float32)
+    assert compare(component, model).max_relative_error < 1e-6
+
+
+class ReadElsewhere(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        doubled = 2 * x
+        rows = doubled[:, :4]
+        doubled += 1
+        itself = nn.functional.dropout(3 * x, training=False)
+        itself += rows.sum()
+        return doubled + itself
+
+
+def test_what_is_changed_in_place_is_changed_for_all_who_read_it(tmp_path):
+    component = one_input(ReadElsewhere(), more_inputs=({"x": torch.linspace(-3, 3, 40).reshape(5, 8)},))
+    assert compare(component, export(component, tmp_path, dtype=torch.float32)).max_relative_error < 1e-6
 
 
 class CentreCrop(nn.Module):
