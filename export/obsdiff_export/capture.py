@@ -47,7 +47,7 @@ def lower(component: Component, dtype: torch.dtype, opset: int) -> tuple[ir.Mode
         model = _translated(component, program, opset)
     for name, value in model.graph.initializers.items():
         if name in parameters:
-            value.const_value = _read_later(name, parameters[name], dtype)
+            value.const_value = read_later(name, parameters[name], dtype)
     return model, weights
 
 
@@ -64,7 +64,7 @@ def _translated(component: Component, program: ExportedProgram, opset: int) -> i
         raise ExportError(f"{component.name}: torch.onnx could not translate it: {_last_line(error)}") from error
 
 
-def _read_later(name: str, parameter: Tensor, dtype: torch.dtype) -> ir.LazyTensor:
+def read_later(name: str, parameter: Tensor, dtype: torch.dtype) -> ir.LazyTensor:
     """A parameter's values as an initializer, read and cast each time they are asked for and never kept."""
     stored = dtype if parameter.is_floating_point() else parameter.dtype
 

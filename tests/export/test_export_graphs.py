@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kinds import never_traced_again
 from obsdiff_export.casting import cast_to
 from obsdiff_export.component import Component
-from obsdiff_export.onnx import OnnxModel, export
+from obsdiff_export.onnx import OnnxModel, export, reweigh
 from obsdiff_export.parity import compare
 from obsdiff_runtime.errors import ConfigError, ExportError
 
@@ -76,6 +76,27 @@ def test_the_same_component_gives_the_same_bytes(toy, exports, tmp_path):
     for name in ("model.onnx", "model.onnx.data", "config.json"):
         assert (tmp_path / name).read_bytes() == (exports.float32.path.parent / name).read_bytes()
     assert again.bytes == exports.float32.bytes
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_other_weights_in_a_graph_give_the_bytes_of_their_own_export(toy, exports, tmp_path, dtype):
+    other = replace(toy, module=copy.deepcopy(toy.module))
+    for parameter in other.module.parameters():
+        torch.nn.init.normal_(parameter)
+    made = export(other, tmp_path / "made", dtype=getattr(torch, dtype))
+    found = reweigh(getattr(exports, dtype), other, tmp_path / "found")
+    assert replace(found, path=made.path, seconds=made.seconds) == made
+    for name in ("model.onnx", "model.onnx.data", "config.json"):
+        assert (tmp_path / "found" / name).read_bytes() == (tmp_path / "made" / name).read_bytes()
+
+
+@pytest.mark.parametrize("layer", ["embed", "down"])
+def test_weights_of_another_shape_are_refused(toy, exports, tmp_path, layer):
+    other = replace(toy, module=copy.deepcopy(toy.module))
+    setattr(other.module, layer, nn.Linear(8, 8))
+    with pytest.raises(ExportError, match=rf"toy: {layer}\.weight has another shape in .*model\.onnx"):
+        reweigh(exports.float32, other, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_cast_is_undone_and_keeps_tied_weights_tied():
