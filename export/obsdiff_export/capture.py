@@ -23,7 +23,7 @@ from obsdiff_export.stored import values
 from obsdiff_export.translations import translations
 from obsdiff_runtime.errors import ExportError
 
-_COMPUTED: Final = frozenset({torch.ops.aten.matmul.default, torch.ops.aten.linear.default, torch.ops.aten.mul.Tensor})
+_COMPUTED: Final = frozenset({torch.ops.aten.add.Tensor, torch.ops.aten.mul.Tensor, torch.ops.aten.matmul.default})
 """Operations that never give a view of what they read, nor it itself."""
 
 

@@ -257,7 +257,9 @@ class Buckets(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         scores = torch.matmul(x, x.transpose(0, 1))
-        scores += torch.min(torch.arange(x.shape[0]), torch.full((x.shape[0],), 2))
+        buckets = 0 + torch.arange(x.shape[0])
+        buckets += torch.min(torch.arange(x.shape[0]), torch.full((x.shape[0],), 2))
+        scores += buckets
         image = torch.movedim(torch.stack([scores, x[:, :1] * scores, 2 * scores]), 0, -1)[None].movedim(-1, 1)
         doubled = nn.functional.interpolate(image, scale_factor=2.0, mode="nearest-exact")
         odd = nn.functional.interpolate(image, size=(x.shape[0] + 2, 3), mode="nearest-exact")
