@@ -12,6 +12,7 @@ from torch import fx
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.onnx._internal.fx.passes import type_promotion
 
+_from_torchlib = ONNXRegistry.from_torchlib
 _Promoting = type_promotion._TypePromotionInterpreter
 
 
@@ -30,9 +31,6 @@ def _replaced(owner: type, name: str, by: object) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, before)
-
-
-_from_torchlib = ONNXRegistry.from_torchlib
 
 
 @functools.cache

@@ -85,7 +85,7 @@ def rms_norm(x: Any, normalized_shape: Sequence[Any], weight: Any = None, eps: f
     axes = op.Constant(value_ints=list(range(-len(normalized_shape), 0)))
     values = _to(x, wide)
     energy = op.ReduceMean(op.Mul(values, values), axes)
-    found = op.Div(values, op.Sqrt(op.Add(energy, op.Constant(value=ir.tensor(least, dtype=wide)))))
+    found = op.Div(values, op.Sqrt(op.Add(energy, _number(least, wide))))
     if weight is not None:
         found = op.Mul(found, _to(weight, wide))
     return op.Cast(found, to=int(x.dtype)) if narrow else found
@@ -93,6 +93,10 @@ def rms_norm(x: Any, normalized_shape: Sequence[Any], weight: Any = None, eps: f
 
 def _to(x: Any, dtype: ir.DataType) -> Any:
     return x if x.dtype == dtype else op.Cast(x, to=int(dtype))
+
+
+def _number(value: float, dtype: ir.DataType) -> Any:
+    return op.Constant(value=ir.tensor(value, dtype=dtype))
 
 
 def outer(column: Any, row: Any) -> Any:
@@ -103,14 +107,13 @@ def outer(column: Any, row: Any) -> Any:
 def clip(x: Any, least: float | None = None, most: float | None = None) -> Any:
     dtype = x.dtype
     for bound, limit in ((least, op.Max), (most, op.Min)):
-        x = x if bound is None else limit(x, op.Constant(value=ir.tensor(bound, dtype=dtype)))
+        x = x if bound is None else limit(x, _number(bound, dtype))
     return x
 
 
 def subtract_from(x: Any, number: float, alpha: float = 1) -> Any:
     """number - alpha * x."""
-    first, factor = (op.Constant(value=ir.tensor(value, dtype=x.dtype)) for value in (number, alpha))
-    return op.Sub(first, x if alpha == 1 else op.Mul(x, factor))
+    return op.Sub(_number(number, x.dtype), x if alpha == 1 else op.Mul(x, _number(alpha, x.dtype)))
 
 
 def meshgrid(axes: Sequence[Any], indexing: str) -> tuple[Any, ...]:
@@ -138,8 +141,8 @@ def both(x: Any, y: Any) -> Any:
 
 def add(x: Any, y: Any, alpha: float = 1) -> Any:
     """Of a tensor that nobody else reads: into another one, in its type."""
-    added = _to(y, x.dtype)
-    return op.Add(x, added if alpha == 1 else op.Mul(added, op.Constant(value=ir.tensor(alpha, dtype=x.dtype))))
+    added = _number(y, x.dtype) if isinstance(y, int | float) else _to(y, x.dtype)
+    return op.Add(x, added if alpha == 1 else op.Mul(added, _number(alpha, x.dtype)))
 
 
 def least(x: Any, y: Any) -> Any:
