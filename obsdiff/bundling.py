@@ -213,8 +213,8 @@ def deliver(
             progress=progress,
         )
         delivery.copy_rest(pruned.pipeline, folder)
-    models = {item.model.name: item.model for item in components if item.model.name in dense}
-    written = sum(model.bytes for model in models.values())
+    denoisers = {item.model.name: item for item in components if item.model.name in dense}
+    written = sum(item.model.bytes for item in denoisers.values())
     what, built = served_by(job, settings, pruned.pipeline), None
     same: Any = {
         "components": components,
@@ -228,7 +228,7 @@ def deliver(
         latency: tuple[LatencyPair, ...] | NotMeasured = _NOTHING_CHANGED
         if any(each.denoiser is not dense[each.family.denoiser] for each in pruned.turns):
             with stages("time"):
-                before, latency = _timed(job, settings, pruned.pipeline, dense, models, Path(scratch), progress)
+                before, latency = _timed(job, settings, pruned.pipeline, dense, denoisers, Path(scratch), progress)
         if order is not None:
             with stages("build engines"):
                 built = engines.build_engines(
@@ -256,7 +256,7 @@ def _timed(
     settings: Settings,
     pipeline: DiffusionPipeline,
     dense: Mapping[str, nn.Module],
-    pruned: Mapping[str, OnnxModel],
+    pruned: Mapping[str, delivery.Delivered],
     folder: Path,
     progress: Progress,
 ) -> tuple[dict[str, OnnxModel], tuple[LatencyPair, ...] | NotMeasured]:
@@ -272,14 +272,14 @@ def _timed(
             dense[name],
             folder / name,
             sampled,
-            dtype=pruned[name].dtype,
+            like=pruned[name],
             opset=settings.opset,
         )
         latency = delivery.time_denoisers(
             each.family,
             dense[name],
             before[name],
-            pruned[name],
+            pruned[name].model,
             sampled,
             job.pipeline_class,
             text_tokens=job.text_tokens,

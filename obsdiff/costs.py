@@ -7,6 +7,7 @@ printed digit of the paper's "TFLOPs" comes out for SD3, SD3.5 and SDXL; for SDX
     positions    tokens of a linear, output pixels of a convolution
 """
 
+import functools
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -76,8 +77,9 @@ def macs(denoiser: nn.Module, counts: Mapping[str, int]) -> int:
     return sum(number * _own_parameters(denoiser.get_submodule(name)) for name, number in counts.items())
 
 
+@functools.cache
 def matmul_speed(device: torch.device | str = "cpu", *, size: int = 1024, seconds: float = 0.2) -> float:
-    """Floating-point operations per second of a float32 matrix product on a device, measured now."""
+    """Floating-point operations per second of a float32 matrix product on a device, measured once in a process."""
     matrix = torch.ones(size, size, device=device)
 
     def multiply() -> None:

@@ -167,10 +167,13 @@ def export_denoiser(
     folder: Path,
     sampling: Sampling,
     *,
-    dtype: str,
+    like: Delivered,
     opset: int | None,
 ) -> OnnxModel:
-    """Writes the graph of another denoiser than the pipeline's, the dense one say, to `folder`."""
+    """Writes the graph of another denoiser, the dense one say, to `folder`; in the dtype of one that was delivered.
+
+    Where nothing was cut, and that one computes in floats, the graphs are the same but for the weights' values.
+    """
     component = references.component(
         family,
         denoiser,
@@ -179,7 +182,14 @@ def export_denoiser(
         width=sampling.width,
         vae_scale=autoencoders.vae_scale_of(pipeline, family),
     )
-    return onnx.export(component, folder, dtype=getattr(torch, dtype), opset=opset)
+    model = like.model
+    if model.precision == model.dtype and _shapes(component.module) == _shapes(like.component.module):
+        return onnx.reweigh(model, component, folder)
+    return onnx.export(component, folder, dtype=getattr(torch, model.dtype), opset=opset)
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in module.named_parameters()}
 
 
 def time_denoisers(

@@ -18,6 +18,7 @@ from support_matrix import CELL, SupportMatrix, cells
 for name, value in {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
+    "TORCH_FAKE_TENSOR_DISPATCH_CACHE": "0",  # it costs small networks a quarter of their capture
     "DIFFUSERS_VERBOSITY": "error",
     "TRANSFORMERS_VERBOSITY": "error",
 }.items():

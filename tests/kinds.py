@@ -53,6 +53,19 @@ def no_ftfy() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def never_traced_again() -> Iterator[None]:
+    """Until the end, an export fails that translates its network a second time, for which torch traces it again."""
+    import torch
+
+    def traced(*_: object) -> None:
+        raise AssertionError("traced again")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.export.ExportedProgram, "run_decompositions", traced)
+        yield
+
+
 Keep = dict[str, list[int]]
 
 

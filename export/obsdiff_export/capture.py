@@ -4,12 +4,13 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -17,9 +18,13 @@ from torch.onnx.errors import OnnxExporterError
 
 from obsdiff_export.casting import emptied, inputs_in
 from obsdiff_export.component import Component
+from obsdiff_export.economies import spared
 from obsdiff_export.stored import values
 from obsdiff_export.translations import translations
 from obsdiff_runtime.errors import ExportError
+
+_COMPUTED: Final = frozenset({torch.ops.aten.add.Tensor, torch.ops.aten.mul.Tensor, torch.ops.aten.matmul.default})
+"""Operations that never give a view of what they read, nor it itself."""
 
 
 def lower(component: Component, dtype: torch.dtype, opset: int) -> tuple[ir.Model, frozenset[str]]:
@@ -42,7 +47,7 @@ def lower(component: Component, dtype: torch.dtype, opset: int) -> tuple[ir.Mode
         model = _translated(component, program, opset)
     for name, value in model.graph.initializers.items():
         if name in parameters:
-            value.const_value = _read_later(name, parameters[name], dtype)
+            value.const_value = read_later(name, parameters[name], dtype)
     return model, weights
 
 
@@ -59,7 +64,7 @@ def _translated(component: Component, program: ExportedProgram, opset: int) -> i
         raise ExportError(f"{component.name}: torch.onnx could not translate it: {_last_line(error)}") from error
 
 
-def _read_later(name: str, parameter: Tensor, dtype: torch.dtype) -> ir.LazyTensor:
+def read_later(name: str, parameter: Tensor, dtype: torch.dtype) -> ir.LazyTensor:
     """A parameter's values as an initializer, read and cast each time they are asked for and never kept."""
     stored = dtype if parameter.is_floating_point() else parameter.dtype
 
@@ -76,14 +81,25 @@ class _Decomposed(ExportedProgram):
     def run_decompositions(
         self, decomp_table: dict[Any, Callable[..., Any]] | None = None, decompose_custom_triton_ops: bool = False
     ) -> ExportedProgram:
-        targets = {node.target for node in self.graph.nodes if node.op == "call_function"}
-        targets.discard(torch.ops.aten.detach_.default)  # in place by name only; constants come with it
-        pure = all(not target._schema.is_mutable for target in targets if isinstance(target, torch._ops.OpOverload))
-        nested = any(isinstance(target, torch._ops.HigherOrderOperator) for target in targets)
+        calls = [node for node in self.graph.nodes if node.op == "call_function"]
+        pure = not any(_changes_what_others_read(node) for node in calls)
+        targets = {node.target for node in calls}
+        nested = any(isinstance(target, HigherOrderOperator) for target in targets)
         if pure and not nested and decomp_table is not None and not targets & decomp_table.keys():
             return self
         retraced: ExportedProgram = super().run_decompositions(decomp_table, decompose_custom_triton_ops)
         return retraced
+
+
+def _changes_what_others_read(node: fx.Node) -> bool:
+    """Whether an operation in place is one; of a tensor that was computed for it alone it is as any other."""
+    operation = node.target
+    if not isinstance(operation, OpOverload) or not operation._schema.is_mutable:
+        return False
+    if operation is torch.ops.aten.detach_.default:  # in place by name only; constants come with it
+        return False
+    changed = node.args[0]
+    return not isinstance(changed, fx.Node) or changed.target not in _COMPUTED or len(changed.users) > 1
 
 
 def _capture(component: Component, dtype: torch.dtype) -> ExportedProgram:
@@ -132,16 +148,17 @@ def _axes_of_a_name_equal(component: Component) -> Iterator[None]:
 
 
 def _translate(component: Component, program: ExportedProgram, opset: int) -> ir.Model:
-    found = torch.onnx.export(
-        program,
-        dynamo=True,
-        opset_version=opset,
-        optimize=False,
-        verbose=False,
-        input_names=list(component.inputs),
-        output_names=list(component.outputs),
-        custom_translation_table=translations(),
-    )
+    with spared():
+        found = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=opset,
+            optimize=False,
+            verbose=False,
+            input_names=list(component.inputs),
+            output_names=list(component.outputs),
+            custom_translation_table=translations(),
+        )
     if found is None:
         raise ExportError(f"{component.name}: torch.onnx gave no graph")
     return found.model

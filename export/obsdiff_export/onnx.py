@@ -7,7 +7,7 @@ component gives the same bytes.
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -17,7 +17,7 @@ import onnx_ir as ir
 import torch
 
 from obsdiff_export import passes
-from obsdiff_export.capture import lower
+from obsdiff_export.capture import lower, read_later
 from obsdiff_export.component import Component
 from obsdiff_export.ports import Port
 from obsdiff_export.quantizing import LEAST_OPSET, Quantization, insert
@@ -110,6 +110,33 @@ def export(
         bytes=size,
         seconds=perf_counter() - started,
     )
+
+
+def reweigh(model: OnnxModel, component: Component, folder: Path) -> OnnxModel:
+    """Writes what `export` would of a component that differs from an exported one in its weights' values alone.
+
+    Args:
+        model: that one's, in floats: its graph is taken as it is, so that nothing is captured.
+        component: the other.
+        folder: made where it is absent.
+
+    Raises:
+        ExportError: a weight has another shape in the graph.
+        ResourceError: not enough disk.
+    """
+    started = perf_counter()
+    found = ir.load(model.path)
+    parameters = dict(component.module.named_parameters(remove_duplicate=False))
+    for name, value in found.graph.initializers.items():
+        weight = name.removesuffix(passes.TRANSPOSED)
+        if weight not in parameters:
+            continue
+        tensor: ir.TensorProtocol = read_later(weight, parameters[weight], getattr(torch, model.dtype))
+        value.const_value = tensor if weight == name else passes.transposed(tensor, name).const_value
+        if value.const_value is None or value.const_value.shape != value.shape:
+            raise ExportError(f"{component.name}: {weight} has another shape in {model.path}: they are not alike")
+    size = _save(found, component, folder)
+    return replace(model, name=component.name, path=folder / GRAPH, bytes=size, seconds=perf_counter() - started)
 
 
 def checked_opset(dtype: torch.dtype, opset: int | None, *, quantized: bool = False) -> int:

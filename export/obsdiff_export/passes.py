@@ -72,7 +72,7 @@ def fold_transposes(model: ir.Model) -> None:
         ):
             continue
         name = f"{source.name}{TRANSPOSED}"
-        folded = graph.initializers.get(name) or _transposed(source.const_value, name)
+        folded = graph.initializers.get(name) or transposed(source.const_value, name)
         if name not in graph.initializers:
             graph.register_initializer(folded)
         ir.convenience.replace_all_uses_with(node.outputs[0], folded)
@@ -138,7 +138,8 @@ def _fold_constants(model: ir.Model) -> None:
             optimizer.fold_constants(model, onnx_shape_inference=False)
 
 
-def _transposed(tensor: ir.TensorProtocol, name: str) -> ir.Value:
+def transposed(tensor: ir.TensorProtocol, name: str) -> ir.Value:
+    """An initializer that is computed when it is saved."""
     n, k = tensor.shape.numpy()
     shape = ir.Shape((k, n))
 

@@ -27,6 +27,10 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         aten.meshgrid.indexing: meshgrid,
         aten.detach_.default: detach,
         aten.__and__.Tensor: both,
+        aten.add_.Tensor: add,
+        aten.min.other: least,
+        aten.movedim.int: move_axis,
+        aten._upsample_nearest_exact2d.vec: enlarge,
         aten.to.dtype: cast,
         aten.to.dtype_layout: lay_out,
         aten.to.device: move,
@@ -59,14 +63,18 @@ def einsum(equation: str, tensors: Sequence[Any], path: Any = None) -> Any:
 
 def split(x: Any, sizes: Sequence[Any], dim: int = 0) -> tuple[Any, ...]:
     """As a slice for each part: a size may be computed, and a sequence of tensors is no type that builders know."""
-    axes, one = op.Constant(value_ints=[dim]), op.Constant(value_ints=[1])
-    parts, start = [], op.Constant(value_ints=[0])
+    axes, start = op.Constant(value_ints=[dim]), op.Constant(value_ints=[0])
+    parts = []
     for size in sizes:
-        length = op.Constant(value_ints=[size]) if isinstance(size, int) else op.Reshape(size, one)
-        end = op.Add(start, length)
+        end = op.Add(start, _list_of(size))
         parts.append(op.Slice(x, start, end, axes))
         start = end
     return tuple(parts)
+
+
+def _list_of(size: Any) -> Any:
+    """Of one entry; a size is known, or computed."""
+    return op.Constant(value_ints=[size]) if isinstance(size, int) else op.Reshape(size, op.Constant(value_ints=[1]))
 
 
 def rms_norm(x: Any, normalized_shape: Sequence[Any], weight: Any = None, eps: float | None = None) -> Any:
@@ -77,7 +85,7 @@ def rms_norm(x: Any, normalized_shape: Sequence[Any], weight: Any = None, eps: f
     axes = op.Constant(value_ints=list(range(-len(normalized_shape), 0)))
     values = _to(x, wide)
     energy = op.ReduceMean(op.Mul(values, values), axes)
-    found = op.Div(values, op.Sqrt(op.Add(energy, op.Constant(value=ir.tensor(least, dtype=wide)))))
+    found = op.Div(values, op.Sqrt(op.Add(energy, _number(least, wide))))
     if weight is not None:
         found = op.Mul(found, _to(weight, wide))
     return op.Cast(found, to=int(x.dtype)) if narrow else found
@@ -85,6 +93,10 @@ def rms_norm(x: Any, normalized_shape: Sequence[Any], weight: Any = None, eps: f
 
 def _to(x: Any, dtype: ir.DataType) -> Any:
     return x if x.dtype == dtype else op.Cast(x, to=int(dtype))
+
+
+def _number(value: float, dtype: ir.DataType) -> Any:
+    return op.Constant(value=ir.tensor(value, dtype=dtype))
 
 
 def outer(column: Any, row: Any) -> Any:
@@ -95,14 +107,13 @@ def outer(column: Any, row: Any) -> Any:
 def clip(x: Any, least: float | None = None, most: float | None = None) -> Any:
     dtype = x.dtype
     for bound, limit in ((least, op.Max), (most, op.Min)):
-        x = x if bound is None else limit(x, op.Constant(value=ir.tensor(bound, dtype=dtype)))
+        x = x if bound is None else limit(x, _number(bound, dtype))
     return x
 
 
 def subtract_from(x: Any, number: float, alpha: float = 1) -> Any:
     """number - alpha * x."""
-    first, factor = (op.Constant(value=ir.tensor(value, dtype=x.dtype)) for value in (number, alpha))
-    return op.Sub(first, x if alpha == 1 else op.Mul(x, factor))
+    return op.Sub(_number(number, x.dtype), x if alpha == 1 else op.Mul(x, _number(alpha, x.dtype)))
 
 
 def meshgrid(axes: Sequence[Any], indexing: str) -> tuple[Any, ...]:
@@ -126,6 +137,33 @@ def detach(x: Any) -> Any:
 def both(x: Any, y: Any) -> Any:
     """Of truth values; bits of numbers are opset 18's BitwiseAnd."""
     return op.And(x, y) if x.dtype == ir.DataType.BOOL else op.BitwiseAnd(x, y)
+
+
+def add(x: Any, y: Any, alpha: float = 1) -> Any:
+    """Of a tensor that nobody else reads: into another one, in its type."""
+    added = _number(y, x.dtype) if isinstance(y, int | float) else _to(y, x.dtype)
+    return op.Add(x, added if alpha == 1 else op.Mul(added, _number(alpha, x.dtype)))
+
+
+def least(x: Any, y: Any) -> Any:
+    """Of integers of one type, as T5's buckets of distances are, or of floats."""
+    widest = _widest([x.dtype, y.dtype])
+    return op.Min(x, y) if widest is None else op.Min(_to(x, widest), _to(y, widest))
+
+
+def move_axis(x: Any, source: int, destination: int) -> Any:
+    order = list(range(len(x.shape)))
+    order.insert(destination % len(order), order.pop(source))
+    return op.Transpose(x, perm=order)
+
+
+def enlarge(x: Any, sizes: Sequence[Any] | None, factors: Sequence[float] | None) -> Any:
+    """To the nearest pixel of where a pixel's middle falls."""
+    how = {"mode": "nearest", "coordinate_transformation_mode": "half_pixel", "nearest_mode": "round_prefer_ceil"}
+    if factors is not None:
+        return op.Resize(x, None, op.Constant(value_floats=[1.0, 1.0, *factors]), None, **how)
+    sides = op.Concat(op.Shape(x, start=0, end=2), *(_list_of(size) for size in sizes or ()), axis=0)
+    return op.Resize(x, None, None, sides, **how)
 
 
 def cast(x: Any, dtype: int, non_blocking: bool = False, copy: bool = False, memory_format: Any = None) -> Any:

@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import json
 import warnings
@@ -11,10 +12,15 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
+from torch.onnx._internal.exporter._registration import ONNXRegistry
+from torch.onnx._internal.fx.passes.type_promotion import _TypePromotionInterpreter
 
+from kinds import never_traced_again
+from obsdiff_export import capture
 from obsdiff_export.casting import cast_to
 from obsdiff_export.component import Component
-from obsdiff_export.onnx import OnnxModel, export
+from obsdiff_export.economies import spared
+from obsdiff_export.onnx import OnnxModel, export, reweigh
 from obsdiff_export.parity import compare
 from obsdiff_runtime.errors import ConfigError, ExportError
 
@@ -75,6 +81,40 @@ def test_the_same_component_gives_the_same_bytes(toy, exports, tmp_path):
     for name in ("model.onnx", "model.onnx.data", "config.json"):
         assert (tmp_path / name).read_bytes() == (exports.float32.path.parent / name).read_bytes()
     assert again.bytes == exports.float32.bytes
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_the_exporter_is_spared_changes_no_byte_and_leaves_torch_as_it_was(
+    toy, exports, tmp_path, monkeypatch, dtype
+):
+    before = dict(vars(ONNXRegistry)), dict(vars(_TypePromotionInterpreter))
+    with spared():
+        assert before != (dict(vars(ONNXRegistry)), dict(vars(_TypePromotionInterpreter)))
+    assert before == (dict(vars(ONNXRegistry)), dict(vars(_TypePromotionInterpreter)))
+    monkeypatch.setattr(capture, "spared", contextlib.nullcontext)
+    export(toy, tmp_path, dtype=getattr(torch, dtype))
+    assert (tmp_path / "model.onnx").read_bytes() == getattr(exports, dtype).path.read_bytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_other_weights_in_a_graph_give_the_bytes_of_their_own_export(toy, exports, tmp_path, dtype):
+    other = replace(toy, module=copy.deepcopy(toy.module))
+    for parameter in other.module.parameters():
+        torch.nn.init.normal_(parameter)
+    made = export(other, tmp_path / "made", dtype=getattr(torch, dtype))
+    found = reweigh(getattr(exports, dtype), other, tmp_path / "found")
+    assert replace(found, path=made.path, seconds=made.seconds) == made
+    for name in ("model.onnx", "model.onnx.data", "config.json"):
+        assert (tmp_path / "found" / name).read_bytes() == (tmp_path / "made" / name).read_bytes()
+
+
+@pytest.mark.parametrize("layer", ["embed", "down"])
+def test_weights_of_another_shape_are_refused(toy, exports, tmp_path, layer):
+    other = replace(toy, module=copy.deepcopy(toy.module))
+    setattr(other.module, layer, nn.Linear(8, 8))
+    with pytest.raises(ExportError, match=rf"toy: {layer}\.weight has another shape in .*model\.onnx"):
+        reweigh(exports.float32, other, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_cast_is_undone_and_keeps_tied_weights_tied():
@@ -230,12 +270,49 @@ class Grids(nn.Module):
         return grids * inner[:, None] + (down & along)
 
 
-def test_grids_and_differences_are_translated_without_tracing_again(tmp_path, monkeypatch):
-    def traced(*_: object) -> None:
-        raise AssertionError("traced again")
+class Buckets(nn.Module):
+    """Operations of T5, and of the autoencoders of Sana, Wan and Qwen-Image, as above."""
 
-    monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", traced)
-    component = one_input(Grids(), more_inputs=({"x": torch.linspace(-3, 3, 40).reshape(5, 8)},))
+    def forward(self, x: Tensor) -> Tensor:
+        scores = torch.matmul(x, x.transpose(0, 1))
+        buckets = 0 + torch.arange(x.shape[0])
+        buckets += torch.min(torch.arange(x.shape[0]), torch.full((x.shape[0],), 2))
+        scores += buckets
+        later = 3 * scores
+        later += 1
+        image = torch.movedim(torch.stack([scores, x[:, :1] * scores, later]), 0, -1)[None].movedim(-1, 1)
+        doubled = nn.functional.interpolate(image, scale_factor=2.0, mode="nearest-exact")
+        odd = nn.functional.interpolate(image, size=(x.shape[0] + 2, 3), mode="nearest-exact")
+        return doubled.sum((1, 2, 3)) + odd[0, :, :-1].sum(0)
+
+
+@pytest.mark.parametrize("net", [Grids, Buckets])
+def test_its_operations_are_translated_without_tracing_again(tmp_path, net):
+    component = one_input(net(), more_inputs=({"x": torch.linspace(-3, 3, 40).reshape(5, 8)},))
+    with never_traced_again():
+        model = export(component, tmp_path, dtype=torch.float32)
+    assert compare(component, model).max_relative_error < 1e-6
+
+
+class InPart(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        doubled = 2 * x
+        half = doubled[:, :4]
+        doubled += 1
+        return doubled[:, 4:] + half
+
+
+class Through(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        doubled = 2 * x
+        itself = doubled.view(-1)
+        itself += 1
+        return doubled
+
+
+@pytest.mark.parametrize("net", [InPart, Through])
+def test_what_is_changed_in_place_is_changed_for_all_who_read_it(tmp_path, net):
+    component = one_input(net(), more_inputs=({"x": torch.linspace(-3, 3, 40).reshape(5, 8)},))
     assert compare(component, export(component, tmp_path, dtype=torch.float32)).max_relative_error == 0
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from kinds import uneven
+from kinds import never_traced_again, uneven
 
 CAPTIONS = (
     "a large red circle above a small blue square",
@@ -1109,7 +1109,8 @@ def _exported(component: Any, folder: Path, others: tuple[Any, ...]) -> Any:
     ports = frozenset([*component.inputs, *component.outputs])
     key = (component.name.removesuffix("_2"), next(component.module.parameters()).data_ptr(), ports)
     if key not in _EXPORTED:
-        _EXPORTED[key] = export(component, folder, dtype=torch.float32)
+        with never_traced_again():
+            _EXPORTED[key] = export(component, folder, dtype=torch.float32)
         compare(replace(component, more_inputs=component.more_inputs + others), _EXPORTED[key])
     else:
         shutil.copytree(_EXPORTED[key].path.parent, folder)
