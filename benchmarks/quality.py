@@ -44,6 +44,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "without repair of the streams": {"method_options": {"repair": 0}},
     "guided combinations not counted": {"method_options": {"guided": 0}},
     "guided combinations count as much": {"method_options": {"guided": 1}},
+    "errors of outputs count alike": {"method_options": {"metric": 0}},
     "without permutation": {"method_options": {"permute": 0}},
     "without a refitted output": {"method_options": {"refit_output": 0}},
     "without ADMM: OBS supports": {"method_options": {"joint": 0}},
@@ -198,6 +199,8 @@ def _counted(loaded: Any, job: Any) -> Iterator[list[float]]:
 
     So a block that is stopped half-way counts half. Calls of a full batch are what is counted in.
     """
+    import torch
+
     linears = loaded.family.linears(loaded.denoiser)
     rows = job.recipe.sampling.batch_size * job.rows
     positions = job.positions(loaded.denoiser)
@@ -205,7 +208,8 @@ def _counted(loaded: Any, job: Any) -> Iterator[list[float]]:
     counter = [0.0]
 
     def count(module: Any, args: Any) -> None:
-        counter[0] += args[0].numel() * module.out_features / whole
+        backwards = torch.is_grad_enabled()  # it will be differentiated, which takes as many
+        counter[0] += (2 if backwards else 1) * args[0].numel() * module.out_features / whole
 
     handles = [loaded.denoiser.get_submodule(each.name).register_forward_pre_hook(count) for each in linears]
     try:
