@@ -142,7 +142,9 @@ def _watched(denoiser: nn.Module, sums: dict[str, GradientMoments], weight: floa
         try:
             sums[name].add(moments.spaced(pointwise.tokens(linear, gradient)).flatten(0, -2), weight)
         except CalibrationError as error:
-            raise CalibrationError(f"{name}: {error}") from None
+            raise CalibrationError(
+                f"{name}: {error}; prune in --dtype bf16 or fp32, or without gradients (--set method_options.metric=0)"
+            ) from None
 
     with ExitStack() as stack:
         for name in sums:
@@ -174,9 +176,10 @@ class _Rerun(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, block: nn.Module, layout: TreeSpec, told: list[TreeSpec], *leaves: Any) -> tuple[Any, ...]:
         ctx.block, ctx.layout = block, layout
-        ctx.leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        ctx.leaves = [offloading.waiting(block, leaf) for leaf in leaves]
+        ctx.places = [leaf.device if isinstance(leaf, Tensor) else None for leaf in leaves]
         with offloading.on_device(block):
-            outputs, given = tree_flatten(pausing.run(block, tree_unflatten(ctx.leaves, layout)))
+            outputs, given = tree_flatten(pausing.run(block, tree_unflatten(leaves, layout)))
         told.append(given)
         return tuple(outputs)
 
@@ -184,8 +187,8 @@ class _Rerun(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         needed = ctx.needs_input_grad[3:]
         leaves = [
-            leaf.detach().requires_grad_(need) if isinstance(leaf, Tensor) else leaf
-            for leaf, need in zip(ctx.leaves, needed, strict=True)
+            leaf.detach().to(place).requires_grad_(need) if isinstance(leaf, Tensor) else leaf
+            for leaf, place, need in zip(ctx.leaves, ctx.places, needed, strict=True)
         ]
         with torch.enable_grad(), offloading.on_device(ctx.block):
             outputs, _ = tree_flatten(pausing.run(ctx.block, tree_unflatten(leaves, ctx.layout)))

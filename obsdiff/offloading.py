@@ -63,6 +63,11 @@ def on_device(block: nn.Module) -> Iterator[None]:
         block.__dict__[_PLACE] = device
 
 
+def waiting(block: nn.Module, value: Any) -> Any:
+    """What is kept for a later run of a block: in the host's memory, if the block lies there."""
+    return value.to(HOST) if isinstance(value, Tensor) and _PLACE in block.__dict__ else value
+
+
 @contextmanager
 def borrowed(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
     """Brings modules that are elsewhere to a device, and afterwards back."""

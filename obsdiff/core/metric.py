@@ -139,7 +139,7 @@ class GradientMoments:
         wide = gradients.to(torch.promote_types(gradients.dtype, torch.float32))
         energy = wide.square().sum(dim=0)
         if not bool(energy.isfinite().all()):
-            raise CalibrationError("the gradient of the denoiser's output is not finite here; try --dtype bf16 or fp32")
+            raise CalibrationError("the gradient of the denoiser's output is not finite here")
         with full_precision():
             seen = wide if self._probe is None else wide @ self._probe.to(wide.device, wide.dtype)
             image = wide.mT @ seen
