@@ -11,10 +11,12 @@ plain       OBS one column at a time, each removal written into all columns to i
 sweep       obsdiff.core.support.sweep: the same with lazy blocks
 full        obsdiff.core.solver.solve: ADMM and sweep, both refitted, the better of each row or layer
 lean        the same without the sweep: no loop over columns
+weighed     lean, with a metric of the outputs as gradients give it; `loss` counts all directions alike
 fast        a third of its products
 """
 
 import ctypes
+import functools
 import platform
 import sys
 import threading
@@ -32,6 +34,7 @@ from torch import Tensor
 
 from obsdiff.core import linalg
 from obsdiff.core.linalg import Factor
+from obsdiff.core.metric import GradientMoments, Metric
 from obsdiff.core.refit import row_losses
 from obsdiff.core.solver import FAST, FULL, LEAN, solve
 from obsdiff.core.support import check_groups, count, smallest, sweep
@@ -70,11 +73,24 @@ def plain(weight: Tensor, factor: Factor, pattern: Pattern) -> Tensor:
     return weight
 
 
+@functools.cache
+def metric(out: int, device: torch.device) -> Metric | None:
+    """Of gradients with a power-law spectrum."""
+    random = torch.Generator().manual_seed(1)
+    few = torch.randn(64, out, generator=random) * torch.arange(1, 65).float().pow(-1)[:, None]
+    sums = GradientMoments(out, device)
+    sums.add(torch.randn(4096, 64, generator=random) @ few + 0.1 * torch.randn(4096, out, generator=random))
+    return sums.metric()
+
+
 SOLVERS: dict[str, Solver] = {
     "plain": plain,
     "sweep": lambda weight, factor, pattern: sweep(weight, factor.upper, pattern)[0],
     "full": lambda weight, factor, pattern: solve(weight, factor, pattern, effort=FULL).weight,
     "lean": lambda weight, factor, pattern: solve(weight, factor, pattern, effort=LEAN).weight,
+    "weighed": lambda weight, factor, pattern: (
+        solve(weight, factor, pattern, metrics=[metric(len(weight), weight.device)], effort=LEAN).weight
+    ),
     "fast": lambda weight, factor, pattern: solve(weight, factor, pattern, effort=FAST).weight,
 }
 
