@@ -99,6 +99,7 @@ def test_streamed_pruning_records_the_order_it_left(sd3_folder: Path, tmp_path: 
     loaded = load_pipeline(sd3_folder)
     dense = copy.deepcopy(loaded.denoiser)
     settings: dict[str, Any] = {"steps": 4, "height": 32, "width": 32, "num_samples": 4}
+    settings["method_options"] = {"metric": 0}  # else weights are too unlike the dense ones to tell who moved
     pruned = verbs.prune(loaded.pipeline, sparsity="2:4", prompts=["a", "b", "c", "d"], **settings)
     moved = {name: order for name, order in pruned.orders.items() if order != tuple(range(len(order)))}
     assert len(moved) > 1
