@@ -11,7 +11,7 @@ identity, the more the fewer tokens it is of. Where `out` is large, S is never f
 columns is summed up, which is enough for the strongest directions (Nystrom approximation; Tropp et al. 2017).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Final
@@ -212,32 +212,28 @@ class Stack:
         ]
         self.scale = torch.cat([scale.to(like.device) for scale in scales])[:, None]
         """T, (out, 1), float64."""
-        self._bases = [None if metric is None else metric.basis.to(like) for metric in metrics]
-        self._strengths = [None if metric is None else metric.strengths.to(like)[:, None] for metric in metrics]
+        self._layers = [(part, *_directed(metric, part.stop - part.start, like)) for part, metric in self.parts]
 
     def apply(self, rows: Tensor) -> Tensor:
         """C times (out, n)."""
         found = torch.empty_like(rows)
-        for part, basis, strengths, rest in self._each():
+        for part, rest, basis, strengths in self._layers:
             found[part] = rest * rows[part]
-            if basis is not None:
-                found[part] += basis @ (strengths * (basis.mT @ rows[part]))
+            found[part] += basis @ (strengths * (basis.mT @ rows[part]))
         return found
 
     def resolve(self, rows: Tensor, spectrum: Tensor, penalty: float) -> Tensor:
         """X with C X diag(spectrum) + penalty X = rows, (out, in)."""
         found = torch.empty_like(rows)
-        for part, basis, strengths, rest in self._each():
+        for part, rest, basis, strengths in self._layers:
             base = 1 / (rest * spectrum + penalty)
             found[part] = rows[part] * base
-            if basis is not None:
-                change = 1 / ((rest + strengths) * spectrum + penalty) - base
-                found[part] += basis @ ((basis.mT @ rows[part]) * change)
+            found[part] += basis @ ((basis.mT @ rows[part]) * (1 / ((rest + strengths) * spectrum + penalty) - base))
         return found
 
-    def _each(self) -> Iterator[tuple[slice, Tensor | None, Tensor, float]]:
-        for (part, metric), basis, strengths in zip(self.parts, self._bases, self._strengths, strict=True):
-            if metric is None or basis is None or strengths is None:
-                yield part, None, self.scale[:0], 1.0
-            else:
-                yield part, basis, strengths, metric.rest
+
+def _directed(metric: Metric | None, out: int, like: Tensor) -> tuple[float, Tensor, Tensor]:
+    """What any direction costs; strong ones, (out, k), and what they cost beside it, (k, 1): none without a metric."""
+    if metric is None:
+        return 1.0, like.new_empty(out, 0), like.new_empty(0, 1)
+    return metric.rest, metric.basis.to(like), metric.strengths.to(like)[:, None]
