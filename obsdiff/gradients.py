@@ -192,12 +192,12 @@ class _Rerun(torch.autograd.Function):
         ]
         with torch.enable_grad(), offloading.on_device(ctx.block):
             outputs, _ = tree_flatten(pausing.run(ctx.block, tree_unflatten(leaves, ctx.layout)))
-            given = {
-                output: gradient
+            reached = [
+                (output, gradient)
                 for output, gradient in zip(outputs, gradients, strict=True)
                 if gradient is not None and isinstance(output, Tensor) and output.requires_grad
-            }
-            if given:
-                torch.autograd.backward(list(given), list(given.values()))
+            ]
+            if reached:
+                torch.autograd.backward([output for output, _ in reached], [gradient for _, gradient in reached])
         found = [leaf.grad if isinstance(leaf, Tensor) and leaf.requires_grad else None for leaf in leaves]
         return (None, None, None, *found)

@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from obsdiff import padding, pausing, pointwise, ranks
+from obsdiff import moments, padding, pausing, pointwise, ranks
 from obsdiff.clusters import cluster
 from obsdiff.core.gram import Gram, GramAccumulator
 from obsdiff.core.metric import Metric
@@ -31,9 +31,6 @@ from obsdiff.sparsity import Pattern
 from obsdiff.trajectories import Call
 from obsdiff_runtime.errors import CalibrationError
 from obsdiff_runtime.progress import Progress, silent
-
-TOKENS: Final = 256
-"""Tokens of a row that count in a gram, evenly spaced; all where there are no more, and all that a mask shows."""
 
 MOMENT_CALLS: Final = 16
 """Recorded calls that the candidates are solved on, at most."""
@@ -259,7 +256,6 @@ class _Solver:
         bias = module.bias.data if isinstance(module.bias, Tensor) else None
         weight = pointwise.matrix(self._denoiser.get_parameter(f"{name}.weight").data)
         metric = self._metrics.get(name)
-        metric = None if metric is None else metric.to(weight.device)
         return Layer(name=name, weight=weight, gram=gram.matrix, mean=gram.mean, bias=bias, metric=metric)
 
 
@@ -277,10 +273,5 @@ def _changed(denoiser: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[Non
 
 
 def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
-    """(rows, tokens, in) -> (rows * TOKENS at most, in), or those in the mask."""
-    if mask is not None:
-        return padding.unpadded(x, mask)
-    if x.ndim < 3 or x.shape[-2] <= TOKENS:
-        return x.flatten(0, -2)
-    places = torch.linspace(0, x.shape[-2] - 1, TOKENS, device=x.device).round().long()
-    return x[..., places, :].flatten(0, -2)
+    """(rows, tokens, in) -> (those that count, in): as many as of a tier's moments, or those in the mask."""
+    return moments.spaced(x).flatten(0, -2) if mask is None else padding.unpadded(x, mask)

@@ -223,7 +223,7 @@ class _Run:
                 mean=grams[linear.reads].mean,
                 bias=self._bias(linear.name),
                 target=targets[linear.name] if self._recipe.dense_targets else None,
-                metric=self._metric(linear.name),
+                metric=self._metrics.get(linear.name),
             )
             for linear in tier
         }
@@ -318,10 +318,6 @@ class _Run:
 
     def _weight(self, name: str) -> Tensor:
         return pointwise.matrix(self._denoiser.get_parameter(f"{name}.weight").data)
-
-    def _metric(self, name: str) -> Metric | None:
-        found = self._metrics.get(name)
-        return None if found is None else found.to(self._weight(name).device)
 
     def _bias(self, name: str) -> Tensor | None:
         bias = self._denoiser.get_submodule(name).bias

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Final
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -34,6 +35,8 @@ FAINT: Final = 1e-3
 
 NOTHING: Final = 1e-30
 """A layer whose gradients' energy is no larger does not reach the network's output."""
+
+_PROBES: Final[WeakValueDictionary[tuple[int, int, torch.device], Tensor]] = WeakValueDictionary()
 
 
 def metric_bytes(out: int) -> int:
@@ -70,15 +73,6 @@ class Metric:
     strengths: Tensor
     rest: float
 
-    def to(self, device: torch.device) -> "Metric":
-        """On another device."""
-        return Metric(
-            scale=self.scale.to(device),
-            basis=self.basis.to(device),
-            strengths=self.strengths.to(device),
-            rest=self.rest,
-        )
-
     def tensors(self) -> dict[str, Tensor]:
         """All there is, by name; `of_tensors` undoes it."""
         rest = torch.tensor(self.rest, dtype=torch.float64)
@@ -94,16 +88,16 @@ class Metric:
         )
 
     def root(self, rows: Tensor) -> Tensor:
-        """S^1/2 in the rows' place: (out, n) -> (out, n), so that sums of squares are costs; float64."""
-        return self._powered(self.scale[:, None] * rows.double(), 0.5)
+        """S^1/2 in the place of (out, n), float64, on the device of `rows`: sums of squares are costs then."""
+        return self._powered(self.scale.to(rows.device)[:, None] * rows.double(), 0.5)
 
     def unroot(self, rows: Tensor) -> Tensor:
         """What `root` was given."""
-        return self._powered(rows, -0.5) / self.scale[:, None]
+        return self._powered(rows, -0.5) / self.scale.to(rows.device)[:, None]
 
     def _powered(self, rows: Tensor, power: float) -> Tensor:
         base: float = self.rest**power
-        change, basis = (self.rest + self.strengths).pow(power) - base, self.basis.double()
+        change, basis = (self.rest + self.strengths.to(rows)).pow(power) - base, self.basis.to(rows)
         return base * rows + basis @ (change[:, None] * (basis.mT @ rows))
 
 
@@ -117,10 +111,7 @@ class GradientMoments:
 
     def __init__(self, out: int, device: torch.device | str = "cpu") -> None:
         columns = _columns(out)
-        self._probe: Tensor | None = None
-        if columns < out:
-            random = torch.randn(out, columns, generator=torch.Generator().manual_seed(0))
-            self._probe = random.to(device)
+        self._probe = _probe(out, columns, torch.device(device)) if columns < out else None
         self._image = torch.zeros(out, columns, dtype=torch.float64, device=device)
         self._energy = torch.zeros(out, dtype=torch.float64, device=device)
         self._tokens = torch.zeros(1, dtype=torch.float64, device=device)
@@ -169,6 +160,15 @@ class GradientMoments:
             strengths=(1 - ridge) * (strengths - rest).clamp_min_(0),
             rest=(1 - ridge) * rest + ridge,
         )
+
+
+def _probe(out: int, columns: int, device: torch.device) -> Tensor:
+    """P, (out, columns), float32: one for all linears of a width."""
+    found = _PROBES.get((out, columns, device))
+    if found is None:
+        found = torch.randn(out, columns, generator=torch.Generator().manual_seed(0)).to(device)
+        _PROBES[out, columns, device] = found
+    return found
 
 
 def _strongest(image: Tensor, scale: Tensor, probe: Tensor | None) -> tuple[Tensor, Tensor]:

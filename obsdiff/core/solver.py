@@ -106,76 +106,75 @@ def solve(
         raise CalibrationError("the weight or target of this layer is not finite; is the checkpoint whole?")
     wanted = target.double().masked_fill(factor.dead, 0)
     parts = [len(wanted)] if rows is None else list(rows)
-    known = None if metrics is None or not any(metrics) else metrics
-    best = _joint(wanted, factor, pattern, parts, known, effort) if effort.penalties else None
+    space = _Space(wanted, factor, parts, [None] * len(parts) if metrics is None else metrics)
+    best = space.joint(pattern, effort) if effort.penalties else None
     if best is not None and not effort.sweep:
         return best
     sweeps = [sweep(part, factor.upper, pattern, block=block) for part in torch.split(wanted.float(), parts)]
     start, keep = (torch.cat(halves) for halves in zip(*sweeps, strict=True))
-    if known is None:
+    if space.coupled:
+        swept = space.refitted(keep, start, effort)
+    else:
         weight = refit_support(wanted @ factor.gram, factor.gram, keep, start, iterations=effort.refits)
         swept = Solution(weight=weight, keep=keep, losses=row_losses(weight, wanted, factor.gram))
-    else:
-        space = _Space(wanted, factor, parts, known)
-        swept = space.solution(keep, (start / space.scale * space.stack.scale).to(space.gram.dtype), effort)
     if best is None:
         return swept
-    return _better(best, swept, [1] * len(wanted) if isinstance(pattern, NM) and known is None else parts)
+    return _better(best, swept, parts if space.coupled or not isinstance(pattern, NM) else [1] * len(wanted))
 
 
 class _Space:
-    """Where solving is well conditioned: H of unit diagonal, rows in the scale of their metric, float32."""
+    """Where solving is well conditioned: H of unit diagonal, rows in the scale of their metric, float32.
 
-    def __init__(
-        self, target: Tensor, factor: Factor, rows: Sequence[int], metrics: Sequence[Metric | None] | None
-    ) -> None:
-        self._target, self._factor = target, factor
-        self.gram, self.scale = linalg.unit_diagonal(factor.gram)
-        metrics = [None] * len(rows) if metrics is None else metrics
-        self.stack = Stack(metrics, rows, self.gram)
-        self._exact = Stack(metrics, rows, factor.gram) if any(metrics) else None
-        self.wanted = (target / self.scale * self.stack.scale).to(self.gram.dtype)
+    Attributes:
+        coupled: whether a metric makes rows depend on one another.
+    """
 
-    def solution(self, keep: Tensor, start: Tensor, effort: Effort) -> Solution:
-        """Least squares on a support; the loss in float64.
+    def __init__(self, target: Tensor, factor: Factor, rows: Sequence[int], metrics: Sequence[Metric | None]) -> None:
+        self._target, self._factor, self._rows = target, factor, rows
+        self._gram, self._scale = linalg.unit_diagonal(factor.gram)
+        self._stack = Stack(metrics, rows, self._gram)
+        self._wanted = self._within(target)
+        self.coupled = any(metrics)
+        self._exact = Stack(metrics, rows, factor.gram) if self.coupled else None
+
+    def joint(self, pattern: Pattern, effort: Effort) -> Solution:
+        """The ADMM support, refitted."""
+        keep, start = admm.support(
+            self._wanted,
+            self._gram,
+            pattern,
+            stack=self._stack,
+            rows=self._rows,
+            penalties=effort.penalties,
+            iterations=effort.iterations,
+        )
+        return self._solution(keep, start, effort)
+
+    def refitted(self, keep: Tensor, start: Tensor, effort: Effort) -> Solution:
+        """Least squares on a support, from a weight on it."""
+        return self._solution(keep, self._within(start), effort)
+
+    def _within(self, weight: Tensor) -> Tensor:
+        return (weight / self._scale * self._stack.scale).to(self._gram.dtype)
+
+    def _solution(self, keep: Tensor, start: Tensor, effort: Effort) -> Solution:
+        """The loss is in float64.
 
         Raises:
             CalibrationError: float32 does not hold the layer's outputs.
         """
         with full_precision():
-            right = self.wanted @ self.gram
+            right = self._wanted @ self._gram
         found = conjugate_gradients(
-            right, self.gram, keep, start, iterations=effort.refits, tolerance=TOLERANCE, stack=self.stack
+            right, self._gram, keep, start, iterations=effort.refits, tolerance=TOLERANCE, stack=self._stack
         )
-        weight = found.double() * self.scale / self.stack.scale
+        weight = found.double() * self._scale / self._stack.scale
         if not bool(weight.isfinite().all()):
             raise CalibrationError(
                 "the layer's outputs are too large for float32; are its weights those of a trained model?"
             )
         losses = row_losses(weight, self._target, self._factor.gram, self._exact)
         return Solution(weight=weight, keep=keep, losses=losses)
-
-
-def _joint(
-    target: Tensor,
-    factor: Factor,
-    pattern: Pattern,
-    rows: Sequence[int],
-    metrics: Sequence[Metric | None] | None,
-    effort: Effort,
-) -> Solution:
-    """The ADMM support, refitted."""
-    space = _Space(target, factor, rows, metrics)
-    keep, start = admm.support(
-        space.wanted,
-        space.gram,
-        pattern,
-        stack=space.stack,
-        rows=rows,
-        penalties=effort.penalties,
-        iterations=effort.iterations,
-    )
-    return space.solution(keep, start, effort)
 
 
 def _better(first: Solution, second: Solution, parts: Sequence[int]) -> Solution:

@@ -113,16 +113,17 @@ def _finished(layer: Layer, best: Tensor, weight: Tensor, keep: Tensor) -> Prune
         wanted = mean if layer.target is None else layer.target.mean
         new_bias = bias.best(stored.weight, wanted, layer.mean).to(before.dtype)
     if layer.metric is not None:
-        loss = _cost(layer, layer.metric, stored.weight.double() - best) / _cost(layer, layer.metric, best)
+        loss = _share(_gram(layer), layer.metric, stored.weight.double() - best, best)
     else:
         loss = stored.loss if layer.target is None else _loss(layer, stored.weight)
     return Pruned(weight=stored.weight, keep=keep, loss=loss, bias=new_bias)
 
 
-def _cost(layer: Layer, metric: Metric, weight: Tensor) -> float:
-    """tr(S W G W^T), above 0."""
-    rows = metric.root(weight)
-    return max(float(((rows @ _gram(layer)) * rows).sum()), torch.finfo(torch.float64).tiny)
+def _share(gram: Tensor, metric: Metric, change: Tensor, whole: Tensor) -> float:
+    """tr(S D G D^T) / tr(S W G W^T)."""
+    lost, kept = (float(((rows @ gram) * rows).sum()) for rows in (metric.root(change), metric.root(whole)))
+    tiny = torch.finfo(torch.float64).tiny
+    return max(lost, tiny) / max(kept, tiny)
 
 
 def _loss(layer: Layer, weight: Tensor) -> float:
