@@ -207,11 +207,13 @@ def _counted(loaded: Any, job: Any) -> Iterator[list[float]]:
     whole = rows * sum(each.in_features * each.out_features * positions[each.name] for each in linears)
     counter = [0.0]
 
-    def count(module: Any, args: Any) -> None:
+    def count(module: Any, args: Any, _: Any) -> None:
+        if "forward" in vars(module):  # stood in for: it does not run
+            return
         backwards = torch.is_grad_enabled()  # it will be differentiated, which takes as many
         counter[0] += (2 if backwards else 1) * args[0].numel() * module.out_features / whole
 
-    handles = [loaded.denoiser.get_submodule(each.name).register_forward_pre_hook(count) for each in linears]
+    handles = [loaded.denoiser.get_submodule(each.name).register_forward_hook(count) for each in linears]
     try:
         yield counter
     finally:

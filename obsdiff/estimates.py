@@ -40,6 +40,7 @@ class Streams:
         kept_steps: steps of each batch whose calls are kept.
         tokens: of a row that count, at most.
         metric: whether errors of outputs count by what they cost, which takes gradients.
+        replay: whether what parts of a block gave is held.
         measuring_calls: denoiser calls' worth of block calls that measuring the units takes, at most.
     """
 
@@ -48,6 +49,7 @@ class Streams:
     kept_steps: int
     tokens: int
     metric: bool = True
+    replay: bool = True
     measuring_calls: int = 0
 
 

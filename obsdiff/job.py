@@ -144,6 +144,7 @@ def streams_of(recipe: Recipe) -> Streams:
         kept_steps=recipe.kept_steps,
         tokens=moments.TOKENS,
         metric=recipe.metric,
+        replay=recipe.replay,
         measuring_calls=round(measured * passes * recipe.sampling.num_inference_steps),
     )
 

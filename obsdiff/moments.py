@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,18 @@ from torch import Tensor, nn
 from obsdiff import padding, pausing, pointwise, ranks
 from obsdiff.core.gram import Gram, GramAccumulator, full_precision
 from obsdiff.groups import ChunkGate, LinearSpec, ToldGate
+from obsdiff.instead import instead
 from obsdiff.methods import Target
 from obsdiff.padding import Masks
 from obsdiff.pausing import Arguments
+from obsdiff.replays import Replay
 from obsdiff_runtime.errors import CalibrationError
 
 TOKENS: Final = 256
 """Tokens of a row that count, evenly spaced; all where there are no more, and of text all that a mask shows."""
+
+
+Wanted = Literal["inputs", "outputs", "result"]
 
 
 class _Seen(Exception):  # noqa: N818
@@ -39,8 +44,8 @@ class Glance:
     Of linears whose sequence is masked, rows and tokens are one: (rows * tokens in the mask, width) each.
 
     Attributes:
-        inputs: (rows, tokens, in).
-        outputs: (rows, tokens, out).
+        inputs: (rows, tokens, in), where these were wanted.
+        outputs: (rows, tokens, out), where these were.
         bases: where the linear writes to a residual stream, that stream before it, (rows, tokens, out).
         gates: where there is a base, (rows, 1 or tokens, out), or the number 1.
         sources: address and shape of the input, the same for linears that read the very same tensor.
@@ -59,20 +64,24 @@ def glance(
     linears: Sequence[LinearSpec],
     arguments: Arguments,
     *,
+    want: Wanted,
     streams: bool,
-    whole: bool = False,
     masks: Masks = MappingProxyType({}),
+    idle: Sequence[LinearSpec] = (),
+    replay: Replay | None = None,
 ) -> tuple[Glance, Any]:
     """Runs a block until everything asked for has been computed.
 
     Args:
         block: gated or not.
         name: of the block in the denoiser.
-        linears: of this block.
+        linears: of one tier of this block.
         arguments: of the call.
+        want: the linears' inputs, for which they are not computed; or their outputs; or those and the block's result.
         streams: whether residual streams are wanted too.
-        whole: whether to go on to the end of the block; its inputs are not kept then.
         masks: of the denoiser's call.
+        idle: linears on which nothing that is wanted depends; they are not computed either.
+        replay: of parts that ran before on these arguments.
 
     Returns:
         what was seen, and what the block gave, None where it was not run to its end.
@@ -80,7 +89,9 @@ def glance(
     Raises:
         CalibrationError: something was not reached.
     """
-    look = _Look(block, name, linears, streams=streams, whole=whole, masks=masks)
+    replay = replay or Replay({}, {})
+    idle = (*idle, *(linears if want == "inputs" else ()))
+    look = _Look(block, name, linears, idle, want=want, streams=streams, masks=masks, replay=replay)
     result: Any = None
     with look.hooked(), suppress(_Seen):
         result = pausing.run(block, arguments)
@@ -91,16 +102,25 @@ class _Look:
     """Hooks on one run of a block."""
 
     def __init__(
-        self, block: nn.Module, name: str, linears: Sequence[LinearSpec], *, streams: bool, whole: bool, masks: Masks
+        self,
+        block: nn.Module,
+        name: str,
+        linears: Sequence[LinearSpec],
+        idle: Sequence[LinearSpec],
+        *,
+        want: Wanted,
+        streams: bool,
+        masks: Masks,
+        replay: Replay,
     ) -> None:
-        self._block, self._name, self._linears, self._whole = block, name, linears, whole
+        self._block, self._name, self._linears, self._idle = block, name, linears, idle
+        self._want, self._replay = want, replay
         self._writes = {linear.name: linear.writes for linear in linears if streams and linear.writes is not None}
         self._masks = {linear.name: masks[linear.tokens] for linear in linears if linear.tokens in masks}
         self._joint = {linear.name for linear in linears if linear.tokens == "joint"}
         for name in self._masks.keys() & self._joint:
             self._masks[name] = spaced(self._masks[name][..., None])[..., 0]
-        self._inputs: dict[str, Tensor] = {}
-        self._outputs: dict[str, Tensor] = {}
+        self._values: dict[str, Tensor] = {}
         self._bases: dict[str, Tensor] = {}
         self._gates: dict[str, Tensor | float] = {}
         self._seconds: dict[str, Tensor] = {}
@@ -108,46 +128,63 @@ class _Look:
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        with ExitStack() as stack:
+        streams = {name: self._module(write.stream) for name, write in self._writes.items()}
+        gates = {
+            name: self._module(_gate_module(write.gate))
+            for name, write in self._writes.items()
+            if write.gate is not None
+        }
+        watched = {*streams.values(), *gates.values()} - {self._block}
+        with self._replay.on(watched, self._stop), ExitStack() as stack:
             for linear in self._linears:
                 module = self._module(linear.name)
-                stack.callback(module.register_forward_hook(partial(self._see_linear, linear.name)).remove)
-            for name, write in self._writes.items():
-                module = self._module(write.stream)
-                stack.callback(
-                    module.register_forward_pre_hook(partial(self._see_stream, name), with_kwargs=True).remove
-                )
-                if isinstance(write.gate, ToldGate):
-                    module, see = self._module(write.gate.block), partial(self._see_told_gate, name, write.gate)
+                if self._want == "inputs":
+                    stack.callback(module.register_forward_pre_hook(partial(self._see_input, linear.name)).remove)
+                else:
+                    stack.callback(module.register_forward_hook(partial(self._see_output, linear.name)).remove)
+            for module in {self._module(linear.name) for linear in self._idle} - {self._block}:
+                stack.enter_context(instead(module, "forward", partial(pointwise.nothing, module)))
+            for name, stream in streams.items():
+                see: Any = partial(self._see_stream, name)
+                stack.callback(stream.register_forward_pre_hook(see, with_kwargs=True).remove)
+            for name, module in gates.items():
+                gate = self._writes[name].gate
+                if isinstance(gate, ToldGate):
+                    see = partial(self._see_told_gate, name, gate)
                     stack.callback(module.register_forward_pre_hook(see, with_kwargs=True).remove)
-                elif isinstance(write.gate, ChunkGate):
-                    module, see = self._module(write.gate.module), partial(self._see_chunk_gate, name, write.gate)
+                elif isinstance(gate, ChunkGate):
+                    see = partial(self._see_chunk_gate, name, gate)
                     stack.callback(module.register_forward_hook(see).remove)
-                    told = partial(self._see_halves, name, write.gate.told)
+                    told = partial(self._see_halves, name, gate.told)
                     stack.callback(self._block.register_forward_pre_hook(told, with_kwargs=True).remove)
-                elif write.gate is not None:
-                    module, place = self._module(write.gate[0]), write.gate[1]
-                    stack.callback(module.register_forward_hook(partial(self._see_gate, name, place)).remove)
+                elif gate is not None:
+                    see = partial(self._see_gate, name, gate[1])
+                    stack.callback(module.register_forward_hook(see).remove)
             yield
 
     def glance(self) -> Glance:
-        missed = [each.name for each in self._linears if each.name not in self._outputs]
+        missed = [each.name for each in self._linears if each.name not in self._values]
         if missed:
             raise CalibrationError(f"{missed[0]}: no token reached this layer; leave it out with --exclude")
-        return Glance(
-            inputs=self._inputs, outputs=self._outputs, bases=self._bases, gates=self._gates, sources=self._sources
-        )
+        inputs, outputs = (self._values, {}) if self._want == "inputs" else ({}, self._values)
+        return Glance(inputs=inputs, outputs=outputs, bases=self._bases, gates=self._gates, sources=self._sources)
 
     def _module(self, name: str) -> nn.Module:
         return self._block if name == self._name else self._block.get_submodule(name.removeprefix(f"{self._name}."))
 
-    def _see_linear(self, name: str, linear: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self._outputs[name] = self._counted(name, pointwise.tokens(linear, output))
-        if not self._whole:
-            self._inputs[name] = self._counted(name, pointwise.tokens(linear, args[0]))
-            self._sources[name] = args[0].data_ptr(), args[0].shape
-            if len(self._outputs) == len(self._linears):
-                raise _Seen
+    def _see_input(self, name: str, linear: nn.Module, args: tuple[Any, ...]) -> None:
+        self._values[name] = self._counted(name, pointwise.tokens(linear, args[0]))
+        self._sources[name] = args[0].data_ptr(), args[0].shape
+        self._stop()
+
+    def _see_output(self, name: str, linear: nn.Module, _: tuple[Any, ...], output: Tensor) -> None:
+        self._values[name] = self._counted(name, pointwise.tokens(linear, output))
+        self._stop()
+
+    def _stop(self) -> None:
+        """Ends the run where nothing more is wanted of it; a part whose result will be kept runs to its end."""
+        if len(self._values) == len(self._linears) and self._want != "result" and not self._replay.keeping:
+            raise _Seen
 
     def _see_stream(self, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._bases[name] = self._counted(name, args[0] if args else next(iter(kwargs.values())))
@@ -196,6 +233,13 @@ class _Look:
         if name not in self._masks:
             return gate.unsqueeze(1)
         return gate[self._masks[name].to(gate.device).nonzero()[:, 0]]
+
+
+def _gate_module(gate: tuple[str, int] | ToldGate | ChunkGate) -> str:
+    """Name of the module at whose call the gate is seen."""
+    if isinstance(gate, ToldGate):
+        return gate.block
+    return gate.module if isinstance(gate, ChunkGate) else gate[0]
 
 
 def _given(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -40,6 +40,16 @@ def tokens(module: nn.Module, value: Tensor) -> Tensor:
     return value.flatten(2).mT if isinstance(module, nn.Conv2d) else value
 
 
+def nothing(module: nn.Module, value: Tensor) -> Tensor:
+    """Zeros in the place of what the module would give."""
+    out = widths(module)[1]
+    return (
+        value.new_zeros(len(value), out, *value.shape[2:])
+        if isinstance(module, nn.Conv2d)
+        else value.new_zeros(*value.shape[:-1], out)
+    )
+
+
 def write(parameter: Tensor, value: Tensor) -> None:
     """Changes the parameter: `value` is copied into it, where it is a weight as (out, in)."""
     parameter.data.copy_(value.reshape(parameter.shape))

@@ -78,6 +78,8 @@ class Recipe:
         dense_targets: of a streamed method: whether layers are fitted to the dense model's outputs, or to what they
             make of their own inputs.
         metric: of a streamed method: whether errors of a layer's output count by what they cost the velocity.
+        replay: of a streamed method: whether what parts of a block gave is held until the block is done, so that they
+            need not run again.
         refit_output: of a streamed method: whether the linear behind the last block is refitted.
         joint: of a streamed method: whether ADMM looks for the support, or the OBS sweep.
         fast: of a streamed method: whether ADMM looks less long.
@@ -118,6 +120,7 @@ class Recipe:
     permute: bool
     dense_targets: bool
     metric: bool
+    replay: bool
     refit_output: bool
     joint: bool
     fast: bool

@@ -34,6 +34,7 @@ METHOD_OPTIONS: Final = {
     "permute": 1.0,
     "dense_targets": 1.0,
     "metric": 1.0,
+    "replay": 1.0,
     "refit_output": 1.0,
     "joint": 1.0,
 }
@@ -81,7 +82,7 @@ def resolve(
         require_classes(texts, defaults.labels)
     if not texts:
         raise ConfigError("there is no prompt to calibrate on; give some with --prompts-file")
-    options = _options(settings.method_options or {})
+    options = _options(({"replay": 0.0} if settings.offload else {}) | (settings.method_options or {}))
     first, last = family.protect
     sparsity = parse(settings.sparsity)
     if sparsity.structured:
@@ -134,6 +135,7 @@ def resolve(
         permute=bool(options["permute"]),
         dense_targets=bool(options["dense_targets"]),
         metric=bool(options["metric"]),
+        replay=bool(options["replay"]),
         refit_output=bool(options["refit_output"]),
         joint=bool(options["joint"]),
         dtype=settings.dtype or "auto",

@@ -1,6 +1,7 @@
 """What a streamed method costs: block calls, memory for streams, sums and gradients, seconds; from sizes alone."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -16,6 +17,9 @@ from obsdiff.residuals import block_modules
 
 STREAM_COPIES: Final = 3
 """Of a kept call's hidden states: one in each stream, and what the call was recorded with."""
+
+PART_COPIES: Final = 2
+"""Of what a part of a block gave that is not run again: one in each stream."""
 
 SKIP_COPIES: Final = 2
 """Of what a skip connection holds: one in each stream."""
@@ -41,10 +45,10 @@ class StreamPlan:
         blocks: that the denoiser has, its last projection counted where it is refitted.
         linears, grams: that are solved for, and distinct inputs of theirs.
         kept_calls: denoiser calls whose inputs both streams begin with.
-        block_calls: runs of a block: per kept call one dense and one pruned, and one for each tier that is solved for,
-            up to that tier.
+        block_calls: runs of a block: for each kept call one of the dense and one of the pruned block for each tier that
+            is solved for, as far as it must go, and one past it.
         moment_bytes: of the largest tier: grams, and the products with what the linears should compute.
-        stream_bytes: what is held of all kept calls at a block: hidden states, and the dense block's outputs.
+        stream_bytes: what is held of all kept calls at a block: hidden states, and what parts of it gave.
         gradient_calls: what differentiating some of the kept calls comes to in whole denoiser calls.
         gradient_bytes: held while that is done: sums of gradients, and one call's activations.
         metric_bytes: of what it leaves.
@@ -84,28 +88,24 @@ def plan_streams(
         element: bytes of an activation's entry.
     """
     tiers = _tiers(solved)
-    blocks = len({linear.block for linear in (*everything, *solved)})
-    counted = {linear.name: min(positions[linear.name], streams.tokens) for linear in solved}
-    outputs: dict[int, int] = {}  # entries that are kept of a row, by block
-    for linear in solved:
-        width = linear.out_features * (1 if linear.writes is None else 2)
-        outputs[linear.block] = outputs.get(linear.block, 0) + counted[linear.name] * width
-    held = _hidden(everything, positions) + max(outputs.values(), default=0)
+    blocks = walks(everything, solved, replay=streams.replay)
+    kept = max((PART_COPIES * block.kept_entries(positions) for block in blocks), default=0)
+    held = _hidden(everything, positions) + kept
     rows = round(workload.evaluations * workload.kept_share)
-    runs = workload.kept_calls * (2 * blocks + len(tiers))
+    work = sum(block.work(positions) for block in blocks) / max(sum(block.whole(positions) for block in blocks), 1)
     differentiated = gradients.COST * gradients.count(workload.kept_calls) if streams.metric else 0
     return StreamPlan(
-        blocks=blocks,
+        blocks=len(blocks),
         linears=len(solved),
         grams=len({linear.reads for tier in tiers for linear in tier}),
         kept_calls=workload.kept_calls,
-        block_calls=runs,
+        block_calls=workload.kept_calls * sum(block.runs for block in blocks),
         moment_bytes=max((moment_bytes(tier) for tier in tiers), default=0),
         stream_bytes=element * rows * held,
         gradient_calls=differentiated,
         gradient_bytes=_gradient_bytes(everything, workload.rows, positions, element) if streams.metric else 0,
         metric_bytes=sum(metric.metric_bytes(each.out_features) for each in everything) if streams.metric else 0,
-        denoiser_calls=workload.calls + streams.measuring_calls + differentiated + runs / max(blocks, 1),
+        denoiser_calls=workload.calls + streams.measuring_calls + differentiated + workload.kept_calls * work,
     )
 
 
@@ -147,14 +147,13 @@ def estimate_streams(
     rows = workload.evaluations * workload.kept_share
     measured = workload.evaluations / max(workload.calls, 1) * streams.measuring_calls
     differentiated = workload.evaluations / max(workload.calls, 1) * found.gradient_calls
-    networks = (workload.evaluations + measured + differentiated + 2 * rows) * estimates.NETWORK_SLOWDOWN * 2 * macs
-    called = workload.calls + streams.measuring_calls + found.gradient_calls + 2 * workload.kept_calls
-    products, modules = 0.0, len(positions) * called
+    blocks = walks(everything, solved, replay=streams.replay)
+    walked = rows * sum(block.work(positions) for block in blocks)
+    networks = ((workload.evaluations + measured + differentiated) * macs + walked) * estimates.NETWORK_SLOWDOWN * 2
+    called = workload.calls + streams.measuring_calls + found.gradient_calls
+    products = 0.0
+    modules = len(positions) * called + workload.kept_calls * sum(block.runs * len(block.linears) for block in blocks)
     for tier in _tiers(solved):
-        before = [each for each in everything if each.block == tier[0].block and each.tier <= tier[0].tier]
-        run = sum(positions[each.name] * each.in_features * each.out_features for each in before)
-        networks += rows * estimates.NETWORK_SLOWDOWN * 2 * run
-        modules += workload.kept_calls * len(before)
         for linear in tier:
             tokens = rows * min(positions[linear.name], streams.tokens)
             sides = linear.out_features * (1 if linear.writes is None else 2)
@@ -171,6 +170,94 @@ def estimate_streams(
         calibration_seconds=(networks + products) / workload.flops_per_second + modules * estimates.MODULE_SECONDS,
         solver_seconds=sum(_solver_operations(tier) for tier in _tiers(solved)) / workload.flops_per_second,
     )
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How a block is walked through, tier by tier; see replays.
+
+    Attributes:
+        linears: of the block.
+        tiers: that are solved for, in their order.
+        parts: of those linears that lie in a part of the block which need not run again, its name.
+        settled: the last tier that is solved for in a part, by its name.
+    """
+
+    linears: Sequence[LinearSpec]
+    tiers: Sequence[int]
+    parts: Mapping[str, str]
+    settled: Mapping[str, int]
+
+    @property
+    def runs(self) -> int:
+        """Of the dense and the pruned block for a kept call."""
+        return 2 * len(self.tiers) + 1 if self.tiers else 2
+
+    def whole(self, positions: Mapping[str, int]) -> int:
+        """MACs of one run for a row."""
+        return _macs(self.linears, positions)
+
+    def work(self, positions: Mapping[str, int]) -> int:
+        """MACs of all its runs for a row."""
+        if not self.tiers:
+            return 2 * self.whole(positions)
+        *_, last = self.tiers
+        found = 0
+        for tier in self.tiers:
+            dense = [each for each in self.linears if tier == last or each.tier <= tier or self._part(each) == tier]
+            found += _macs((each for each in dense if self._part(each) >= tier), positions)
+            pruned = (each for each in self.linears if each.tier < tier and not self._ran(each, tier))
+            found += _macs(pruned, positions)
+        return found + _macs((each for each in self.linears if self._part(each) >= last), positions)
+
+    def kept_entries(self, positions: Mapping[str, int]) -> int:
+        """Numbers that its parts give for a row, of those that are run but once."""
+        ends = [
+            each
+            for each in self.linears
+            if each.tier == self._part(each) and any(tier > each.tier for tier in self.tiers)
+        ]
+        return sum(positions[each.name] * each.out_features for each in ends)
+
+    def _part(self, linear: LinearSpec) -> float:
+        """The tier behind which what it lies in runs no more in the dense block."""
+        return self.settled.get(self.parts.get(linear.name, ""), math.inf)
+
+    def _ran(self, linear: LinearSpec, tier: int) -> bool:
+        """Whether, before that tier, the pruned block has run what it lies in as it will stay."""
+        return any(self._part(linear) < each < tier for each in self.tiers)
+
+
+def walks(everything: Sequence[LinearSpec], solved: Sequence[LinearSpec], *, replay: bool) -> list[Walk]:
+    """Of all blocks, in their order.
+
+    Args:
+        everything: the linears of all blocks.
+        solved: those that are pruned or refitted, the one behind the last block among them.
+        replay: whether parts of a block that need not run again do not.
+    """
+    every = {linear.name: linear for linear in (*everything, *solved)}.values()
+    found = []
+    for index, name in zip(sorted({each.block for each in every}), block_modules(tuple(every)), strict=True):
+        parts = {
+            each.name: inside[0]
+            for each in every
+            if replay
+            if each.block == index
+            if len(inside := each.name.removeprefix(f"{name}.").split(".")) > 1
+        }
+        changing = [each for each in solved if each.block == index]
+        settled: dict[str, int] = {}
+        for each in changing:
+            if each.name in parts:
+                settled[parts[each.name]] = max(settled.get(parts[each.name], 0), each.tier)
+        tiers = sorted({each.tier for each in changing})
+        found.append(Walk([each for each in every if each.block == index], tiers, parts, settled))
+    return found
+
+
+def _macs(linears: Iterable[LinearSpec], positions: Mapping[str, int]) -> int:
+    return sum(positions[each.name] * each.in_features * each.out_features for each in linears)
 
 
 def check_budget(linears: Sequence[LinearSpec], budget_bytes: int | None) -> None:

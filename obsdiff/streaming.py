@@ -16,7 +16,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from obsdiff import calibration, moments, offloading, pausing, pointwise, ranks, trajectories, turns
+from obsdiff import calibration, moments, offloading, pausing, pointwise, ranks, replays, trajectories, turns
 from obsdiff.clusters import clusters
 from obsdiff.core.metric import Metric
 from obsdiff.core.permutation import permute
@@ -114,6 +114,22 @@ def prune(
     return merged(results)
 
 
+class _Pair:
+    """A block as it was and as it is being pruned, and what parts of either that hold `linears` gave, call by call."""
+
+    def __init__(
+        self, name: str, linears: Sequence[LinearSpec], *, dense: nn.Module, pruned: nn.Module, calls: int
+    ) -> None:
+        self.name, self.dense, self.pruned = name, dense, pruned
+        self.dense_parts, self.pruned_parts = (replays.parts(block, name, linears) for block in (dense, pruned))
+        self.dense_results: list[replays.Results] = [{} for _ in range(calls)]
+        self.pruned_results: list[replays.Results] = [{} for _ in range(calls)]
+
+    def within(self, name: str) -> str:
+        """Name inside the block of a module of the denoiser."""
+        return name.removeprefix(self.name).removeprefix(".")
+
+
 class _Run:
     """The two streams of one run, and the block at which they wait."""
 
@@ -129,7 +145,8 @@ class _Run:
         metrics: Mapping[str, Metric],
         stored: torch.dtype,
     ) -> None:
-        self._denoiser, self._method, self._options, self._metrics = denoiser, method, options, metrics
+        self._denoiser, self._family = denoiser, family
+        self._method, self._options, self._metrics = method, options, metrics
         self._assignment, self._calls, self._stored = assignment, calls, stored
         self._linears = family.linears(denoiser)
         self.blocks = block_modules(self._linears)
@@ -174,12 +191,11 @@ class _Run:
             pausing.check_at(stream, block, name)
         linears = [linear for linear in self._linears if linear.block == index and self._changes(linear)]
         if known is None and linears:
-            known = self._solve(block, name, linears)
-        else:
-            for waiting in self._dense:
-                waiting.resume(pausing.run(block, waiting.arguments))
-            known = known or PackageResult()
-            self._write(known.weights)
+            return self._solve(block, name, linears)
+        for waiting in self._dense:
+            waiting.resume(pausing.run(block, waiting.arguments))
+        known = known or PackageResult()
+        self._write(known.weights)
         for waiting in self._pruned:
             waiting.resume(pausing.run(block, waiting.arguments))
         return known
@@ -189,30 +205,47 @@ class _Run:
             pausing.check_over(stream, self.blocks[-1])
 
     def _solve(self, block: nn.Module, name: str, linears: Sequence[LinearSpec]) -> PackageResult:
-        """Prunes a block tier by tier; moves the dense stream past it with the last."""
-        dense = copy.deepcopy(block)
-        results: list[PackageResult] = []
+        """Prunes a block tier by tier, and moves both streams past it."""
+        replayed = linears if self._recipe.replay else ()
+        pair = _Pair(name, replayed, dense=copy.deepcopy(block), pruned=block, calls=len(self._calls))
+        found: list[PackageResult] = []
         tiers = [list(tier) for _, tier in groupby(sorted(linears, key=_tier_of), key=_tier_of)]
-        for tier in tiers:
-            results.append(self._tier(tier, block, dense, name, last=tier is tiers[-1]))
-            self._write(results[-1].weights)
-        return merged(results)
+        for place, tier in enumerate(tiers):
+            found.append(self._tier(tier, pair, [linear for each in tiers[place + 1 :] for linear in each]))
+            self._write(found[-1].weights)
+        for waiting, results in zip(self._pruned, pair.pruned_results, strict=True):
+            with replays.Replay(pair.pruned_parts, results).on():
+                output = pausing.run(block, waiting.arguments)
+            results.clear()
+            waiting.resume(output)
+        return merged(found)
 
     def _changes(self, linear: LinearSpec) -> bool:
         return linear.name in self._patterns or linear.name in self._cluster_of
 
-    def _tier(
-        self, tier: Sequence[LinearSpec], block: nn.Module, dense: nn.Module, name: str, *, last: bool
-    ) -> PackageResult:
-        """Collects a tier's moments over all calls and solves it, on several ranks part by part."""
+    def _tier(self, tier: Sequence[LinearSpec], pair: "_Pair", behind: Sequence[LinearSpec]) -> PackageResult:
+        """Collects a tier's moments over all calls and solves it, on several ranks part by part.
+
+        Where none are left `behind` it in the block, the dense stream moves past the block.
+        """
         sums = moments.TierMoments(tier, self._weight(tier[0].name).device, self._guidance)
         repair = self._recipe.repair
-        for call, before, after, weight in zip(self._calls, self._dense, self._pruned, self._weights, strict=True):
-            look = partial(moments.glance, name=name, linears=tier, streams=repair > 0, masks=call.masks)
-            wanted, output = look(dense, arguments=before.arguments, whole=last)
-            seen, _ = look(block, arguments=after.arguments)
+        want: moments.Wanted = "outputs" if behind else "result"
+        idle = [each for each in self._linears if each.block == tier[0].block and each.tier > tier[0].tier]
+        idle = idle if self._family.described else []  # else tiers may not be in the order in which they run
+        skipped = idle if behind else []
+        ahead = [pair.dense.get_submodule(pair.within(linear.name)) for linear in (*behind, *skipped)]
+        unsettled = self._unsettled(pair, (*tier, *behind, *idle))
+        for place, (call, weight) in enumerate(zip(self._calls, self._weights, strict=True)):
+            look = partial(moments.glance, name=pair.name, linears=tier, streams=repair > 0, masks=call.masks)
+            before, after = self._dense[place], self._pruned[place]
+            kept = replays.Replay(pair.dense_parts, pair.dense_results[place], ahead)
+            wanted, output = look(pair.dense, arguments=before.arguments, want=want, idle=skipped, replay=kept)
+            kept = replays.Replay(pair.pruned_parts, pair.pruned_results[place], unsettled)
+            seen, _ = look(pair.pruned, arguments=after.arguments, want="inputs", idle=idle, replay=kept)
             sums.add(wanted, seen, weight, paired=call.paired)
-            if last:
+            if not behind:
+                pair.dense_results[place].clear()
                 before.resume(output)
         grams, targets = sums.finish(repair)
         layers = {
@@ -234,6 +267,14 @@ class _Run:
             return merged([moved, self._solved(part, members)])
 
         return merged(ranks.solve(_parts(tier, self._groups), solved))
+
+    def _unsettled(self, pair: "_Pair", linears: Sequence[LinearSpec]) -> list[nn.Module]:
+        """Modules of a block that change when these are pruned: they, and those whose rows change places with them."""
+        names = {linear.name for linear in linears}
+        groups = [group for group in self._groups if names & set(group.readers)]
+        names |= {producer.name for group in groups for producer in group.producers}
+        inside = [name for name in names if name == pair.name or name.startswith(f"{pair.name}.")]
+        return [pair.pruned.get_submodule(pair.within(name)) for name in inside]
 
     def _permute(self, layers: dict[str, Layer]) -> PackageResult:
         """Reorders the channels between a producer and its consumers where N:M then costs less.

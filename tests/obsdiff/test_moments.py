@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -142,12 +143,13 @@ def test_tokens_are_taken_at_the_same_evenly_spaced_places_of_everything() -> No
     places = torch.linspace(0, tokens - 1, TOKENS).round().long()
     block, x = Residual(), noise(ROWS, tokens, IN, seed=0)
     linear = replace(spec("block.out"), out_features=IN, writes=Write(stream="block.gate", gate=("block.gate", 1)))
-    look, result = moments.glance(block, "block", [linear], ((x,), {}), streams=True)
-    assert result is None
+    wanted, result = moments.glance(block, "block", [linear], ((x,), {}), want="outputs", streams=True)
+    look, nothing = moments.glance(block, "block", [linear], ((x,), {}), want="inputs", streams=True)
+    assert result is nothing is None
     kept = x[:, places]
     assert torch.equal(look.inputs["block.out"], kept)
-    torch.testing.assert_close(look.outputs["block.out"], block.out(kept))
-    torch.testing.assert_close(look.bases["block.out"], kept)
+    torch.testing.assert_close(wanted.outputs["block.out"], block.out(kept))
+    assert all(torch.equal(each.bases["block.out"], kept) for each in (wanted, look))
     assert look.sources["block.out"] == (x.data_ptr(), x.shape)
 
 
@@ -171,7 +173,7 @@ class Residual(nn.Module):
 def test_a_whole_run_gives_what_the_block_gives_and_keeps_no_input() -> None:
     block, x = Residual(), noise(ROWS, 5, IN, seed=0)
     linear = replace(spec("block.out"), out_features=IN)
-    look, result = moments.glance(block, "block", [linear], ((x,), {}), streams=False, whole=True)
+    look, result = moments.glance(block, "block", [linear], ((x,), {}), want="result", streams=False)
     assert torch.equal(result, block(x))
     assert torch.equal(look.outputs["block.out"], block.out(x))
     assert not look.inputs
@@ -237,15 +239,16 @@ def test_a_glance_sees_what_hooks_on_the_whole_model_see(kind: str, build_denois
             block = denoiser.get_submodule(name)
             for tier in sorted({linear.tier for linear in linears if linear.block == index}):
                 mine = [linear for linear in linears if (linear.block, linear.tier) == (index, tier)]
-                look, _ = moments.glance(copy.deepcopy(block), name, mine, waiting.arguments, streams=True)
+                look = partial(moments.glance, name=name, linears=mine, arguments=waiting.arguments, streams=True)
+                (inputs, _), (outputs, _) = (look(copy.deepcopy(block), want=each) for each in ("inputs", "outputs"))
                 for linear in mine:
                     module = denoiser.get_submodule(linear.name)
                     read, given = (pointwise.tokens(module, value) for value in expected[linear.name])
-                    assert torch.equal(look.inputs[linear.name], read)
-                    assert torch.equal(look.outputs[linear.name], given)
+                    assert torch.equal(inputs.inputs[linear.name], read)
+                    assert torch.equal(outputs.outputs[linear.name], given)
                 writers = {linear.name for linear in mine if linear.writes is not None}
-                assert look.bases.keys() == writers
-                assert all(look.bases[each].shape == look.outputs[each].shape for each in writers)
+                assert inputs.bases.keys() == outputs.bases.keys() == writers
+                assert all(outputs.bases[each].shape == outputs.outputs[each].shape for each in writers)
             waiting.resume(pausing.run(block, waiting.arguments))
 
 
@@ -284,7 +287,7 @@ def test_the_stream_before_a_linear_does_not_depend_on_what_it_writes(
                 bias = writer.weight.new_zeros(len(writer.weight)) if writer.bias is None else writer.bias
                 writer.bias = nn.Parameter(bias + 0.5)
                 before, after = (
-                    moments.glance(each, name, [linear], waiting.arguments, streams=True)[0]
+                    moments.glance(each, name, [linear], waiting.arguments, want="outputs", streams=True)[0]
                     for each in (block, changed)
                 )
                 torch.testing.assert_close(after.outputs[linear.name], before.outputs[linear.name] + 0.5)
@@ -302,7 +305,7 @@ def test_a_pixart_block_adds_gate_times_output_to_each_stream(build_denoiser: Ca
     with pausing.gated([denoiser.get_submodule(name)]):
         waiting = PausedPass(denoiser, ((), {**family.arguments(inputs), "return_dict": False}))
         look, result = moments.glance(
-            denoiser.get_submodule(name), name, linears, waiting.arguments, streams=True, whole=True
+            denoiser.get_submodule(name), name, linears, waiting.arguments, want="result", streams=True
         )
     after = [look.bases[each.name] + look.gates.get(each.name, 1.0) * look.outputs[each.name] for each in linears]
     for found, expected in zip(after, [*(look.bases[each.name] for each in linears[1:]), result], strict=True):
@@ -322,7 +325,7 @@ def test_an_auraflow_block_adds_gate_times_feed_forward_to_each_stream(
         for index, name in enumerate(names):
             writers = [each for each in family.linears(denoiser) if each.block == index and each.writes is not None]
             block = denoiser.get_submodule(name)
-            look, result = moments.glance(block, name, writers, waiting.arguments, streams=True, whole=True)
+            look, result = moments.glance(block, name, writers, waiting.arguments, want="result", streams=True)
             after = [look.bases[each.name] + look.gates[each.name] * look.outputs[each.name] for each in writers]
             streams = reversed(result) if isinstance(result, tuple) else [result]
             for found, expected in zip(after, streams, strict=True):
@@ -344,7 +347,7 @@ def test_a_flux2_block_adds_gates_that_it_is_told_times_output_to_each_stream(
         for index, name in enumerate(names):
             writers = [each for each in family.linears(denoiser) if each.block == index and each.writes is not None]
             block = denoiser.get_submodule(name)
-            look, result = moments.glance(block, name, writers, waiting.arguments, streams=True, whole=True)
+            look, result = moments.glance(block, name, writers, waiting.arguments, want="result", streams=True)
             after = [look.bases[each.name] + look.gates[each.name] * look.outputs[each.name] for each in writers]
             streams = (*reversed(result),) if isinstance(result, tuple) else (result,)
             for found, expected in zip(
@@ -369,7 +372,7 @@ def test_a_qwen_image_block_adds_gate_times_output_to_each_stream(
     with pausing.gated([denoiser.get_submodule(name)]):
         waiting = PausedPass(denoiser, ((), {**family.arguments(inputs), "return_dict": False}))
         block = denoiser.get_submodule(name)
-        look, (text, image) = moments.glance(block, name, writers, waiting.arguments, streams=True, whole=True)
+        look, (text, image) = moments.glance(block, name, writers, waiting.arguments, want="result", streams=True)
     heads, heads_text, neurons, neurons_text = [each.name for each in writers]
     after = {each: look.bases[each] + look.gates[each] * look.outputs[each] for each in look.bases}
     torch.testing.assert_close(after[heads], look.bases[neurons])
@@ -387,7 +390,7 @@ def test_a_wan_block_adds_gate_times_output_to_its_stream(build_denoiser: Callab
     with pausing.gated([denoiser.get_submodule("blocks.0")]):
         waiting = PausedPass(denoiser, ((), {**family.arguments(inputs), "return_dict": False}))
         block = denoiser.get_submodule("blocks.0")
-        look, result = moments.glance(block, "blocks.0", writers, waiting.arguments, streams=True, whole=True)
+        look, result = moments.glance(block, "blocks.0", writers, waiting.arguments, want="result", streams=True)
     after = [look.bases[each.name] + look.gates.get(each.name, 1.0) * look.outputs[each.name] for each in writers]
     before = [look.bases[each.name] for each in writers]
     for found, expected in zip(after, [*before[1:], result], strict=True):
@@ -419,7 +422,7 @@ def test_a_layer_that_is_not_reached_is_named() -> None:
 
     linears = [spec("block.used"), spec("block.unused")]
     with pytest.raises(CalibrationError, match=r"block\.unused: no token reached this layer.*--exclude"):
-        moments.glance(Bypass(), "block", linears, ((torch.ones(1, 2, IN),), {}), streams=False)
+        moments.glance(Bypass(), "block", linears, ((torch.ones(1, 2, IN),), {}), want="outputs", streams=False)
 
 
 @torch.no_grad()
@@ -427,7 +430,7 @@ def test_a_glance_runs_no_further_than_it_must() -> None:
     block = nn.Sequential(nn.Linear(IN, OUT), nn.ReLU(), nn.Linear(OUT, OUT))
     ran = []
     block[1].register_forward_hook(lambda *_: ran.append(1))
-    moments.glance(block, "block", [spec("block.0")], ((torch.ones(1, 2, IN),), {}), streams=False)
+    moments.glance(block, "block", [spec("block.0")], ((torch.ones(1, 2, IN),), {}), want="outputs", streams=False)
     assert not ran
     assert not block[0]._forward_hooks
 
@@ -435,5 +438,5 @@ def test_a_glance_runs_no_further_than_it_must() -> None:
 @torch.no_grad()
 def test_a_linear_that_is_its_own_block_is_seen() -> None:
     block, x = nn.Linear(IN, OUT), noise(ROWS, 5, IN, seed=0)
-    look, _ = moments.glance(block, "proj_out", [spec("proj_out")], ((x,), {}), streams=False)
+    look, _ = moments.glance(block, "proj_out", [spec("proj_out")], ((x,), {}), want="outputs", streams=False)
     assert torch.equal(look.outputs["proj_out"], block(x))

@@ -152,7 +152,7 @@ def test_a_long_sequence_of_text_and_image_counts_at_evenly_spaced_tokens() -> N
     mask = torch.arange(1000) < torch.tensor([1000, 400])[:, None]
     spaced = torch.linspace(0, 999, moments.TOKENS).round().long()
     linear = LinearSpec(name="b.0", block=0, tier=0, reads="x", in_features=6, out_features=6, tokens="joint")
-    look, _ = moments.glance(block, "b", [linear], ((x,), {}), streams=False, masks={"joint": mask})
+    look, _ = moments.glance(block, "b", [linear], ((x,), {}), want="inputs", streams=False, masks={"joint": mask})
     assert torch.equal(look.inputs["b.0"], x[:, spaced][mask[:, spaced]])
 
 
@@ -289,8 +289,9 @@ def test_a_padded_stream_and_its_gates_are_left_out_too() -> None:
         tokens="text",
         writes=Write(stream="block.gate", gate=("block.gate", 1)),
     )
-    look, _ = moments.glance(block, "block", [linear], ((x,), {}), streams=True, masks={"text": mask})
-    assert torch.equal(look.inputs["block.out"], x[mask])
+    seen = partial(moments.glance, block, "block", [linear], ((x,), {}), streams=True, masks={"text": mask})
+    (inputs, _), (look, _) = seen(want="inputs"), seen(want="outputs")
+    assert torch.equal(inputs.inputs["block.out"], x[mask])
     torch.testing.assert_close(look.outputs["block.out"], block.out(x[mask]))
     assert torch.equal(look.bases["block.out"], x[mask])
     gate = torch.sigmoid(x[:, 0])

@@ -54,6 +54,12 @@ def test_streamed_is_what_is_run_when_no_method_is_named(recipe: Callable[..., R
     assert (recipe().method, recipe().time_weights) == ("streamed", "log-decrease")
 
 
+def test_a_model_that_does_not_fit_the_gpu_holds_no_more_than_it_must(recipe: Callable[..., Recipe]) -> None:
+    assert recipe().replay
+    assert not recipe(offload=True).replay
+    assert recipe(offload=True, method_options={"replay": 1}).replay
+
+
 @pytest.mark.parametrize("setting", [{"method": ""}, {"time_weights": ""}])
 def test_an_empty_choice_is_no_choice(setting: dict[str, str], recipe: Callable[..., Recipe]) -> None:
     with pytest.raises(ConfigError, match=r"unknown; there are "):

@@ -1,0 +1,85 @@
+"""Parts of a block that need not run again: its attention, while the feed-forward behind it is being pruned.
+
+A block is run once for every tier, on the same arguments. A part of it (a child module) that has returned before
+anything ran that will still change gives the same ever after; so that is kept, and given again.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from obsdiff.groups import LinearSpec
+from obsdiff.instead import instead
+
+Results = dict[str, list[Any]]
+"""What each part gave in runs of its block on the same arguments, call by call."""
+
+
+def parts(block: nn.Module, name: str, linears: Sequence[LinearSpec]) -> dict[str, nn.Module]:
+    """The children of a block that hold some of its linears, by name; children that are linears themselves are none."""
+    paths = [linear.name.removeprefix(f"{name}.").split(".") for linear in linears if linear.name != name]
+    return {path[0]: block.get_submodule(path[0]) for path in paths if len(path) > 1}
+
+
+class Replay:
+    """One run of a block in which its parts give what they gave before.
+
+    Args:
+        parts: see `parts`.
+        results: of earlier runs; what this one adds is put there.
+        unsettled: modules of the block that later runs will find changed, or will look into; None: nothing is added.
+    """
+
+    def __init__(
+        self, parts: Mapping[str, nn.Module], results: Results, unsettled: Collection[nn.Module] | None = None
+    ) -> None:
+        self._results, self._adds = results, unsettled is not None
+        self._unsettled = set(unsettled or ())
+        self._parts = {name: part for name, part in parts.items() if self._unsettled.isdisjoint(part.modules())}
+        self._running = False
+
+    @property
+    def keeping(self) -> bool:
+        """Whether a part is running whose result will be kept."""
+        return self._adds and self._running
+
+    @contextmanager
+    def on(self, watched: Collection[nn.Module] = (), returned: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Until the end, parts are answered from the results, but for those inside which a module is watched.
+
+        `returned` is called when a part has run all the same.
+        """
+        with ExitStack() as stack:
+            for module in self._unsettled:
+                stack.callback(module.register_forward_pre_hook(self._unsettle).remove)
+            for name, part in self._parts.items():
+                if set(watched).isdisjoint(list(part.modules())[1:]):
+                    known = iter(self._results.get(name, [])[:])
+                    answer = partial(self._answer, part.forward, known, name, returned)
+                    stack.enter_context(instead(part, "forward", answer))
+            yield
+
+    def _answer(
+        self,
+        run: Callable[..., Any],
+        known: Iterator[Any],
+        name: str,
+        returned: Callable[[], None],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        for result in known:
+            return result
+        self._running = True
+        result = run(*args, **kwargs)
+        self._running = False
+        if self._adds:
+            self._results.setdefault(name, []).append(result)
+        returned()
+        return result
+
+    def _unsettle(self, *_: Any) -> None:
+        self._adds = False
