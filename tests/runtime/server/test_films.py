@@ -56,7 +56,7 @@ def test_a_film_is_as_long_as_it_is_asked_for(running: Any, wan_pair: tuple[Any,
 def test_a_format_that_holds_no_film_is_refused(running: Any) -> None:
     answer = running.draw(output_format="jpeg")
     assert answer.status_code == 400
-    assert answer.json()["error"]["message"] == "model-0 draws films, and jpeg holds none; ask for webp or png"
+    assert answer.json()["error"]["message"] == "model-0 draws films, and jpeg holds none; ask for png or webp"
 
 
 def test_a_film_begins_with_the_picture_of_an_edit(
