@@ -101,12 +101,13 @@ async def read_pictures(pipeline: Pipeline, uploads: Sequence[Upload], size: tup
         size: (width, height) in pixels that is to be drawn; the bundle's own if None.
 
     Raises:
-        Refused: one is no picture, or too large; the denoiser is told none, or films begin with a single one.
+        Refused: one is no picture, or too large; there are too many, or the denoiser is told none.
     """
     own = pipeline.bundle.manifest.defaults
     width, height = size or (own.width, own.height)
-    if pipeline.opens and len(uploads) > 1:
-        raise Refused(400, f"image: {len(uploads)} pictures; films of this model begin with one", param="image")
+    most = pipeline.choices.pictures[1]
+    if most and len(uploads) > most:
+        raise Refused(400, f"image: {len(uploads)} pictures; this model takes {most}", param="image")
 
     def read(upload: Upload) -> Pixels | Reference:
         image = open_picture(io.BytesIO(upload.content), upload.name, formats=FORMATS, most_pixels=MOST_PIXELS)

@@ -323,8 +323,8 @@ stop.addEventListener("click", () => underWay?.abort());
 form.model.addEventListener("change", choose);
 form.key.addEventListener("change", learn);
 form.image.addEventListener("change", () => { add([...form.image.files]); form.image.value = ""; });
+for (const kind of ["dragover", "drop"]) addEventListener(kind, event => event.preventDefault());  // or it is opened
 for (const kind of ["dragover", "dragleave", "drop"]) drop.addEventListener(kind, event => {
-  event.preventDefault();
   drop.classList.toggle("over", kind === "dragover");
   if (kind === "drop") add([...event.dataTransfer.files]);
 });

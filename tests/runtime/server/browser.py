@@ -20,7 +20,11 @@ FLAGS = (
 
 
 class Browser:
-    """One tab."""
+    """One tab.
+
+    Attributes:
+        complaints: errors that scripts did not catch, and what the page's policy forbade.
+    """
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="obsdiff-browser-", ignore_cleanup_errors=True)
@@ -41,8 +45,11 @@ class Browser:
         os.close(commands)
         os.close(answers)
         self._rest, self._number, self._session = b"", 0, ""
+        self.complaints: list[str] = []
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._call("Runtime.enable")
+        self._call("Log.enable")
 
     def __enter__(self) -> "Browser":
         return self
@@ -134,10 +141,18 @@ class Browser:
         os.write(self._commands, json.dumps(message).encode() + b"\0")
         while True:
             answer = json.loads(self._next())
+            self._hear(answer.get("method"), answer.get("params", {}))
             if answer.get("id") == self._number:
                 if "error" in answer:
                     raise AssertionError(f"{method}: {answer['error']}")
                 return answer["result"]
+
+    def _hear(self, event: str | None, told: Any) -> None:
+        if event == "Runtime.exceptionThrown":
+            details = told["exceptionDetails"]
+            self.complaints.append(details.get("exception", {}).get("description", details["text"]))
+        if event == "Log.entryAdded" and told["entry"]["source"] in ("javascript", "security"):
+            self.complaints.append(told["entry"]["text"])
 
     def _next(self) -> bytes:
         while b"\0" not in self._rest:

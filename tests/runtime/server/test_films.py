@@ -79,5 +79,5 @@ def test_a_film_begins_with_the_picture_of_an_edit(
     np.testing.assert_array_equal(frames(answer.json()["data"][0]["b64_json"]), expected)
     assert several.status_code == large.status_code == without.status_code == 400
     assert "size has 4294967296 pixels; at most 4096 are drawn here" in large.json()["error"]["message"]
-    assert several.json()["error"]["message"] == "image: 2 pictures; films of this model begin with one"
+    assert several.json()["error"]["message"] == "image: 2 pictures; this model takes 1"
     assert "begin with a picture" in without.json()["error"]["message"]

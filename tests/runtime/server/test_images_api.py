@@ -172,6 +172,16 @@ def test_models_tell_what_they_are(client: openai.OpenAI, shared: Any) -> None:
     details = shared.client.get("/v1/models/model-1").json()["details"]
     assert (details["family"], details["sparsity"]) == ("sd3", "dense")
     assert details["devices"]["transformer"] == "CPUExecutionProvider"
+    assert details["takes"] == {
+        "negative_prompt": True,
+        "guidance_scale": True,
+        "guidance_scale_2": False,
+        "size_step": 4,
+        "frame_step": None,
+        "pictures": None,
+        "classes": None,
+        "formats": ["png", "jpeg", "webp"],
+    }
 
 
 def test_health_readiness_and_metrics(shared: Any) -> None:

@@ -28,9 +28,19 @@ DONE = "document.querySelectorAll('figure[data-done] .deeds a').length"
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
+def chromium() -> Iterator[Browser]:
     with Browser() as found:
         yield found
+
+
+@pytest.fixture
+def browser(chromium: Browser) -> Iterator[Browser]:
+    """The one browser of all tests, in which nothing may break unseen."""
+    yield chromium
+    chromium.run("0")  # hears what there was until then
+    complaints = chromium.complaints[:]
+    chromium.complaints.clear()
+    assert complaints == []
 
 
 @pytest.fixture(scope="module")
@@ -372,4 +382,5 @@ def test_it_loads_nothing_from_elsewhere_and_runs_nothing_else(shared: Any, brow
     open_at(browser, shared, "model-0")
     browser.run("document.body.append(Object.assign(document.createElement('script'), {textContent: 'ran = 1'}))")
     assert browser.run("typeof ran") == "undefined"
+    assert "Content Security Policy" in browser.complaints.pop()
     assert browser.run("performance.getEntriesByType('resource').every(each => each.name.startsWith(location.origin))")
