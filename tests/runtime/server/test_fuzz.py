@@ -51,6 +51,9 @@ def api(flux2_pair: tuple[Any, Path], serving: Any) -> Any:
 @pytest.mark.parametrize("path", ["generations", "edits"])
 def test_requests_by_the_schema_are_answered_by_the_schema(path: str, mode: str, api: Any) -> None:
     operation = api[f"/v1/images/{path}"]["POST"]
+    unfit = [checks.positive_data_acceptance]  # a server has bounds of its own
+    if path == "edits":
+        unfit.append(checks.negative_data_rejection)  # a number in the place of text is text in a form
 
     @hypothesis.settings(
         max_examples=REQUESTS // 2,
@@ -63,8 +66,6 @@ def test_requests_by_the_schema_are_answered_by_the_schema(path: str, mode: str,
     def check(case: Any) -> None:
         answer = case.call(timeout=30)
         assert answer.status_code != 500, answer.text
-        case.validate_response(
-            answer, excluded_checks=[checks.positive_data_acceptance]
-        )  # a server has bounds of its own
+        case.validate_response(answer, excluded_checks=unfit)
 
     check()
