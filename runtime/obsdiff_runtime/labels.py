@@ -56,7 +56,7 @@ class Labels:
         """The first name of a class; its number where it has none."""
         return self._names.get(number, str(number))
 
-    def all(self) -> tuple[str, ...]:
+    def titles(self) -> tuple[str, ...]:
         """What each class is called, by number: its names, joined by commas, or its number."""
         table = written_labels(self.numbers)
         return tuple(table.get(str(number), str(number)) for number in range(self.count))

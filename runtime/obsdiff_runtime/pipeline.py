@@ -314,7 +314,7 @@ class Pipeline:
             size_step=self.size_step if None in fixed else None,
             frame_step=None if manifest.defaults.num_frames is None else FRAME_SCALE,
             pictures=pictures,
-            classes=read_labels(self.bundle.index(), self._denoiser).all() if kind.draws_classes else None,
+            classes=read_labels(self.bundle.index(), self._denoiser).titles() if kind.draws_classes else None,
         )
 
     def resolve(

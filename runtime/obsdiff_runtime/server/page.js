@@ -11,14 +11,11 @@ let links = [];  // of what is shown, to be given back
 // ---- the form
 
 const chosen = () => models.find(each => each.id === form.model.value);
-const headers = () => form.key.value ? {authorization: "Bearer " + form.key.value} : {};
 const named = name => [...form.elements].find(each => (each.name || each.id) === name && !each.disabled);
 
 async function learn() {
   try {
-    const answer = await fetch("/v1/models", {headers: headers()});
-    if (!answer.ok) throw await failure(answer);
-    models = (await answer.json()).data;
+    models = (await (await ask("/v1/models")).json()).data;
   } catch (error) {
     tell(error);
     return;
@@ -47,7 +44,8 @@ function choose() {
 }
 
 function askForPictures(most, film) {
-  const what = film ? "picture that the film begins with" : most > 1 ? `up to ${most} pictures to edit` : "picture to edit";
+  const edited = most > 1 ? `up to ${most} pictures to edit` : "picture to edit";
+  const what = film ? "picture that the film begins with" : edited;
   id("pictures-are").textContent = `${what}: choose, or drop here`;
   form.image.multiple = most > 1;
   pictures = pictures.slice(0, most);
@@ -63,7 +61,8 @@ function refill(select, values) {
 
 // Of several names of a class any one is good; of none that is known, nothing is chosen.
 function pick(select, name) {
-  select.selectedIndex = [...select.options].findIndex(each => each.value === name || each.text.split(", ").includes(name));
+  const named = each => each.value === name || each.text.split(", ").includes(name);
+  select.selectedIndex = [...select.options].findIndex(named);
 }
 
 // Models that take the same as the chosen one, itself among them.
@@ -125,10 +124,8 @@ async function failure(answer) {
   }
 }
 
-function sentence(error) {
-  if (error.name === "AbortError") return "stopped";
-  return error instanceof TypeError ? "the server cannot be reached" : error.message;
-}
+// For what fails without an answer; what was stopped is told apart.
+const orSay = text => error => { throw new Error(error.name === "AbortError" ? "stopped" : text); };
 
 // Says it beside the field; false where there is none of that name.
 function blame(name, text) {
@@ -147,8 +144,8 @@ function blame(name, text) {
 }
 
 function tell(error) {
-  if (blame(error.field, sentence(error))) return;
-  problem.textContent = sentence(error);
+  if (blame(error.field, error.message)) return;
+  problem.textContent = error.message;
   problem.hidden = false;
 }
 
@@ -168,24 +165,34 @@ function request(model, seed) {
   return {...asked, model, seed};
 }
 
+async function ask(path, {headers, ...more} = {}) {
+  const key = form.key.value ? {authorization: "Bearer " + form.key.value} : {};
+  const asked = fetch(path, {...more, headers: {...headers, ...key}});
+  const answer = await asked.catch(orSay("the server cannot be reached"));
+  if (!answer.ok) throw await failure(answer);
+  return answer;
+}
+
 function send(asked, signal) {
   const told = chosen().details.takes.pictures ? pictures : [];
   if (!told.length) {
-    const json = {...headers(), "content-type": "application/json"};
-    return fetch("/v1/images/generations", {method: "POST", headers: json, body: JSON.stringify(asked), signal});
+    const headers = {"content-type": "application/json"};
+    return ask("/v1/images/generations", {method: "POST", headers, body: JSON.stringify(asked), signal});
   }
   const body = new FormData();
   for (const [name, value] of Object.entries(asked)) body.append(name, value);
   for (const picture of told) body.append("image", picture);
-  return fetch("/v1/images/edits", {method: "POST", headers: headers(), body, signal});
+  return ask("/v1/images/edits", {method: "POST", body, signal});
 }
+
+const BROKEN = "the server broke off";
 
 async function* events(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
-    const {value, done} = await reader.read();
-    if (done) throw new Error("the server broke off");  // its last event was not among those that came
+    const {value, done} = await reader.read().catch(orSay(BROKEN));
+    if (done) throw new Error(BROKEN);  // without its last event
     const parts = (rest + value).split("\n\n");
     rest = parts.pop();
     for (const part of parts) {
@@ -202,7 +209,6 @@ async function draw(model, seed, signal) {
   const frames = Array.from({length: asked.n ?? 1}, (_, image) => frame(model, image, asked.prompt));
   try {
     const answer = await send(asked, signal);
-    if (!answer.ok) throw await failure(answer);
     for await (const event of events(answer.body)) {
       const shown = frames[event.image_index];
       if (event.type === "obsdiff.progress") frames.forEach(each => each.step(event));
@@ -210,8 +216,8 @@ async function draw(model, seed, signal) {
       else shown.show(event, event.type.endsWith(".completed"));
     }
   } catch (error) {
-    const blamed = blame(error.field, sentence(error));
-    frames.forEach(each => each.fail(blamed ? "" : sentence(error)));
+    const blamed = blame(error.field, error.message);
+    frames.forEach(each => each.fail(blamed ? "" : error.message));
   }
 }
 
@@ -222,7 +228,11 @@ function frame(model, image, prompt) {
   const figure = document.createElement("figure"), caption = document.createElement("figcaption");
   const picture = new Image(), name = document.createElement("b"), words = document.createElement("span");
   const bar = document.createElement("progress"), deeds = document.createElement("div");
-  picture.alt = ""; name.textContent = model.id; bar.value = 0; words.textContent = "waiting"; deeds.className = "deeds";
+  picture.alt = "";
+  name.textContent = model.id;
+  words.textContent = "waiting";
+  bar.value = 0;
+  deeds.className = "deeds";
   bar.setAttribute("aria-label", "steps");
   caption.append(name, words, bar, deeds);
   figure.append(picture, caption);

@@ -26,6 +26,7 @@ POLICY: Final = {
 }
 HEADERS: Final = {
     "Content-Security-Policy": "; ".join(f"{name} {value}" for name, value in POLICY.items()),
+    "Cache-Control": "no-cache",  # or the files of two versions could meet
     "Referrer-Policy": "no-referrer",  # the address may hold a prompt
     "X-Content-Type-Options": "nosniff",
 }

@@ -138,6 +138,7 @@ def test_a_field_is_there_where_the_model_takes_it(model: str, fields: list[str]
     seen = browser.run("[...form.elements].filter(each => each.checkVisibility() && each.name).map(each => each.name)")
     always = ["prompt", "model", "seed", "num_inference_steps", "n"]
     assert sorted(seen) == sorted(always + fields)
+    assert browser.run("document.getElementById('beside').hidden"), "there is no other that takes the same"
     formats = browser.run("[...form.output_format.options].map(each => each.value)")
     assert ("jpeg" in formats) == ("num_frames" not in fields)
     assert browser.run("named('prompt').tagName") == ("SELECT" if model == "model-2" else "TEXTAREA")
@@ -310,6 +311,20 @@ def test_a_deadline_and_a_server_that_is_gone_are_said_where_the_picture_would_b
     running.close()
     browser.run("form.requestSubmit()")
     browser.wait_for("(document.querySelector('figcaption .bad') ?? {}).textContent == 'the server cannot be reached'")
+
+
+def test_an_answer_that_ends_too_early_and_one_of_a_proxy_are_said(shared: Any, browser: Browser) -> None:
+    """`fetch` stands for what is in between, which is not there in tests."""
+    open_at(browser, shared, "model-0")
+    fill(browser, prompt="a")
+    for answer, said in (
+        ('new Response(\'data: {"type": "obsdiff.progress", "step": 1, "steps": 2}\\n\\n\')', "the server broke off"),
+        ("new Response('', {status: 429, headers: {'retry-after': 7}})", "the server answered 429; try again in 7 s"),
+        ("new Response('<html>', {status: 502})", "the server answered 502"),
+    ):
+        browser.run(f"window.fetch = async () => {answer}; form.requestSubmit()")
+        browser.wait_for("underWay === null")
+        assert text(browser, "figcaption .bad") == said
 
 
 def test_a_key_is_asked_for_and_used(start: Any, browser: Browser) -> None:
