@@ -30,6 +30,9 @@ LUMINA2_PROMPT: Final = "system_prompt"  # likewise: what prompts stand behind
 PROMPT_TEMPLATE: Final = "prompt_template"  # in the configuration of a chat model that encodes: what is around a prompt
 IS_DISTILLED: Final = "is_distilled"  # in the index of a pipeline whose steps are distilled: it takes no guidance
 
+GUIDANCE: Final = "guidance"
+"""Input of a denoiser that is told the scale."""
+
 EXAMPLE: Final = "a large red circle above a small blue square"
 """A prompt that all draw that read text."""
 
@@ -76,7 +79,7 @@ class Kind:
         negatives: whether guidance runs an image on its negative prompt too; if not, the denoiser is told its scale.
         unguided: the scale up to which there is no such guidance. It is 0 where diffusers' pipeline means by its scale
             how much is added, which is one less than what others mean.
-        takes_negatives: whether that can be another than the empty one.
+        draws_classes: whether prompts are names or numbers of classes, so that a negative one can but be empty.
         example: a prompt that it can draw.
         even_sigmas: whether diffusers' pipeline gives the scheduler its noise levels; see `make_scheduler`.
         scheduler: diffusers class of the only one whose timesteps its denoiser knows; None where there are others.
@@ -100,7 +103,7 @@ class Kind:
     channels: Callable[[Mapping[str, Any]], int] = lambda config: int(config["in_channels"])
     negatives: bool = True
     unguided: float = 1.0
-    takes_negatives: bool = True
+    draws_classes: bool = False
     example: str = EXAMPLE
     even_sigmas: bool = False
     scheduler: str | None = None
@@ -361,7 +364,7 @@ def encode_dit(networks: Networks, prompts: Sequence[str], negative: bool, setti
 
 def _guidance(count: int, settings: Settings) -> Conditions:
     """What so many prompts are told of the scale."""
-    return {"guidance": np.full(count, settings.guidance_scale, dtype=np.float32)}
+    return {GUIDANCE: np.full(count, settings.guidance_scale, dtype=np.float32)}
 
 
 def _clip(networks: Networks, suffix: str, prompts: Sequence[str], length: int, pooled: str | None) -> dict[str, Array]:
@@ -533,7 +536,7 @@ DIT: Final = Kind(
     patch=lambda config: int(config["patch_size"]),
     only=lambda config: int(config["sample_size"]),
     skipped=_skipped_whole,  # as PixArt's
-    takes_negatives=False,
+    draws_classes=True,
     example="0",
 )
 WAN: Final = Kind(

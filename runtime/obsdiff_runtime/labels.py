@@ -56,6 +56,11 @@ class Labels:
         """The first name of a class; its number where it has none."""
         return self._names.get(number, str(number))
 
+    def titles(self) -> tuple[str, ...]:
+        """What each class is called, by number: its names, joined by commas, or its number."""
+        table = written_labels(self.numbers)
+        return tuple(table.get(str(number), str(number)) for number in range(self.count))
+
     def spread(self, count: int, *, first: int) -> tuple[str, ...]:
         """Names of so many classes, spread over every second one from `first` on; or of all of these."""
         among = range(first, self.count, 2)

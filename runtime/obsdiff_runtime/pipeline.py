@@ -7,6 +7,7 @@ have frames: (n, c, f, h, w).
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,12 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from obsdiff_runtime import openings
-from obsdiff_runtime.autoencoder import Autoencoder, Pixels, film_frames, latent_frames, tile_side
+from obsdiff_runtime.autoencoder import FRAME_SCALE, Autoencoder, Pixels, film_frames, latent_frames, tile_side
 from obsdiff_runtime.backends import Backend
-from obsdiff_runtime.bundle import DECODER, IMAGE_ENCODER, Bundle, open_bundle
-from obsdiff_runtime.conditioning import IS_DISTILLED, Conditions, Kind, Settings, kind_of
+from obsdiff_runtime.bundle import DECODER, ENCODER, IMAGE_ENCODER, Bundle, open_bundle
+from obsdiff_runtime.choices import Choices
+from obsdiff_runtime.conditioning import GUIDANCE, IS_DISTILLED, Conditions, Kind, Settings, kind_of
 from obsdiff_runtime.drawing import Drawing, Stepper
 from obsdiff_runtime.errors import CancelledError, ConfigError
+from obsdiff_runtime.labels import read_labels
 from obsdiff_runtime.networks import Array, Networks
 from obsdiff_runtime.noise import Noise, noise_sources
 from obsdiff_runtime.progress import Progress, silent
@@ -242,7 +245,7 @@ class Pipeline:
         prompts, negatives = _prompts(prompt, negative_prompt, num_images)
         if any(negatives) and not self._kind.negatives:
             raise ConfigError("this pipeline takes no negative prompt: its denoiser is told the guidance scale instead")
-        if any(negatives) and not self._kind.takes_negatives:
+        if any(negatives) and self._kind.draws_classes:
             raise ConfigError("this pipeline takes no negative prompt: it is guided away from the picture of no class")
         sources = noise_sources(noise_source, seed, len(prompts))
         settings = replace(settings, seen=self._seen(references))
@@ -291,6 +294,28 @@ class Pipeline:
     def size_step(self) -> int:
         """Height and width are multiples of this."""
         return self._vae.scale * self._kind.patch(self._denoiser)
+
+    @cached_property
+    def choices(self) -> Choices:
+        """What calls can choose."""
+        kind, manifest = self._kind, self.bundle.manifest
+        told = {port.name for port in self.bundle.component(kind.denoiser).inputs}
+        guided = not self._distilled if kind.negatives else GUIDANCE in told
+        fixed = [_fixed_size(self.bundle, kind, axis) for axis in (-2, -1)]
+        pictures: tuple[int, int | None] = (0, 0)
+        if kind.opens:
+            pictures = (1, 1)
+        elif kind.references is not None and self.networks.has(ENCODER):
+            pictures = (kind.references.least, kind.references.most)
+        return Choices(
+            negative_prompt=guided and kind.negatives and not kind.draws_classes,
+            guidance_scale=guided,
+            guidance_scale_2=guided and bool(manifest.turns),
+            size_step=self.size_step if None in fixed else None,
+            frame_step=None if manifest.defaults.num_frames is None else FRAME_SCALE,
+            pictures=pictures,
+            classes=read_labels(self.bundle.index(), self._denoiser).titles() if kind.draws_classes else None,
+        )
 
     def resolve(
         self,

@@ -7,7 +7,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from obsdiff_runtime.errors import CompatibilityError
+from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.noise import Noise
 from obsdiff_runtime.schedulers.schedule import Floats, choose, exponential, karras, options, refuse
 
@@ -125,5 +125,5 @@ def stretched(sigmas: Floats, last: float) -> Floats:
     """So that they end at `last`; the clean share of each grows in proportion."""
     rest = 1 - sigmas
     if rest[-1] == 0:
-        raise CompatibilityError("shift_terminal needs more than one step; give num_inference_steps of 2 or more")
+        raise ConfigError("num_inference_steps 1: this model's schedule (shift_terminal) needs 2 or more")
     return np.asarray(1 - rest / (rest[-1] / (1 - last)))

@@ -7,16 +7,15 @@ import secrets
 import time
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from typing import Any, Final
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from obsdiff_runtime.errors import ObsdiffError
-from obsdiff_runtime.server import answers, edits
+from obsdiff_runtime.server import answers, edits, page
 from obsdiff_runtime.server.follow import Follower
 from obsdiff_runtime.server.limits import BoundedBodies
 from obsdiff_runtime.server.metrics import Metrics
@@ -78,7 +77,6 @@ def create_app(server: Server) -> FastAPI:
     app = FastAPI(title="obsdiff", version=__version__, docs_url=None, redoc_url=None)
     app.state.server = server
     app.add_middleware(BoundedBodies, forms=(edits.PATH,))
-    page = files("obsdiff_runtime.server").joinpath("page.html").read_text(encoding="utf-8")
 
     def authorised(request: Request) -> None:
         if not server.api_keys:
@@ -90,9 +88,7 @@ def create_app(server: Server) -> FastAPI:
 
     protected = [Depends(authorised)]
 
-    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
-    async def root() -> str:
-        return page
+    app.routes.extend(page.routes())
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -159,8 +155,10 @@ async def _generate(server: Server, request: Request, asked: ImageRequest, uploa
     model = server.find(asked.model)
     metrics, started = server.metrics.of(model.id), time.monotonic()
     seed = secrets.randbelow(SEEDS) if asked.seed is None else asked.seed
-    if asked.output_format == "jpeg" and model.pipeline.bundle.manifest.defaults.num_frames is not None:
-        raise Refused(400, f"{model.id} draws films, and jpeg holds none; ask for webp or png", param="output_format")
+    if asked.output_format not in model.formats:
+        known = " or ".join(model.formats)
+        message = f"{model.id} draws films, and {asked.output_format} holds none; ask for {known}"
+        raise Refused(400, message, param="output_format")
     width, height = asked.pixels or (None, None)
     call: dict[str, Any] = {
         "prompt": asked.prompt,

@@ -110,7 +110,9 @@ class Batcher:
             if self._closed or not self._thread.is_alive():
                 raise BusyError("the server is shutting down; try another one", 5.0)
             if len(self._waiting) >= self.limits.max_waiting:
-                raise BusyError(f"{len(self._waiting)} requests are waiting already; try again later", self._patience())
+                patience = self._patience()
+                message = f"the queue is full ({len(self._waiting)} waiting); try again in {patience:.0f} s"
+                raise BusyError(message, patience)
 
     def close(self) -> None:
         """Takes no more orders, and goes on with those that it has."""

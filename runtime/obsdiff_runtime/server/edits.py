@@ -12,17 +12,17 @@ from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 
 from obsdiff_runtime.autoencoder import Pixels
+from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.pictures import open_picture, resized
 from obsdiff_runtime.pipeline import Pipeline
 from obsdiff_runtime.references import Reference
 from obsdiff_runtime.server.problems import Refused
-from obsdiff_runtime.server.schemas import ImageRequest
+from obsdiff_runtime.server.schemas import MOST_PICTURES, ImageRequest
 
 PATH: Final = "/v1/images/edits"
 NAMES: Final = ("image", "image[]")
 """Of the pictures in the form: one, or several."""
 
-MOST_PICTURES: Final = 4
 FORMATS: Final = ("PNG", "JPEG", "WEBP")
 """OpenAI's; to read others can start other programs."""
 
@@ -101,17 +101,20 @@ async def read_pictures(pipeline: Pipeline, uploads: Sequence[Upload], size: tup
         size: (width, height) in pixels that is to be drawn; the bundle's own if None.
 
     Raises:
-        ConfigError: one is no picture, or too large, or the denoiser is told none.
-        Refused: there are several, and films begin with one.
+        Refused: one is no picture, or too large; there are too many, or the denoiser is told none.
     """
     own = pipeline.bundle.manifest.defaults
     width, height = size or (own.width, own.height)
-    if pipeline.opens and len(uploads) > 1:
-        raise Refused(400, f"image: {len(uploads)} pictures; films of this model begin with one", param="image")
+    most = pipeline.choices.pictures[1]
+    if most and len(uploads) > most:
+        raise Refused(400, f"image: {len(uploads)} pictures; this model takes {most}", param="image")
 
     def read(upload: Upload) -> Pixels | Reference:
         image = open_picture(io.BytesIO(upload.content), upload.name, formats=FORMATS, most_pixels=MOST_PIXELS)
         return resized(image, width, height) if pipeline.opens else pipeline.fit(image)
 
-    found = [await asyncio.to_thread(read, upload) for upload in uploads]
+    try:
+        found = [await asyncio.to_thread(read, upload) for upload in uploads]
+    except ConfigError as error:
+        raise Refused(400, str(error), param="image") from None
     return {"image": found[0]} if pipeline.opens else {"reference": found}

@@ -12,8 +12,10 @@ from obsdiff_runtime.conditioning import Settings
 from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.pipeline import Pipeline
 from obsdiff_runtime.server.batcher import Batcher, Watch
+from obsdiff_runtime.server.limits import MAX_FORM_BYTES
 from obsdiff_runtime.server.options import DEFAULT_BOUNDS, DEFAULT_LIMITS, Bounds, Limits
 from obsdiff_runtime.server.orders import Order
+from obsdiff_runtime.server.schemas import FORMATS, MOST_PICTURES
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,7 +44,23 @@ class ServedModel:
             "defaults": dataclasses.asdict(manifest.defaults),
             "backend": self.pipeline.networks.backend_name,
             "devices": sessions,
+            "takes": self.takes,
         }
+
+    @property
+    def takes(self) -> dict[str, Any]:
+        """What requests can choose, as far as that differs between models; see `Choices`."""
+        choices = self.pipeline.choices
+        least, most = choices.pictures
+        most = MOST_PICTURES if most is None else min(most, MOST_PICTURES)
+        pictures = {"least": least, "most": most, "bytes": MAX_FORM_BYTES} if most else None
+        return {**dataclasses.asdict(choices), "pictures": pictures, "formats": self.formats}
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Of files that hold what it draws."""
+        films = self.pipeline.choices.frame_step is not None
+        return tuple(name for name in FORMATS if not films or name != "jpeg")
 
     def resolve(self, call: Mapping[str, Any]) -> Settings:
         """What a call will use.

@@ -55,7 +55,7 @@ def problem_of(error: Exception) -> Told:
         case CancelledError():
             return _told(CLIENT_GONE, str(error))
         case ConfigError():
-            return _told(400, str(error))
+            return _told(400, str(error), param=_subject(str(error)))
         case ObsdiffError():
             return _told(500, str(error))
         case _:
@@ -80,6 +80,13 @@ def _told(
     return Told(
         status=status, problem=Problem(message=message, type=kind, param=param, code=code), headers=headers or {}
     )
+
+
+def _subject(message: str) -> str | None:
+    """The field that a message is about, if any: then it begins with its name."""
+    first = message.partition(" ")[0].rstrip(":")
+    name = "size" if first in ("width", "height") else first
+    return name if name in ImageRequest.model_fields else None
 
 
 def _invalid(errors: Sequence[Any]) -> Told:

@@ -1,12 +1,15 @@
 """Requests, responses and errors in OpenAI's shape, with fields of diffusion servers beside them."""
 
 import re
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+OutputFormat = Literal["png", "jpeg", "webp"]
+FORMATS: Final[tuple[OutputFormat, ...]] = get_args(OutputFormat)
 MOST_IMAGES: Final = 10
 MOST_PREVIEWS: Final = 3
+MOST_PICTURES: Final = 4
 SIZE: Final = re.compile(r"[1-9][0-9]{0,4}x[1-9][0-9]{0,4}")
 
 
@@ -20,7 +23,7 @@ class ImageRequest(BaseModel):
     n: int = Field(1, ge=1, le=MOST_IMAGES, description="How many images.")
     size: str | None = Field(None, description='"WIDTHxHEIGHT" or "auto", the model\'s own.')
     response_format: Literal["b64_json", "url"] = Field("b64_json", description="url: a data: URL with the picture.")
-    output_format: Literal["png", "jpeg", "webp"] = Field("png", description="Of pictures; films are no jpeg.")
+    output_format: OutputFormat = Field("png", description="Of pictures; films are no jpeg.")
     output_compression: int | None = Field(None, ge=0, le=100, description="Quality of jpeg and webp.")
     stream: bool = Field(False, description="Server-sent events instead of one answer.")
     partial_images: int = Field(0, ge=0, le=MOST_PREVIEWS, description="Pictures of the way there, when streaming.")

@@ -417,9 +417,12 @@ def test_an_option_that_is_not_supported_is_named(config: dict[str, Any], messag
         ({"_class_name": UNIPC}, 1001, "1001 steps are more than the 1000"),
         ({"_class_name": SCM}, 1001, "1001 steps are more than the 1000"),
         ({"_class_name": DPM}, 1000, "1000 steps put two of them at the same level of noise; take fewer"),
+        ({"_class_name": FLOW, "shift_terminal": 0.1}, 1, "num_inference_steps 1: .* needs 2 or more"),
     ],
 )
-def test_more_steps_than_the_schedule_has_are_an_error(config: dict[str, Any], steps: int, message: str) -> None:
+def test_more_steps_than_the_schedule_has_or_fewer_are_an_error(
+    config: dict[str, Any], steps: int, message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         make_scheduler(config, steps, 1, no_noise)
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,9 +20,13 @@ FLAGS = (
 
 
 class Browser:
-    """One tab."""
+    """One tab.
 
-    def __init__(self, url: str, *, width: int = 1100, height: int = 900, dark: bool = False) -> None:
+    Attributes:
+        complaints: errors that scripts did not catch, and what the page's policy forbade.
+    """
+
+    def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="obsdiff-browser-", ignore_cleanup_errors=True)
         commands, self._commands = os.pipe()
         self._answers, answers = os.pipe()
@@ -31,7 +36,7 @@ class Browser:
             os.dup2(os.dup(answers), 4)
 
         self._process = subprocess.Popen(
-            [str(CHROMIUM), *FLAGS, f"--user-data-dir={self._folder.name}", f"--window-size={width},{height}"],
+            [str(CHROMIUM), *FLAGS, f"--user-data-dir={self._folder.name}"],
             preexec_fn=connect,
             close_fds=False,
             stdout=subprocess.DEVNULL,
@@ -40,12 +45,11 @@ class Browser:
         os.close(commands)
         os.close(answers)
         self._rest, self._number, self._session = b"", 0, ""
+        self.complaints: list[str] = []
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self._call("Emulation.setEmulatedMedia", features=[scheme])
-        self._call("Page.navigate", url=url)
-        self.wait_for("document.readyState === 'complete' && location.href !== 'about:blank'")
+        self._call("Runtime.enable")
+        self._call("Log.enable")
 
     def __enter__(self) -> "Browser":
         return self
@@ -57,6 +61,27 @@ class Browser:
         self._process.wait()
         os.close(self._answers)
         self._folder.cleanup()
+
+    def open(self, url: str, *, width: int = 1100, height: int = 900, dark: bool = False, still: bool = False) -> None:
+        """Opens a page.
+
+        Args:
+            url: its address.
+            width: of the window, in pixels.
+            height: likewise.
+            dark: whoever looks at it likes it dark.
+            still: likewise, and nothing that moves.
+        """
+        media = {
+            "prefers-color-scheme": "dark" if dark else "light",
+            "prefers-reduced-motion": "reduce" if still else "",
+        }
+        self._call("Emulation.setEmulatedMedia", features=[{"name": name, "value": media[name]} for name in media])
+        shape = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+        self._call("Emulation.setDeviceMetricsOverride", **shape)
+        self._call("Page.navigate", url="about:blank")
+        self._call("Page.navigate", url=url)
+        self.wait_for("document.readyState === 'complete' && location.href !== 'about:blank'")
 
     def run(self, script: str) -> Any:
         """The value of an expression in the page; promises are waited for."""
@@ -72,6 +97,39 @@ class Browser:
             else setTimeout(look, 50); }})(); }})"""
         self.run(script)
 
+    def press(self, key: str, code: int, text: str = "") -> None:
+        """A key, with the number that Windows has for it, and what it writes."""
+        told = {"key": key, "code": key, "windowsVirtualKeyCode": code}
+        self._call("Input.dispatchKeyEvent", type="keyDown", text=text, **told)
+        self._call("Input.dispatchKeyEvent", type="keyUp", **told)
+
+    def write(self, text: str) -> None:
+        """Into what has the focus."""
+        self._call("Input.insertText", text=text)
+
+    def choose_files(self, field: str, *files: Path) -> None:
+        """In a file input, an expression of the page."""
+        found = self._call("Runtime.evaluate", expression=field)["result"]["objectId"]
+        self._call("DOM.setFileInputFiles", objectId=found, files=[str(file) for file in files])
+
+    def drop_files(self, place: str, *files: Path) -> None:
+        """Upon an element, an expression of the page."""
+        box = self.run(f"{place}.getBoundingClientRect().toJSON()")
+        data = {"items": [], "files": [str(file) for file in files], "dragOperationsMask": 1}
+        for kind in ("dragEnter", "dragOver", "drop"):
+            middle = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+            self._call("Input.dispatchDragEvent", type=kind, data=data, **middle)
+
+    def download(self, link: str, folder: Path) -> Path:
+        """The file that a click on a link, an expression of the page, leaves in an empty folder."""
+        self._call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
+        self.run(f"{link}.click()")
+        end = time.monotonic() + 20
+        while not (found := [path for path in folder.iterdir() if path.suffix != ".crdownload"]):
+            assert time.monotonic() < end, "nothing was downloaded"
+            time.sleep(0.02)
+        return found[0]
+
     def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self._call("Page.captureScreenshot", captureBeyondViewport=True)["data"]))
 
@@ -83,10 +141,18 @@ class Browser:
         os.write(self._commands, json.dumps(message).encode() + b"\0")
         while True:
             answer = json.loads(self._next())
+            self._hear(answer.get("method"), answer.get("params", {}))
             if answer.get("id") == self._number:
                 if "error" in answer:
                     raise AssertionError(f"{method}: {answer['error']}")
                 return answer["result"]
+
+    def _hear(self, event: str | None, told: Any) -> None:
+        if event == "Runtime.exceptionThrown":
+            details = told["exceptionDetails"]
+            self.complaints.append(details.get("exception", {}).get("description", details["text"]))
+        if event == "Log.entryAdded" and told["entry"]["source"] in ("javascript", "security"):
+            self.complaints.append(told["entry"]["text"])
 
     def _next(self) -> bytes:
         while b"\0" not in self._rest:

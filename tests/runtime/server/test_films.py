@@ -56,7 +56,7 @@ def test_a_film_is_as_long_as_it_is_asked_for(running: Any, wan_pair: tuple[Any,
 def test_a_format_that_holds_no_film_is_refused(running: Any) -> None:
     answer = running.draw(output_format="jpeg")
     assert answer.status_code == 400
-    assert answer.json()["error"]["message"] == "model-0 draws films, and jpeg holds none; ask for webp or png"
+    assert answer.json()["error"]["message"] == "model-0 draws films, and jpeg holds none; ask for png or webp"
 
 
 def test_a_film_begins_with_the_picture_of_an_edit(
@@ -79,5 +79,5 @@ def test_a_film_begins_with_the_picture_of_an_edit(
     np.testing.assert_array_equal(frames(answer.json()["data"][0]["b64_json"]), expected)
     assert several.status_code == large.status_code == without.status_code == 400
     assert "size has 4294967296 pixels; at most 4096 are drawn here" in large.json()["error"]["message"]
-    assert several.json()["error"]["message"] == "image: 2 pictures; films of this model begin with one"
+    assert several.json()["error"]["message"] == "image: 2 pictures; this model takes 1"
     assert "begin with a picture" in without.json()["error"]["message"]

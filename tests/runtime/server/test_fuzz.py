@@ -28,6 +28,16 @@ def pictures() -> strategies.SearchStrategy[bytes]:
     return strategies.binary(max_size=64) | strategies.just(whole) | cut
 
 
+@strategies.composite
+def cases(draw: strategies.DrawFn, operation: Any, mode: Any) -> Any:
+    try:
+        return draw(operation.as_strategy(generation_mode=mode))
+    except ValueError as error:  # schemathesis cannot tell whether a form is wrong in which it moved a file
+        if "'Binary'" not in str(error):
+            raise
+        hypothesis.reject()
+
+
 @pytest.fixture(scope="module")
 def api(flux2_pair: tuple[Any, Path], serving: Any) -> Any:
     from obsdiff_runtime.server.options import Bounds
@@ -41,6 +51,9 @@ def api(flux2_pair: tuple[Any, Path], serving: Any) -> Any:
 @pytest.mark.parametrize("path", ["generations", "edits"])
 def test_requests_by_the_schema_are_answered_by_the_schema(path: str, mode: str, api: Any) -> None:
     operation = api[f"/v1/images/{path}"]["POST"]
+    unfit = [checks.positive_data_acceptance]  # a server has bounds of its own
+    if path == "edits":
+        unfit.append(checks.negative_data_rejection)  # a number in the place of text is text in a form
 
     @hypothesis.settings(
         max_examples=REQUESTS // 2,
@@ -49,12 +62,10 @@ def test_requests_by_the_schema_are_answered_by_the_schema(path: str, mode: str,
         derandomize=True,
         database=None,
     )
-    @hypothesis.given(case=operation.as_strategy(generation_mode=schemathesis.GenerationMode[mode]))
+    @hypothesis.given(case=cases(operation, schemathesis.GenerationMode[mode]))
     def check(case: Any) -> None:
         answer = case.call(timeout=30)
         assert answer.status_code != 500, answer.text
-        case.validate_response(
-            answer, excluded_checks=[checks.positive_data_acceptance]
-        )  # a server has bounds of its own
+        case.validate_response(answer, excluded_checks=unfit)
 
     check()

@@ -122,14 +122,14 @@ def test_progress_is_told_where_it_is_asked_for(shared: Any) -> None:
         ({"n": 0}, "n", "n: input should be greater than or equal to 1"),
         ({"n": "2"}, "n", "n: input should be a valid integer"),
         ({"size": "32"}, "size", 'size: value error, should be "auto" or WIDTHxHEIGHT, such as 512x512'),
-        ({"size": "30x32"}, None, "width should be a multiple of 4, not 30; near are 28, 32"),
-        ({"size": "99999x99999"}, None, "height should be a multiple of 4, not 99999; near are 99996, 100000"),
-        ({"num_inference_steps": 151}, None, "num_inference_steps is 151; at most 150 are taken"),
+        ({"size": "30x32"}, "size", "width should be a multiple of 4, not 30; near are 28, 32"),
+        ({"size": "99999x99999"}, "size", "height should be a multiple of 4, not 99999; near are 99996, 100000"),
+        ({"num_inference_steps": 151}, "num_inference_steps", "num_inference_steps is 151; at most 150 are taken"),
         ({"prompt": ""}, "prompt", "prompt: string should have at least 1 character"),
-        ({"prompt": "x" * 4001}, None, "prompt has 4001 characters; at most 4000 are taken"),
+        ({"prompt": "x" * 4001}, "prompt", "prompt has 4001 characters; at most 4000 are taken"),
         ({"noise_source": "cuda"}, "noise_source", "noise_source: input should be 'numpy' or 'torch'"),
         ({"seed": -1}, "seed", "seed: input should be greater than or equal to 0"),
-        ({"num_frames": 5}, None, "num_frames 5: this pipeline draws pictures; leave it out"),
+        ({"num_frames": 5}, "num_frames", "num_frames 5: this pipeline draws pictures; leave it out"),
         ({"guidance_scale": 1e9}, "guidance_scale", "guidance_scale: input should be less than or equal to 100"),
     ],
 )
@@ -172,6 +172,16 @@ def test_models_tell_what_they_are(client: openai.OpenAI, shared: Any) -> None:
     details = shared.client.get("/v1/models/model-1").json()["details"]
     assert (details["family"], details["sparsity"]) == ("sd3", "dense")
     assert details["devices"]["transformer"] == "CPUExecutionProvider"
+    assert details["takes"] == {
+        "negative_prompt": True,
+        "guidance_scale": True,
+        "guidance_scale_2": False,
+        "size_step": 4,
+        "frame_step": None,
+        "pictures": None,
+        "classes": None,
+        "formats": ["png", "jpeg", "webp"],
+    }
 
 
 def test_health_readiness_and_metrics(shared: Any) -> None:

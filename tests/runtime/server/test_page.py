@@ -1,60 +1,401 @@
-"""The page in a real browser: what a person types, sees and reads."""
+"""The page in a real browser: what a person types, drops, sees and reads."""
 
+import base64
+import io
+import re
 import sys
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from browser import CHROMIUM, Browser
 
+from obsdiff_runtime.pictures import resized
+from obsdiff_runtime.pipeline import Pipeline
+from obsdiff_runtime.server import page
+from obsdiff_runtime.server.options import Bounds, Limits
+
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-PICTURES = "document.querySelectorAll('figure[data-done]').length"
+DONE = "document.querySelectorAll('figure[data-done] .deeds a').length"
 
 
-def test_a_prompt_becomes_a_picture_of_each_model_side_by_side(shared: Any, tmp_path: Path) -> None:
-    with Browser(f"{shared.url}/?prompt=a+blue+star&seed=3&all=1&num_inference_steps=6") as browser:
-        browser.wait_for(f"{PICTURES} == 2")
-        browser.wait_for("document.querySelector('figcaption span').textContent.includes('seed 3')")
-        same = browser.run("new Set(Array.from(document.images, image => image.src)).size")
-        assert same == 1, "both models are the same bundle here"
-        assert browser.run("document.images[0].naturalWidth") == 32
-        browser.screenshot(tmp_path / "page.png")
-        assert (tmp_path / "page.png").stat().st_size > 5000
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    with Browser() as found:
+        yield found
 
 
-def test_previews_are_seen_on_the_way_and_it_can_be_stopped(shared: Any) -> None:
-    with Browser(shared.url) as browser:
-        browser.wait_for("models.length == 2")
-        browser.run("form.prompt.value = 'a'; form.num_inference_steps.value = 150; form.requestSubmit()")
-        browser.wait_for("document.querySelector('progress').value > 60 && document.images[0].src != ''")
-        browser.run("stop.click()")
+@pytest.fixture
+def browser(chromium: Browser) -> Iterator[Browser]:
+    """The one browser of all tests, in which nothing may break unseen."""
+    yield chromium
+    chromium.run("0")  # hears what there was until then
+    complaints = chromium.complaints[:]
+    chromium.complaints.clear()
+    assert complaints == []
+
+
+@pytest.fixture(scope="module")
+def bundles(
+    sd3_bundle: Path,
+    flux2_pair: tuple[Any, Path],
+    dit_pair: tuple[Any, Path],
+    wan22_i2v_pair: tuple[Any, Path],
+    wan_pair: tuple[Any, Path],
+) -> dict[str, Path]:
+    return {
+        "model-0": sd3_bundle,
+        "model-1": flux2_pair[1],
+        "model-2": dit_pair[1],
+        "model-3": wan22_i2v_pair[1],
+        "model-4": wan_pair[1],
+    }
+
+
+@pytest.fixture(scope="module")
+def every(bundles: dict[str, Path], serving: Callable[..., Any]) -> Iterator[Any]:
+    """One server of models that take different things."""
+    with serving(*bundles.values()) as running:
+        yield running
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> list[Path]:
+    found = []
+    for index, (height, width) in enumerate([(64, 96), (80, 64), (64, 64)]):
+        pixels = np.random.default_rng(index).integers(0, 255, (height, width, 3), dtype=np.uint8)
+        found.append(tmp_path / f"photo {index}.png")
+        Image.fromarray(pixels).save(found[-1])
+    return found
+
+
+def open_at(browser: Browser, running: Any, model: str, **how: Any) -> None:
+    browser.open(f"{running.url}/?model={model}", **how)
+    browser.wait_for("models.length > 0")
+
+
+def fill(browser: Browser, **fields: Any) -> None:
+    for name, value in fields.items():
+        browser.run(f"named({name!r}).value = {value!r}")
+
+
+def shown(browser: Browser, index: int = 0) -> np.ndarray:
+    """(height, width, 3) of a picture of the shelf, as the browser decoded it."""
+    script = f"firstFrame(document.querySelectorAll('figure img')[{index}])"
+    content = base64.b64decode(browser.run(script).partition(",")[2])
+    return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+
+
+def text(browser: Browser, selector: str) -> str:
+    return str(browser.run(f"document.querySelector({selector!r}).textContent"))
+
+
+def test_a_prompt_becomes_a_picture_of_each_model_side_by_side(shared: Any, browser: Browser, tmp_path: Path) -> None:
+    browser.open(f"{shared.url}/?prompt=a+blue+star&seed=3&all=1&num_inference_steps=6")
+    browser.wait_for(f"{DONE} == 2")
+    assert "seed 3, image 1; 6 steps" in text(browser, "figcaption span")
+    first, second = shown(browser, 0), shown(browser, 1)
+    np.testing.assert_array_equal(first, second)  # both models are the same bundle here
+    assert first.shape == (32, 32, 3)
+    browser.screenshot(tmp_path / "page.png")
+    assert (tmp_path / "page.png").stat().st_size > 5000
+
+
+def test_previews_are_seen_on_the_way_and_it_can_be_stopped(shared: Any, browser: Browser) -> None:
+    open_at(browser, shared, "model-0")
+    browser.run("named('prompt').value = 'a'; form.num_inference_steps.value = 150; form.requestSubmit()")
+    browser.wait_for("document.querySelector('progress').value > 60 && document.images[0].src != ''")
+    browser.run("stop.click()")
+    browser.wait_for("document.querySelector('figcaption .bad')")
+    assert text(browser, "figcaption .bad") == "stopped"
+    end = time.monotonic() + 5
+    while not shared.batcher.is_idle:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("model", "fields"),
+    [
+        ("model-0", ["negative_prompt", "guidance_scale", "size"]),
+        ("model-1", ["negative_prompt", "image", "guidance_scale", "size"]),
+        ("model-2", ["guidance_scale"]),
+        ("model-3", ["negative_prompt", "image", "guidance_scale", "guidance_scale_2", "size", "num_frames"]),
+        ("model-4", ["negative_prompt", "guidance_scale", "size", "num_frames"]),
+    ],
+)
+def test_a_field_is_there_where_the_model_takes_it(model: str, fields: list[str], every: Any, browser: Browser) -> None:
+    open_at(browser, every, "model-3")  # which takes most
+    browser.run(f"form.model.value = {model!r}; form.model.dispatchEvent(new Event('change'))")
+    seen = browser.run("[...form.elements].filter(each => each.checkVisibility() && each.name).map(each => each.name)")
+    always = ["prompt", "model", "seed", "num_inference_steps", "n"]
+    assert sorted(seen) == sorted(always + fields)
+    assert browser.run("document.getElementById('beside').hidden"), "there is no other that takes the same"
+    formats = browser.run("[...form.output_format.options].map(each => each.value)")
+    assert ("jpeg" in formats) == ("num_frames" not in fields)
+    assert browser.run("named('prompt').tagName") == ("SELECT" if model == "model-2" else "TEXTAREA")
+
+
+def test_a_class_is_chosen_by_its_name(every: Any, browser: Browser, bundles: dict[str, Path]) -> None:
+    browser.open(f"{every.url}/?model=model-2&prompt=golden+retriever&seed=3")
+    browser.wait_for(f"{DONE} == 1")
+    ours = Pipeline(bundles["model-2"], threads=1)
+    np.testing.assert_array_equal(shown(browser), ours("golden retriever", seed=3).arrays[0])
+    names = browser.run("[...document.getElementById('class').options].map(each => each.text)")
+    assert (names[0], names[1], names[207], len(names)) == ("Tinca tinca, tench", "1", "golden retriever", 1000)
+    browser.open(f"{every.url}/?model=model-2&prompt=hamster")
+    browser.wait_for("document.querySelector('label .bad')")
+    assert text(browser, "label .bad") == "prompt: field required", "not a class that nobody asked for"
+
+
+def test_pictures_are_chosen_dropped_and_taken_away_again(
+    every: Any, browser: Browser, bundles: dict[str, Path], photos: list[Path]
+) -> None:
+    open_at(browser, every, "model-1")
+    browser.choose_files("form.image", photos[2], photos[0])
+    browser.wait_for("pictures.length == 2")
+    browser.drop_files("drop", photos[1])
+    browser.wait_for("pictures.length == 3")
+    browser.run("document.querySelector('#thumbnails button').click()")
+    browser.wait_for("[...document.querySelectorAll('#thumbnails img')].every(each => each.naturalWidth)")
+    seen = browser.run("[...document.querySelectorAll('#thumbnails img')].map(each => each.alt)")
+    assert seen == ["1: photo 0.png", "2: photo 1.png"]
+    fill(browser, prompt="make it winter", seed=7, num_inference_steps=2)
+    browser.run("form.requestSubmit()")
+    browser.wait_for(f"{DONE} == 1")
+    ours = Pipeline(bundles["model-1"], threads=1)
+    references = [ours.fit(Image.open(photo)) for photo in photos[:2]]
+    expected = ours("make it winter", reference=references, seed=7, num_inference_steps=2).arrays[0]
+    np.testing.assert_array_equal(shown(browser), expected)
+    browser.choose_files("form.image", *photos)
+    browser.wait_for("document.querySelector('#drop .bad')")
+    assert text(browser, "#drop .bad") == "5 pictures; at most 4 are taken"
+    browser.run("form.model.value = 'model-3'; choose()")
+    assert browser.run("pictures.length") == 1, "a film begins with one"
+
+
+def test_a_file_that_is_no_picture_is_blamed_on_the_pictures(every: Any, browser: Browser, tmp_path: Path) -> None:
+    (tmp_path / "letter.png").write_text("no picture")
+    open_at(browser, every, "model-1")
+    browser.choose_files("form.image", tmp_path / "letter.png")
+    fill(browser, prompt="a")
+    browser.run("form.requestSubmit()")
+    browser.wait_for("document.querySelector('#drop .bad')")
+    assert text(browser, "#drop .bad").startswith("letter.png: no image that can be read")
+    assert browser.run("document.querySelectorAll('figure').length") == 0
+
+
+def test_a_film_begins_with_a_picture_moves_and_is_downloaded(
+    every: Any, browser: Browser, bundles: dict[str, Path], photos: list[Path], tmp_path: Path
+) -> None:
+    open_at(browser, every, "model-3")
+    fill(browser, prompt="a ring", seed=7, num_frames=5, guidance_scale=3, guidance_scale_2=1)
+    browser.run("form.requestSubmit()")
+    assert text(browser, "#drop .bad") == "this model draws nothing without a picture; choose one"
+    browser.choose_files("form.image", photos[0])
+    browser.wait_for("pictures.length == 1")
+    browser.run("form.requestSubmit()")
+    browser.wait_for(f"{DONE} == 1")
+    (tmp_path / "files").mkdir()
+    file = browser.download("document.querySelector('.deeds a')", tmp_path / "files")
+    assert file.name == "model-3-7-1.png"
+    ours, opening = Pipeline(bundles["model-3"], threads=1), resized(Image.open(photos[0]), 32, 32)
+    scales = {"guidance_scale": 3.0, "guidance_scale_2": 1.0}
+    expected = ours("a ring", image=opening, seed=7, num_frames=5, **scales).arrays[0]
+    with Image.open(file) as film:
+        for index, frame in enumerate(expected):
+            film.seek(index)
+            np.testing.assert_array_equal(np.asarray(film.convert("RGB")), frame)
+    kind = "document.querySelector('figure img').src.slice(0, 5)"
+    for label, then in (("pause", "data:"), ("play", "blob:")):
+        assert browser.run("document.querySelector('.deeds').lastChild.textContent") == label
+        browser.run("document.querySelector('.deeds').lastChild.click()")
+        assert browser.run(kind) == then
+
+
+def test_a_film_is_webp_where_that_is_chosen_and_still_for_who_wants_that(
+    every: Any, browser: Browser, tmp_path: Path
+) -> None:
+    open_at(browser, every, "model-4", still=True)
+    fill(browser, prompt="a ring", output_format="webp")
+    browser.run("form.requestSubmit()")
+    browser.wait_for(f"{DONE} == 1")
+    browser.wait_for("document.querySelector('.deeds').lastChild.textContent == 'play'")
+    assert browser.run("document.querySelector('figure img').src.slice(0, 5)") == "data:"
+    with Image.open(browser.download("document.querySelector('.deeds a')", tmp_path)) as film:
+        assert (film.format, film.n_frames) == ("WEBP", 9)  # type: ignore[attr-defined]
+
+
+def test_the_seed_that_was_used_is_taken_over(shared: Any, browser: Browser) -> None:
+    open_at(browser, shared, "model-0")
+    browser.run("named('prompt').value = 'a'; form.requestSubmit()")
+    browser.wait_for(f"{DONE} == 1")
+    first = shown(browser)
+    browser.run("document.querySelector('.deeds button').click()")
+    assert f"seed {browser.run('form.seed.value')}, image 1" in text(browser, "figcaption span")
+    browser.run("form.requestSubmit()")
+    browser.wait_for(f"underWay === null && {DONE} == 1")
+    np.testing.assert_array_equal(shown(browser), first)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("size", "30x32", "width should be a multiple of 4, not 30; near are 28, 32"),
+        ("num_inference_steps", 151, "num_inference_steps is 151; at most 150 are taken"),
+        ("output_compression", 3.5, ""),  # the browser itself says that this is no step
+    ],
+)
+def test_what_is_refused_is_said_beside_its_field(
+    field: str, value: Any, said: str, shared: Any, browser: Browser
+) -> None:
+    open_at(browser, shared, "model-0")
+    fill(browser, prompt="a", **{field: value})
+    browser.run("form.requestSubmit()")
+    if not said:
+        assert not browser.run("form.checkValidity()")
+        return
+    browser.wait_for("document.querySelector('label .bad')")
+    assert browser.run(f"named({field!r}).closest('label').querySelector('.bad').textContent") == said
+    assert browser.run("document.activeElement.name") == field
+    assert browser.run("document.querySelectorAll('.bad:not([hidden])').length") == 1, "it is said once"
+    browser.run(f"named({field!r}).value = ''; form.requestSubmit()")
+    browser.wait_for(f"{DONE} == 1")
+    assert browser.run("document.querySelector('label .bad') === null")
+
+
+@pytest.fixture
+def slow(start: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """slow(limits=..., bounds=...): a server whose steps take a twentieth of a second."""
+
+    def begin(**options: Any) -> Any:
+        running = start(**options)
+        step = running.batcher.pipeline.step
+        monkeypatch.setattr(running.batcher.pipeline, "step", lambda company: (time.sleep(0.05), step(company)))
+        return running
+
+    return begin
+
+
+def test_a_full_queue_says_when_to_come_again(slow: Callable[..., Any], browser: Browser) -> None:
+    running = slow(limits=Limits(max_rows=2, max_waiting=1), bounds=Bounds(deadline_s=3.0))
+    open_at(browser, running, "model-0")
+    with ThreadPoolExecutor(2) as others:
+        for held in (lambda: running.batcher.running, lambda: running.batcher.waiting):
+            others.submit(running.draw, num_inference_steps=150)
+            while not held():
+                time.sleep(0.01)
+        fill(browser, prompt="a")
+        browser.run("form.requestSubmit()")
         browser.wait_for("document.querySelector('figcaption .bad')")
-        assert browser.run("document.querySelector('figcaption .bad').textContent") == "stopped"
-        end = time.monotonic() + 5
-        while not shared.batcher.is_idle:
-            assert time.monotonic() < end
-            time.sleep(0.05)
+    assert text(browser, "figcaption .bad") == "the queue is full (1 waiting); try again in 1 s"
 
 
-def test_what_is_refused_is_said_where_the_picture_would_be(shared: Any) -> None:
-    with Browser(shared.url) as browser:
-        browser.wait_for("models.length == 2")
-        browser.run("form.prompt.value = 'a'; form.size.value = '30x32'; form.requestSubmit()")
-        browser.wait_for("document.querySelector('figcaption .bad')")
-        said = browser.run("document.querySelector('figcaption .bad').textContent")
-        assert said == "width should be a multiple of 4, not 30; near are 28, 32"
+def test_a_deadline_and_a_server_that_is_gone_are_said_where_the_picture_would_be(
+    slow: Callable[..., Any], browser: Browser
+) -> None:
+    running = slow(bounds=Bounds(deadline_s=0.5))
+    open_at(browser, running, "model-0")
+    fill(browser, prompt="a", num_inference_steps=150)
+    browser.run("form.requestSubmit()")
+    browser.wait_for("document.querySelector('figcaption .bad')")
+    assert text(browser, "figcaption .bad") == "not finished within 0.5 s; ask for fewer steps or images"
+    running.close()
+    browser.run("form.requestSubmit()")
+    browser.wait_for("(document.querySelector('figcaption .bad') ?? {}).textContent == 'the server cannot be reached'")
 
 
-def test_a_key_is_asked_for_and_used(start: Any) -> None:
+def test_an_answer_that_ends_too_early_and_one_of_a_proxy_are_said(shared: Any, browser: Browser) -> None:
+    """`fetch` stands for what is in between, which is not there in tests."""
+    open_at(browser, shared, "model-0")
+    fill(browser, prompt="a")
+    for answer, said in (
+        ('new Response(\'data: {"type": "obsdiff.progress", "step": 1, "steps": 2}\\n\\n\')', "the server broke off"),
+        ("new Response('', {status: 429, headers: {'retry-after': 7}})", "the server answered 429; try again in 7 s"),
+        ("new Response('<html>', {status: 502})", "the server answered 502"),
+    ):
+        browser.run(f"window.fetch = async () => {answer}; form.requestSubmit()")
+        browser.wait_for("underWay === null")
+        assert text(browser, "figcaption .bad") == said
+
+
+def test_a_key_is_asked_for_and_used(start: Any, browser: Browser) -> None:
     running = start(api_keys=("secret",))
-    with Browser(running.url) as browser:
-        browser.wait_for("!document.getElementById('key').hidden")
-        assert "API key" in browser.run("problem.textContent")
-        browser.run("form.key.value = 'secret'; form.key.dispatchEvent(new Event('change'))")
-        browser.wait_for("models.length == 1")
-        browser.run("form.prompt.value = 'a'; form.requestSubmit()")
-        browser.wait_for(f"{PICTURES} == 1")
+    browser.open(running.url)
+    browser.wait_for("document.querySelector('#locked .bad')")
+    assert "wants an API key" in text(browser, "#locked .bad")
+    assert browser.run("document.activeElement.id") == "key"
+    browser.write("secret")
+    browser.press("Tab", 9)
+    browser.wait_for("models.length == 1")
+    assert browser.run("document.querySelector('#locked .bad') === null")
+    fill(browser, prompt="a")
+    browser.run("form.requestSubmit()")
+    browser.wait_for(f"{DONE} == 1")
+
+
+def test_the_keyboard_is_enough(every: Any, browser: Browser) -> None:
+    """Every field that is seen is reached, and has a label; Enter on the button draws."""
+    open_at(browser, every, "model-3")
+    browser.run("named('prompt').focus()")
+    browser.write("a ring")
+    reached, wanted = [], browser.run("[...form.elements].filter(each => each.checkVisibility()).length")
+    for _ in range(2 * wanted):
+        reached.append(browser.run("document.activeElement.name || document.activeElement.id"))
+        if reached[-1] == "draw":
+            break
+        browser.press("Tab", 9)
+    assert {"prompt", "negative_prompt", "image", "guidance_scale_2", "num_frames", "n", "draw"} <= set(reached)
+    assert browser.run("[...form.elements].every(each => each.labels.length || each.tagName == 'BUTTON')")
+    browser.press("Enter", 13, "\r")
+    browser.wait_for("document.querySelector('#drop .bad')")
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_it_fits_a_phone_and_can_be_read_by_day_and_by_night(
+    dark: bool, every: Any, browser: Browser, photos: list[Path]
+) -> None:
+    open_at(browser, every, "model-1", width=360, height=740, dark=dark)
+    browser.choose_files("form.image", *photos)
+    fill(browser, prompt="a", num_inference_steps=1, size="31x31")
+    browser.run("document.querySelector('details').open = true; form.requestSubmit()")
+    browser.wait_for("document.querySelector('label .bad')")
+    fill(browser, size="")
+    browser.run("void draw(chosen(), 1, new AbortController().signal)")  # beside the error, which stays
+    browser.wait_for(f"{DONE} == 1")
+    assert browser.run("document.documentElement.scrollWidth") <= 360
+    for selector in ("label", "label .bad", "input", "figcaption span", "#draw", ".deeds a", "summary"):
+        assert browser.run(CONTRAST.replace("SELECTOR", selector)) >= 4.5, selector
+
+
+CONTRAST = """(() => {
+    const light = colour => colour.match(/[0-9.]+/g).slice(0, 3).map(each => each / 255)
+        .map(each => each <= 0.04045 ? each / 12.92 : ((each + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, each, index) => sum + each * [0.2126, 0.7152, 0.0722][index], 0);
+    const element = document.querySelector('SELECTOR'), ink = light(getComputedStyle(element).color);
+    let behind = element;
+    while (getComputedStyle(behind).backgroundColor == 'rgba(0, 0, 0, 0)') behind = behind.parentElement;
+    const ground = light(getComputedStyle(behind).backgroundColor);
+    return (Math.max(ink, ground) + 0.05) / (Math.min(ink, ground) + 0.05);
+})()"""
+"""Of an element's text upon what is behind it, as the Web Content Accessibility Guidelines count it; they want 4.5."""
+
+
+def test_it_loads_nothing_from_elsewhere_and_runs_nothing_else(shared: Any, browser: Browser) -> None:
+    for path in page.FILES:
+        answer = shared.client.get(path)
+        assert "script-src 'self'" in answer.headers["content-security-policy"]
+        assert not re.search(r"https?:|[\"'(]//|@import", answer.text)
+    open_at(browser, shared, "model-0")
+    browser.run("document.body.append(Object.assign(document.createElement('script'), {textContent: 'ran = 1'}))")
+    assert browser.run("typeof ran") == "undefined"
+    assert "Content Security Policy" in browser.complaints.pop()
+    assert browser.run("performance.getEntriesByType('resource').every(each => each.name.startsWith(location.origin))")

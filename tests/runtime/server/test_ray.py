@@ -21,6 +21,7 @@ from obsdiff_runtime.pipeline import Pipeline
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'obsdiff[ray]'")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ray's own
+TILE = 16
 PROMPT = "a large red circle above a small blue square"
 
 
@@ -64,7 +65,7 @@ def replicas() -> dict[int, psutil.Process]:
 
 @pytest.fixture(scope="module")
 def url(sd3_bundle: Path) -> Iterator[str]:
-    """Two replicas on a cluster of this machine."""
+    """Two replicas on a cluster of this machine, which decode in tiles."""
     from ray import serve
 
     from obsdiff.ray import Asked, build
@@ -75,7 +76,7 @@ def url(sd3_bundle: Path) -> Iterator[str]:
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(build(Asked(bundles=[f"tiny={sd3_bundle}"], replicas=2, threads=1)))
+        serve.run(build(Asked(bundles=[f"tiny={sd3_bundle}"], replicas=2, threads=1, vae_tile=TILE)))
         yield f"http://127.0.0.1:{port}"
         serve.shutdown()
     finally:
@@ -86,7 +87,10 @@ def test_openai_s_client_gets_the_picture_of_that_seed_and_events(url: str, sd3_
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
         found = client.images.generate(prompt=PROMPT, model="tiny", extra_body={"seed": 7})
     assert found.data is not None
-    expected = Pipeline(sd3_bundle, threads=1)(PROMPT, seed=7).arrays[0]
+    expected, whole = (
+        Pipeline(sd3_bundle, threads=1, vae_tiling=tile)(PROMPT, seed=7).arrays[0] for tile in (TILE, False)
+    )
+    assert not np.array_equal(expected, whole)
     picture = Image.open(io.BytesIO(base64.b64decode(found.data[0].b64_json or "")))
     np.testing.assert_array_equal(np.asarray(picture), expected)
     asked = {"prompt": PROMPT, "stream": True, "partial_images": 1}
