@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from obsdiff import costs, estimates, pointwise, stream_costs
+from obsdiff import costs, estimates, pointwise, stream_costs, turns
 from obsdiff.core.gram import BYTES_PER_ENTRY
 from obsdiff.estimates import Estimates, Streams, Workload
 from obsdiff.families import HELP, Family
@@ -188,9 +188,7 @@ def together(plans: Mapping[str, Plan]) -> Plan:
     every = (first, *others)
 
     def named(kind: str) -> tuple[Any, ...]:
-        return tuple(
-            replace(each, name=f"{name}.{each.name}") for name, plan in plans.items() for each in getattr(plan, kind)
-        )
+        return turns.told_apart({name: getattr(plan, kind) for name, plan in plans.items()})
 
     estimated = [plan.estimates for plan in every]
     streams = [plan.streams for plan in every if plan.streams is not None]

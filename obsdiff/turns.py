@@ -5,6 +5,7 @@ the pipeline's denoiser in names and calls, and the one behind it is treated lik
 for this there is the family that looks for it in its place (`placed`). Both are of one configuration.
 """
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, cast
 
@@ -88,6 +89,17 @@ def steps_of(turns: Turns, timesteps: Iterable[float], steps: int) -> dict[str, 
         found[name] = range(start, stop)
         start = stop
     return {**found, name: range(found[name].start, steps)}
+
+
+def told_apart(records: Mapping[str, Iterable[Any]]) -> tuple[Any, ...]:
+    """The records of each denoiser in one list; where there are several, with whose it is before each one's name."""
+    if len(records) == 1:
+        return tuple(*records.values())
+    return tuple(
+        dataclasses.replace(record, name=f"{denoiser}.{record.name}")
+        for denoiser, own in records.items()
+        for record in own
+    )
 
 
 def guidance_scale(sampling: Sampling, family: Family) -> float:

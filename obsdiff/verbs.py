@@ -54,7 +54,7 @@ from obsdiff.manifest import GroupCut, LinearRecord, PrunedManifest
 from obsdiff.measurements import NotMeasured, Report
 from obsdiff.methods.table import METHODS
 from obsdiff.planning import Plan
-from obsdiff.precision import fitting, format_of, quantizable, quantize, separate
+from obsdiff.precision import Quantized, fitting, format_of, note, quantizable, quantize_turns, separate
 from obsdiff.pruning import Pruned
 from obsdiff.recipe import evaluation_prompts, prompts_digest
 from obsdiff.resolving import resolve
@@ -231,7 +231,6 @@ def export(
     if order is not None:
         engines.require_drawable(order, what)
     if format is not None:
-        turns.require_one(bool(job.behind), f"--precision {settings.precision}")
         quantizable(job.family.linears(job.denoiser), job.recipe.keep_float)
     held_out = evaluation_prompts(settings, job.defaults.prompts, job.defaults.labels)
     if held_out:
@@ -253,30 +252,30 @@ def export(
         dense = copy.deepcopy(loaded.denoisers) if changes else loaded.denoisers
     with stages("calibrate and prune"):
         pruned = _prune(loaded, job, stored, journal, progress)
-    rounding = None
+    rounded: dict[str, Quantized] = {}
     if format is not None:
         with stages("quantize"):
             dtype = delivery.dtype_of(job.family.denoiser, settings)
-            rounding = quantize(pruned.pipeline, job.family, job.recipe, format, dtype=dtype, progress=progress)
-    quantization = None if rounding is None else rounding.quantization
+            rounded = quantize_turns(pruned.pipeline, job.family, job.recipe, format, dtype=dtype, progress=progress)
+    quantizations = {name: each.quantization for name, each in rounded.items()}
     with stages("verify"):
         evaluation, images = compare(
-            job, pruned, dense, held_out, progress, judges=judges, scales=scales, quantization=quantization
+            job, pruned, dense, held_out, progress, judges=judges, scales=scales, quantizations=quantizations
         )
     if settings.sparsity is None and loaded.manifest is not None:  # pruned by an earlier run: say and check what it is
         recipe = dataclasses.replace(job.recipe, sparsity=parse(loaded.manifest.sparsity))
         job = dataclasses.replace(job, recipe=recipe)
         pruned = as_stored(pruned, loaded)
     with new_folder(output, force=force) as folder:
-        finished = deliver(job, settings, pruned, dense, folder, order, stages, progress, quantization)
+        finished = deliver(job, settings, pruned, dense, folder, order, stages, progress, quantizations)
         found = dataclasses.replace(
             report_of(job, pruned, counts_of(job, dense, finished.dense_bytes), finished, evaluation, stages.done),
             command=command,
             licence=card.licence_of(loaded.folder),
-            quantized=() if rounding is None else rounding.linears,
+            quantized=turns.told_apart({name: each.linears for name, each in rounded.items()}),
             notes=(
                 *job.notes(),
-                *(() if rounding is None else (rounding.note(),)),
+                *((note(rounded),) if rounded else ()),
                 *delivery.notes(finished.components),
             ),
         )

@@ -1,6 +1,8 @@
 """Pipelines whose denoisers take turns (Wan 2.2): each is pruned on its own steps, and all of it goes all the way."""
 
+import contextlib
 import copy
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,20 +14,26 @@ import torch
 from diffusers import WanPipeline
 
 import obsdiff
-from obsdiff import calibration, pruning, trajectories, turns, verbs
+from obsdiff import calibration, precision, pruning, trajectories, turns, verbs
 from obsdiff.core import timesteps
 from obsdiff.evaluation import Evaluation, evaluate
 from obsdiff.families import wan
 from obsdiff.inspection import checkpoints
 from obsdiff.loading import load_pipeline
 from obsdiff.pipeline_runner import PipelineRunner
+from obsdiff.precision import separate
 from obsdiff.pruning import Pruned
 from obsdiff.recipe import Sampling
 from obsdiff.sampling import Pair
 from obsdiff.settings import Settings
 from obsdiff.whatif.subject import subject_of
+from obsdiff_export.formats import FORMATS
+from obsdiff_export.pattern import check
+from obsdiff_export.quantizing import imitated
 from obsdiff_runtime.benchmark.runner import Request
+from obsdiff_runtime.bundle import open_bundle
 from obsdiff_runtime.errors import CalibrationError, ConfigError, ModelError
+from obsdiff_runtime.pipeline import Pipeline
 
 PROMPTS = ["a red dog", "a cat"]
 NAMES = ("transformer", "transformer_2")
@@ -262,6 +270,63 @@ def test_a_pipeline_in_torch_is_measured_denoiser_by_denoiser(dense: Path, build
     assert {name: len(found.components[name]) for name in NAMES} == {"transformer": 4, "transformer_2": 4}
 
 
+def test_both_are_rounded_by_ranges_of_films_drawn_in_float(dense: Path) -> None:
+    """As each is where the other stays as it is; ranges are of the calls that a denoiser gets."""
+    recipe = verbs.open_job(Settings(model=str(dense), sparsity="2:4", **SMALL, **SCALES)).recipe
+    recipe = dataclasses.replace(recipe, prompts=tuple(PROMPTS))
+    asked: dict[str, Any] = {"format": FORMATS["int8"], "dtype": torch.float32}
+    pipeline: Any = load_pipeline(dense).pipeline
+    found = precision.quantize_turns(pipeline, wan, recipe, **asked)
+    assert list(found) == list(NAMES)
+    for name, both in found.items():
+        own: Any = load_pipeline(dense).pipeline
+        alone = precision.quantize(own, turns.placed(wan, name), recipe, **asked)
+        assert both.linears == alone.linears
+        weights = getattr(own, name).state_dict()
+        assert all(torch.equal(weight, weights[key]) for key, weight in getattr(pipeline, name).state_dict().items())
+    inputs = [{name: scales.input for name, scales in each.quantization.linears.items()} for each in found.values()]
+    assert all(inputs[0][name] != inputs[1][name] for name in inputs[0] if "ffn" in name)
+
+
+@torch.no_grad()
+def test_a_bundle_of_two_in_eight_bits_draws_what_torch_draws(dense: Path, tmp_path: Path) -> None:
+    """Rounding of codes flips where sums differ in a last bit, so not to the last bit."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    asked = Settings(
+        model=str(dense), precision="int8+2:4", method="magnitude", prompts_file=str(prompts), eval_prompts=1,
+        **SMALL, **SCALES,
+    )  # fmt: skip
+    made = verbs.export(asked, tmp_path / "out")
+    report = made.report
+    assert {layer.name.split(".")[0] for layer in report.quantized} == set(NAMES)
+    assert {layer.precision for layer in report.quantized} == {"int8"}
+    counted = " and ".join(f"10 of the 10 linears inside the blocks of {name}" for name in NAMES)
+    assert report.notes[0].startswith(f"{counted} compute in int8;")
+    assert isinstance(report.evaluation, Evaluation)
+    assert all(error > 0 for error in report.evaluation.velocity_error_per_step)
+    components = open_bundle(made.folder).manifest.components
+    assert [components[name].precision for name in NAMES] == ["int8", "int8"]
+    for name in NAMES:
+        linears = [layer.name.removeprefix(f"{name}.") for layer in report.layers if layer.name.startswith(f"{name}.")]
+        assert len(linears) == 10
+        check(made.folder / name / "model.onnx", 2, 4, [f"{linear}.weight" for linear in linears])
+    plain: Any = load_pipeline(dense).pipeline
+    job = verbs.open_job(separate(asked))
+    pruned = pruning.prune(plain, wan, job.recipe)
+    floats = drawn(plain, output_type="latent")
+    rounded = precision.quantize_turns(plain, wan, job.recipe, FORMATS["int8"], dtype=torch.float32)
+    with contextlib.ExitStack() as stack:
+        for name, each in rounded.items():
+            stack.enter_context(imitated(pruned.denoisers[name], each.quantization))
+        expected = drawn(plain, output_type="latent")
+    film = Pipeline(made.folder, threads=1)("a cat", seed=3, noise_source="torch")
+    error, rounding = (
+        (latents - torch.from_numpy(film.latents)).norm() / latents.norm() for latents in (expected, floats)
+    )
+    assert 10 * error < rounding < 0.02  # of the pipeline of one denoiser it is 0.006
+
+
 def test_a_plan_tells_of_each_denoiser_and_of_both(tmp_path: Path) -> None:
     """Two of 14 B, says the models' card, widths as in the configuration that Wan2.2's repository has of T2V A14B."""
     config = json.loads(CONFIG.read_text())
@@ -314,10 +379,6 @@ def test_denoisers_that_differ_are_refused(build_pipeline: Build, build_denoiser
     ("refused", "what"),
     [
         (lambda model, _: subject_of(Settings(model=model)), "obsdiff whatif"),
-        (
-            lambda model, out: obsdiff.export(model, out, precision="int8", num_samples=1, eval_prompts=0, **SMALL),
-            "--precision int8",
-        ),
     ],
 )
 def test_what_knows_one_denoiser_says_so(
