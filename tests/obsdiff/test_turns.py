@@ -14,7 +14,7 @@ import torch
 from diffusers import WanPipeline
 
 import obsdiff
-from obsdiff import calibration, precision, pruning, trajectories, turns, verbs
+from obsdiff import allocation, calibration, precision, pruning, trajectories, turns, verbs
 from obsdiff.core import timesteps
 from obsdiff.evaluation import Evaluation, evaluate
 from obsdiff.families import wan
@@ -26,8 +26,11 @@ from obsdiff.pruning import Pruned
 from obsdiff.recipe import Sampling
 from obsdiff.sampling import Pair
 from obsdiff.settings import Settings
+from obsdiff.verbs import Exported
+from obsdiff.whatif import run
 from obsdiff.whatif.subject import subject_of
 from obsdiff_export.formats import FORMATS
+from obsdiff_export.linears import weights_of
 from obsdiff_export.pattern import check
 from obsdiff_export.quantizing import imitated
 from obsdiff_runtime.benchmark.runner import Request
@@ -74,7 +77,7 @@ def made() -> dict[str, Any]:
 @pytest.fixture
 def cut(build_pipeline: Build, made: dict[str, Any]) -> tuple[Pruned, dict[str, torch.nn.Module]]:
     """The pipeline pruned by the default method, and its denoisers before they were cut; made once."""
-    if not made:
+    if "pruned" not in made:
         masked: list[torch.nn.Module] = []
         shrink = pruning.shrink
         with pytest.MonkeyPatch.context() as patch:
@@ -288,30 +291,55 @@ def test_both_are_rounded_by_ranges_of_films_drawn_in_float(dense: Path) -> None
     assert all(inputs[0][name] != inputs[1][name] for name in inputs[0] if "ffn" in name)
 
 
-@torch.no_grad()
-def test_a_bundle_of_two_in_eight_bits_draws_what_torch_draws(dense: Path, tmp_path: Path) -> None:
-    """Rounding of codes flips where sums differ in a last bit, so not to the last bit."""
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("\n".join(PROMPTS))
+@pytest.fixture
+def exported(
+    build_pipeline: Build, made: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Settings, Exported]:
+    """A bundle in eight bits of denoisers of two blocks, which lose neurons at places of their own; made once."""
+    if "exported" in made:
+        found: tuple[Settings, Exported] = made["exported"]
+        return found
+    folder = tmp_path_factory.mktemp("turns")
+    build_pipeline("wan22").save_pretrained(folder / "dense")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
     asked = Settings(
-        model=str(dense), precision="int8+2:4", method="magnitude", prompts_file=str(prompts), eval_prompts=1,
-        **SMALL, **SCALES,
-    )  # fmt: skip
-    made = verbs.export(asked, tmp_path / "out")
+        model=str(folder / "dense"),
+        precision="int8+ffn:0.25+2:4",
+        align=4,
+        protect_first=0,
+        protect_last=0,
+        prompts_file=str(folder / "prompts.txt"),
+        eval_prompts=1,
+        draws=1,
+        **SMALL,
+        **SCALES,
+    )
+    made["exported"] = asked, verbs.export(asked, folder / "out")
+    return asked, made["exported"][1]
+
+
+@torch.no_grad()
+def test_a_bundle_of_two_in_eight_bits_draws_what_torch_draws(exported: tuple[Settings, Exported]) -> None:
+    """Rounding of codes flips where sums differ in a last bit, so not to the last bit."""
+    asked, made = exported
     report = made.report
     assert {layer.name.split(".")[0] for layer in report.quantized} == set(NAMES)
     assert {layer.precision for layer in report.quantized} == {"int8"}
-    counted = " and ".join(f"10 of the 10 linears inside the blocks of {name}" for name in NAMES)
+    counted = " and ".join(f"20 of the 20 linears inside the blocks of {name}" for name in NAMES)
     assert report.notes[0].startswith(f"{counted} compute in int8;")
     assert isinstance(report.evaluation, Evaluation)
     assert all(error > 0 for error in report.evaluation.velocity_error_per_step)
     components = open_bundle(made.folder).manifest.components
     assert [components[name].precision for name in NAMES] == ["int8", "int8"]
     for name in NAMES:
-        linears = [layer.name.removeprefix(f"{name}.") for layer in report.layers if layer.name.startswith(f"{name}.")]
-        assert len(linears) == 10
+        linears = [
+            layer.name.removeprefix(f"{name}.")
+            for layer in report.layers
+            if layer.name.startswith(f"{name}.") and layer.pattern.endswith("2:4")
+        ]
+        assert len(linears) == 20
         check(made.folder / name / "model.onnx", 2, 4, [f"{linear}.weight" for linear in linears])
-    plain: Any = load_pipeline(dense).pipeline
+    plain: Any = load_pipeline(str(asked.model)).pipeline
     job = verbs.open_job(separate(asked))
     pruned = pruning.prune(plain, wan, job.recipe)
     floats = drawn(plain, output_type="latent")
@@ -375,24 +403,66 @@ def test_denoisers_that_differ_are_refused(build_pipeline: Build, build_denoiser
         verbs.plan(Settings(model=str(dense), sparsity="2:4"))
 
 
-@pytest.mark.parametrize(
-    ("refused", "what"),
-    [
-        (lambda model, _: subject_of(Settings(model=model)), "obsdiff whatif"),
-    ],
-)
-def test_what_knows_one_denoiser_says_so(
-    refused: Callable[[str, Path], Any], what: str, dense: Path, tmp_path: Path
+WHATIF: dict[str, Any] = {"align": 4, **{name: value for name, value in SMALL.items() if name != "steps"}}
+
+
+def test_denoisers_of_the_same_widths_are_timed_once_and_pruned_by_the_table(
+    build_pipeline: Build, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=f"{what} knows one denoiser, and those of this pipeline take turns"):
-        refused(str(dense), tmp_path / "out")
+    """Each saves at least the time that equal shares would, by what it is told of the linears of either."""
+    build_pipeline("wan22").save_pretrained(tmp_path / "dense")
+    found = run.run(Settings(model=str(tmp_path / "dense"), **WHATIF), minutes=0.05, shapes_only=True, threads=1)
+    assert (
+        found.notes[0] == "a call is one of transformer or of transformer_2: they take turns and have the same widths"
+    )
+    assert sum(row.linears for row in found.rows) == 20
+    told = [(entry, 1e-6 * entry.m * entry.k * entry.n) for entry in found.table.entries]  # as no clock would be
+    entries = tuple(dataclasses.replace(entry, ms=ms, low_ms=ms, high_ms=ms) for entry, ms in told)
+    dataclasses.replace(found.table, entries=entries).save(tmp_path / "table.json")
+    job = verbs.open_job(
+        Settings(
+            model=str(tmp_path / "dense"),
+            sparsity="ffn:0.25",
+            allocation=f"latency:{tmp_path / 'table.json'}",
+            align=4,
+            protect_first=0,
+            protect_last=0,
+            draws=1,
+            **SMALL,
+            **SCALES,
+        )
+    )
+    pipeline = load_pipeline(tmp_path / "dense").pipeline
+    groups = wan.groups(job.denoiser)
+    pruned = pruning.prune(pipeline, wan, dataclasses.replace(job.recipe, prompts=tuple(PROMPTS)))
+    paper = allocation.uniform(job.denoiser, wan, job.recipe)
+    wanted = job.times().saved_ms(paper.groups, paper.removals)
+    assert wanted > 0
+    for each in pruned.turns:
+        lost = {name: 96 - len(kept) for name, kept in each.kept.items()}
+        assert job.times().saved_ms(groups, lost) >= wanted
+    obsdiff.save(pruned, tmp_path / "pruned")
+    with pytest.raises(ConfigError, match="transformer and transformer_2 of this model were cut to other widths"):
+        subject_of(Settings(model=str(tmp_path / "pruned"), **WHATIF))
 
 
-def test_a_latency_table_knows_one_denoiser(dense: Path, tmp_path: Path) -> None:
-    (tmp_path / "table.json").write_text("{}")
-    asked = Settings(model=str(dense), sparsity="ffn:0.25", allocation=f"latency:{tmp_path / 'table.json'}", **SMALL)
-    with pytest.raises(ConfigError, match="--allocation latency knows one denoiser"):
-        verbs.plan(asked)
+def test_denoisers_that_were_cut_apart_count_by_the_steps_that_they_take(exported: tuple[Settings, Exported]) -> None:
+    """Of 4 steps the first takes 2."""
+    folder = exported[1].folder
+    widths = [weights_of(folder / name / "model.onnx") for name in NAMES]
+    found = subject_of(Settings(model=str(folder), **WHATIF))
+    assert found.notes == (
+        "a call is the mean of those of 4 steps, 2 of transformer and 2 of transformer_2, which take turns and differ "
+        "in widths",
+    )
+    macs = [sum(linear.shape.macs for linear in found.components[name]) for name in NAMES]
+    assert sum(shape.macs * found.count(shape) for shape in found.grouped) == sum(macs) / 2
+    for name, stored in zip(NAMES, widths, strict=True):
+        for linear in found.components[name]:
+            assert (linear.shape.k, linear.shape.n) == (stored[linear.name].k, stored[linear.name].n)
+    timed = run.run(Settings(model=str(folder), **WHATIF), minutes=0.1, threads=1)
+    assert [step.name for step in timed.steps if step.name.endswith("dense")] == [f"{name}.dense" for name in NAMES]
+    assert all(isinstance(step.ms, float) for step in timed.steps if step.name.endswith("dense"))
 
 
 def test_a_lora_is_not_brought_to_denoisers_that_take_turns(folder: Path, tmp_path: Path) -> None:
