@@ -14,7 +14,6 @@ from torch import nn
 
 from obsdiff.families import Family
 from obsdiff.recipe import Sampling
-from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.turns import BEHIND, Turns, denoiser_at
 
 BOUNDARY: Final = "boundary_ratio"
@@ -46,12 +45,6 @@ def names(index: Mapping[str, Any], family: Family) -> tuple[str, ...]:
     first = family.denoiser.removesuffix(BEHIND)
     entry = index.get(f"{first}{BEHIND}")
     return (first, f"{first}{BEHIND}") if entry and entry[1] is not None else (first,)
-
-
-def require_one(several: bool, what: str) -> None:
-    """Raises ConfigError where denoisers take turns, and `what` knows one."""
-    if several:
-        raise ConfigError(f"{what} knows one denoiser, and those of this pipeline take turns")
 
 
 def families(pipeline: DiffusionPipeline, family: Family) -> tuple[Family, ...]:

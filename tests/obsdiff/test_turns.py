@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import torch
 from diffusers import WanPipeline
 
 import obsdiff
-from obsdiff import allocation, calibration, precision, pruning, trajectories, turns, verbs
+from obsdiff import adapters, allocation, calibration, precision, pruning, trajectories, turns, verbs
+from obsdiff.adapters import Adapter, Delta
+from obsdiff.cli import main
 from obsdiff.core import timesteps
 from obsdiff.evaluation import Evaluation, evaluate
 from obsdiff.families import wan
@@ -465,9 +468,105 @@ def test_denoisers_that_were_cut_apart_count_by_the_steps_that_they_take(exporte
     assert all(isinstance(step.ms, float) for step in timed.steps if step.name.endswith("dense"))
 
 
-def test_a_lora_is_not_brought_to_denoisers_that_take_turns(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="obsdiff lora knows one denoiser"):
-        verbs.lora(folder, tmp_path / "a.safetensors", tmp_path / "out")
+@pytest.fixture
+def loras(cut: tuple[Pruned, dict[str, torch.nn.Module]], tmp_path: Path) -> tuple[Path, Path]:
+    """Of the dense denoisers, one file each, named as those who train them do; both for a `transformer`, inside."""
+    files = tmp_path / "style_high_noise.safetensors", tmp_path / "style_low_noise.safetensors"
+    for seed, (path, dense) in enumerate(zip(files, cut[1].values(), strict=True)):
+        drawn = torch.Generator().manual_seed(seed)
+        shapes = {linear.name: dense.get_parameter(f"{linear.name}.weight").shape for linear in wan.linears(dense)}
+        halves = {
+            name: (0.3 * torch.randn(2, k, generator=drawn), torch.randn(n, 2, generator=drawn))
+            for name, (n, k) in shapes.items()
+        }
+        deltas = {name: Delta(down=down, up=up, scale=0.5) for name, (down, up) in halves.items()}
+        adapters.write(Adapter(deltas=deltas, others={}), path, "transformer")
+    return files
+
+
+@torch.no_grad()
+def test_loras_of_both_draw_in_the_pruned_pipeline_what_they_draw_where_units_are_masked(
+    cut: tuple[Pruned, dict[str, torch.nn.Module]],
+    folder: Path,
+    loras: tuple[Path, Path],
+    tmp_path: Path,
+    build_pipeline: Build,
+) -> None:
+    found = verbs.lora(folder, loras[0], tmp_path / "cut.safetensors", second=loras[1])
+    assert (found.layers, found.unchanged) == (20, ())
+    assert found.files == {"transformer": tmp_path / "cut.safetensors", "transformer_2": tmp_path / "cut_2.safetensors"}
+    ours: Any = obsdiff.load(folder)
+    without = drawn(ours, output_type="latent")
+    ours.load_lora_weights(str(tmp_path / "cut.safetensors"))
+    ours.load_lora_weights(str(tmp_path / "cut_2.safetensors"), load_into_transformer_2=True)
+    theirs: Any = build_pipeline("wan22", num_layers=1)
+    theirs.register_modules(**copy.deepcopy(cut[1]))
+    theirs.load_lora_weights(str(loras[0]))
+    theirs.load_lora_weights(str(loras[1]), load_into_transformer_2=True)
+    theirs.fuse_lora(components=list(NAMES))
+    theirs.unload_lora_weights()
+    for each in cut[0].turns:
+        (kept,) = each.kept.values()
+        gone = sorted(set(range(96)) - set(kept))
+        getattr(theirs, each.family.denoiser).blocks[0].ffn.net[2].weight[:, gone] = 0
+    expected, films = (drawn(pipeline, output_type="latent") for pipeline in (theirs, ours))
+    assert (films - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert (films - without).abs().max() > 1e-2 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_loras_merged_into_both_keep_their_zeros(folder: Path, loras: tuple[Path, Path], tmp_path: Path) -> None:
+    found = verbs.lora(folder, loras[0], tmp_path / "merged", second=loras[1])
+    assert found.masked == 20
+    before, after = obsdiff.load(folder), obsdiff.load(tmp_path / "merged")
+    verbs.lora(folder, loras[0], tmp_path / "cut.safetensors", second=loras[1])
+    before.load_lora_weights(str(tmp_path / "cut.safetensors"))
+    before.load_lora_weights(str(tmp_path / "cut_2.safetensors"), load_into_transformer_2=True)
+    zeros = {name: obsdiff.load(folder).components[name].state_dict() for name in NAMES}
+    before.fuse_lora(components=list(NAMES))
+    before.unload_lora_weights()
+    for name in NAMES:
+        for key, weight in after.components[name].state_dict().items():
+            expected = before.components[name].state_dict()[key]
+            if key.startswith("blocks.") and weight.ndim == 2 and "scale_shift" not in key:
+                expected = expected.where(zeros[name][key] != 0, 0)
+            torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-5, msg=f"{name}.{key}")
+
+
+def test_a_lora_of_one_denoiser_leaves_the_other_as_it_is(
+    folder: Path,
+    loras: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = ["obsdiff", "lora", str(folder), "--second", str(loras[1]), "-o", str(tmp_path / "cut.safetensors")]
+    monkeypatch.setattr(sys, "argv", given)
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    told = capsys.readouterr().out.replace("\n", "")
+    assert "transformer stays as it is: no LoRA of it was given" in told
+    assert "cut_2.safetensors', load_into_transformer_2=True)" in told
+    assert not (tmp_path / "cut.safetensors").exists()
+    verbs.lora(folder, None, tmp_path / "merged", second=loras[1])
+    before, after = obsdiff.load(folder), obsdiff.load(tmp_path / "merged")
+    states = [[each.components[name].state_dict() for each in (before, after)] for name in NAMES]
+    assert [all(torch.equal(old[key], new[key]) for key in old) for old, new in states] == [True, False]
+
+
+def test_loras_that_are_exchanged_by_their_names_are_refused(
+    folder: Path, loras: tuple[Path, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="is of low_noise by its name, and transformer is for high noise"):
+        verbs.lora(folder, loras[1], tmp_path / "out.safetensors", second=loras[0])
+    with pytest.raises(ConfigError, match="is of high_noise by its name, and transformer_2 is for low noise"):
+        verbs.lora(folder, None, tmp_path / "out.safetensors", second=loras[0])
+    with pytest.raises(ConfigError, match="there is no LoRA; name its"):
+        verbs.lora(folder, None, tmp_path / "out.safetensors")
+    (tmp_path / "out_2.safetensors").touch()
+    with pytest.raises(ConfigError, match=r"out_2\.safetensors exists; choose another name"):
+        verbs.lora(folder, loras[0], tmp_path / "out.safetensors", second=loras[1])
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 @pytest.mark.parametrize("kind", ["wan", "wan22"])
