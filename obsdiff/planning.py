@@ -15,6 +15,7 @@ from torch import nn
 
 from obsdiff import costs, estimates, pointwise, stream_costs, turns
 from obsdiff.core.gram import BYTES_PER_ENTRY
+from obsdiff.decoding import Decoding
 from obsdiff.estimates import Estimates, Streams, Workload
 from obsdiff.families import HELP, Family
 from obsdiff.groups import Group, LinearSpec
@@ -84,6 +85,7 @@ class Plan:
         notes: what may surprise: groups that rounding leaves whole, linears that stay dense.
         estimates: labelled as such.
         turns: the plan of each denoiser where several take turns, by name; the others' numbers are then of all of them.
+        decoding: what decoding will take; None where nobody asked, or it is not known.
     """
 
     sparsity: str
@@ -101,6 +103,7 @@ class Plan:
     notes: tuple[str, ...]
     estimates: Estimates
     turns: "Mapping[str, Plan]" = field(default_factory=dict)
+    decoding: Decoding | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -27,6 +27,7 @@ from obsdiff.bundling import (
 )
 from obsdiff.comparison import as_stored, hold
 from obsdiff.comparison import evaluate as evaluate
+from obsdiff.decoding import decoding
 from obsdiff.engines import Order, order_of
 from obsdiff.engines import build as build
 from obsdiff.evaluation import check_size
@@ -103,7 +104,16 @@ def plan(settings: Settings, *, before: Path | None = None, force: bool = False)
     job = open_job(separate(settings))
     if settings.offload:
         require_offloadable(settings, job.recipe)
-    return job.plan()
+    planned, sampled = job.plan(), job.recipe.sampling
+    found = decoding(
+        job.configs,
+        height=sampled.height,
+        width=sampled.width,
+        num_frames=sampled.num_frames,
+        tile=settings.vae_tile,
+    )
+    notes = () if found is None else found.notes(planned.estimates.checkpoint_bytes)
+    return dataclasses.replace(planned, decoding=found, notes=(*planned.notes, *notes))
 
 
 def prune(

@@ -169,7 +169,7 @@ def lora(run: Run) -> None:
     run.print_result(found.to_json(), show)
 
 
-@verb("plan", (*PRUNE, *SAMPLE, *MODEL), model=MODEL_ARGUMENT)
+@verb("plan", (*PRUNE, *SAMPLE, *MODEL, "vae_tile"), model=MODEL_ARGUMENT)
 def plan(run: Run) -> None:
     """Before anything runs: layers, parameters, MACs, memory, disk, calls. Works from config.json alone."""
     from obsdiff import verbs

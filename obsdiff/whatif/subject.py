@@ -141,7 +141,7 @@ def subject_of(settings: Settings) -> Subject:
         else _as_in_bundle(bundle, each.family.denoiser, widths)
         for each in job.turns
     }
-    if stored[job.family.denoiser] != widths:
+    if any(each != widths for each in stored.values()):
         groups = ()  # of cut ones the units are not known
     often, notes = _often(stored, bundle)
     components = {
