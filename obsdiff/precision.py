@@ -133,12 +133,11 @@ def quantize_turns(
     progress: Progress = silent,
 ) -> dict[str, Quantized]:
     """`quantize` of each denoiser, by name: the last first, so that ranges come from films drawn in float."""
-    families = turns.families(pipeline, family)
     found = {
         each.denoiser: quantize(pipeline, each, recipe, format, dtype=dtype, progress=progress)
-        for each in reversed(families)
+        for each in reversed(turns.families(pipeline, family))
     }
-    return {each.denoiser: found[each.denoiser] for each in families}
+    return dict(reversed(found.items()))
 
 
 def quantize(
