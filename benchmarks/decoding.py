@@ -1,21 +1,24 @@
 """What decoding takes, whole and in tiles: memory of the runtime's process, and seconds of the CPU.
 
-    python benchmarks/decoding.py                                    a picture of 1024 x 1024, AutoencoderKL's widths
-    python benchmarks/decoding.py --film --height 240 --width 416    a film of 5 frames, Wan 2.1's widths
+    python benchmarks/decoding.py                                  a picture of 1024 x 1024, AutoencoderKL's widths
+    python benchmarks/decoding.py --of wan --height 240 --width 416    a film of 5 frames, Wan 2.1's widths
+    python benchmarks/decoding.py --of qwen --tiles 0              Qwen-Image's; dc: AutoencoderDC's, of Sana
 
 Weights are random, of the published widths, in float32; ONNX Runtime decodes random latents on the CPU, each row in a
-process of its own that imports no torch. Prints a table; asserts nothing.
+process of its own that imports no torch. Beside what the process held stands what `obsdiff plan` says of it. Prints a
+table; asserts nothing.
 """
 
 import multiprocessing
 import resource
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated
+from typing import Annotated, Any, Final
 
 import numpy as np
 import typer
@@ -26,8 +29,25 @@ from obsdiff_runtime.autoencoder import Autoencoder, latent_channels
 from obsdiff_runtime.bundle import DECODER, ENCODER, Defaults, Manifest, open_bundle, write_manifest
 from obsdiff_runtime.networks import Networks
 
-WIDTHS = (128, 256, 512, 512)
-"""Of AutoencoderKL in Stable Diffusion; those of Wan's are its defaults."""
+WIDTHS: Final = (128, 256, 512, 512)
+"""Of AutoencoderKL in Stable Diffusion; those of the others are their defaults."""
+
+OF: Final[dict[str, tuple[str, str, dict[str, Any]]]] = {
+    "kl": (
+        "AutoencoderKL",
+        "StableDiffusionPipeline",
+        {
+            "block_out_channels": WIDTHS,
+            "down_block_types": ("DownEncoderBlock2D",) * len(WIDTHS),
+            "up_block_types": ("UpDecoderBlock2D",) * len(WIDTHS),
+            "layers_per_block": 2,
+        },
+    ),
+    "dc": ("AutoencoderDC", "SanaPipeline", {}),
+    "qwen": ("AutoencoderKLQwenImage", "QwenImagePipeline", {}),
+    "wan": ("AutoencoderKLWan", "WanPipeline", {}),
+}
+"""Class, a pipeline that has it, and its configuration, by what `--of` calls it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,30 +66,31 @@ class Run:
 def main(
     height: Annotated[int, typer.Option(help="In pixels.")] = 1024,
     width: Annotated[int, typer.Option(help="In pixels.")] = 1024,
-    film: Annotated[bool, typer.Option(help="Decode a film of Wan instead of a picture.")] = False,
+    of: Annotated[str, typer.Option(help="Autoencoder: kl, dc, qwen, or wan, which decodes a film.")] = "kl",
     tiles: Annotated[str, typer.Option(help="Pixels a side, by commas; 0: whole.")] = "0,512,256",
     threads: Annotated[int, typer.Option(help="Of the host.")] = 2,
 ) -> None:
     apart = multiprocessing.get_context("spawn")
-    table = Table("", "memory, GiB", "CPU seconds")
+    table = Table("", "memory, GiB", "planned", "CPU seconds")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "bundle"
-        writer = apart.Process(target=write, args=(folder, film))
-        writer.start()
-        writer.join()
-        for side in (int(text) for text in tiles.split(",")):
+        with ProcessPoolExecutor(1, mp_context=apart) as other:
+            other.submit(write, folder, of).result()
+            sides = [int(text) for text in tiles.split(",")]
+            plans = [other.submit(plan, of, height, width, side).result() for side in sides]
+        for side, planned in zip(sides, plans, strict=True):
             ours, theirs = apart.Pipe()
-            worker = apart.Process(target=decode, args=(folder, height, width, film, side, threads, theirs))
+            worker = apart.Process(target=decode, args=(folder, height, width, of == "wan", side, threads, theirs))
             worker.start()
             theirs.close()
             try:
                 run: Run = ours.recv()
             except EOFError:
-                table.add_row(named(side), "killed", "")
+                table.add_row(named(side), "killed", planned, "")
                 continue
             finally:
                 worker.join()
-            table.add_row(named(side), f"{run.peak_bytes / 2**30:.2f}", f"{run.cpu_seconds:.0f}")
+            table.add_row(named(side), f"{run.peak_bytes / 2**30:.2f}", planned, f"{run.cpu_seconds:.0f}")
     Console().print(table)
 
 
@@ -77,23 +98,19 @@ def named(side: int) -> str:
     return f"tiles of {side}" if side else "whole"
 
 
-def write(folder: Path, film: bool) -> None:
+def write(folder: Path, of: str) -> None:
     """A bundle of nothing but decoders."""
+    import diffusers
     import torch
-    from diffusers import AutoencoderKL, AutoencoderKLWan
 
     from obsdiff.delivery import UNCOMPARED, Delivered
     from obsdiff.families.autoencoders import autoencoder
+    from obsdiff.families.table import FAMILIES
     from obsdiff_export.onnx import export
 
     torch.manual_seed(0)
-    picture = {
-        "block_out_channels": WIDTHS,
-        "down_block_types": ("DownEncoderBlock2D",) * len(WIDTHS),
-        "up_block_types": ("UpDecoderBlock2D",) * len(WIDTHS),
-        "layers_per_block": 2,
-    }
-    vae = (AutoencoderKLWan() if film else AutoencoderKL(**picture)).eval()
+    name, pipeline, config = OF[of]
+    vae = getattr(diffusers, name)(**config).eval()
     components = {}
     for component in autoencoder(SimpleNamespace(vae=vae), height=64, width=64):
         if component.name != ENCODER:
@@ -105,13 +122,28 @@ def write(folder: Path, film: bool) -> None:
         folder,
         Manifest(
             created_by="a benchmark",
-            family="wan" if film else "unet",
-            pipeline_class="WanPipeline" if film else "StableDiffusionPipeline",
+            family=next(each.name for each in FAMILIES.values() if each.pipeline == pipeline),
+            pipeline_class=pipeline,
             sparsity="dense",
             defaults=Defaults(height=64, width=64, num_inference_steps=1, guidance_scale=1.0),
             components=components,
         ),
     )
+
+
+def plan(of: str, height: int, width: int, side: int) -> str:
+    """What `obsdiff plan` says of it, in GiB."""
+    import diffusers
+    import torch
+
+    from obsdiff.decoding import decoding
+
+    name, _, config = OF[of]
+    with torch.device("meta"):
+        configs = {"vae": dict(getattr(diffusers, name)(**config).config), "model_index": {"vae": ["diffusers", name]}}
+    found = decoding(configs, height=height, width=width, num_frames=5 if of == "wan" else None, tile=side or None)
+    assert found is not None
+    return f"{(found.tile_bytes if side else found.whole_bytes) / 2**30:.2f}"  # type: ignore[operator]
 
 
 def decode(folder: Path, height: int, width: int, film: bool, side: int, threads: int, answer: Connection) -> None:

@@ -10,7 +10,7 @@ model. Zeros of a pattern stay zeros only where the LoRA is merged (`merge`).
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -25,8 +25,12 @@ from torch import Tensor, nn
 from obsdiff.families import Family
 from obsdiff.folders import let_read
 from obsdiff.manifest import PrunedManifest
-from obsdiff_runtime.errors import ModelError
+from obsdiff_runtime.errors import ConfigError, ModelError
 
+NOISES: Final = ("high", "low")
+"""What those who train LoRAs of two denoisers that take turns call them in names of files, in their order."""
+
+_NOISE: Final = re.compile(r"(?P<which>high|low)[ _.-]?noise", re.IGNORECASE)
 _PARTS: Final = re.compile(r"(?P<module>.+?)\.(?P<half>lora_A|lora_B)(\.default)?\.weight")
 
 
@@ -61,6 +65,29 @@ class Adapter:
 
     deltas: Mapping[str, Delta]
     others: Mapping[str, Tensor]
+
+
+def assigned(denoisers: Sequence[str], adapter: str | Path | None, second: str | Path | None) -> dict[str, str | Path]:
+    """The files of LoRAs by the denoisers that they are for.
+
+    Args:
+        denoisers: of the pipeline, in their order.
+        adapter: the file of the first, if any.
+        second: the file of the one behind it, if any.
+
+    Raises:
+        ConfigError: there is none, or one for a denoiser that is not there, or by its name for the other one.
+    """
+    if second is not None and len(denoisers) == 1:
+        raise ConfigError(f"--second {second}: one denoiser takes all steps of this model; leave it out")
+    files = {name: path for name, path in zip(denoisers, (adapter, second), strict=False) if path is not None}
+    if not files:
+        raise ConfigError("there is no LoRA; name its .safetensors")
+    for name, noise in zip(denoisers, NOISES, strict=False) if len(denoisers) > 1 else ():
+        said = _NOISE.search(Path(files.get(name, "")).stem)
+        if said is not None and said["which"].lower() != noise:
+            raise ConfigError(f"{files[name]}: is of {said[0]} by its name, and {name} is for {noise} noise")
+    return files
 
 
 def read(source: str | Path, pipeline_class: str, denoiser: str) -> Adapter:

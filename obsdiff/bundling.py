@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import torch
@@ -25,7 +26,6 @@ from obsdiff.judges import OBEDIENCE, Judges, Score
 from obsdiff.loading import Defaults, vae_scale
 from obsdiff.measurements import Counts, LatencyPair, NotMeasured, Report, Stage
 from obsdiff.pruning import Pruned
-from obsdiff.results import LayerResult
 from obsdiff.sampling import Pair
 from obsdiff.settings import Settings
 from obsdiff.sparsity import NM
@@ -94,7 +94,7 @@ def compare(
     scales: Sequence[float] = (),
     dense_scores: Mapping[float, float] | None = None,
     keep_images: int | None = None,
-    quantization: Quantization | None = None,
+    quantizations: Mapping[str, Quantization] = MappingProxyType({}),
 ) -> tuple[Evaluation | NotMeasured, tuple[ImagePair, ...]]:
     """Dense against pruned on the prompts.
 
@@ -108,11 +108,9 @@ def compare(
         scales: guidance scales to judge both models at beside the job's own.
         dense_scores: the dense model's, by guidance scale, where an earlier comparison found them.
         keep_images: how many picture pairs are returned; None for all.
-        quantization: of the pruned denoiser, whose weights are rounded: it is compared as it will compute.
+        quantizations: of pruned denoisers whose weights are rounded, by name: they are compared as they will compute.
     """
-    if quantization is None and not any(
-        each.kept or any(layer.zeros for layer in each.layers) for each in pruned.turns
-    ):
+    if not quantizations and not any(each.kept or any(layer.zeros for layer in each.layers) for each in pruned.turns):
         return NotMeasured(why="nothing was pruned"), ()
     if not prompts:
         return NotMeasured(why="no prompts to compare on were asked for (--eval-prompts 0)"), ()
@@ -125,7 +123,9 @@ def compare(
     }
     first = pairs.pop(job.family.denoiser)
     same: Any = {"dense": first.dense, "pruned": first.pruned, "behind": pairs, "prompts": prompts, "sampling": sampled}
-    with imitated(pruned.denoiser, quantization):
+    with contextlib.ExitStack() as stack:
+        for name, quantization in quantizations.items():
+            stack.enter_context(imitated(pruned.denoisers[name], quantization))
         evaluation, images = run_pairs(
             pruned.pipeline, job.family, **same, judges=judges, keep_images=keep_images, progress=progress
         )
@@ -192,7 +192,7 @@ def deliver(
     order: Order | None,
     stages: Stages,
     progress: Progress,
-    quantization: Quantization | None = None,
+    quantizations: Mapping[str, Quantization] = MappingProxyType({}),
 ) -> Delivery:
     """Writes ONNX, engines (where some are ordered) and the rest into `folder`."""
     sampled = job.recipe.sampling
@@ -209,7 +209,7 @@ def deliver(
                 for each in pruned.turns
             },
             expected=pattern if isinstance(pattern, NM) else None,
-            quantization=quantization,
+            quantizations=quantizations,
             progress=progress,
         )
         delivery.copy_rest(pruned.pipeline, folder)
@@ -326,17 +326,6 @@ def counts_of(job: Job, denoisers: Mapping[str, nn.Module], bytes_on_disk: int |
     return dataclasses.replace(each[0], **sums)
 
 
-def _layers(pruned: Pruned) -> tuple[LayerResult, ...]:
-    """What became of each linear; where denoisers take turns, with whose it is before its name."""
-    if not pruned.behind:
-        return pruned.layers
-    return tuple(
-        dataclasses.replace(layer, name=f"{each.family.denoiser}.{layer.name}")
-        for each in pruned.turns
-        for layer in each.layers
-    )
-
-
 def report_of(
     job: Job,
     pruned: Pruned,
@@ -362,7 +351,7 @@ def report_of(
         environment=facts.environment(torch.get_num_threads()),
         dense=dense,
         pruned=counts_of(job, pruned.denoisers, finished.pruned_bytes),
-        layers=_layers(pruned),
+        layers=turns.told_apart({each.family.denoiser: each.layers for each in pruned.turns}),
         components=tuple(item.report() for item in components) or _NOTHING_EXPORTED,
         engines=built or NotMeasured(why="no engines were asked for; --trt builds them"),
         latency=finished.latency,

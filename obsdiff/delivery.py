@@ -107,7 +107,7 @@ def deliver(
     *,
     pruned: Mapping[str, Sequence[str]],
     expected: NM | None,
-    quantization: Quantization | None = None,
+    quantizations: Mapping[str, Quantization],
     progress: Progress = silent,
 ) -> tuple[Delivered, ...]:
     """Exports every component, compares it with torch, and checks the pattern in the denoiser's graph.
@@ -120,7 +120,7 @@ def deliver(
         settings: dtype and opset.
         pruned: linears whose weights must hold the pattern, by denoiser.
         expected: the pattern, where there is one.
-        quantization: of the denoiser, whose weights are rounded.
+        quantizations: of denoisers whose weights are rounded, by name.
         progress: told component by component.
 
     Raises:
@@ -132,7 +132,7 @@ def deliver(
         progress("export", index, len(components), component.name)
         left = is_stored(component.module)
         dtype = dtype_of(component.name, settings, component.module if left else None)
-        rounding = quantization if component.name == family.denoiser else None
+        rounding = quantizations.get(component.name)
         model = onnx.export(
             component, folder / component.name, dtype=dtype, opset=settings.opset, quantization=rounding
         )

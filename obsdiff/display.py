@@ -104,6 +104,10 @@ def show_plan(plan: "Plan", *, verbose: bool = False) -> None:
         "on this machine; estimates, not measurements",
         highlight=False,
     )
+    if plan.decoding is not None:
+        whole, tiled = plan.decoding.whole_bytes, plan.decoding.tile_bytes
+        tiles = "" if tiled in (None, whole) else f", {size(tiled)} in tiles of {plan.decoding.tile}"
+        console.print(f"{'decoding':<12}{size(whole)}{tiles}, by ONNX Runtime on a CPU; estimates", highlight=False)
     for note in plan.notes:
         console.print(f"[yellow]note[/] {note}", highlight=False)
     if verbose:

@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from obsdiff import costs, estimates, pointwise, stream_costs
+from obsdiff import costs, estimates, pointwise, stream_costs, turns
 from obsdiff.core.gram import BYTES_PER_ENTRY
+from obsdiff.decoding import Decoding
 from obsdiff.estimates import Estimates, Streams, Workload
 from obsdiff.families import HELP, Family
 from obsdiff.groups import Group, LinearSpec
@@ -84,6 +85,7 @@ class Plan:
         notes: what may surprise: groups that rounding leaves whole, linears that stay dense.
         estimates: labelled as such.
         turns: the plan of each denoiser where several take turns, by name; the others' numbers are then of all of them.
+        decoding: what decoding will take; None where nobody asked, or it is not known.
     """
 
     sparsity: str
@@ -101,6 +103,7 @@ class Plan:
     notes: tuple[str, ...]
     estimates: Estimates
     turns: "Mapping[str, Plan]" = field(default_factory=dict)
+    decoding: Decoding | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -188,9 +191,7 @@ def together(plans: Mapping[str, Plan]) -> Plan:
     every = (first, *others)
 
     def named(kind: str) -> tuple[Any, ...]:
-        return tuple(
-            replace(each, name=f"{name}.{each.name}") for name, plan in plans.items() for each in getattr(plan, kind)
-        )
+        return turns.told_apart({name: getattr(plan, kind) for name, plan in plans.items()})
 
     estimated = [plan.estimates for plan in every]
     streams = [plan.streams for plan in every if plan.streams is not None]

@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import fnmatch
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -19,7 +19,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from obsdiff import engines, ranges, streaming
+from obsdiff import engines, ranges, streaming, turns
 from obsdiff.core import scales
 from obsdiff.engines import Order
 from obsdiff.families import Family
@@ -47,13 +47,19 @@ class Quantized:
     quantization: Quantization
     linears: tuple[QuantizedLinear, ...]
 
-    def note(self) -> str:
-        """One sentence for the report."""
-        name, rounded = self.quantization.format.name, len(self.quantization.linears)
-        return (
-            f"{rounded} of the {len(self.linears)} linears inside the blocks compute in {name}; what is compared here "
-            "is the model as it ships, rounded, with the dense one in float."
-        )
+
+def note(found: Mapping[str, Quantized]) -> str:
+    """One sentence for the report; `found` is from `quantize_turns`."""
+    counted = " and ".join(
+        f"{len(each.quantization.linears)} of the {len(each.linears)} linears inside the blocks"
+        + (f" of {name}" if len(found) > 1 else "")
+        for name, each in found.items()
+    )
+    format = next(iter(found.values())).quantization.format.name
+    return (
+        f"{counted} compute in {format}; what is compared here is the model as it ships, rounded, with the dense one "
+        "in float."
+    )
 
 
 def separate(settings: Settings) -> Settings:
@@ -115,6 +121,23 @@ def _agreed(flag: str, given: str | None, part: str | None, text: str) -> str | 
     if given is not None and part is not None and given != part:
         raise ConfigError(f"--precision {text} says {part}, and {flag} says {given}; leave one of them out")
     return given if part is None else part
+
+
+def quantize_turns(
+    pipeline: DiffusionPipeline,
+    family: Family,
+    recipe: Recipe,
+    format: Format,
+    *,
+    dtype: torch.dtype,
+    progress: Progress = silent,
+) -> dict[str, Quantized]:
+    """`quantize` of each denoiser, by name: the last first, so that ranges come from films drawn in float."""
+    found = {
+        each.denoiser: quantize(pipeline, each, recipe, format, dtype=dtype, progress=progress)
+        for each in reversed(turns.families(pipeline, family))
+    }
+    return dict(reversed(found.items()))
 
 
 def quantize(

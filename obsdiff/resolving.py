@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from obsdiff import latencies, turns
+from obsdiff import latencies
 from obsdiff.core.timesteps import SCHEDULES
 from obsdiff.families import Family, require_described
 from obsdiff.loading import Defaults
@@ -89,8 +89,6 @@ def resolve(
         require_described(family, f"--sparsity {sparsity}, which removes units,")
     method = _method(settings.method, sparsity)
     dense_share = _dense_share(settings.dense_share, sparsity)
-    if latencies.is_latency(settings.allocation or ""):
-        turns.require_one(defaults.takes_turns, "--allocation latency")
     allocation = _allocation(settings.allocation, method, sparsity, dense_share)
     runs = sampling(settings, defaults)
     steps = runs.num_inference_steps

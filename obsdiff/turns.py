@@ -5,6 +5,7 @@ the pipeline's denoiser in names and calls, and the one behind it is treated lik
 for this there is the family that looks for it in its place (`placed`). Both are of one configuration.
 """
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, cast
 
@@ -13,7 +14,6 @@ from torch import nn
 
 from obsdiff.families import Family
 from obsdiff.recipe import Sampling
-from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.turns import BEHIND, Turns, denoiser_at
 
 BOUNDARY: Final = "boundary_ratio"
@@ -45,12 +45,6 @@ def names(index: Mapping[str, Any], family: Family) -> tuple[str, ...]:
     first = family.denoiser.removesuffix(BEHIND)
     entry = index.get(f"{first}{BEHIND}")
     return (first, f"{first}{BEHIND}") if entry and entry[1] is not None else (first,)
-
-
-def require_one(several: bool, what: str) -> None:
-    """Raises ConfigError where denoisers take turns, and `what` knows one."""
-    if several:
-        raise ConfigError(f"{what} knows one denoiser, and those of this pipeline take turns")
 
 
 def families(pipeline: DiffusionPipeline, family: Family) -> tuple[Family, ...]:
@@ -88,6 +82,17 @@ def steps_of(turns: Turns, timesteps: Iterable[float], steps: int) -> dict[str, 
         found[name] = range(start, stop)
         start = stop
     return {**found, name: range(found[name].start, steps)}
+
+
+def told_apart(records: Mapping[str, Iterable[Any]]) -> tuple[Any, ...]:
+    """The records of each denoiser in one list; where there are several, with whose it is before each one's name."""
+    if len(records) == 1:
+        return tuple(*records.values())
+    return tuple(
+        dataclasses.replace(record, name=f"{denoiser}.{record.name}")
+        for denoiser, own in records.items()
+        for record in own
+    )
 
 
 def guidance_scale(sampling: Sampling, family: Family) -> float:

@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from obsdiff.bundling import (
 )
 from obsdiff.comparison import as_stored, hold
 from obsdiff.comparison import evaluate as evaluate
+from obsdiff.decoding import decoding
 from obsdiff.engines import Order, order_of
 from obsdiff.engines import build as build
 from obsdiff.evaluation import check_size
@@ -50,11 +51,11 @@ from obsdiff.job import load as load_model
 from obsdiff.journal import FolderJournal
 from obsdiff.judges import judges_of
 from obsdiff.loading import LoadedPipeline, load_configs
-from obsdiff.manifest import GroupCut, LinearRecord, PrunedManifest
+from obsdiff.manifest import GroupCut, LinearRecord, PrunedManifest, read_manifest
 from obsdiff.measurements import NotMeasured, Report
 from obsdiff.methods.table import METHODS
 from obsdiff.planning import Plan
-from obsdiff.precision import fitting, format_of, quantizable, quantize, separate
+from obsdiff.precision import Quantized, fitting, format_of, note, quantizable, quantize_turns, separate
 from obsdiff.pruning import Pruned
 from obsdiff.recipe import evaluation_prompts, prompts_digest
 from obsdiff.resolving import resolve
@@ -103,7 +104,16 @@ def plan(settings: Settings, *, before: Path | None = None, force: bool = False)
     job = open_job(separate(settings))
     if settings.offload:
         require_offloadable(settings, job.recipe)
-    return job.plan()
+    planned, sampled = job.plan(), job.recipe.sampling
+    found = decoding(
+        job.configs,
+        height=sampled.height,
+        width=sampled.width,
+        num_frames=sampled.num_frames,
+        tile=settings.vae_tile,
+    )
+    notes = () if found is None else found.notes(planned.estimates.checkpoint_bytes)
+    return dataclasses.replace(planned, decoding=found, notes=(*planned.notes, *notes))
 
 
 def prune(
@@ -231,7 +241,6 @@ def export(
     if order is not None:
         engines.require_drawable(order, what)
     if format is not None:
-        turns.require_one(bool(job.behind), f"--precision {settings.precision}")
         quantizable(job.family.linears(job.denoiser), job.recipe.keep_float)
     held_out = evaluation_prompts(settings, job.defaults.prompts, job.defaults.labels)
     if held_out:
@@ -253,30 +262,30 @@ def export(
         dense = copy.deepcopy(loaded.denoisers) if changes else loaded.denoisers
     with stages("calibrate and prune"):
         pruned = _prune(loaded, job, stored, journal, progress)
-    rounding = None
+    rounded: dict[str, Quantized] = {}
     if format is not None:
         with stages("quantize"):
             dtype = delivery.dtype_of(job.family.denoiser, settings)
-            rounding = quantize(pruned.pipeline, job.family, job.recipe, format, dtype=dtype, progress=progress)
-    quantization = None if rounding is None else rounding.quantization
+            rounded = quantize_turns(pruned.pipeline, job.family, job.recipe, format, dtype=dtype, progress=progress)
+    quantizations = {name: each.quantization for name, each in rounded.items()}
     with stages("verify"):
         evaluation, images = compare(
-            job, pruned, dense, held_out, progress, judges=judges, scales=scales, quantization=quantization
+            job, pruned, dense, held_out, progress, judges=judges, scales=scales, quantizations=quantizations
         )
     if settings.sparsity is None and loaded.manifest is not None:  # pruned by an earlier run: say and check what it is
         recipe = dataclasses.replace(job.recipe, sparsity=parse(loaded.manifest.sparsity))
         job = dataclasses.replace(job, recipe=recipe)
         pruned = as_stored(pruned, loaded)
     with new_folder(output, force=force) as folder:
-        finished = deliver(job, settings, pruned, dense, folder, order, stages, progress, quantization)
+        finished = deliver(job, settings, pruned, dense, folder, order, stages, progress, quantizations)
         found = dataclasses.replace(
             report_of(job, pruned, counts_of(job, dense, finished.dense_bytes), finished, evaluation, stages.done),
             command=command,
             licence=card.licence_of(loaded.folder),
-            quantized=() if rounding is None else rounding.linears,
+            quantized=turns.told_apart({name: each.linears for name, each in rounded.items()}),
             notes=(
                 *job.notes(),
-                *(() if rounding is None else (rounding.note(),)),
+                *((note(rounded),) if rounded else ()),
                 *delivery.notes(finished.components),
             ),
         )
@@ -289,72 +298,98 @@ def export(
 
 @dataclass(frozen=True, kw_only=True)
 class Adapted:
-    """A LoRA that was brought to a pruned model.
+    """A LoRA that was brought to a pruned model; of denoisers that take turns, theirs together.
 
     Attributes:
         output: a safetensors file, or a folder.
-        layers: of the denoiser that it changes.
+        files: what was written, by denoiser; none where it is a folder.
+        layers: of the denoisers that it changes.
         cut: of them, layers whose widths or channels are other ones now.
         masked: of them, layers whose pattern of zeros was kept; none in a file.
         left_out: tensors for other networks that were not merged.
+        unchanged: denoisers that no LoRA was given for.
     """
 
     output: Path
+    files: Mapping[str, Path]
     layers: int
     cut: int
     masked: int
     left_out: int
+    unchanged: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "output": str(self.output)}
+        files = {name: str(path) for name, path in self.files.items()}
+        return {**dataclasses.asdict(self), "output": str(self.output), "files": files}
 
 
 def lora(
-    pruned: Path | str, adapter: Path | str, output: Path | str, *, strength: float = 1.0, force: bool = False
+    pruned: Path | str,
+    adapter: Path | str | None,
+    output: Path | str,
+    *,
+    second: Path | str | None = None,
+    strength: float = 1.0,
+    force: bool = False,
 ) -> Adapted:
     """A LoRA of the dense model for a pruned one.
 
     Args:
         pruned: a folder that `save` or `obsdiff prune` wrote.
-        adapter: the LoRA's safetensors file.
-        output: NAME.safetensors: the LoRA, cut, for load_lora_weights() of the pipeline that `load` gives; a folder:
-            the checkpoint with the LoRA merged into its denoiser, its zeros still zeros.
+        adapter: the LoRA's safetensors file; where denoisers take turns that of the first, of high noise, if any.
+        output: NAME.safetensors: the LoRA, cut, for load_lora_weights() of the pipeline that `load` gives, and that of
+            a second denoiser as NAME_2.safetensors, to be loaded with load_into_transformer_2=True; a folder: the
+            checkpoint with the LoRA merged into its denoisers, their zeros still zeros.
+        second: the file of the denoiser that takes its turn behind the first, of low noise.
         strength: of the LoRA.
         force: replace an earlier result.
 
     Raises:
         ModelError: it is no LoRA, or one of another model.
-        ConfigError: the output exists.
+        ConfigError: the output exists, or a LoRA is for a denoiser that is not there, or for the other one.
         BundleError: `pruned` is no pruned checkpoint.
     """
     folder, output = Path(pruned), Path(output)
-    to_file = output.suffix == ".safetensors"
-    if not to_file:
-        check_free(output, force=force)
-    elif output.exists() and not force:
-        raise ConfigError(f"{output} exists; choose another name or replace it with --force")
-    manifest = checkpoint.require_manifest(folder)
+    checkpoint.require_manifest(folder)
     configs = load_configs(folder)
-    turns.require_one(bool(configs.behind), "obsdiff lora")
+    index, first = configs.configs["model_index"], configs.family.denoiser
+    names = turns.names(index, configs.family)
+    given = adapters.assigned(names, adapter, second)
+    files: dict[str, Path] = {}
+    if output.suffix == ".safetensors":
+        files = {name: output.with_stem(output.stem + name.removeprefix(first)) for name in given}
+        for path in files.values():
+            if path.exists() and not force:
+                raise ConfigError(f"{path} exists; choose another name or replace it with --force")
+    else:
+        check_free(output, force=force)
+    manifests = {name: read_manifest(folder / name) for name in names}
     with torch.device("meta"):
-        dense = type(configs.denoiser).from_config(configs.configs[configs.family.denoiser])  # type: ignore[attr-defined]
-    name = configs.family.denoiser
-    whole = adapters.read(adapter, configs.configs["model_index"]["_class_name"], name)
-    found = adapters.cut(whole, dense, configs.family, manifest)
+        dense = type(configs.denoiser).from_config(configs.configs[first])  # type: ignore[attr-defined]
+    whole = {name: adapters.read(path, index["_class_name"], first) for name, path in given.items()}
+    found = {name: adapters.cut(each, dense, configs.family, manifests[name]) for name, each in whole.items()}
     masked = 0
-    if to_file:
+    if files:
         output.parent.mkdir(parents=True, exist_ok=True)
-        adapters.write(found, output, name, strength=strength)
+        for name, path in files.items():
+            adapters.write(found[name], path, first, strength=strength)
     else:
         pipeline = checkpoint.load(folder)
-        masked = adapters.merge(getattr(pipeline, name), found, manifest, strength=strength)
-        checkpoint.save(pipeline, getattr(pipeline, name), output, manifest, source=folder, force=force)
-    changed = sum(
-        found.deltas[layer].up is not delta.up or found.deltas[layer].down is not delta.down
-        for layer, delta in whole.deltas.items()
+        for name, each in found.items():
+            masked += adapters.merge(getattr(pipeline, name), each, manifests[name], strength=strength)
+        behind = {name: manifests[name] for name in names[1:]}
+        denoiser = getattr(pipeline, first)
+        checkpoint.save(pipeline, denoiser, output, manifests[first], behind=behind, source=folder, force=force)
+    pairs = [(found[name].deltas[layer], delta) for name, each in whole.items() for layer, delta in each.deltas.items()]
+    return Adapted(
+        output=output,
+        files=files,
+        layers=len(pairs),
+        cut=sum(after.up is not before.up or after.down is not before.down for after, before in pairs),
+        masked=masked,
+        left_out=0 if files else sum(len(each.others) for each in whole.values()),
+        unchanged=tuple(name for name in names if name not in given),
     )
-    left_out = 0 if to_file else len(whole.others)
-    return Adapted(output=output, layers=len(whole.deltas), cut=changed, masked=masked, left_out=left_out)
 
 
 def _asked(model: Settings | str | Path | None, more: dict[str, Any]) -> Settings:

@@ -9,6 +9,7 @@ import typer
 
 from obsdiff.command import Run, option, verb
 from obsdiff.settings import ENGINES
+from obsdiff_runtime.turns import BEHIND
 
 MODEL = ("revision", "variant", "device")
 PRUNE = (
@@ -108,13 +109,22 @@ def prune(run: Run) -> None:
     "lora",
     (),
     pruned=(Annotated[Path, typer.Argument(help="Pruned diffusers folder.")], ...),
-    adapter=(Annotated[Path, typer.Argument(help="The LoRA of the dense model, as safetensors.")], ...),
+    adapter=(
+        Annotated[
+            Path | None,
+            typer.Argument(help="The LoRA of the dense model, as safetensors; of two denoisers that of high noise."),
+        ],
+        None,
+    ),
     output=option(
         Path,
         "--output",
         "-o",
         text="NAME.safetensors: the LoRA cut to the pruned widths; a folder: the model with the LoRA merged into it.",
         default=...,
+    ),
+    second=option(
+        Path | None, "--second", text="The LoRA of the second of two denoisers, of low noise; written as NAME_2."
     ),
     strength=option(float, "--strength", text="Of the LoRA.", default=1.0),
     force=OUTPUT["force"],
@@ -128,6 +138,7 @@ def lora(run: Run) -> None:
         run.options["pruned"],
         run.options["adapter"],
         output,
+        second=run.options["second"],
         strength=run.options["strength"],
         force=run.options["force"],
     )
@@ -136,11 +147,15 @@ def lora(run: Run) -> None:
         from rich.console import Console
 
         console = Console()
-        if output.suffix == ".safetensors":
-            console.print(f"{output}: {found.layers} layers, {found.cut} of them cut or reordered", highlight=False)
-            console.print(
-                f"next    obsdiff.load({str(run.options['pruned'])!r}).load_lora_weights({str(output)!r})", style="dim"
-            )
+        for name in found.unchanged:
+            console.print(f"[yellow]note[/] {name} stays as it is: no LoRA of it was given", highlight=False)
+        if found.files:
+            written = " and ".join(map(str, found.files.values()))
+            console.print(f"{written}: {found.layers} layers, {found.cut} of them cut or reordered", highlight=False)
+            console.print(f"next    pipe = obsdiff.load({str(run.options['pruned'])!r})", style="dim")
+            for name, path in found.files.items():
+                where = f", load_into_{name}=True" if name.endswith(BEHIND) else ""
+                console.print(f"        pipe.load_lora_weights({str(path)!r}{where})", style="dim", soft_wrap=True)
             return
         console.print(
             f"{output}: merged into {found.layers} layers, {found.cut} of them cut or reordered; "
@@ -154,7 +169,7 @@ def lora(run: Run) -> None:
     run.print_result(found.to_json(), show)
 
 
-@verb("plan", (*PRUNE, *SAMPLE, *MODEL), model=MODEL_ARGUMENT)
+@verb("plan", (*PRUNE, *SAMPLE, *MODEL, "vae_tile"), model=MODEL_ARGUMENT)
 def plan(run: Run) -> None:
     """Before anything runs: layers, parameters, MACs, memory, disk, calls. Works from config.json alone."""
     from obsdiff import verbs

@@ -44,7 +44,7 @@ class ShapeRow:
 
     Attributes:
         shape: tokens, inputs and outputs.
-        linears: how many run it, `example` among them.
+        linears: how many run it in a call, `example` among them; see Linear.often.
         dense_ms, sparse_ms: one of them; None where it was not timed.
         ratio: dense / 2:4; low and high are its 95 % interval, None in an estimate.
         share: of the time of all these linears.
@@ -53,7 +53,7 @@ class ShapeRow:
     """
 
     shape: Shape
-    linears: int
+    linears: float
     example: str
     dense_ms: float | None
     sparse_ms: float | None
@@ -243,7 +243,8 @@ def _rows(
 ) -> tuple[ShapeRow, ...]:
     times = {(Shape(entry.m, entry.k, entry.n), entry.variant): entry.ms for entry in table.entries}
     groups = subject.grouped
-    whole = sum(times.get((shape, DENSE), 0.0) * len(names) for shape, names in groups.items())
+    counts = {shape: subject.count(shape) for shape in groups}
+    whole = sum(times.get((shape, DENSE), 0.0) * count for shape, count in counts.items())
     rows = []
     for shape, names in groups.items():
         verdict, comparison, reason = judged[shape]
@@ -252,14 +253,14 @@ def _rows(
         rows.append(
             ShapeRow(
                 shape=shape,
-                linears=len(names),
+                linears=counts[shape],
                 example=names[0],
                 dense_ms=dense,
                 sparse_ms=sparse,
                 ratio=comparison.speedup if comparison is not None else ratio,
                 low=comparison.low if comparison is not None else None,
                 high=comparison.high if comparison is not None else None,
-                share=dense * len(names) / whole if dense is not None else None,
+                share=dense * counts[shape] / whole if dense is not None else None,
                 verdict=verdict,
                 reason=reason,
             )
@@ -270,7 +271,7 @@ def _rows(
 def _conclude(subject: Subject, table: LatencyTable, rows: Sequence[ShapeRow], notes: Sequence[str]) -> WhatIf:
     verdict, sentence = _verdict(table, rows)
     late = [row for row in rows if row.dense_ms is None]
-    told = [*notes]
+    told = [*notes, *subject.notes]
     if late:
         told.append(f"{len(late)} of {len(rows)} shapes were not timed, such as {late[0].shape}: {late[0].reason}")
     told.append("linears alone: attention, norms and convolutions take the rest of a call")

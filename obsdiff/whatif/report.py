@@ -124,7 +124,7 @@ def _shape(row: ShapeRow, estimate: bool) -> Cells:
         gain = f"at most {row.ratio:.2f}x" if estimate else f"{row.ratio:.2f}x"
         gain += f" ({row.low:.2f} to {row.high:.2f})" if row.low is not None and row.high is not None else ""
     return (
-        str(row.linears),
+        f"{row.linears:.4g}",
         re.sub(r"^.*blocks\.\d+\.", "", row.example),
         *(str(size) for size in (row.shape.m, row.shape.k, row.shape.n)),
         _ms(row.dense_ms),
@@ -170,7 +170,7 @@ def _shape_chart(rows: Sequence[ShapeRow], found: WhatIf) -> Markup:
     bars = {"dense": [row.linears * (row.dense_ms or 0.0) for row in rows]}
     if any(row.sparse_ms is not None for row in rows):
         bars["2:4"] = [row.linears * (row.sparse_ms or 0.0) for row in rows]
-    return _chart(bars, [f"{row.linears} of {row.shape}" for row in rows], "linears of a shape", found)
+    return _chart(bars, [f"{row.linears:.4g} of {row.shape}" for row in rows], "linears of a shape", found)
 
 
 def _cut_chart(rows: Sequence[CutRow], found: WhatIf) -> Markup | None:

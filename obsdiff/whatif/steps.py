@@ -15,7 +15,7 @@ from typing import Any, Final, Protocol
 import torch
 from torch import nn
 
-from obsdiff import engines, job, pruning
+from obsdiff import engines, job, pruning, turns
 from obsdiff.families import references
 from obsdiff.loading import vae_scale
 from obsdiff.measurements import NotMeasured
@@ -34,8 +34,8 @@ from obsdiff_runtime.timing import compare, interleaved, latency
 
 DENSE: Final = "dense"
 FORCED: Final = "2:4 forced"
-CUT: Final = "structured:0.25"
-"""What is cut where --sparsity names no units."""
+CUT: Final = 0.25
+"""Of the units: what is cut where --sparsity names none."""
 
 ROUNDS: Final = 30
 
@@ -92,9 +92,19 @@ def time_steps(
         seconds: for timing; exporting and loading take what they take.
         progress: told of stage "end to end".
     """
+    share = seconds / len(subject.components)
+    return turns.told_apart(
+        {component: _steps(subject, component, settings, runner, share, progress) for component in subject.components}
+    )
+
+
+def _steps(
+    subject: Subject, component: str, settings: Settings, runner: Runner, seconds: float, progress: Progress
+) -> tuple[Step, ...]:
+    """Of one denoiser."""
     with tempfile.TemporaryDirectory(prefix="obsdiff-") as scratch:
         progress("end to end", 0, 3, "export")
-        made = _graphs(subject, settings, runner, Path(scratch))
+        made = _graphs(subject, component, settings, runner, Path(scratch))
         progress("end to end", 1, 3, "load")
         sizes = engines.sizes_of(
             subject.job.recipe.sampling,
@@ -167,17 +177,17 @@ class _Graphs:
     inputs: dict[str, Any]
 
 
-def _graphs(subject: Subject, settings: Settings, runner: Runner, folder: Path) -> _Graphs:
+def _graphs(subject: Subject, component: str, settings: Settings, runner: Runner, folder: Path) -> _Graphs:
     if subject.bundle is not None:
-        absent = {CUT: "a bundle does not hold what belongs to a unit; give the model instead"}
-        dense = subject.bundle.onnx(subject.component)
+        absent = {f"structured:{CUT}": "a bundle does not hold what belongs to a unit; give the model instead"}
+        dense = subject.bundle.onnx(component)
         found = _Graphs(graphs={DENSE: dense}, absent=absent, inputs=_inputs(subject, subject.job.denoiser))
     else:
         found = _of_model(subject, settings, runner, folder)
     if runner.sparse:
         found.absent[FORCED] = runner.sparse
     else:
-        fitting = [name for name, shape in subject.shapes.items() if shape.k % 4 == 0]
+        fitting = [linear.name for linear in subject.components[component] if linear.shape.k % 4 == 0]
         forcing.force(found.graphs[DENSE], folder / "forced", 2, 4, linears=fitting)
         found.graphs[FORCED] = folder / "forced" / found.graphs[DENSE].name
     return found
@@ -202,7 +212,9 @@ def _of_model(subject: Subject, settings: Settings, runner: Runner, folder: Path
 
     found = _Graphs(graphs={DENSE: export("dense")}, absent={}, inputs=_inputs(subject, loaded.denoiser))
     asked = subject.job.recipe.sparsity
-    units = replace(asked, pattern=None) if asked.structured else parse(CUT)
+    has_heads = any(group.kind == "heads" for group in subject.job.family.groups(loaded.denoiser))
+    usual = parse(f"{'structured' if has_heads else 'ffn'}:{CUT}")
+    units = replace(asked, pattern=None) if asked.structured else usual
     recipe = resolve(
         replace(settings, sparsity=str(units), method="magnitude", allocation=None, dense_share=None, fast=None),
         model=subject.model,

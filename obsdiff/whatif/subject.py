@@ -5,10 +5,12 @@ group     units that are removed together; producers lose outputs, consumers los
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal
+
+import diffusers
 
 from obsdiff import turns
 from obsdiff.families import require_described
@@ -47,28 +49,57 @@ class CutPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Linear:
+    """A linear that can be pruned.
+
+    Attributes:
+        shape: what it runs.
+        often: how many times in a call; less than once where that is the mean of calls of several denoisers.
+    """
+
+    name: str
+    shape: Shape
+    often: float = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class Subject:
     """A denoiser at a size.
 
     Attributes:
         model: what it is called.
         family: of it.
-        component: its folder in a bundle, or in the pipeline.
-        shapes: linear -> what it runs, of those that can be pruned.
+        components: its folder in a bundle, or in the pipeline, and its linears; of denoisers that take turns each
+            whose widths are its own, since what is alike is timed once.
         cuts: what could be cut, and what the linears would run then.
         call: height, width, rows and text_tokens of a call.
         job: the model by its configurations.
         bundle: where the subject is one.
+        notes: what a call is, where denoisers take turns.
     """
 
     model: str
     family: str
-    component: str
-    shapes: Mapping[str, Shape]
+    components: Mapping[str, tuple[Linear, ...]]
     cuts: tuple[CutPlan, ...]
     call: Mapping[str, int]
     job: Job = field(repr=False)
     bundle: Bundle | None = field(default=None, repr=False)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Of all components."""
+        return turns.told_apart(self.components)
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Linear -> what it runs."""
+        return {linear.name: linear.shape for linear in self.linears}
+
+    def count(self, shape: Shape) -> float:
+        """How many linears run it in a call."""
+        return round(sum(linear.often for linear in self.linears if linear.shape == shape), 9)
 
     @property
     def grouped(self) -> dict[Shape, tuple[str, ...]]:
@@ -96,7 +127,6 @@ def subject_of(settings: Settings) -> Subject:
         settings = _served(settings, bundle)
     job = open_job(settings, sparsity_required=False)
     require_described(job.family, "obsdiff whatif")
-    turns.require_one(bool(job.behind), "obsdiff whatif")
     linears, groups = select(
         replace(job.recipe, protect_first=0, protect_last=0),
         job.family.linears(job.denoiser),
@@ -104,17 +134,30 @@ def subject_of(settings: Settings) -> Subject:
     )
     rows = job.rows
     positions = job.positions(job.denoiser)
-    widths = {linear.name: (linear.in_features, linear.out_features) for linear in linears}
-    if bundle is not None:
-        stored = _as_in_bundle(bundle, job.family.denoiser, widths)
-        widths, groups = stored, groups if stored == widths else ()  # of cut ones the units are not known
-    shapes = {name: Shape(rows * positions[name], k, n) for name, (k, n) in widths.items() if name in positions}
+    widths = _widths(job, [linear.name for linear in linears])
+    stored = {
+        each.family.denoiser: _widths(each, widths)
+        if bundle is None
+        else _as_in_bundle(bundle, each.family.denoiser, widths)
+        for each in job.turns
+    }
+    if any(each != widths for each in stored.values()):
+        groups = ()  # of cut ones the units are not known
+    often, notes = _often(stored, bundle)
+    components = {
+        component: tuple(
+            Linear(name=name, shape=Shape(rows * positions[name], k, n), often=share)
+            for name, (k, n) in stored[component].items()
+            if name in positions
+        )
+        for component, share in often.items()
+    }
+    shapes = {linear.name: linear.shape for linear in components[job.family.denoiser]}
     sampling = job.recipe.sampling
     return Subject(
         model=job.model,
         family=job.family.name,
-        component=job.family.denoiser,
-        shapes=shapes,
+        components=components,
         cuts=_plans(groups, shapes, job.recipe.align),
         call={
             "height": sampling.height,
@@ -124,6 +167,32 @@ def subject_of(settings: Settings) -> Subject:
         },
         job=job,
         bundle=bundle,
+        notes=notes,
+    )
+
+
+def _often(
+    widths: Mapping[str, Mapping[str, tuple[int, int]]], bundle: Bundle | None
+) -> tuple[dict[str, float], tuple[str, ...]]:
+    """How many of a mean call each denoiser is, of those that have to be timed; and in words what such a call is."""
+    first, *others = widths
+    if not others:
+        return {first: 1}, ()
+    if all(widths[name] == widths[first] for name in others):
+        return {first: 1}, (f"a call is one of {' or of '.join(widths)}: they take turns and have the same widths",)
+    if bundle is None:
+        raise ConfigError(
+            f"{' and '.join(widths)} of this model were cut to other widths, and obsdiff whatif knows such denoisers "
+            "in bundles alone; export it and give the bundle, or give the dense model"
+        )
+    config, steps = bundle.scheduler(), bundle.manifest.defaults.num_inference_steps
+    scheduler = getattr(diffusers, str(config["_class_name"])).from_config(config)
+    scheduler.set_timesteps(steps)
+    taken = turns.steps_of(bundle.manifest.turns, scheduler.timesteps.tolist(), steps)
+    told = " and ".join(f"{len(own)} of {name}" for name, own in taken.items())
+    return (
+        {name: len(own) / steps for name, own in taken.items()},
+        (f"a call is the mean of those of {steps} steps, {told}, which take turns and differ in widths",),
     )
 
 
@@ -183,6 +252,12 @@ def _served(settings: Settings, bundle: Bundle) -> Settings:
     names = ("height", "width", "num_frames", "guidance_scale", "max_sequence_length")
     own = {name: getattr(defaults, name) for name in names}
     return replace(settings, **{name: value for name, value in own.items() if getattr(settings, name) is None})
+
+
+def _widths(job: Job, names: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of some linears."""
+    found = {linear.name: (linear.in_features, linear.out_features) for linear in job.family.linears(job.denoiser)}
+    return {name: found[name] for name in names}
 
 
 def _as_in_bundle(bundle: Bundle, component: str, widths: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:

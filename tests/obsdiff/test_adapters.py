@@ -272,6 +272,8 @@ def test_wrong_arguments_are_answered_plainly(pruned: Path, lora_file: Path, sd3
         verbs.lora(pruned, lora_file, lora_file)
     with pytest.raises(BundleError, match="is it a pruned checkpoint"):
         verbs.lora(sd3_folder, lora_file, tmp_path / "out.safetensors")
+    with pytest.raises(ConfigError, match=r"--second .*: one denoiser takes all steps of this model"):
+        verbs.lora(pruned, lora_file, tmp_path / "out.safetensors", second=lora_file)
     garbage = tmp_path / "garbage.safetensors"
     garbage.write_bytes(b"x" * 99)
     with pytest.raises(ModelError, match="cannot be read as a LoRA"):

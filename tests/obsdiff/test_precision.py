@@ -12,7 +12,7 @@ from torch import nn
 from obsdiff import precision, ranges, trajectories
 from obsdiff.families.table import family_of
 from obsdiff.loading import Defaults
-from obsdiff.precision import fitting, format_of, quantizable, quantize, round_weights, separate
+from obsdiff.precision import fitting, format_of, note, quantizable, quantize, round_weights, separate
 from obsdiff.recipe import Recipe
 from obsdiff.resolving import resolve
 from obsdiff.settings import Settings
@@ -152,7 +152,7 @@ def test_outputs_and_linears_kept_in_float_are_as_asked(build_pipeline):
     kept = [linear for linear in found.linears if linear.precision == "float"]
     assert [linear.name for linear in kept] == [f"transformer_blocks.{block}.ff.net.2" for block in range(3)]
     assert {linear.reason for linear in kept} == {"matches --keep-float"}
-    assert f"{len(found.linears) - 3} of the {len(found.linears)} linears" in found.note()
+    assert f"{len(found.linears) - 3} of the {len(found.linears)} linears" in note({"transformer": found})
 
 
 def test_an_input_that_is_always_zero_leaves_its_linear_in_float(build_pipeline):

@@ -1,7 +1,10 @@
 """Pipelines whose denoisers take turns (Wan 2.2): each is pruned on its own steps, and all of it goes all the way."""
 
+import contextlib
 import copy
+import dataclasses
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,20 +15,31 @@ import torch
 from diffusers import WanPipeline
 
 import obsdiff
-from obsdiff import calibration, pruning, trajectories, turns, verbs
+from obsdiff import adapters, allocation, calibration, precision, pruning, trajectories, turns, verbs
+from obsdiff.adapters import Adapter, Delta
+from obsdiff.cli import main
 from obsdiff.core import timesteps
 from obsdiff.evaluation import Evaluation, evaluate
 from obsdiff.families import wan
 from obsdiff.inspection import checkpoints
 from obsdiff.loading import load_pipeline
 from obsdiff.pipeline_runner import PipelineRunner
+from obsdiff.precision import separate
 from obsdiff.pruning import Pruned
 from obsdiff.recipe import Sampling
 from obsdiff.sampling import Pair
 from obsdiff.settings import Settings
+from obsdiff.verbs import Exported
+from obsdiff.whatif import run
 from obsdiff.whatif.subject import subject_of
+from obsdiff_export.formats import FORMATS
+from obsdiff_export.linears import weights_of
+from obsdiff_export.pattern import check
+from obsdiff_export.quantizing import imitated
 from obsdiff_runtime.benchmark.runner import Request
+from obsdiff_runtime.bundle import open_bundle
 from obsdiff_runtime.errors import CalibrationError, ConfigError, ModelError
+from obsdiff_runtime.pipeline import Pipeline
 
 PROMPTS = ["a red dog", "a cat"]
 NAMES = ("transformer", "transformer_2")
@@ -66,7 +80,7 @@ def made() -> dict[str, Any]:
 @pytest.fixture
 def cut(build_pipeline: Build, made: dict[str, Any]) -> tuple[Pruned, dict[str, torch.nn.Module]]:
     """The pipeline pruned by the default method, and its denoisers before they were cut; made once."""
-    if not made:
+    if "pruned" not in made:
         masked: list[torch.nn.Module] = []
         shrink = pruning.shrink
         with pytest.MonkeyPatch.context() as patch:
@@ -262,6 +276,88 @@ def test_a_pipeline_in_torch_is_measured_denoiser_by_denoiser(dense: Path, build
     assert {name: len(found.components[name]) for name in NAMES} == {"transformer": 4, "transformer_2": 4}
 
 
+def test_both_are_rounded_by_ranges_of_films_drawn_in_float(dense: Path) -> None:
+    """As each is where the other stays as it is; ranges are of the calls that a denoiser gets."""
+    recipe = verbs.open_job(Settings(model=str(dense), sparsity="2:4", **SMALL, **SCALES)).recipe
+    recipe = dataclasses.replace(recipe, prompts=tuple(PROMPTS))
+    asked: dict[str, Any] = {"format": FORMATS["int8"], "dtype": torch.float32}
+    pipeline: Any = load_pipeline(dense).pipeline
+    found = precision.quantize_turns(pipeline, wan, recipe, **asked)
+    assert list(found) == list(NAMES)
+    for name, both in found.items():
+        own: Any = load_pipeline(dense).pipeline
+        alone = precision.quantize(own, turns.placed(wan, name), recipe, **asked)
+        assert both.linears == alone.linears
+        weights = getattr(own, name).state_dict()
+        assert all(torch.equal(weight, weights[key]) for key, weight in getattr(pipeline, name).state_dict().items())
+    inputs = [{name: scales.input for name, scales in each.quantization.linears.items()} for each in found.values()]
+    assert all(inputs[0][name] != inputs[1][name] for name in inputs[0] if "ffn" in name)
+
+
+@pytest.fixture
+def exported(
+    build_pipeline: Build, made: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Settings, Exported]:
+    """A bundle in eight bits of denoisers of two blocks, which lose neurons at places of their own; made once."""
+    if "exported" in made:
+        found: tuple[Settings, Exported] = made["exported"]
+        return found
+    folder = tmp_path_factory.mktemp("turns")
+    build_pipeline("wan22").save_pretrained(folder / "dense")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    asked = Settings(
+        model=str(folder / "dense"),
+        precision="int8+ffn:0.25+2:4",
+        align=4,
+        protect_first=0,
+        protect_last=0,
+        prompts_file=str(folder / "prompts.txt"),
+        eval_prompts=1,
+        draws=1,
+        **SMALL,
+        **SCALES,
+    )
+    made["exported"] = asked, verbs.export(asked, folder / "out")
+    return asked, made["exported"][1]
+
+
+@torch.no_grad()
+def test_a_bundle_of_two_in_eight_bits_draws_what_torch_draws(exported: tuple[Settings, Exported]) -> None:
+    """Rounding of codes flips where sums differ in a last bit, so not to the last bit."""
+    asked, made = exported
+    report = made.report
+    assert {layer.name.split(".")[0] for layer in report.quantized} == set(NAMES)
+    assert {layer.precision for layer in report.quantized} == {"int8"}
+    counted = " and ".join(f"20 of the 20 linears inside the blocks of {name}" for name in NAMES)
+    assert report.notes[0].startswith(f"{counted} compute in int8;")
+    assert isinstance(report.evaluation, Evaluation)
+    assert all(error > 0 for error in report.evaluation.velocity_error_per_step)
+    components = open_bundle(made.folder).manifest.components
+    assert [components[name].precision for name in NAMES] == ["int8", "int8"]
+    for name in NAMES:
+        linears = [
+            layer.name.removeprefix(f"{name}.")
+            for layer in report.layers
+            if layer.name.startswith(f"{name}.") and layer.pattern.endswith("2:4")
+        ]
+        assert len(linears) == 20
+        check(made.folder / name / "model.onnx", 2, 4, [f"{linear}.weight" for linear in linears])
+    plain: Any = load_pipeline(str(asked.model)).pipeline
+    job = verbs.open_job(separate(asked))
+    pruned = pruning.prune(plain, wan, job.recipe)
+    floats = drawn(plain, output_type="latent")
+    rounded = precision.quantize_turns(plain, wan, job.recipe, FORMATS["int8"], dtype=torch.float32)
+    with contextlib.ExitStack() as stack:
+        for name, each in rounded.items():
+            stack.enter_context(imitated(pruned.denoisers[name], each.quantization))
+        expected = drawn(plain, output_type="latent")
+    film = Pipeline(made.folder, threads=1)("a cat", seed=3, noise_source="torch")
+    error, rounding = (
+        (latents - torch.from_numpy(film.latents)).norm() / latents.norm() for latents in (expected, floats)
+    )
+    assert 10 * error < rounding < 0.02  # of the pipeline of one denoiser it is 0.006
+
+
 def test_a_plan_tells_of_each_denoiser_and_of_both(tmp_path: Path) -> None:
     """Two of 14 B, says the models' card, widths as in the configuration that Wan2.2's repository has of T2V A14B."""
     config = json.loads(CONFIG.read_text())
@@ -310,33 +406,167 @@ def test_denoisers_that_differ_are_refused(build_pipeline: Build, build_denoiser
         verbs.plan(Settings(model=str(dense), sparsity="2:4"))
 
 
-@pytest.mark.parametrize(
-    ("refused", "what"),
-    [
-        (lambda model, _: subject_of(Settings(model=model)), "obsdiff whatif"),
-        (
-            lambda model, out: obsdiff.export(model, out, precision="int8", num_samples=1, eval_prompts=0, **SMALL),
-            "--precision int8",
-        ),
-    ],
-)
-def test_what_knows_one_denoiser_says_so(
-    refused: Callable[[str, Path], Any], what: str, dense: Path, tmp_path: Path
+WHATIF: dict[str, Any] = {"align": 4, **{name: value for name, value in SMALL.items() if name != "steps"}}
+
+
+def test_denoisers_of_the_same_widths_are_timed_once_and_pruned_by_the_table(
+    build_pipeline: Build, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=f"{what} knows one denoiser, and those of this pipeline take turns"):
-        refused(str(dense), tmp_path / "out")
+    """Each saves at least the time that equal shares would, by what it is told of the linears of either."""
+    build_pipeline("wan22").save_pretrained(tmp_path / "dense")
+    found = run.run(Settings(model=str(tmp_path / "dense"), **WHATIF), minutes=0.05, shapes_only=True, threads=1)
+    assert (
+        found.notes[0] == "a call is one of transformer or of transformer_2: they take turns and have the same widths"
+    )
+    assert sum(row.linears for row in found.rows) == 20
+    told = [(entry, 1e-6 * entry.m * entry.k * entry.n) for entry in found.table.entries]  # as no clock would be
+    entries = tuple(dataclasses.replace(entry, ms=ms, low_ms=ms, high_ms=ms) for entry, ms in told)
+    dataclasses.replace(found.table, entries=entries).save(tmp_path / "table.json")
+    job = verbs.open_job(
+        Settings(
+            model=str(tmp_path / "dense"),
+            sparsity="ffn:0.25",
+            allocation=f"latency:{tmp_path / 'table.json'}",
+            align=4,
+            protect_first=0,
+            protect_last=0,
+            draws=1,
+            **SMALL,
+            **SCALES,
+        )
+    )
+    pipeline = load_pipeline(tmp_path / "dense").pipeline
+    groups = wan.groups(job.denoiser)
+    pruned = pruning.prune(pipeline, wan, dataclasses.replace(job.recipe, prompts=tuple(PROMPTS)))
+    paper = allocation.uniform(job.denoiser, wan, job.recipe)
+    wanted = job.times().saved_ms(paper.groups, paper.removals)
+    assert wanted > 0
+    for each in pruned.turns:
+        lost = {name: 96 - len(kept) for name, kept in each.kept.items()}
+        assert job.times().saved_ms(groups, lost) >= wanted
+    obsdiff.save(pruned, tmp_path / "pruned")
+    with pytest.raises(ConfigError, match="transformer and transformer_2 of this model were cut to other widths"):
+        subject_of(Settings(model=str(tmp_path / "pruned"), **WHATIF))
 
 
-def test_a_latency_table_knows_one_denoiser(dense: Path, tmp_path: Path) -> None:
-    (tmp_path / "table.json").write_text("{}")
-    asked = Settings(model=str(dense), sparsity="ffn:0.25", allocation=f"latency:{tmp_path / 'table.json'}", **SMALL)
-    with pytest.raises(ConfigError, match="--allocation latency knows one denoiser"):
-        verbs.plan(asked)
+def test_denoisers_that_were_cut_apart_count_by_the_steps_that_they_take(exported: tuple[Settings, Exported]) -> None:
+    """Of 4 steps the first takes 2."""
+    folder = exported[1].folder
+    widths = [weights_of(folder / name / "model.onnx") for name in NAMES]
+    found = subject_of(Settings(model=str(folder), **WHATIF))
+    assert found.notes == (
+        "a call is the mean of those of 4 steps, 2 of transformer and 2 of transformer_2, which take turns and differ "
+        "in widths",
+    )
+    macs = [sum(linear.shape.macs for linear in found.components[name]) for name in NAMES]
+    assert sum(shape.macs * found.count(shape) for shape in found.grouped) == sum(macs) / 2
+    for name, stored in zip(NAMES, widths, strict=True):
+        for linear in found.components[name]:
+            assert (linear.shape.k, linear.shape.n) == (stored[linear.name].k, stored[linear.name].n)
+    timed = run.run(Settings(model=str(folder), **WHATIF), minutes=0.1, threads=1)
+    assert [step.name for step in timed.steps if step.name.endswith("dense")] == [f"{name}.dense" for name in NAMES]
+    assert all(isinstance(step.ms, float) for step in timed.steps if step.name.endswith("dense"))
 
 
-def test_a_lora_is_not_brought_to_denoisers_that_take_turns(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="obsdiff lora knows one denoiser"):
-        verbs.lora(folder, tmp_path / "a.safetensors", tmp_path / "out")
+@pytest.fixture
+def loras(cut: tuple[Pruned, dict[str, torch.nn.Module]], tmp_path: Path) -> tuple[Path, Path]:
+    """Of the dense denoisers, one file each, named as those who train them do; both for a `transformer`, inside."""
+    files = tmp_path / "style_high_noise.safetensors", tmp_path / "style_low_noise.safetensors"
+    for seed, (path, dense) in enumerate(zip(files, cut[1].values(), strict=True)):
+        drawn = torch.Generator().manual_seed(seed)
+        shapes = {linear.name: dense.get_parameter(f"{linear.name}.weight").shape for linear in wan.linears(dense)}
+        halves = {
+            name: (0.3 * torch.randn(2, k, generator=drawn), torch.randn(n, 2, generator=drawn))
+            for name, (n, k) in shapes.items()
+        }
+        deltas = {name: Delta(down=down, up=up, scale=0.5) for name, (down, up) in halves.items()}
+        adapters.write(Adapter(deltas=deltas, others={}), path, "transformer")
+    return files
+
+
+@torch.no_grad()
+def test_loras_of_both_draw_in_the_pruned_pipeline_what_they_draw_where_units_are_masked(
+    cut: tuple[Pruned, dict[str, torch.nn.Module]],
+    folder: Path,
+    loras: tuple[Path, Path],
+    tmp_path: Path,
+    build_pipeline: Build,
+) -> None:
+    found = verbs.lora(folder, loras[0], tmp_path / "cut.safetensors", second=loras[1])
+    assert (found.layers, found.unchanged) == (20, ())
+    assert found.files == {"transformer": tmp_path / "cut.safetensors", "transformer_2": tmp_path / "cut_2.safetensors"}
+    ours: Any = obsdiff.load(folder)
+    without = drawn(ours, output_type="latent")
+    ours.load_lora_weights(str(tmp_path / "cut.safetensors"))
+    ours.load_lora_weights(str(tmp_path / "cut_2.safetensors"), load_into_transformer_2=True)
+    theirs: Any = build_pipeline("wan22", num_layers=1)
+    theirs.register_modules(**copy.deepcopy(cut[1]))
+    theirs.load_lora_weights(str(loras[0]))
+    theirs.load_lora_weights(str(loras[1]), load_into_transformer_2=True)
+    theirs.fuse_lora(components=list(NAMES))
+    theirs.unload_lora_weights()
+    for each in cut[0].turns:
+        (kept,) = each.kept.values()
+        gone = sorted(set(range(96)) - set(kept))
+        getattr(theirs, each.family.denoiser).blocks[0].ffn.net[2].weight[:, gone] = 0
+    expected, films = (drawn(pipeline, output_type="latent") for pipeline in (theirs, ours))
+    assert (films - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert (films - without).abs().max() > 1e-2 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_loras_merged_into_both_keep_their_zeros(folder: Path, loras: tuple[Path, Path], tmp_path: Path) -> None:
+    found = verbs.lora(folder, loras[0], tmp_path / "merged", second=loras[1])
+    assert found.masked == 20
+    before, after = obsdiff.load(folder), obsdiff.load(tmp_path / "merged")
+    verbs.lora(folder, loras[0], tmp_path / "cut.safetensors", second=loras[1])
+    before.load_lora_weights(str(tmp_path / "cut.safetensors"))
+    before.load_lora_weights(str(tmp_path / "cut_2.safetensors"), load_into_transformer_2=True)
+    zeros = {name: obsdiff.load(folder).components[name].state_dict() for name in NAMES}
+    before.fuse_lora(components=list(NAMES))
+    before.unload_lora_weights()
+    for name in NAMES:
+        for key, weight in after.components[name].state_dict().items():
+            expected = before.components[name].state_dict()[key]
+            if key.startswith("blocks.") and weight.ndim == 2 and "scale_shift" not in key:
+                expected = expected.where(zeros[name][key] != 0, 0)
+            torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-5, msg=f"{name}.{key}")
+
+
+def test_a_lora_of_one_denoiser_leaves_the_other_as_it_is(
+    folder: Path,
+    loras: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = ["obsdiff", "lora", str(folder), "--second", str(loras[1]), "-o", str(tmp_path / "cut.safetensors")]
+    monkeypatch.setattr(sys, "argv", given)
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    told = capsys.readouterr().out.replace("\n", "")
+    assert "transformer stays as it is: no LoRA of it was given" in told
+    assert "cut_2.safetensors', load_into_transformer_2=True)" in told
+    assert not (tmp_path / "cut.safetensors").exists()
+    verbs.lora(folder, None, tmp_path / "merged", second=loras[1])
+    before, after = obsdiff.load(folder), obsdiff.load(tmp_path / "merged")
+    states = [[each.components[name].state_dict() for each in (before, after)] for name in NAMES]
+    assert [all(torch.equal(old[key], new[key]) for key in old) for old, new in states] == [True, False]
+
+
+def test_loras_that_are_exchanged_by_their_names_are_refused(
+    folder: Path, loras: tuple[Path, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="is of low_noise by its name, and transformer is for high noise"):
+        verbs.lora(folder, loras[1], tmp_path / "out.safetensors", second=loras[0])
+    with pytest.raises(ConfigError, match="is of high_noise by its name, and transformer_2 is for low noise"):
+        verbs.lora(folder, None, tmp_path / "out.safetensors", second=loras[0])
+    with pytest.raises(ConfigError, match="there is no LoRA; name its"):
+        verbs.lora(folder, None, tmp_path / "out.safetensors")
+    (tmp_path / "out_2.safetensors").touch()
+    with pytest.raises(ConfigError, match=r"out_2\.safetensors exists; choose another name"):
+        verbs.lora(folder, loras[0], tmp_path / "out.safetensors", second=loras[1])
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 @pytest.mark.parametrize("kind", ["wan", "wan22"])

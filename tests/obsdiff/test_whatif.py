@@ -244,6 +244,24 @@ def test_whole_calls_are_timed_dense_and_cut_for_real(subject: Subject, exported
     assert comparison.against == "dense"
 
 
+def test_where_heads_stay_neurons_are_cut(
+    build_pipeline: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    build_pipeline("wan", num_layers=3).save_pretrained(tmp_path)
+    widths: list[int] = []
+
+    def export(component: Any, folder: Path, **_: Any) -> Exported:
+        widths.append(component.module.blocks[1].ffn.net[2].in_features)
+        return Exported(write_linear(folder, Shape(4, 32, 32), "float32"))
+
+    monkeypatch.setattr(whatif_steps.onnx, "export", export)
+    settings = Settings(model=str(tmp_path), num_frames=5, max_sequence_length=8, **SIZE)
+    runner = Runner(opened=[], sparse="it has no sparse kernels")
+    steps = whatif_steps.time_steps(subject_of(settings), settings, runner, seconds=2)
+    assert [step.name for step in steps] == ["dense", "ffn:0.25 by magnitude", "2:4 forced"]
+    assert widths == [96, 72]
+
+
 @pytest.mark.usefixtures("exported")
 def test_what_cannot_be_run_says_why_and_leaves_the_others(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     forced: list[tuple[int, int]] = []
