@@ -30,14 +30,11 @@ class Replay:
     Args:
         parts: see `parts`.
         results: of earlier runs; what this one adds is put there.
-        unsettled: modules of the block that later runs will find changed, or will look into; None: nothing is added.
+        unsettled: modules of the block that later runs will find changed, or will look into.
     """
 
-    def __init__(
-        self, parts: Mapping[str, nn.Module], results: Results, unsettled: Collection[nn.Module] | None = None
-    ) -> None:
-        self._results, self._adds = results, unsettled is not None
-        self._unsettled = set(unsettled or ())
+    def __init__(self, parts: Mapping[str, nn.Module], results: Results, unsettled: Collection[nn.Module] = ()) -> None:
+        self._results, self._unsettled, self._adds = results, set(unsettled), True
         self._parts = {name: part for name, part in parts.items() if self._unsettled.isdisjoint(part.modules())}
         self._running = False
 

@@ -7,7 +7,7 @@ will get, and is fitted to what the dense model computes at that place; nothing 
 
 import copy
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -26,6 +26,7 @@ from obsdiff.methods import Layer, Method, Options, Pruned
 from obsdiff.methods.result import cast
 from obsdiff.pausing import PausedPass
 from obsdiff.recipe import Recipe
+from obsdiff.replays import Replay
 from obsdiff.residuals import block_modules
 from obsdiff.results import Journal, LayerResult, PackageResult, Sensitivity, merged
 from obsdiff.sparsity import NM, Pattern, Unstructured
@@ -114,20 +115,30 @@ def prune(
     return merged(results)
 
 
-class _Pair:
-    """A block as it was and as it is being pruned, and what parts of either that hold `linears` gave, call by call."""
+class _Side:
+    """A block as one of the streams runs it, and what its parts gave, call by call.
 
-    def __init__(
-        self, name: str, linears: Sequence[LinearSpec], *, dense: nn.Module, pruned: nn.Module, calls: int
-    ) -> None:
-        self.name, self.dense, self.pruned = name, dense, pruned
-        self.dense_parts, self.pruned_parts = (replays.parts(block, name, linears) for block in (dense, pruned))
-        self.dense_results: list[replays.Results] = [{} for _ in range(calls)]
-        self.pruned_results: list[replays.Results] = [{} for _ in range(calls)]
+    Args:
+        block: dense, or being pruned.
+        name: of it in the denoiser.
+        linears: parts that hold one of them need not run again.
+        calls: how many there are.
+    """
 
-    def within(self, name: str) -> str:
-        """Name inside the block of a module of the denoiser."""
-        return name.removeprefix(self.name).removeprefix(".")
+    def __init__(self, block: nn.Module, name: str, linears: Sequence[LinearSpec], calls: int) -> None:
+        self.block, self._name = block, name
+        self._parts = replays.parts(block, name, linears)
+        self._results: list[replays.Results] = [{} for _ in range(calls)]
+
+    def replay(self, call: int, unsettled: Collection[str] = ()) -> Replay:
+        """For a run before these modules of the denoiser change; those of other blocks do not matter."""
+        inside = [name for name in unsettled if f"{name}.".startswith(f"{self._name}.")]
+        modules = [self.block.get_submodule(name.removeprefix(self._name).removeprefix(".")) for name in inside]
+        return Replay(self._parts, self._results[call], modules)
+
+    def past(self, call: int) -> None:
+        """Lets go of what was kept for a call."""
+        self._results[call].clear()
 
 
 class _Run:
@@ -207,46 +218,49 @@ class _Run:
     def _solve(self, block: nn.Module, name: str, linears: Sequence[LinearSpec]) -> PackageResult:
         """Prunes a block tier by tier, and moves both streams past it."""
         replayed = linears if self._recipe.replay else ()
-        pair = _Pair(name, replayed, dense=copy.deepcopy(block), pruned=block, calls=len(self._calls))
+        dense, pruned = (_Side(each, name, replayed, len(self._calls)) for each in (copy.deepcopy(block), block))
         found: list[PackageResult] = []
         tiers = [list(tier) for _, tier in groupby(sorted(linears, key=_tier_of), key=_tier_of)]
         for place, tier in enumerate(tiers):
-            found.append(self._tier(tier, pair, [linear for each in tiers[place + 1 :] for linear in each]))
+            behind = [linear.name for each in tiers[place + 1 :] for linear in each]
+            found.append(self._tier(tier, behind, name, dense, pruned))
             self._write(found[-1].weights)
-        for waiting, results in zip(self._pruned, pair.pruned_results, strict=True):
-            with replays.Replay(pair.pruned_parts, results).on():
+        for place, waiting in enumerate(self._pruned):
+            with pruned.replay(place).on():
                 output = pausing.run(block, waiting.arguments)
-            results.clear()
+            pruned.past(place)
             waiting.resume(output)
         return merged(found)
 
     def _changes(self, linear: LinearSpec) -> bool:
         return linear.name in self._patterns or linear.name in self._cluster_of
 
-    def _tier(self, tier: Sequence[LinearSpec], pair: "_Pair", behind: Sequence[LinearSpec]) -> PackageResult:
+    def _tier(
+        self, tier: Sequence[LinearSpec], behind: Sequence[str], name: str, dense: _Side, pruned: _Side
+    ) -> PackageResult:
         """Collects a tier's moments over all calls and solves it, on several ranks part by part.
 
-        Where none are left `behind` it in the block, the dense stream moves past the block.
+        Where no linears are left to change `behind` it in the block, the dense stream moves past the block.
         """
         sums = moments.TierMoments(tier, self._weight(tier[0].name).device, self._guidance)
         repair = self._recipe.repair
-        want: moments.Wanted = "outputs" if behind else "result"
-        idle = [each for each in self._linears if each.block == tier[0].block and each.tier > tier[0].tier]
-        idle = idle if self._family.described else []  # else tiers may not be in the order in which they run
+        later = [each for each in self._linears if each.block == tier[0].block and each.tier > tier[0].tier]
+        idle = later if self._family.described else []  # else tiers may not be in the order in which they run
         skipped = idle if behind else []
-        ahead = [pair.dense.get_submodule(pair.within(linear.name)) for linear in (*behind, *skipped)]
-        unsettled = self._unsettled(pair, (*tier, *behind, *idle))
+        want: moments.Wanted = "outputs" if behind else "result"
+        ahead = [*behind, *(linear.name for linear in skipped)]
+        unsettled = self._with_producers([*(linear.name for linear in (*tier, *idle)), *behind])
         for place, (call, weight) in enumerate(zip(self._calls, self._weights, strict=True)):
-            look = partial(moments.glance, name=pair.name, linears=tier, streams=repair > 0, masks=call.masks)
-            before, after = self._dense[place], self._pruned[place]
-            kept = replays.Replay(pair.dense_parts, pair.dense_results[place], ahead)
-            wanted, output = look(pair.dense, arguments=before.arguments, want=want, idle=skipped, replay=kept)
-            kept = replays.Replay(pair.pruned_parts, pair.pruned_results[place], unsettled)
-            seen, _ = look(pair.pruned, arguments=after.arguments, want="inputs", idle=idle, replay=kept)
+            look = partial(moments.glance, name=name, linears=tier, streams=repair > 0, masks=call.masks)
+            before, after = self._dense[place].arguments, self._pruned[place].arguments
+            again = dense.replay(place, ahead)
+            wanted, output = look(dense.block, arguments=before, want=want, idle=skipped, replay=again)
+            again = pruned.replay(place, unsettled)
+            seen, _ = look(pruned.block, arguments=after, want="inputs", idle=idle, replay=again)
             sums.add(wanted, seen, weight, paired=call.paired)
             if not behind:
-                pair.dense_results[place].clear()
-                before.resume(output)
+                dense.past(place)
+                self._dense[place].resume(output)
         grams, targets = sums.finish(repair)
         layers = {
             linear.name: Layer(
@@ -268,13 +282,10 @@ class _Run:
 
         return merged(ranks.solve(_parts(tier, self._groups), solved))
 
-    def _unsettled(self, pair: "_Pair", linears: Sequence[LinearSpec]) -> list[nn.Module]:
-        """Modules of a block that change when these are pruned: they, and those whose rows change places with them."""
-        names = {linear.name for linear in linears}
-        groups = [group for group in self._groups if names & set(group.readers)]
-        names |= {producer.name for group in groups for producer in group.producers}
-        inside = [name for name in names if name == pair.name or name.startswith(f"{pair.name}.")]
-        return [pair.pruned.get_submodule(pair.within(name)) for name in inside]
+    def _with_producers(self, names: Collection[str]) -> set[str]:
+        """These linears, and those whose rows change places when they are pruned."""
+        groups = [group for group in self._groups if not set(group.readers).isdisjoint(names)]
+        return {*names, *(producer.name for group in groups for producer in group.producers)}
 
     def _permute(self, layers: dict[str, Layer]) -> PackageResult:
         """Reorders the channels between a producer and its consumers where N:M then costs less.

@@ -74,17 +74,17 @@ def test_what_ran_behind_a_part_that_changes_is_not_kept() -> None:
 
 
 @torch.no_grad()
-def test_a_run_that_adds_nothing_still_takes_what_there_is() -> None:
-    block, x, results = Block(), torch.ones(1, 2, WIDTH), Results()
+def test_a_part_inside_which_something_is_watched_runs_again() -> None:
+    block, x = Block(), torch.ones(1, 2, WIDTH)
     expected, every = block(x), parts(block, "b", LINEARS)
-    with Replay(every, results).on():
-        assert torch.equal(block(x), expected)
-    assert not results
-    results["first"] = [torch.zeros(1, 2, WIDTH)]
-    with Replay(every, results).on():
-        assert not torch.equal(block(x), expected)
-    with Replay(every, results).on(watched=[block.first.linear]):
-        assert torch.equal(block(x), expected)
+
+    def run(*watched: nn.Module) -> Tensor:
+        with Replay(every, Results(first=[torch.zeros(1, 2, WIDTH)])).on(watched):
+            given: Tensor = block(x)
+        return given
+
+    assert not torch.equal(run(), expected)
+    assert torch.equal(run(block.first.linear), expected)
     assert "forward" not in vars(block.first)
 
 
