@@ -10,6 +10,7 @@ not two. Memory counts that a tensor ever lay in. Tensors are made and given up 
 that is several in ONNX (`SPLIT`) those between count, too, and attention has all its scores at once.
 """
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -28,6 +29,8 @@ from obsdiff_export.component import Component
 from obsdiff_runtime.autoencoder import latent_frames, tile_side, vae_scale
 from obsdiff_runtime.bundle import DECODER, NEXT_DECODER
 from obsdiff_runtime.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 FIRST_AT_ONCE: Final = 2**20
 MOST_AT_ONCE: Final = 2**30
@@ -77,7 +80,7 @@ class Decoding:
 def decoding(
     configs: Mapping[str, Mapping[str, Any]], *, height: int, width: int, num_frames: int | None, tile: int | None
 ) -> Decoding | None:
-    """What decoding takes; None where there is no autoencoder, or none whose decoder is known.
+    """What decoding takes; None where there is no autoencoder, or none whose decoder is known and runs.
 
     Args:
         configs: of a pipeline, as `load_configs` gives them.
@@ -93,11 +96,15 @@ def decoding(
     name = configs.get("model_index", {}).get("vae", [None, None])[1]
     if config is None or name not in AUTOENCODERS:
         return None
-    with torch.device("meta"):
-        vae = getattr(diffusers, name).from_config(dict(config)).eval()
-    components = {each.name: each for each in autoencoder(SimpleNamespace(vae=vae), height=64, width=64)}
     rest: tuple[Any, ...] = (vae_scale(config), latent_frames(num_frames or 1))
-    whole = _bytes(components, height, width, *rest)
+    try:
+        with torch.device("meta"):
+            vae = getattr(diffusers, name).from_config(dict(config)).eval()
+        components = {each.name: each for each in autoencoder(SimpleNamespace(vae=vae), height=64, width=64)}
+        whole = _bytes(components, height, width, *rest)
+    except (RuntimeError, TypeError, ValueError) as error:  # of a configuration that contradicts itself
+        log.warning("what decoding takes is not known: this %s does not run: %s", name, error)
+        return None
     own = {**config, "_class_name": name}
     side = tile_side(tile, None, own) if tile is not None else _usual(max(height, width), own)
     sides = None if side is None else (min(side, height), min(side, width))

@@ -135,3 +135,9 @@ def test_a_plan_warns_where_decoding_takes_more_than_the_denoiser() -> None:
     assert Decoding(whole_bytes=2**30, tile=512, tile_bytes=2**30).notes(2**20) == ()
     (alone,) = Decoding(whole_bytes=2**30, tile=None, tile_bytes=None).notes(2**20)
     assert alone == "decoding takes 1 GiB, more than the denoiser's weights"
+
+
+def test_an_autoencoder_that_does_not_run_is_no_reason_not_to_plan(caplog: pytest.LogCaptureFixture) -> None:
+    configs = {"vae": {"patch_size": 2}, "model_index": {"vae": ["diffusers", "AutoencoderKLWan"]}}
+    assert decoding(configs, height=64, width=64, num_frames=1, tile=None) is None
+    assert "what decoding takes is not known: this AutoencoderKLWan does not run" in caplog.text

@@ -274,6 +274,7 @@ def test_patches_of_the_autoencoder_count_in_what_a_latent_pixel_is(tmp_path: Pa
     """Of the size that Wan 2.2 TI2V 5B is made for; widths and strides as its own repository has them."""
     config = json.loads((Path(__file__).parent.parent / "configs" / "wan22_ti2v_5b.json").read_text())
     vae = {"_class_name": "AutoencoderKLWan", "temperal_downsample": [False, True, True], "patch_size": 2, "z_dim": 48}
+    vae |= {"in_channels": 12, "out_channels": 12, "base_dim": 160, "decoder_base_dim": 256, "is_residual": True}
     index = {"_class_name": "WanPipeline", "expand_timesteps": True}
     for name, own in (("transformer", config), ("vae", vae)):
         index[name] = ["diffusers", own["_class_name"]]
@@ -284,6 +285,7 @@ def test_patches_of_the_autoencoder_count_in_what_a_latent_pixel_is(tmp_path: Pa
     plan = verbs.plan(Settings(**asked, height=704, width=1280, num_frames=121))
     assert 4.9e9 < plan.parameters_before < 5.1e9  # 5 B, says the model's card
     assert plan.layers[0].positions == 31 * (704 // 32) * (1280 // 32)
+    assert plan.decoding is not None
     with pytest.raises(ConfigError, match="--height 720: must be a multiple of 32; near are 704 and 736"):
         verbs.plan(Settings(**asked, height=720, width=1280))
     (tmp_path / "model_index.json").write_text(json.dumps({**index, "_class_name": "WanImageToVideoPipeline"}))
