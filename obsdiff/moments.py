@@ -23,7 +23,7 @@ from obsdiff.instead import instead
 from obsdiff.methods import Target
 from obsdiff.padding import Masks
 from obsdiff.pausing import Arguments
-from obsdiff.replays import Replay
+from obsdiff.replays import Replay, within
 from obsdiff_runtime.errors import CalibrationError
 
 TOKENS: Final = 256
@@ -170,7 +170,7 @@ class _Look:
         return Glance(inputs=inputs, outputs=outputs, bases=self._bases, gates=self._gates, sources=self._sources)
 
     def _module(self, name: str) -> nn.Module:
-        return self._block if name == self._name else self._block.get_submodule(name.removeprefix(f"{self._name}."))
+        return within(self._block, self._name, name)
 
     def _see_input(self, name: str, linear: nn.Module, args: tuple[Any, ...]) -> None:
         self._values[name] = self._counted(name, pointwise.tokens(linear, args[0]))

@@ -43,11 +43,9 @@ def tokens(module: nn.Module, value: Tensor) -> Tensor:
 def nothing(module: nn.Module, value: Tensor) -> Tensor:
     """Zeros in the place of what the module would give."""
     out = widths(module)[1]
-    return (
-        value.new_zeros(len(value), out, *value.shape[2:])
-        if isinstance(module, nn.Conv2d)
-        else value.new_zeros(*value.shape[:-1], out)
-    )
+    if isinstance(module, nn.Conv2d):
+        return value.new_zeros(len(value), out, *value.shape[2:])
+    return value.new_zeros(*value.shape[:-1], out)
 
 
 def write(parameter: Tensor, value: Tensor) -> None:

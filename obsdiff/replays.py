@@ -19,9 +19,20 @@ Results = dict[str, list[Any]]
 
 
 def parts(block: nn.Module, name: str, linears: Sequence[LinearSpec]) -> dict[str, nn.Module]:
-    """The children of a block that hold some of its linears, by name; children that are linears themselves are none."""
-    paths = [linear.name.removeprefix(f"{name}.").split(".") for linear in linears if linear.name != name]
-    return {path[0]: block.get_submodule(path[0]) for path in paths if len(path) > 1}
+    """The parts of a block that hold some of its linears, by name."""
+    found = {part for linear in linears if (part := part_of(name, linear)) is not None}
+    return {part: block.get_submodule(part) for part in sorted(found)}
+
+
+def part_of(block: str, linear: LinearSpec) -> str | None:
+    """Name of the block's child that a linear of it lies in; None where it is a child itself, or the block."""
+    child, _, inside = linear.name.removeprefix(f"{block}.").partition(".")
+    return child if inside and linear.name != block else None
+
+
+def within(block: nn.Module, name: str, path: str) -> nn.Module:
+    """A module of the denoiser that is the block of that name, or lies in it, in this block or copy of it."""
+    return block if path == name else block.get_submodule(path.removeprefix(f"{name}."))
 
 
 class Replay:

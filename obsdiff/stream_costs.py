@@ -7,7 +7,7 @@ from typing import Final
 
 from torch import nn
 
-from obsdiff import costs, estimates, gradients
+from obsdiff import costs, estimates, gradients, replays
 from obsdiff.core import metric
 from obsdiff.core.gram import BYTES_PER_ENTRY
 from obsdiff.core.solver import LEAN
@@ -239,20 +239,16 @@ def walks(everything: Sequence[LinearSpec], solved: Sequence[LinearSpec], *, rep
     every = {linear.name: linear for linear in (*everything, *solved)}.values()
     found = []
     for index, name in zip(sorted({each.block for each in every}), block_modules(tuple(every)), strict=True):
-        parts = {
-            each.name: inside[0]
-            for each in every
-            if replay
-            if each.block == index
-            if len(inside := each.name.removeprefix(f"{name}.").split(".")) > 1
-        }
+        own = [each for each in every if each.block == index]
+        lying = {each.name: replays.part_of(name, each) for each in own} if replay else {}
+        parts = {linear: part for linear, part in lying.items() if part is not None}
         changing = [each for each in solved if each.block == index]
         settled: dict[str, int] = {}
         for each in changing:
             if each.name in parts:
                 settled[parts[each.name]] = max(settled.get(parts[each.name], 0), each.tier)
         tiers = sorted({each.tier for each in changing})
-        found.append(Walk([each for each in every if each.block == index], tiers, parts, settled))
+        found.append(Walk(own, tiers, parts, settled))
     return found
 
 

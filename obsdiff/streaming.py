@@ -133,7 +133,7 @@ class _Side:
     def replay(self, call: int, unsettled: Collection[str] = ()) -> Replay:
         """For a run before these modules of the denoiser change; those of other blocks do not matter."""
         inside = [name for name in unsettled if f"{name}.".startswith(f"{self._name}.")]
-        modules = [self.block.get_submodule(name.removeprefix(self._name).removeprefix(".")) for name in inside]
+        modules = [replays.within(self.block, self._name, name) for name in inside]
         return Replay(self._parts, self._results[call], modules)
 
     def past(self, call: int) -> None:

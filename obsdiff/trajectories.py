@@ -1,7 +1,7 @@
 """The denoiser's calls along the dense model's own trajectories: what streamed calibration looks at."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final
@@ -15,6 +15,7 @@ from obsdiff import padding, ranks, turns
 from obsdiff.calibration import Prompts, StepIndex, batches, sample
 from obsdiff.core import timesteps
 from obsdiff.families import Family, guided
+from obsdiff.instead import instead
 from obsdiff.padding import Masks
 from obsdiff.pausing import Arguments
 from obsdiff.recipe import Recipe, Sampling
@@ -96,7 +97,7 @@ def record(
     waiting: list[Call] = []
     place = own[0]
 
-    def answer(compute: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def answered(compute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         nonlocal computing, keeping
         step = steps.advance(kwargs["timestep"] if "timestep" in kwargs else args[1])
         if not computing:  # the first call of a batch: only now the sampler has its timesteps
@@ -129,7 +130,8 @@ def record(
 
     with quiet(pipeline), ExitStack() as stack:
         for name in everyone:
-            stack.enter_context(_answered_by(getattr(pipeline, name), answer))
+            module = getattr(pipeline, name)
+            stack.enter_context(instead(module, "forward", partial(answered, module.forward)))
         for place in own:
             computing = frozenset()
             answers = _Answers()
@@ -202,22 +204,6 @@ class _Answers:
         if self._place == len(self._given):
             self._given.append(compute())
         return self._given[self._place]
-
-
-@contextmanager
-def _answered_by(
-    module: nn.Module, answer: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
-) -> Iterator[None]:
-    """Has calls of the module answered, told how it would answer itself, until the block ends."""
-    own, had = module.forward, "forward" in vars(module)
-    module.forward = lambda *args, **kwargs: answer(own, args, kwargs)
-    try:
-        yield
-    finally:
-        if had:
-            module.forward = own
-        else:
-            del module.forward
 
 
 def _together(negative: Call, positive: Call) -> list[Call]:
