@@ -97,9 +97,7 @@ def measured(
     linears, groups = select(
         replace(recipe, protect_first=first, protect_last=last), everything, family.groups(denoiser)
     )
-    spending = _Spending(
-        denoiser, recipe, linears, groups, positions(denoiser, calls[0], on_meta=family.described), everything
-    )
+    spending = _Spending(denoiser, recipe, linears, groups, positions(denoiser, calls[0]), everything)
     paper = uniform(denoiser, family, recipe)
     wanted = spending.worth(paper.groups, paper.removals)
     by_weight = recipe.dense_share > 0 or isinstance(recipe.sparsity.pattern, Unstructured)
@@ -356,14 +354,11 @@ def _probes(recipe: Recipe, candidates: Sequence[Candidate], blocks: int, calls:
     return min(max(int(affordable / sensitivities.cost(candidates, blocks)), 1), sensitivities.PROBES)
 
 
-def positions(denoiser: nn.Module, call: Call, *, on_meta: bool = True) -> dict[str, int]:
-    """Tokens of each linear for one image; of a denoiser that does not run on shapes alone the call is made."""
+def positions(denoiser: nn.Module, call: Call) -> dict[str, int]:
+    """Tokens of each linear for one image, by making a call."""
     args, kwargs = call.arguments
     inputs = named(denoiser, args, kwargs)
     rows = next(len(each) for each in inputs.values() if isinstance(each, list) or getattr(each, "ndim", 0) > 1)
-    if on_meta:
-        found = costs.positions(denoiser, inputs)
-    else:
-        with costs.counting(denoiser) as found, torch.no_grad():
-            denoiser(*args, **kwargs)
+    with costs.counting(denoiser) as found, torch.no_grad():
+        denoiser(*args, **kwargs)
     return {name: number // rows for name, number in found.items()}
