@@ -142,7 +142,7 @@ class _Look:
                     stack.callback(module.register_forward_pre_hook(partial(self._see_input, linear.name)).remove)
                 else:
                     stack.callback(module.register_forward_hook(partial(self._see_output, linear.name)).remove)
-            for module in {self._module(linear.name) for linear in self._idle} - {self._block}:
+            for module in {self._module(linear.name) for linear in self._idle}:
                 stack.enter_context(instead(module, "forward", partial(pointwise.nothing, module)))
             for name, stream in streams.items():
                 see: Any = partial(self._see_stream, name)

@@ -9,7 +9,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from obsdiff import pictures
 from obsdiff.families import Family
 from obsdiff_runtime.errors import CalibrationError, ModelError
 
@@ -21,18 +20,15 @@ is not in it, it looks at all."""
 def masks(family: Family, denoiser: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
     """The masks of a denoiser call, by its arguments' names.
 
-    Of what is drawn, the last linear's, tokens of pictures that the denoiser is told count nothing: nobody reads them.
     Where text and image are one sequence, a row's padding is taken to stand behind both. A text that comes without its
     padding has as many tokens as `Family.tokens` says.
 
     Raises:
         ModelError: the argument holds something else than a token's 0 or 1.
     """
-    own = pictures.drawn(arguments)
-    drawn = {} if own is None else {"drawn": own.expand(len(arguments["hidden_states"]), -1)}
     mask = None if family.text_mask is None else arguments.get(family.text_mask)
     if mask is None:
-        return drawn
+        return {}
 
     def tokens(length: int) -> Mapping[str, int]:
         latents = arguments["hidden_states"] if "hidden_states" in arguments else arguments["x"][0]
@@ -51,7 +47,6 @@ def masks(family: Family, denoiser: nn.Module, arguments: Mapping[str, Any]) -> 
             f"{family.text_mask} is not (rows, text tokens), 0 for padding, but {tuple(mask.shape)}; "
             "which tokens count is not known"
         )
-    found |= drawn
     if not family.described or not {"hidden_states", "x"} & arguments.keys():
         return found
     sizes = tokens(int(lengths.max()))

@@ -148,7 +148,7 @@ def plan(
     packages = _packages(specs, groups, removed, layers, sparsity.pattern, workload)
     described = tuple(_describe(kind, package) for kind, package in packages)
     sizes: dict[str, Any] = {"positions": positions, "macs": macs, "parameters_after": parameters - parameters_lost}
-    solved = _solved(denoiser, family, specs, groups, removed, layers) if workload.streams is not None else []
+    solved = _solved(specs, groups, removed, layers) if workload.streams is not None else []
     found = None
     if workload.streams is not None and solved:
         found = _streams(denoiser, specs, solved, workload, workload.streams, positions)
@@ -410,18 +410,12 @@ def _packages(
 
 
 def _solved(
-    denoiser: nn.Module,
-    family: Family,
-    specs: Sequence[LinearSpec],
-    groups: Sequence[Group],
-    removed: Mapping[str, int],
-    layers: Sequence[LayerPlan],
+    specs: Sequence[LinearSpec], groups: Sequence[Group], removed: Mapping[str, int], layers: Sequence[LayerPlan]
 ) -> list[LinearSpec]:
-    """The linears that a streamed method solves for, with the one behind the last block; none where nothing goes."""
+    """The linears that a streamed method solves for."""
     names = {name for group in groups if removed[group.name] for name in group.readers}
     names |= {layer.name for layer in layers if layer.pattern not in (None, "0")}
-    output = family.output(denoiser)
-    return [*(spec for spec in specs if spec.name in names), *([output] if names and output is not None else [])]
+    return [spec for spec in specs if spec.name in names]
 
 
 def _streams(

@@ -80,7 +80,6 @@ class Recipe:
         metric: of a streamed method: whether errors of a layer's output count by what they cost the velocity.
         replay: of a streamed method: whether what parts of a block gave is held until the block is done, so that they
             need not run again.
-        refit_output: of a streamed method: whether the linear behind the last block is refitted.
         joint: of a streamed method: whether ADMM looks for the support, or the OBS sweep.
         fast: of a streamed method: whether ADMM looks less long.
         dtype: as asked for: "auto", "fp32", "fp16" or "bf16".
@@ -121,7 +120,6 @@ class Recipe:
     dense_targets: bool
     metric: bool
     replay: bool
-    refit_output: bool
     joint: bool
     fast: bool
     dtype: str

@@ -25,9 +25,9 @@ def parts(block: nn.Module, name: str, linears: Sequence[LinearSpec]) -> dict[st
 
 
 def part_of(block: str, linear: LinearSpec) -> str | None:
-    """Name of the block's child that a linear of it lies in; None where it is a child itself, or the block."""
+    """Name of the block's child that a linear of it lies in; None where it is a child itself."""
     child, _, inside = linear.name.removeprefix(f"{block}.").partition(".")
-    return child if inside and linear.name != block else None
+    return child if inside else None
 
 
 def within(block: nn.Module, name: str, path: str) -> nn.Module:

@@ -35,7 +35,6 @@ METHOD_OPTIONS: Final = {
     "dense_targets": 1.0,
     "metric": 1.0,
     "replay": 1.0,
-    "refit_output": 1.0,
     "joint": 1.0,
 }
 """Knobs of the methods and their defaults; `benchmarks/quality.py --rows ablations` shows what each is worth."""
@@ -134,7 +133,6 @@ def resolve(
         dense_targets=bool(options["dense_targets"]),
         metric=bool(options["metric"]),
         replay=bool(options["replay"]),
-        refit_output=bool(options["refit_output"]),
         joint=bool(options["joint"]),
         dtype=settings.dtype or "auto",
         precision=settings.precision or "float",

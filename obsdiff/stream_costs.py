@@ -42,7 +42,7 @@ class StreamPlan:
     """What a streamed method does: one walk through the denoiser's blocks, all kept calls in step.
 
     Attributes:
-        blocks: that the denoiser has, its last projection counted where it is refitted.
+        blocks: that the denoiser has.
         linears, grams: that are solved for, and distinct inputs of theirs.
         kept_calls: denoiser calls whose inputs both streams begin with.
         block_calls: runs of a block: for each kept call one of the dense and one of the pruned block for each tier that
@@ -81,7 +81,7 @@ def plan_streams(
 
     Args:
         everything: the linears of all blocks.
-        solved: those that are pruned or refitted, the one behind the last block among them.
+        solved: those that are pruned.
         workload: whose `streams` these are.
         streams: how much is looked at.
         positions: costs.positions.
@@ -233,13 +233,12 @@ def walks(everything: Sequence[LinearSpec], solved: Sequence[LinearSpec], *, rep
 
     Args:
         everything: the linears of all blocks.
-        solved: those that are pruned or refitted, the one behind the last block among them.
+        solved: those that are pruned.
         replay: whether parts of a block that need not run again do not.
     """
-    every = {linear.name: linear for linear in (*everything, *solved)}.values()
     found = []
-    for index, name in zip(sorted({each.block for each in every}), block_modules(tuple(every)), strict=True):
-        own = [each for each in every if each.block == index]
+    for index, name in zip(sorted({each.block for each in everything}), block_modules(everything), strict=True):
+        own = [each for each in everything if each.block == index]
         lying = {each.name: replays.part_of(name, each) for each in own} if replay else {}
         parts = {linear: part for linear, part in lying.items() if part is not None}
         changing = [each for each in solved if each.block == index]

@@ -29,12 +29,10 @@ from obsdiff.recipe import Recipe
 from obsdiff.replays import Replay
 from obsdiff.residuals import block_modules
 from obsdiff.results import Journal, LayerResult, PackageResult, Sensitivity, merged
-from obsdiff.sparsity import NM, Pattern, Unstructured
+from obsdiff.sparsity import NM, Pattern
 from obsdiff.trajectories import Call
 from obsdiff_runtime.errors import CalibrationError
 from obsdiff_runtime.progress import Progress
-
-DENSE = Unstructured(ratio=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,12 +159,7 @@ class _Run:
         self._assignment, self._calls, self._stored = assignment, calls, stored
         self._linears = family.linears(denoiser)
         self.blocks = block_modules(self._linears)
-        last = family.output(denoiser) if recipe.refit_output else None
-        self._patterns = dict(assignment.patterns)
-        if last is not None:
-            self._patterns[last.name] = DENSE
-            self._linears = (*self._linears, last)
-            self.blocks = (*self.blocks, last.name)
+        self._patterns = assignment.patterns
         self._weights = trajectories.weights(calls, recipe)
         self._recipe = recipe
         combined = recipe.guided and guided(family, denoiser, recipe.sampling.guidance_scale)
@@ -342,8 +335,7 @@ class _Run:
             reduced = [_reduced(layers[linear.name], part) for linear, part in zip(sharing, columns, strict=True)]
             pruned = self._method.prune_weights(reduced, pattern, self._options)
             for linear, solution, part in zip(sharing, pruned, columns, strict=True):
-                what = "dense" if pattern is DENSE else str(pattern)
-                solutions[linear.name] = _widened(solution, layers[linear.name], part), what
+                solutions[linear.name] = _widened(solution, layers[linear.name], part), str(pattern)
         return self._package(solutions, kept)
 
     def _package(self, solutions: Mapping[str, tuple[Pruned, str]], kept: dict[str, tuple[int, ...]]) -> PackageResult:
@@ -355,8 +347,7 @@ class _Run:
                 weights[f"{name}.bias"] = cast(name, solution.bias, self._stored)
             stays = weight[:, solution.keep.any(dim=0)] if name in self._cluster_of else weight
             zeros = float((stays == 0).sum()) / max(stays.numel(), 1)
-            reason = "refitted to the dense model's output" if what == "dense" else None
-            records.append(LayerResult(name=name, pattern=what, loss=solution.loss, zeros=zeros, reason=reason))
+            records.append(LayerResult(name=name, pattern=what, loss=solution.loss, zeros=zeros))
         return PackageResult(weights=weights, kept=kept, layers=tuple(records))
 
     def _write(self, weights: Mapping[str, Tensor]) -> None:

@@ -49,10 +49,6 @@ class Family(Protocol):
         """Every prunable linear, in forward order; works on the meta device and on shrunk models."""
         ...
 
-    def output(self, denoiser: nn.Module) -> LinearSpec | None:
-        """The linear behind the last block, never pruned; it can be refitted to the dense model's output."""
-        ...
-
     def groups(self, denoiser: nn.Module) -> tuple[Group, ...]:
         """Every group of heads and FFN neurons, in forward order; works on the meta device and on shrunk models."""
         ...

@@ -60,11 +60,6 @@ def linears(denoiser: nn.Module) -> tuple[LinearSpec, ...]:
     return layers.of_blocks(denoiser, blocks, _writes)
 
 
-def output(denoiser: nn.Module) -> LinearSpec | None:
-    """See `Family.output`."""
-    return layers.output(denoiser, "proj_out", blocks=sum(1 for _ in _blocks(denoiser)), tokens="drawn")
-
-
 def groups(denoiser: nn.Module) -> tuple[Group, ...]:
     """See `Family.groups`."""
     found: list[Group] = []
@@ -80,10 +75,9 @@ def groups(denoiser: nn.Module) -> tuple[Group, ...]:
 def tokens(
     config: Mapping[str, Any], *, height: int, width: int, text_tokens: int, vae_scale: int = 8
 ) -> dict[str, int]:
-    """See `Family.tokens`: "image", one token per 2 x 2 latent pixels, "text", "joint", one behind the other,
-    and "drawn", the image's without those of pictures that it is told."""
+    """See `Family.tokens`: "image", one token per 2 x 2 latent pixels, "text", and "joint", one behind the other."""
     image = (height // vae_scale // PATCH) * (width // vae_scale // PATCH)
-    return {"image": image, "text": text_tokens, "joint": text_tokens + image, "drawn": image}
+    return {"image": image, "text": text_tokens, "joint": text_tokens + image}
 
 
 def text_tokens(configs: Mapping[str, Mapping[str, Any]], max_sequence_length: int | None) -> int:

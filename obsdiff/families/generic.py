@@ -65,11 +65,6 @@ def linears(denoiser: nn.Module) -> tuple[LinearSpec, ...]:
     return tuple(found)
 
 
-def output(denoiser: nn.Module) -> LinearSpec | None:
-    """See `Family.output`: None, nobody says which linear is behind the last block."""
-    return None
-
-
 def groups(denoiser: nn.Module) -> tuple[Group, ...]:
     """See `Family.groups`: none."""
     return ()

@@ -63,11 +63,6 @@ def linears(denoiser: nn.Module) -> tuple[LinearSpec, ...]:
     )
 
 
-def output(denoiser: nn.Module) -> LinearSpec | None:
-    """See `Family.output`."""
-    return layers.output(denoiser, "proj_out", blocks=sum(1 for _ in _blocks(denoiser)))
-
-
 def groups(denoiser: nn.Module) -> tuple[Group, ...]:
     """See `Family.groups`."""
     found: list[Group] = []

@@ -84,11 +84,6 @@ def in_stages(denoiser: nn.Module, stages: Mapping[str, T]) -> Iterator[tuple[st
             yield f"{stage}.{child}", told
 
 
-def output(denoiser: nn.Module, name: str, *, blocks: int, tokens: str = "image") -> LinearSpec:
-    """The linear of that name as what lies behind the last of the blocks and gives the image."""
-    return linear(denoiser, name, block=blocks, tier=0, reads=f"{name}.input", tokens=tokens)
-
-
 def present(module: nn.Module, *names: str) -> tuple[str, ...]:
     """Those of the names that are submodules; diffusers sets absent projections to None."""
     return tuple(name for name in names if getattr(module, name, None) is not None)

@@ -48,11 +48,6 @@ def linears(denoiser: nn.Module) -> tuple[LinearSpec, ...]:
     return layers.of_blocks(denoiser, blocks, _writes, common=(_TEXT,))
 
 
-def output(denoiser: nn.Module) -> LinearSpec | None:
-    """See `Family.output`: None, the last layer is a convolution."""
-    return None
-
-
 def groups(denoiser: nn.Module) -> tuple[Group, ...]:
     """See `Family.groups`."""
     found: list[Group] = []

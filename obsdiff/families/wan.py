@@ -77,11 +77,6 @@ def linears(denoiser: nn.Module) -> tuple[LinearSpec, ...]:
     return layers.of_blocks(denoiser, blocks, _writes, common=() if sees else (_TEXT,))  # cut out in each block
 
 
-def output(denoiser: nn.Module) -> LinearSpec | None:
-    """See `Family.output`."""
-    return layers.output(denoiser, "proj_out", blocks=sum(1 for _ in _blocks(denoiser)))
-
-
 def groups(denoiser: nn.Module) -> tuple[Group, ...]:
     """See `Family.groups`: neurons alone."""
     blocks = enumerate(_blocks(denoiser))

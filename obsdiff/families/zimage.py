@@ -75,12 +75,6 @@ def linears(denoiser: nn.Module) -> tuple[LinearSpec, ...]:
     return layers.of_blocks(denoiser, blocks, lambda prefix, linear: None)
 
 
-def output(denoiser: nn.Module) -> LinearSpec | None:
-    """See `Family.output`: it runs over the text, too."""
-    last = f"all_final_layer.{_SIDES}.linear"
-    return layers.output(denoiser, last, blocks=sum(1 for _ in _blocks(denoiser)), tokens="joint")
-
-
 def groups(denoiser: nn.Module) -> tuple[Group, ...]:
     """See `Family.groups`."""
     found: list[Group] = []

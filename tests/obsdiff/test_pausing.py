@@ -21,10 +21,7 @@ Build = Callable[..., nn.Module]
 
 
 def blocks_of(denoiser: nn.Module) -> list[str]:
-    """The blocks' modules, and the last linear where the family refits it."""
-    family = family_of(denoiser)
-    output = family.output(denoiser)
-    return [*block_modules(family.linears(denoiser)), *([output.name] if output is not None else [])]
+    return [*block_modules(family_of(denoiser).linears(denoiser))]
 
 
 def arguments_of(denoiser: Any, rows: int = 2) -> pausing.Arguments:

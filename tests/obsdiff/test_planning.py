@@ -585,10 +585,10 @@ def test_a_streamed_plan_has_no_packages_and_counts_blocks() -> None:
     assert not plan.packages
     assert plan.denoiser_calls == 75 * 13
     assert streams.kept_calls == 75 * 2
-    assert streams.blocks == 24 + 1  # proj_out is refitted
-    assert streams.linears == 23 * 12 + 9 + 1
-    assert streams.grams == 23 * 8 + 5 + 1
-    assert streams.block_calls == 150 * (24 * (2 * 4 + 1) + 3)  # a dense and a pruned run a tier, and one past it
+    assert streams.blocks == 24
+    assert streams.linears == 23 * 12 + 9
+    assert streams.grams == 23 * 8 + 5
+    assert streams.block_calls == 150 * 24 * (2 * 4 + 1)  # a dense and a pruned run a tier, and one past it
     assert streams.gradient_calls == 150  # a third of the calls, each forwards, again block by block, and backwards
     walk = (3 + 4 + 4 + 8) + (0 + 3 + 4 + 4 + 8)  # of a block's 12 squares of its width; see replays
     assert streams.denoiser_calls == pytest.approx(75 * 13 + 150 + 150 * walk / 12, rel=1e-3)
@@ -637,8 +637,8 @@ def test_blocks_in_which_nothing_goes_are_only_passed() -> None:
     """Units of 22 blocks: out of the heads and out of the neurons, two tiers each."""
     plan = planned("sd3_medium", "structured:0.25", protect=1, workload=STREAMED)
     assert plan.streams is not None
-    assert plan.streams.block_calls == 150 * (22 * (2 * 2 + 1) + 2 * 2 + 3)
-    assert plan.streams.linears == 22 * 4 + 1
+    assert plan.streams.block_calls == 150 * (22 * (2 * 2 + 1) + 2 * 2)
+    assert plan.streams.linears == 22 * 4
 
 
 def test_a_streamed_run_holds_one_tiers_sums_and_the_hidden_states_of_all_kept_calls() -> None:

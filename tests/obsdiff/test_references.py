@@ -86,18 +86,15 @@ def test_calibration_draws_what_diffusers_draws_of_prompt_and_picture(
 
 @pytest.mark.parametrize("kind", ["kontext", "flux2"])
 def test_what_nobody_reads_is_not_measured(kind: str, build_pipeline: Build, picture_folder: Path) -> None:
-    """Of the last linear, and of velocities, tokens of pictures count nothing; of blocks they do."""
+    """Of velocities tokens of pictures count nothing; of blocks they do."""
     pipeline = build_pipeline(kind)
     family = family_of(pipeline.transformer)
-    output = family.output(pipeline.transformer)
-    assert output is not None
     asked = sampling(picture_folder, guidance_scale=1.0)
     prompts = calibration.encode(pipeline, family, PROMPTS, asked)
     calls = trajectories.record(pipeline, family, prompts, asked, computed_steps=1, kept_steps=1)
     (call,) = calls
     half = call.arguments[1]["hidden_states"].shape[1] // 2
-    assert call.masks["drawn"].tolist() == [[True] * half + [False] * half] * 3
-    assert output.tokens == "drawn"
+    assert not call.masks
     whole = torch.randn(3, 2 * half, 16)
     assert torch.equal(velocity_of(pipeline.transformer, (whole,), call.arguments[1]), whole[:, :half])
 

@@ -117,7 +117,7 @@ def test_a_walk_runs_what_a_plan_counts(
     pipeline = build_pipeline(kind)
     denoiser, walk = given(pipeline).denoiser, streaming.prune
     family = family_of(denoiser)
-    linears = [*family.linears(denoiser), *filter(None, [family.output(denoiser)])]
+    linears = family.linears(denoiser)
     ran: dict[str, list[int]] = {linear.name: [] for linear in linears}  # tokens, run by run
     sampled: dict[str, int] = {}
 
@@ -196,16 +196,13 @@ def test_the_pattern_holds_on_the_weights_as_stored(kind: str, dtype: torch.dtyp
 def test_every_selected_linear_is_reported_once(kind: str, sparsity: str, shared: Shared) -> None:
     pruned, _ = shared(kind, sparsity)
     names = [layer.name for layer in pruned.layers]
-    output = pruned.family.output(pruned.denoiser)
     linears = {linear.name for linear in pruned.family.linears(pruned.denoiser)}
     consumers = {name for group in pruned.family.groups(pruned.denoiser) for name in group.readers}
     expected = linears if pruned.recipe.sparsity.pattern is not None else consumers
     assert len(names) == len(set(names))
-    assert set(names) == expected | ({output.name} if output is not None else set())
+    assert set(names) == expected
     for layer in pruned.layers:
-        if output is not None and layer.name == output.name:
-            assert (layer.pattern, layer.reason) == ("dense", "refitted to the dense model's output")
-        elif sparsity == "structured:0.25":
+        if sparsity == "structured:0.25":
             assert layer.pattern.startswith(("heads ", "ffn "))
         elif sparsity == "0.5":
             assert float(layer.pattern) == pytest.approx(0.5, abs=allocation.REACH)
@@ -278,7 +275,7 @@ def test_a_journal_on_disk_serves_as_well(prune: Prune, tmp_path: Path) -> None:
     journal = FolderJournal(tmp_path / "out", "digest", resume=False)
     first = prune("sd3", "2:4", journal=journal, dtype=torch.float16)
     files = sorted(path.name for path in journal.folder.glob("block-*.safetensors"))
-    assert files == [f"block-{index}.safetensors" for index in range(4)]
+    assert files == [f"block-{index}.safetensors" for index in range(3)]
     (journal.folder / "block-2.json").unlink()  # half-written when the run was killed
     again = prune("sd3", "2:4", journal=FolderJournal(tmp_path / "out", "digest", resume=True), dtype=torch.float16)
     assert not changed(first.denoiser, again.denoiser)
@@ -352,14 +349,12 @@ def test_permutation_moves_channels_and_spares_error(kind: str, prune: Prune, mo
 def test_what_is_left_out_keeps_its_bytes(
     kind: str, selection: dict[str, Any], prune: Prune, dense: Callable[[str], nn.Module]
 ) -> None:
-    """Biases too. The last linear alone, which no pattern touches, is refitted."""
+    """Biases too."""
     pruned = prune(kind, "2:4", **selection)
     named = {layer.name for layer in pruned.layers}
-    output = pruned.family.output(pruned.denoiser)
     assert 0 < len(named) < len(pruned.family.linears(pruned.denoiser))
     touched = {name.rpartition(".")[0] for name in changed(dense(kind), pruned.denoiser)}
     assert touched == named
-    assert output is None or output.name in named
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -429,7 +424,7 @@ def test_progress_tells_of_every_block(build_pipeline: Build) -> None:
     pruning.prune(
         pipeline, loaded.family, recipe, progress=lambda stage, done, total, note="": told.append((stage, done, total))
     )
-    assert [(done, total) for stage, done, total in told if stage == "prune blocks"] == [(i, 4) for i in range(5)]
+    assert [(done, total) for stage, done, total in told if stage == "prune blocks"] == [(i, 3) for i in range(4)]
 
 
 def test_the_velocity_error_is_below_the_papers_on_the_shipped_pipeline() -> None:
