@@ -31,7 +31,7 @@ from obsdiff.sampling import named
 from obsdiff.sensitivities import Candidate
 from obsdiff.sparsity import NM, Pattern, Unstructured
 from obsdiff.streaming import Assignment, assign
-from obsdiff.trajectories import Call
+from obsdiff.trajectories import Call, Guidance
 from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.progress import Progress
 
@@ -115,6 +115,7 @@ def measured(
             metrics,
             weights=trajectories.weights(calls, recipe),
             probes=probes,
+            guidance=Guidance.of(family, denoiser, recipe.sampling),
             progress=progress,
         )
         known = PackageResult(errors=errors)

@@ -24,6 +24,7 @@ from obsdiff.methods import Target
 from obsdiff.padding import Masks
 from obsdiff.pausing import Arguments
 from obsdiff.replays import Replay, within
+from obsdiff.trajectories import Guidance
 from obsdiff_runtime.errors import CalibrationError
 
 TOKENS: Final = 256
@@ -247,38 +248,24 @@ def _given(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
     return inspect.signature(type(block).forward).bind(block, *args, **kwargs).arguments
 
 
-@dataclass(frozen=True, kw_only=True)
-class Guidance:
-    """Counts the guided combination s c - (s - 1) u of conditional and unconditional rows as a token too.
-
-    What the sampler follows is that combination of the network's two outputs, so errors that the rows do not share
-    count s^2 + (s - 1)^2 times, and those that they share once.
-
-    Attributes:
-        scale: s.
-        weight: of a combined token, beside the two that it is made of.
-    """
-
-    scale: float
-    weight: float
-
-    def combined(self, value: Tensor) -> Tensor:
-        """(2 rows, tokens, width), the unconditional ones first, -> (rows, tokens, width)."""
-        without, given = value.chunk(2)
-        return torch.lerp(without, given, self.scale)
-
-
 class TierMoments:
     """Sums over the calls of a tier, one gram per distinct input.
 
     Args:
         linears: of one tier.
         device: of the sums.
-        guidance: of image tokens, where the rows of a call are guided.
+        guidance: where it is, tokens of images count a third time, as the sampler combines them.
+        share: what a combined token counts beside the two that it is made of.
     """
 
-    def __init__(self, linears: Sequence[LinearSpec], device: torch.device, guidance: Guidance | None = None) -> None:
-        self._linears, self._guidance = linears, guidance
+    def __init__(
+        self,
+        linears: Sequence[LinearSpec],
+        device: torch.device,
+        guidance: Guidance | None = None,
+        share: float = 0.0,
+    ) -> None:
+        self._linears, self._guidance, self._share = linears, guidance, share
         self._leaders: dict[str, str] = {}
         for linear in linears:
             self._leaders.setdefault(linear.reads, linear.name)
@@ -311,11 +298,11 @@ class TierMoments:
             try:
                 self._count(linear, x, y, gap, gate, weight)
                 whole = x.ndim == 3  # with masked tokens left out, rows are no longer of one length
-                if self._guidance is not None and paired and whole and linear.tokens != "text":
+                if self._guidance is not None and self._share and paired and whole and linear.tokens != "text":
                     mix = self._guidance.combined
                     given = gate.chunk(2)[1] if isinstance(gate, Tensor) else gate
                     combined = None if gap is None else mix(gap)
-                    self._count(linear, mix(x), mix(y), combined, given, weight * self._guidance.weight)
+                    self._count(linear, mix(x), mix(y), combined, given, weight * self._share)
             except CalibrationError as error:
                 raise CalibrationError(f"{name}: {error}") from None
 

@@ -3,7 +3,7 @@
 candidate    a change inside one block: fewer units of a group, or a pattern in the linears that read one tensor
 moment call  a recorded denoiser call whose activations the candidates' weights are solved on
 probe        a recorded denoiser call on which their effect is measured, from the block at hand to the end
-error        |v - v_dense|^2 / |v_dense|^2 of the denoiser's output, mean over rows and probes
+error        |v - v_dense|^2 / |v_dense|^2 of the denoiser's output, guided where it is; mean over prompts and probes
 """
 
 from collections import defaultdict
@@ -28,7 +28,7 @@ from obsdiff.pausing import PausedPass
 from obsdiff.residuals import block_modules
 from obsdiff.sampling import velocity_of
 from obsdiff.sparsity import Pattern
-from obsdiff.trajectories import Call
+from obsdiff.trajectories import Call, Guidance
 from obsdiff_runtime.errors import CalibrationError
 from obsdiff_runtime.progress import Progress, silent
 
@@ -90,6 +90,7 @@ def measure(
     *,
     weights: Sequence[float],
     probes: int,
+    guidance: Guidance | None = None,
     progress: Progress = silent,
 ) -> dict[str, float]:
     """The error of each candidate, by its key.
@@ -104,6 +105,7 @@ def measure(
         metrics: what errors of a linear's output cost, by name.
         weights: of each call's tokens.
         probes: how many calls of all ranks a candidate is measured on, at least 1.
+        guidance: by which the sampler combines the rows of a call: it is the combination's error that makes pictures.
         progress: told block by block.
 
     Raises:
@@ -120,7 +122,7 @@ def measure(
     errors: dict[str, float] = {}
     blocks = [denoiser.get_submodule(name) for name in names]
     with pausing.gated(blocks):
-        dense = [_Probe(denoiser, blocks, names, calls[index]) for index in spaced(calls, probes)]
+        dense = [_Probe(denoiser, blocks, names, calls[index], guidance) for index in spaced(calls, probes)]
         count = ranks.total(len(dense))
         chosen = spaced(calls, MOMENT_CALLS)
         stream = [PausedPass(denoiser, calls[index].arguments) for index in chosen]
@@ -151,8 +153,16 @@ def measure(
 class _Probe:
     """A dense pass of a call, with what each block gave, so that others can join it at any block."""
 
-    def __init__(self, denoiser: nn.Module, blocks: Sequence[nn.Module], names: Sequence[str], call: Call) -> None:
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        blocks: Sequence[nn.Module],
+        names: Sequence[str],
+        call: Call,
+        guidance: Guidance | None,
+    ) -> None:
         self._denoiser, self._blocks, self._call = denoiser, blocks, call
+        self._guidance = guidance if call.paired else None
         self._outputs: dict[int, Any] = {}  # in the order in which the blocks run
         waiting, ahead = PausedPass(denoiser, call.arguments), dict(enumerate(blocks))
         while ahead:
@@ -175,8 +185,9 @@ class _Probe:
         return float((change / self._energy).mean())
 
     def _velocity(self, ended: PausedPass) -> Tensor:
-        """(rows, numbers) in float64."""
-        return velocity_of(self._denoiser, ended.output, self._call.arguments[1]).double().flatten(1)
+        """(rows, numbers) in float64; of rows that are guided, their combination."""
+        found = velocity_of(self._denoiser, ended.output, self._call.arguments[1]).double().flatten(1)
+        return found if self._guidance is None else self._guidance.combined(found)
 
 
 class _Solver:

@@ -16,11 +16,11 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from obsdiff import calibration, moments, offloading, pausing, pointwise, ranks, replays, trajectories, turns
+from obsdiff import calibration, moments, offloading, pausing, pointwise, ranks, replays, trajectories
 from obsdiff.clusters import clusters
 from obsdiff.core.metric import Metric
 from obsdiff.core.permutation import permute
-from obsdiff.families import Family, guided, usual_scale
+from obsdiff.families import Family
 from obsdiff.groups import Group, LinearSpec
 from obsdiff.methods import Layer, Method, Options, Pruned
 from obsdiff.methods.result import cast
@@ -30,7 +30,7 @@ from obsdiff.replays import Replay
 from obsdiff.residuals import block_modules
 from obsdiff.results import Journal, LayerResult, PackageResult, Sensitivity, merged
 from obsdiff.sparsity import NM, Pattern
-from obsdiff.trajectories import Call
+from obsdiff.trajectories import Call, Guidance
 from obsdiff_runtime.errors import CalibrationError
 from obsdiff_runtime.progress import Progress
 
@@ -162,9 +162,7 @@ class _Run:
         self._patterns = assignment.patterns
         self._weights = trajectories.weights(calls, recipe)
         self._recipe = recipe
-        combined = recipe.guided and guided(family, denoiser, recipe.sampling.guidance_scale)
-        scale = usual_scale(family, turns.guidance_scale(recipe.sampling, family))
-        self._guidance = moments.Guidance(scale=scale, weight=recipe.guided) if combined else None
+        self._guidance = Guidance.of(family, denoiser, recipe.sampling)
         self._groups = family.groups(denoiser)
         losing = [group for group in assignment.groups if assignment.removals.get(group.name)]
         self._cluster_of = {name: each for each in clusters(losing) for name in each.readers}
@@ -235,7 +233,7 @@ class _Run:
 
         Where no linears are left to change `behind` it in the block, the dense stream moves past the block.
         """
-        sums = moments.TierMoments(tier, self._weight(tier[0].name).device, self._guidance)
+        sums = moments.TierMoments(tier, self._weight(tier[0].name).device, self._guidance, self._recipe.guided)
         repair = self._recipe.repair
         later = [each for each in self._linears if each.block == tier[0].block and each.tier > tier[0].tier]
         idle = later if self._family.described else []  # else tiers may not be in the order in which they run

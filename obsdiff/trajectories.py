@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 from obsdiff import padding, ranks, turns
 from obsdiff.calibration import Prompts, StepIndex, batches, sample
 from obsdiff.core import timesteps
-from obsdiff.families import Family, guided
+from obsdiff.families import Family, guided, usual_scale
 from obsdiff.instead import instead
 from obsdiff.padding import Masks
 from obsdiff.pausing import Arguments
@@ -45,6 +45,31 @@ class Call:
     prompts: str
     masks: Masks = field(default_factory=dict)
     paired: bool = False
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """What a sampler follows is s c - (s - 1) u of a call's conditional and unconditional rows.
+
+    Errors that the rows do not share count s^2 + (s - 1)^2 times in it, and those that they share once.
+
+    Attributes:
+        scale: s.
+    """
+
+    scale: float
+
+    @classmethod
+    def of(cls, family: Family, denoiser: nn.Module, sampling: Sampling) -> "Guidance | None":
+        """None where the denoiser is not guided."""
+        if not guided(family, denoiser, sampling.guidance_scale):
+            return None
+        return cls(usual_scale(family, turns.guidance_scale(sampling, family)))
+
+    def combined(self, value: Tensor) -> Tensor:
+        """(2 rows, ...), the unconditional ones first, -> (rows, ...)."""
+        without, given = value.chunk(2)
+        return torch.lerp(without, given, self.scale)
 
 
 @torch.no_grad()

@@ -21,7 +21,8 @@ from obsdiff.resolving import resolve
 from obsdiff.results import PackageResult
 from obsdiff.sensitivities import Candidate
 from obsdiff.settings import Settings
-from obsdiff.trajectories import Call
+from obsdiff.sparsity import Unstructured
+from obsdiff.trajectories import Call, Guidance
 from obsdiff_runtime.errors import CalibrationError, ConfigError
 from obsdiff_runtime.progress import silent
 
@@ -126,7 +127,10 @@ def candidates(subject: Subject) -> list[Candidate]:
         for group in groups
     ]
     linear = subject.family.linears(subject.denoiser)[0]
-    return [*units, Candidate(key="pattern", block=linear.block, linears=(linear.name,), pattern=streaming.DENSE)]
+    return [
+        *units,
+        Candidate(key="pattern", block=linear.block, linears=(linear.name,), pattern=Unstructured(ratio=0.0)),
+    ]
 
 
 def velocity(denoiser: nn.Module, call: Call) -> Tensor:
@@ -137,15 +141,19 @@ def velocity(denoiser: nn.Module, call: Call) -> Tensor:
     return (found[:, :4] if found.ndim == 4 else found).double()  # PixArt gives a variance behind the noise
 
 
+@pytest.mark.parametrize("scale", [None, 4.0])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_candidate_s_error_is_that_of_a_plain_forward_pass(kind: str, subject: Callable[..., Subject]) -> None:
+def test_a_candidate_s_error_is_that_of_a_plain_forward_pass(
+    kind: str, scale: float | None, subject: Callable[..., Subject]
+) -> None:
+    """Under guidance that of what the sampler makes of two rows, which FLUX has not."""
     what = subject(kind, "structured:0.5")
     before = copy.deepcopy(what.denoiser)
     calls = what.calls()
     asked = candidates(what)
     errors = sensitivities.measure(
         what.denoiser, what.family.linears(before), asked, Zeroing(), Options(), calls, {},
-        weights=[1.0] * len(calls), probes=2,
+        weights=[1.0] * len(calls), probes=2, guidance=None if scale is None else Guidance(scale),
     )  # fmt: skip
     assert errors.keys() == {candidate.key for candidate in asked}
     for candidate in asked:
@@ -159,6 +167,8 @@ def test_a_candidate_s_error_is_that_of_a_plain_forward_pass(kind: str, subject:
         found = []
         for index in sensitivities.spaced(calls, 2):
             dense, pruned = (velocity(model, calls[index]).flatten(1) for model in (before, changed))
+            if scale is not None and kind != "flux":
+                dense, pruned = (torch.lerp(*each.chunk(2), scale) for each in (dense, pruned))
             found.append(((pruned - dense).square().sum(1) / dense.square().sum(1)).mean())
         # the same float32 operations in the same order
         assert errors[candidate.key] == pytest.approx(float(sum(found) / len(found)), rel=1e-6)

@@ -18,6 +18,7 @@ from obsdiff.groups import LinearSpec, Write
 from obsdiff.moments import TOKENS, Glance, TierMoments
 from obsdiff.pausing import PausedPass
 from obsdiff.residuals import block_modules
+from obsdiff.trajectories import Guidance
 from obsdiff_runtime.errors import CalibrationError
 
 ROWS, IN, OUT = 3, 6, 4
@@ -399,11 +400,11 @@ def test_a_wan_block_adds_gate_times_output_to_its_stream(build_denoiser: Callab
 
 @torch.no_grad()
 def test_rows_that_guidance_does_not_pair_are_not_combined() -> None:
-    guidance = moments.Guidance(scale=3.0, weight=0.3)
+    guidance = Guidance(3.0)
     x, y = noise(2, 5, IN, seed=0), noise(2, 5, OUT, seed=1)
     grams = []
     for combine, paired in ((guidance, False), (None, True), (guidance, True)):
-        sums = TierMoments([spec("q")], torch.device("cpu"), combine)
+        sums = TierMoments([spec("q")], torch.device("cpu"), combine, 0.3)
         sums.add(seen({}, {"q": y}), seen({"q": x}, {}), 1.0, paired=paired)
         grams.append(sums.finish(0.0)[0]["x"].matrix)
     assert torch.equal(grams[0], grams[1])

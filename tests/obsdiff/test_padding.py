@@ -19,6 +19,7 @@ from obsdiff.methods.table import METHODS
 from obsdiff.recipe import Recipe
 from obsdiff.resolving import resolve
 from obsdiff.settings import Settings
+from obsdiff.trajectories import Guidance
 from obsdiff_export.formats import FORMATS
 from obsdiff_runtime.errors import CalibrationError, ModelError
 
@@ -169,7 +170,7 @@ def test_rows_of_guidance_are_combined_where_none_of_their_tokens_is_masked(kind
     linear = LinearSpec(name="q", block=0, tier=0, reads="x", in_features=4, out_features=3, tokens="joint")
     x, y = torch.randn(2, 5, 4), torch.randn(2, 5, 3)
     for inputs, outputs, tokens in ((x, y, 15), (x.flatten(0, 1), y.flatten(0, 1), 10)):
-        sums = moments.TierMoments([linear], torch.device("cpu"), moments.Guidance(scale=4.0, weight=0.3))
+        sums = moments.TierMoments([linear], torch.device("cpu"), Guidance(4.0), 0.3)
         sources = {"q": (0, inputs.shape)}
         seen = moments.Glance(inputs={"q": inputs}, outputs={"q": outputs}, bases={}, gates={}, sources=sources)
         sums.add(seen, seen, 1.0, paired=True)
