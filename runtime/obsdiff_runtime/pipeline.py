@@ -303,10 +303,11 @@ class Pipeline:
         guided = not self._distilled if kind.negatives else GUIDANCE in told
         fixed = [_fixed_size(self.bundle, kind, axis) for axis in (-2, -1)]
         pictures: tuple[int, int | None] = (0, 0)
-        if kind.opens:
-            pictures = (1, 1)
-        elif kind.references is not None and self.networks.has(ENCODER):
-            pictures = (kind.references.least, kind.references.most)
+        if self.networks.has(ENCODER):
+            if kind.opens:
+                pictures = (1, 1)
+            elif kind.references is not None:
+                pictures = (kind.references.least, kind.references.most)
         return Choices(
             negative_prompt=guided and kind.negatives and not kind.draws_classes,
             guidance_scale=guided,
@@ -386,6 +387,12 @@ class Pipeline:
             ConfigError: the denoiser is told no pictures, or this one is smaller than a token, or too slender.
         """
         return reference_of(image, self.size_step, self._referring(), own_size=own_size)
+
+    def check_pictures(self) -> None:
+        """Raises ConfigError if the denoiser is told no pictures, CompatibilityError if there is no VAE encoder."""
+        if not self.opens:
+            self._referring()
+        self._vae.check_encodes()
 
     def _referring(self) -> References:
         if self.opens:
