@@ -112,7 +112,7 @@ def write(folder: Path, of: str) -> None:
     name, pipeline, config = OF[of]
     vae = getattr(diffusers, name)(**config).eval()
     components = {}
-    for component in autoencoder(SimpleNamespace(vae=vae), height=64, width=64):
+    for component in autoencoder(SimpleNamespace(vae=vae, config={}), height=64, width=64):
         if component.name != ENCODER:
             model = export(component, folder / component.name, dtype=torch.float32)
             components[component.name] = Delivered(

@@ -281,7 +281,7 @@ def _timed(
             before[name],
             pruned[name].model,
             sampled,
-            job.pipeline_class,
+            job.index,
             text_tokens=job.text_tokens,
             vae_scale=vae_scale(job.configs),
             what=f"one call of {name}" if job.behind else "one denoiser call",

@@ -101,8 +101,8 @@ class StepIndex:
         self._last: float | None = None
 
     def advance(self, timestep: Tensor | float) -> int:
-        """The step of a denoiser call with this timestep."""
-        now = float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
+        """The step of a denoiser call with this timestep; where tokens have their own, with the last one's."""
+        now = float(timestep.flatten()[-1]) if isinstance(timestep, Tensor) else float(timestep)
         if now != self._last:
             self._changes += 1
             self._last = now

@@ -1,6 +1,7 @@
 """The calls of pipelines as one: some draw classes, some are told pictures or texts in a way of their own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -16,15 +17,15 @@ from diffusers import (
     ZImagePipeline,
 )
 
-from obsdiff import class_calls, pictures
-from obsdiff.families import parts, wan
+from obsdiff import class_calls, pictures, turns
+from obsdiff.families import parts, references, wan
 
 
 def call(pipeline: DiffusionPipeline, *, own_timesteps: bool = False) -> Callable[..., Any]:
     """The pipeline's call, with the arguments and results that others have.
 
-    A denoiser that the pipeline tells a timestep for each token (Wan 2.2 TI2V) is told one, unless `own_timesteps`:
-    without a picture all are equal, so it is the same in less work.
+    A denoiser that the pipeline tells a timestep for each token (Wan 2.2 TI2V) is told one, unless `own_timesteps` or
+    there is a picture: without one all are equal, so it is the same in less work.
     """
     if isinstance(pipeline, DiTPipeline):
         return class_calls.call(pipeline)
@@ -36,8 +37,8 @@ def call(pipeline: DiffusionPipeline, *, own_timesteps: bool = False) -> Callabl
         return partial(_begun, pipeline)
     if isinstance(pipeline, ZImagePipeline):
         return partial(_listed, pipeline)
-    if isinstance(pipeline, WanPipeline) and pipeline.config.expand_timesteps and not own_timesteps:
-        return partial(_told_once, pipeline)
+    if isinstance(pipeline, WanPipeline) and pipeline.config.expand_timesteps:
+        return partial(_begun_or_not, pipeline, own_timesteps)
     return cast("Callable[..., Any]", pipeline)
 
 
@@ -56,10 +57,22 @@ def _begun(pipeline: WanImageToVideoPipeline, **told: Any) -> Any:
         return pictures.draw_opened(pipeline, **told)
 
 
-def _told_once(pipeline: WanPipeline, **told: Any) -> Any:
-    """Draws, with a timestep for each film."""
-    pipeline.register_to_config(expand_timesteps=False)
+def _begun_or_not(pipeline: WanPipeline, own_timesteps: bool, *, image: Any = None, **told: Any) -> Any:
+    """Draws films that begin with a picture, where there is one; without one a film has one timestep."""
+    if image is not None:
+        return _begun(pictures.opener(pipeline), image=image, **told)
+    pipeline.register_to_config(expand_timesteps=own_timesteps)
     try:
         return pipeline(**told)
     finally:
         pipeline.register_to_config(expand_timesteps=True)
+
+
+@contextmanager
+def by_frames(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Until the end, its denoisers take little memory for timesteps of tokens, where they are told such."""
+    with ExitStack() as stack:
+        if references.masks_frames(pipeline.config):
+            for denoiser in turns.modules(pipeline, wan).values():
+                stack.enter_context(wan.by_frames(denoiser))
+        yield

@@ -100,7 +100,7 @@ def decoding(
     try:
         with torch.device("meta"):
             vae = getattr(diffusers, name).from_config(dict(config)).eval()
-        components = {each.name: each for each in autoencoder(SimpleNamespace(vae=vae), height=64, width=64)}
+        components = {each.name: each for each in autoencoder(SimpleNamespace(vae=vae, config={}), height=64, width=64)}
         whole = _bytes(components, height, width, *rest)
     except (RuntimeError, TypeError, ValueError) as error:  # of a configuration that contradicts itself
         log.warning("what decoding takes is not known: this %s does not run: %s", name, error)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from diffusers import DiffusionPipeline
@@ -11,7 +11,7 @@ from torch import nn
 
 from obsdiff.checkpoint import save_index
 from obsdiff.engines import engine_entry
-from obsdiff.families import Family, autoencoders, exporting, references, rows
+from obsdiff.families import Family, exporting, references, rows
 from obsdiff.measurements import ExportedComponent, LatencyPair, NotMeasured
 from obsdiff.recipe import Sampling
 from obsdiff.settings import Settings
@@ -174,14 +174,7 @@ def export_denoiser(
 
     Where nothing was cut, and that one computes in floats, the graphs are the same but for the weights' values.
     """
-    component = references.component(
-        family,
-        denoiser,
-        type(pipeline).__name__,
-        height=sampling.height,
-        width=sampling.width,
-        vae_scale=autoencoders.vae_scale_of(pipeline, family),
-    )
+    component = exporting.denoiser(pipeline, family, denoiser, height=sampling.height, width=sampling.width)
     model = like.model
     if model.precision == model.dtype and _shapes(component.module) == _shapes(like.component.module):
         return onnx.reweigh(model, component, folder)
@@ -198,7 +191,7 @@ def time_denoisers(
     dense: OnnxModel,
     pruned: OnnxModel,
     sampling: Sampling,
-    pipeline_class: str,
+    index: Mapping[str, Any],
     *,
     text_tokens: int,
     vae_scale: int,
@@ -213,7 +206,7 @@ def time_denoisers(
         dense: the graph of the denoiser before pruning.
         pruned: the graph in the bundle, in the same dtype.
         sampling: the served size.
-        pipeline_class: of both; where it is told pictures, the calls are told none.
+        index: of their pipeline, as in model_index.json; where it is told pictures, the calls are told none.
         text_tokens: of one prompt.
         vae_scale: pixels per side of a latent pixel.
         what: is timed, in words.
@@ -229,8 +222,8 @@ def time_denoisers(
         size=sampling.latents(vae_scale),
         text_tokens=text_tokens,
         pixels=(sampling.height, sampling.width),
-    ) | references.example(denoiser, pipeline_class, batch=images, tokens=0)
-    inputs = {name: tensor.float().numpy() for name, tensor in example.items()}
+    )
+    inputs = {name: each.float().numpy() for name, each in references.alone(example, denoiser, index).items()}
     timings = time_interleaved(
         {name: lambda session=session: session.run(inputs) for name, session in sessions.items()},  # type: ignore[misc]
         RUNS,

@@ -74,9 +74,14 @@ class Job:
         return rows(self.family, self.denoiser, self.recipe.sampling.guidance_scale)
 
     @property
+    def index(self) -> Mapping[str, Any]:
+        """The pipeline's configuration; of a denoiser on its own the name of its family's class alone."""
+        return {"_class_name": self.family.pipeline, **self.configs.get("model_index", {})}
+
+    @property
     def pipeline_class(self) -> str:
         """Name of the diffusers class; of a denoiser on its own that of its family."""
-        return str(self.configs.get("model_index", {}).get("_class_name", self.family.pipeline))
+        return str(self.index["_class_name"])
 
     def positions(self, denoiser: nn.Module) -> dict[str, int]:
         return facts.positions(
@@ -131,7 +136,7 @@ class Job:
         """What a user should know of how it is calibrated."""
         sparsity = self.recipe.sparsity
         calibrates = METHODS[self.recipe.method].calibrates and (sparsity.structured or sparsity.pattern is not None)
-        return pictures.note(self.pipeline_class, self.recipe.sampling) if calibrates else ()
+        return pictures.note(self.index, self.recipe.sampling) if calibrates else ()
 
 
 def streams_of(recipe: Recipe) -> Streams:

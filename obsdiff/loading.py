@@ -247,11 +247,6 @@ def require_known_turns(index: Mapping[str, Any], family: Family) -> None:
             f"this {name} has {' and '.join(denoisers)} and {turns.BOUNDARY} {index.get(turns.BOUNDARY)}; denoisers "
             f"that take turns are two, and {turns.BOUNDARY} says when"
         )
-    if index.get("expand_timesteps") and name != family.pipeline:
-        raise ModelError(
-            f"this {name} tells its denoiser of a picture by timesteps of its tokens (image to video); of pipelines "
-            f"that tell it one for each token obsdiff knows {family.pipeline}"
-        )
 
 
 def require_alike(configs: Sequence[Mapping[str, Any]]) -> None:
@@ -314,7 +309,7 @@ def _class_defaults(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "max_sequence_length": default("max_sequence_length", None),
         "prompts": None,
         "takes_guidance": not distilled,
-        "takes_references": references.of(name) is not None or references.opens(name),
+        "takes_references": references.of(name) is not None or references.opens(name) or references.masks_frames(index),
         "takes_turns": len(turns.names(index, family)) > 1,
     }
 

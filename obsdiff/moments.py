@@ -212,11 +212,17 @@ class _Look:
         self, name: str, gate: ToldGate, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         given = _given(block, args, kwargs)
-        out = pointwise.widths(self._module(name))[1]
-        told = given[gate.told].flatten(1).unflatten(-1, (-1, out))  # (rows, n, out)
+        out, told = pointwise.widths(self._module(name))[1], given[gate.told]
+        parts = told.shape[1] if told.ndim == 4 else 1  # of the tokens, each with a gate of its own
+        told = told.reshape(len(told), parts, -1, out)
         if gate.table is not None:
             told = block.get_parameter(gate.table) + told
-        self._gates[name] = self._spread(name, told[:, gate.row])
+        found = told[:, :, gate.row]  # (rows, parts, out)
+        if parts == 1:
+            self._gates[name] = self._spread(name, found[:, 0])
+        else:
+            tokens = (args[0] if args else next(iter(kwargs.values()))).shape[1]
+            self._gates[name] = self._counted(name, found.repeat_interleave(tokens // parts, dim=1))
 
     def _counted(self, name: str, value: Tensor) -> Tensor:
         """Of (rows, tokens, width) the tokens that count."""

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, QwenImagePipeline
+from diffusers import DiffusionPipeline, QwenImagePipeline, WanImageToVideoPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image, ImageOps
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from obsdiff.families import Family, references, seeing
 from obsdiff.families.autoencoders import draws_films
 from obsdiff.instead import instead
 from obsdiff.recipe import Sampling
+from obsdiff_runtime.autoencoder import latent_frames
 from obsdiff_runtime.conditioning import PACKED
 from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.pictures import open_picture
@@ -51,6 +52,8 @@ def encode(
         ConfigError: a file is no picture, the pipeline has no VAE, or it draws nothing without a picture.
     """
     require(type(pipeline).__name__, sampling)
+    if sampling.references and sampling.num_frames == 1 and references.masks_frames(pipeline.config):
+        raise ConfigError("--num-frames 1: nothing is drawn of a film whose only frame is given; give 5 or more")
     length = sampling.max_sequence_length
     own = [sampling.references[row % len(sampling.references)] for row in rows if sampling.references]
     pictures = {file: _fitted(Path(file), sampling) for file in dict.fromkeys(own)}
@@ -85,8 +88,9 @@ def _read(
     if vae is None:
         raise ConfigError("--references: the pipeline has no VAE to read pictures with")
     found: dict[str, dict[str, Tensor]] = {}
-    opens = references.opens(type(pipeline).__name__)
-    readers = [vae, *([untyped.image_encoder] if opens and untyped.image_encoder is not None else [])]
+    opens = references.opens(type(pipeline).__name__) or references.masks_frames(pipeline.config)
+    encoder = getattr(untyped, "image_encoder", None) if opens else None
+    readers = [vae, *([] if encoder is None else [encoder])]
     with offloading.borrowed(readers, pipeline.device):
         for file, image in pictures.items():
             pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
@@ -105,15 +109,26 @@ def _reference(pipeline: Any, pixels: Tensor) -> dict[str, Tensor]:
 def _beginning(pipeline: Any, image: Image.Image, pixels: Tensor, sampling: Sampling) -> dict[str, Tensor]:
     """What films are told of a picture that they begin with, (1, 3, height, width): (1, channels, frames, h, w).
 
-    And what an image encoder sees in it, (1, tokens, width), where the denoiser is told that.
+    And what an image encoder sees in it, (1, tokens, width), where the denoiser is told that. Where its latents stand
+    in place of the first ones, they are all.
     """
     size = (sampling.height, sampling.width, sampling.num_frames)
     channels, unread = pipeline.vae.config.z_dim, torch.zeros(())
     where = (torch.float32, pipeline.vae.device)
-    _, states = pipeline.prepare_latents(pixels, 1, channels, *size, *where, latents=unread)
+    _, states, *_ = opener(pipeline).prepare_latents(pixels, 1, channels, *size, *where, latents=unread)
     if not references.sees(pipeline.transformer.config):
         return {ARGUMENT: states}
     return {ARGUMENT: states, SEEN: pipeline.encode_image(image, pipeline.vae.device)}
+
+
+def opener(pipeline: Any) -> WanImageToVideoPipeline:
+    """The pipeline, or one of its networks, that draws films which begin with a picture."""
+    if isinstance(pipeline, WanImageToVideoPipeline):
+        return pipeline
+    own = {name: pipeline.config[name] for name in ("boundary_ratio", "expand_timesteps")}
+    found = WanImageToVideoPipeline(**pipeline.components, **own)
+    found.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
+    return found
 
 
 class _OfEach:
@@ -131,10 +146,16 @@ def draw_opened(pipeline: Any, *, image: Tensor | Image.Image, image_embeds: Ten
     if not isinstance(image, Tensor):
         return pipeline(image=image, **told)
 
-    def prepared(_: Any, films: int, channels: int, *size: Any) -> tuple[Tensor, Tensor]:
-        dtype, device, generator = size[3:6]
-        noise = randn_tensor((films, channels, *image.shape[2:]), generator=generator, device=device, dtype=dtype)
-        return noise, image.to(device, dtype)
+    def prepared(_: Any, films: int, channels: int, *size: Any) -> tuple[Tensor, ...]:
+        frames, dtype, device, generator = size[2:6]
+        shape = (films, channels, latent_frames(frames), *image.shape[3:])
+        noise = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        states = image.to(device, dtype)
+        if not pipeline.config.expand_timesteps:
+            return noise, states
+        mask = torch.ones_like(noise[:1, :1])
+        mask[:, :, 0] = 0
+        return noise, states, mask
 
     unread = Image.new("RGB", (16, 16))
     with (
@@ -213,13 +234,22 @@ def require(pipeline_class: str, sampling: Sampling) -> None:
         raise ConfigError(f"{why}; give some: --references FOLDER")
 
 
-def note(pipeline_class: str, sampling: Sampling) -> tuple[str, ...]:
-    """What a user should know who prunes a denoiser that is told pictures, and gives none."""
-    why = _why_needed(pipeline_class)
-    if sampling.references or (why is None and references.of(pipeline_class) is None):
+def note(index: Mapping[str, Any], sampling: Sampling) -> tuple[str, ...]:
+    """What a user should know who prunes a denoiser that is told pictures, and gives none.
+
+    `index` is the pipeline's configuration, as in model_index.json.
+    """
+    pipeline_class = str(index["_class_name"])
+    why, masks = _why_needed(pipeline_class), references.masks_frames(index)
+    if sampling.references or (why is None and references.of(pipeline_class) is None and not masks):
         return ()
     if why is not None:
         return (f"{why}; calibration and comparison want --references FOLDER",)
+    if masks:
+        return (
+            "films of this pipeline can begin with a picture, and calibration draws none that do; --references FOLDER "
+            "gives them some",
+        )
     return (
         "this denoiser is told pictures, too, and calibration told it none: it looked at prompts alone. --references "
         "FOLDER shows it some",
@@ -227,7 +257,14 @@ def note(pipeline_class: str, sampling: Sampling) -> tuple[str, ...]:
 
 
 def drawn(arguments: Mapping[str, Any]) -> Tensor | None:
-    """Which tokens of the image's sequence a denoiser's call draws, (tokens,), bool; None where that is all."""
+    """Which tokens of the image's sequence a denoiser's call draws, (tokens,), bool; None where that is all.
+
+    Of a film whose first latents are given, those with a timestep above 0.
+    """
+    timestep = arguments.get("timestep")
+    if isinstance(timestep, Tensor) and timestep.ndim == 2 and "hidden_states" in arguments:
+        noisy: Tensor = timestep[0] > 0  # the same for all rows
+        return None if bool(noisy.all()) else noisy
     if "img_shapes" in arguments:  # of each row what is drawn, and the pictures
         first, *told = (math.prod(shape) for shape in arguments["img_shapes"][0])
         return torch.arange(first + sum(told), device=arguments["hidden_states"].device) < first if told else None

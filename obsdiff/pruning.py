@@ -25,6 +25,7 @@ from obsdiff import (
     trajectories,
     turns,
 )
+from obsdiff.calls import by_frames
 from obsdiff.clusters import Cluster, clusters
 from obsdiff.core import solver
 from obsdiff.core.gram import Gram
@@ -122,9 +123,10 @@ def prune(
         RunError: another rank failed.
     """
     found: tuple[Pruned, ...] = ()
-    for each in reversed(turns.families(pipeline, family)):
-        own = journal if journal is None or each is family else Within(journal, each.denoiser)
-        found = (_prune(pipeline, each, recipe, stored=stored, journal=own, progress=progress), *found)
+    with by_frames(pipeline):
+        for each in reversed(turns.families(pipeline, family)):
+            own = journal if journal is None or each is family else Within(journal, each.denoiser)
+            found = (_prune(pipeline, each, recipe, stored=stored, journal=own, progress=progress), *found)
     return replace(found[0], behind=found[1:])
 
 

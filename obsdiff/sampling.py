@@ -256,13 +256,15 @@ def velocity_of(denoiser: nn.Module, output: Any, arguments: Mapping[str, Any]) 
     """What the sampler reads of what a denoiser's call with these arguments gives, (rows, ...).
 
     It is the first thing; some give it as a list of rows, and PixArt's has a variance behind it, which is not read.
-    Nor is what is given at tokens of pictures that it was told.
+    Nor is what is given at tokens of pictures that it was told, or in place of which a film has given frames.
     """
     first = output[0] if isinstance(output, tuple) else output.sample
     velocity = torch.stack(list(first)) if isinstance(first, list) else first
     drawn = pictures.drawn(arguments)
     if drawn is not None:
-        return velocity[:, drawn]
+        if velocity.ndim < 5:
+            return velocity[:, drawn]
+        return velocity[:, :, drawn.reshape(velocity.shape[2], -1)[:, 0]]  # whole frames
     channels = getattr(denoiser.config, "in_channels", None)
     learned = channels is not None and velocity.ndim == 4 and velocity.shape[1] == 2 * channels
     return velocity[:, :channels] if learned else velocity

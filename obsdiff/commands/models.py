@@ -98,7 +98,8 @@ def prune(run: Run) -> None:
 
         console = Console()
         console.print(layers_table(result.layers))
-        for note in pictures.note(type(result.pipeline).__name__, result.recipe.sampling):
+        index = {**result.pipeline.config, "_class_name": type(result.pipeline).__name__}
+        for note in pictures.note(index, result.recipe.sampling):
             console.print(f"[yellow]note[/] {note}", highlight=False)
         console.print(f"next    obsdiff export {output} --trt -o {output}-bundle", style="dim")
 

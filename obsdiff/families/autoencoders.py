@@ -116,7 +116,11 @@ def autoencoder(pipeline: DiffusionPipeline, *, height: int, width: int) -> list
     if type(vae).__name__ not in AUTOENCODERS:
         raise ModelError(f"the vae is a {type(vae).__name__}; known are {', '.join(AUTOENCODERS)}")
     if type(vae).__name__ == films.CLASS:
-        reads = films.encoders(vae, height=height, width=width) if references.opens(type(pipeline).__name__) else []
+        reads = []
+        if references.masks_frames(pipeline.config):
+            reads = [films.picture_encoder(vae, height=height, width=width)]
+        elif references.opens(type(pipeline).__name__):
+            reads = films.encoders(vae, height=height, width=width)
         return [*films.decoders(vae, height=height, width=width), *reads]
     scale, dtype, config = vae_scale(vae.config), vae.dtype, config_of(vae)
     channels = vae.bn.num_features if hasattr(vae, "bn") else latent_channels(config)

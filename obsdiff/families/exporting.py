@@ -1,12 +1,26 @@
 """What of a pipeline is exported."""
 
 from diffusers import DiffusionPipeline
+from torch import nn
 
 from obsdiff import turns
 from obsdiff.families import Family, references, seeing
 from obsdiff.families.autoencoders import autoencoder, vae_scale_of
 from obsdiff.families.reading import image_encoders, text_encoders
 from obsdiff_export.component import Component
+
+
+def denoiser(pipeline: DiffusionPipeline, family: Family, module: nn.Module, *, height: int, width: int) -> Component:
+    """A denoiser, as this pipeline calls it."""
+    return references.component(
+        family,
+        module,
+        type(pipeline).__name__,
+        height=height,
+        width=width,
+        vae_scale=vae_scale_of(pipeline, family),
+        frame_mask=references.masks_frames(pipeline.config),
+    )
 
 
 def components(family: Family, pipeline: DiffusionPipeline, *, height: int, width: int) -> tuple[Component, ...]:
@@ -17,11 +31,8 @@ def components(family: Family, pipeline: DiffusionPipeline, *, height: int, widt
     Raises:
         ModelError: a component of a class that is not known, or with inputs that are not exported.
     """
-    pipeline_class, scale = type(pipeline).__name__, vae_scale_of(pipeline, family)
     denoisers = (
-        references.component(
-            each, getattr(pipeline, each.denoiser), pipeline_class, height=height, width=width, vae_scale=scale
-        )
+        denoiser(pipeline, each, getattr(pipeline, each.denoiser), height=height, width=width)
         for each in turns.families(pipeline, family)
     )
     return (

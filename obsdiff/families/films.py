@@ -80,6 +80,19 @@ class _Next(nn.Module):
         return (_whole(pixels, self.patch), *kept)
 
 
+class _Read(nn.Module):
+    """A picture (b, 3, H, W) to a mean and log-variance (b, 2 channels, h, w)."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.encoder, self.quant_conv = vae.encoder, vae.quant_conv
+        self.patch = vae.config.patch_size or 1
+
+    def forward(self, sample: Tensor) -> Tensor:
+        parameters: Tensor = self.quant_conv(self.encoder(_patches(sample[:, :, None], self.patch)))
+        return parameters[:, :, 0]
+
+
 class _FirstRead(nn.Module):
     """The first frame (b, 3, H, W) to a mean and log-variance (b, 2 channels, h, w), and caches (b, c, 1 or 2, ...)."""
 
@@ -159,6 +172,25 @@ def encoders(vae: Any, *, height: int, width: int) -> list[Component]:
     return _pair(names, vae, (_FirstRead, _NextRead), ports, (first, later), unit=latents[0].shape[-1])
 
 
+def picture_encoder(vae: Any, *, height: int, width: int) -> Component:
+    """Of a film's first frame alone.
+
+    Raises:
+        ModelError: as of `decoders`.
+    """
+    latents, scale = _examples(vae, height, width), vae_scale(vae.config)
+    pixels = [noise(len(each), 3, *(side * scale for side in each.shape[-2:]), dtype=vae.dtype) for each in latents]
+    return Component(
+        name=ENCODER,
+        module=_Read(vae).eval(),
+        inputs={"sample": pixels[0]},
+        dynamic_axes={"sample": _axes(pixels[0].shape, latents[0].shape[-1])},
+        outputs=("latent_parameters",),
+        config=config_of(vae),
+        more_inputs=tuple({"sample": each} for each in pixels[1:]),
+    )
+
+
 def _examples(vae: Any, height: int, width: int) -> list[Tensor]:
     """Latents (b, channels, h, w) of three sizes."""
     config = config_of(vae)
@@ -222,6 +254,12 @@ def _whole(pixels: Tensor, patch: int) -> Tensor:
     split = pixels.unflatten(1, (-1, patch, patch))  # type: ignore[no-untyped-call]  # (b, 3, columns, rows, f, h, w)
     whole: Tensor = split.permute(0, 1, 4, 5, 3, 6, 2).flatten(5).flatten(3, 4)
     return whole
+
+
+def _patches(pixels: Tensor, patch: int) -> Tensor:
+    """What `_whole` puts side by side."""
+    split: Tensor = pixels.unflatten(4, (-1, patch)).unflatten(3, (-1, patch))  # type: ignore[no-untyped-call]
+    return split.permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)  # of (b, 3, f, h, rows, w, columns)
 
 
 def _resizing(module: nn.Module) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from obsdiff.families import Family, parts
 from obsdiff_export.component import Component
 from obsdiff_runtime.conditioning import KINDS
+from obsdiff_runtime.openings import MASK
 from obsdiff_runtime.references import PLACES, STATES, TOKENS, References
 
 _EXAMPLES: Final = (17, 0, 21)
@@ -32,17 +33,50 @@ def opens(pipeline_class: str) -> bool:
     return kind is not None and kind.opens
 
 
+def masks_frames(index: Mapping[str, Any]) -> bool:
+    """Whether latents of a picture can stand in place of a film's first ones, which have a timestep of their own.
+
+    `index` is the pipeline's configuration, as in model_index.json.
+    """
+    return bool(index.get("expand_timesteps"))
+
+
+def masked(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A denoiser's inputs by ONNX name, and that the first frame of every other film is given."""
+    latents = inputs["hidden_states"]
+    mask = torch.ones(len(latents), latents.shape[2], dtype=latents.dtype)
+    mask[::2, 0] = 0
+    return {**inputs, MASK: mask}
+
+
 def sees(config: Mapping[str, Any]) -> bool:
     """Whether a denoiser of that configuration is told what an image encoder sees in the picture."""
     return bool(config.get("image_dim"))
 
 
 def component(
-    family: Family, denoiser: nn.Module, pipeline_class: str, *, height: int, width: int, vae_scale: int
+    family: Family,
+    denoiser: nn.Module,
+    pipeline_class: str,
+    *,
+    height: int,
+    width: int,
+    vae_scale: int,
+    frame_mask: bool = False,
 ) -> Component:
-    """`Family.component` as a pipeline of that class calls the denoiser: also on pictures, where it does."""
+    """`Family.component` as a pipeline of that class calls the denoiser: also on pictures, where it does.
+
+    With a `frame_mask` the graph is told which frames are given.
+    """
     found = family.component(denoiser, height=height, width=width, vae_scale=vae_scale)
     found = replace(found, name=family.denoiser)
+    if frame_mask:
+        return replace(
+            found,
+            inputs=masked(found.inputs),
+            dynamic_axes={**found.dynamic_axes, MASK: {0: "batch", 1: "frames"}},
+            more_inputs=tuple(map(masked, found.more_inputs)),
+        )
     if of(pipeline_class) is None:
         return found
     examples = [
@@ -69,6 +103,13 @@ def example(denoiser: nn.Module, pipeline_class: str, *, batch: int, tokens: int
         STATES: parts.noise(batch, tokens, config.in_channels, dtype=dtype),
         PLACES: torch.from_numpy(references.places([(1, tokens)])),
     }
+
+
+def alone(inputs: Mapping[str, Tensor], denoiser: nn.Module, index: Mapping[str, Any]) -> dict[str, Tensor]:
+    """`Family.example` as the graph of a pipeline's denoiser takes it, told no pictures beside; `index` as above."""
+    if masks_frames(index):
+        return masked(inputs)
+    return {**inputs, **example(denoiser, str(index["_class_name"]), batch=len(inputs["timestep"]), tokens=0)}
 
 
 def joined(inputs: Mapping[str, Tensor], tokens: Tensor, places: Tensor) -> dict[str, Any]:

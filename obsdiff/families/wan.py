@@ -18,21 +18,25 @@ own.
 Latents have an axis of frames, (b, channels, frames, h, w). There are FRAMES of them, which is what the pipeline's call
 draws, where nothing else is said.
 
-Of Wan 2.2 A14B's pipelines two denoisers take turns (turns.py). TI2V 5B's tells its denoiser a timestep for each token,
-which without a picture are all the same: here it is told one. Where films begin with a picture, the denoiser is told
+Of Wan 2.2 A14B's pipelines two denoisers take turns (turns.py). Where films begin with a picture, the denoiser is told
 latents of a film that shows it first and then nothing, and which frames are given, behind the channels of what is drawn
 (openings.py). Wan 2.1's is also told what CLIP sees in it: diffusers puts those tokens in front of the text, which it
 takes to have TEXT_TOKENS.
+
+TI2V 5B's pipeline tells its denoiser a timestep for each token. Without a picture all are the same, and here it is told
+one; with a picture, whose latents stand in place of the first frame, those of its tokens are 0. A graph is told one
+timestep and which frames are drawn, and modulates whole frames; in torch the denoiser can do so, too (`by_frames`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
 import torch
 from diffusers import DiffusionPipeline, WanPipeline
+from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -43,7 +47,7 @@ from obsdiff.instead import instead
 from obsdiff_export.component import Component
 from obsdiff_runtime.autoencoder import FRAME_SCALE
 from obsdiff_runtime.errors import ConfigError, ModelError
-from obsdiff_runtime.openings import SEEN, STATES
+from obsdiff_runtime.openings import MASK, SEEN, STATES
 
 name: str = "wan"
 denoiser: str = "transformer"
@@ -64,6 +68,7 @@ TEXT_TOKENS: Final = 512
 SEEN_TOKENS: Final = 257
 """Of a picture of 224 pixels a side in patches of 14, and one for all of it: CLIP's."""
 
+_PATCH: Final = 2  # pixels of the latents along a side, where tokens have timesteps of their own
 _TEXT: Final = "encoder_hidden_states"
 _PIXELS: Final = (480, 832)  # that the pipeline draws
 
@@ -165,7 +170,72 @@ def arguments(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
     told = dict(inputs)
     if STATES in told:
         told["hidden_states"] = torch.cat([told["hidden_states"], told.pop(STATES)], dim=1)
+    if MASK in told:
+        frames = told["timestep"][:, None] * told.pop(MASK)  # (b, frames)
+        told["timestep"] = frames.repeat_interleave(_frame_tokens(told["hidden_states"]), dim=1)
     return told
+
+
+class _Block(WanTransformerBlock):  # type: ignore[misc]
+    """diffusers' block, whose modulations may be those of whole frames, (b, frames, 6, width)."""
+
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        if temb.ndim == 3:
+            found: Tensor = super().forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
+            return found
+        shift, scale, gate, shift_3, scale_3, gate_3 = (self.scale_shift_table + temb.float()).unbind(2)
+        read = _modulated(self.norm1(hidden_states.float()), scale + 1, shift).type_as(hidden_states)
+        written = _modulated(self.attn1(read, None, None, rotary_emb), gate)
+        hidden_states = (hidden_states.float() + written).type_as(hidden_states)
+        read = self.norm2(hidden_states.float()).type_as(hidden_states)
+        hidden_states = hidden_states + self.attn2(read, encoder_hidden_states, None, None)
+        read = _modulated(self.norm3(hidden_states.float()), scale_3 + 1, shift_3).type_as(hidden_states)
+        written = _modulated(self.ffn(read).float(), gate_3)
+        return (hidden_states.float() + written).type_as(hidden_states)
+
+
+def _modulated(tokens: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
+    """Tokens (b, frames * n, width) times a scale of their frame's, (b, frames, width), plus a shift."""
+    grid = tokens.unflatten(1, (scale.shape[1], -1)) * scale[:, :, None]  # type: ignore[no-untyped-call]
+    return (grid if shift is None else grid + shift[:, :, None]).flatten(1, 2)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def by_frames(denoiser: Any) -> Iterator[None]:
+    """Until the end, a denoiser that is told timesteps of tokens modulates all tokens of a frame by the same tensors.
+
+    Those of single tokens would take six times the memory of the hidden states, in every call that is kept. Tokens of a
+    frame then have one timestep.
+    """
+    embed, tokens = denoiser.condition_embedder.forward, 1
+
+    def count(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal tokens
+        tokens = _frame_tokens(args[0] if args else kwargs["hidden_states"])
+
+    def embedded(
+        timestep: Tensor, text: Tensor, picture: Tensor | None = None, timestep_seq_len: int | None = None
+    ) -> tuple[Tensor | None, ...]:
+        if timestep_seq_len is None:
+            return tuple(embed(timestep, text, picture))
+        frames = timestep[::tokens]  # of all rows
+        time, *found = embed(frames, text, picture, timestep_seq_len=timestep_seq_len // tokens)
+        return (time.repeat_interleave(tokens, dim=1), *found)
+
+    with ExitStack() as stack:
+        stack.callback(denoiser.register_forward_pre_hook(count, with_kwargs=True).remove)
+        stack.enter_context(instead(denoiser.condition_embedder, "forward", embedded))
+        for block in denoiser.blocks:
+            stack.callback(setattr, block, "__class__", type(block))
+            block.__class__ = _Block
+        yield
+
+
+def _frame_tokens(latents: Tensor) -> int:
+    """Of a frame of latents (b, channels, frames, h, w)."""
+    return (latents.shape[-2] // _PATCH) * (latents.shape[-1] // _PATCH)
 
 
 class _Turned:
@@ -197,6 +267,7 @@ class _Flat(parts.Flat):
             attention = parts.view(block.attn1)
             attention.processor = _Turned()
             blocks[child] = parts.view(block, attn1=attention)
+            blocks[child].__class__ = _Block
         super().__init__(parts.view(source, blocks=parts.view(source.blocks, **blocks)))
 
     def forward(
@@ -206,10 +277,30 @@ class _Flat(parts.Flat):
         timestep: Tensor,
         opening_states: Tensor | None = None,
         encoder_hidden_states_image: Tensor | None = None,
+        frame_mask: Tensor | None = None,
     ) -> Tensor:
+        if frame_mask is not None:
+            return self._by_frames(hidden_states, encoder_hidden_states, timestep[:, None] * frame_mask)
         inputs = {"hidden_states": hidden_states, "encoder_hidden_states": encoder_hidden_states, "timestep": timestep}
         told = references.given(**inputs, **{STATES: opening_states, SEEN: encoder_hidden_states_image})
         velocity: Tensor = self.source(**arguments(told), return_dict=False)[0]
+        return velocity
+
+    def _by_frames(self, hidden_states: Tensor, text: Tensor, timesteps: Tensor) -> Tensor:
+        """The call with timesteps (b, frames)."""
+        model = self.source
+        places, patches = model.rope(hidden_states), model.patch_embedding(hidden_states)
+        tokens = patches.flatten(2).transpose(1, 2)
+        time, modulations, text, _ = model.condition_embedder(
+            timesteps.flatten(), text, timestep_seq_len=timesteps.shape[1]
+        )
+        for block in model.blocks:
+            tokens = block(tokens, text, modulations.unflatten(2, (6, -1)), places)
+        shift, scale = (model.scale_shift_table + time[:, :, None]).unbind(2)
+        read = _modulated(model.norm_out(tokens.float()), scale + 1, shift).type_as(tokens)
+        grid = model.proj_out(read).unflatten(1, patches.shape[2:])  # (b, frames, rows, columns, patch)
+        pixels = grid.unflatten(-1, (*model.config.patch_size, -1)).permute(0, 7, 1, 4, 2, 5, 3, 6)
+        velocity: Tensor = pixels.flatten(6, 7).flatten(4, 5).flatten(2, 3)
         return velocity
 
 

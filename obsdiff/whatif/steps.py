@@ -181,7 +181,9 @@ def _graphs(subject: Subject, component: str, settings: Settings, runner: Runner
     if subject.bundle is not None:
         absent = {f"structured:{CUT}": "a bundle does not hold what belongs to a unit; give the model instead"}
         dense = subject.bundle.onnx(component)
-        found = _Graphs(graphs={DENSE: dense}, absent=absent, inputs=_inputs(subject, subject.job.denoiser))
+        told = {port.name for port in subject.bundle.component(component).inputs}  # older ones are told less
+        inputs = {name: value for name, value in _inputs(subject, subject.job.denoiser).items() if name in told}
+        found = _Graphs(graphs={DENSE: dense}, absent=absent, inputs=inputs)
     else:
         found = _of_model(subject, settings, runner, folder)
     if runner.sparse:
@@ -207,6 +209,7 @@ def _of_model(subject: Subject, settings: Settings, runner: Runner, folder: Path
             height=sampled.height,
             width=sampled.width,
             vae_scale=vae_scale(subject.job.configs),
+            frame_mask=references.masks_frames(subject.job.index),
         )
         return onnx.export(denoiser, folder / name, dtype=runner.dtype, opset=settings.opset).path
 
@@ -239,5 +242,6 @@ def _inputs(subject: Subject, denoiser: nn.Module) -> dict[str, Any]:
         size=(call["height"] // scale, call["width"] // scale),
         text_tokens=call["text_tokens"],
         pixels=(call["height"], call["width"]),
-    ) | references.example(denoiser, subject.job.pipeline_class, batch=call["rows"], tokens=0)
-    return {name: tensor.float().numpy() for name, tensor in example.items()}
+    )
+    told = references.alone(example, denoiser, subject.job.index)
+    return {name: tensor.float().numpy() for name, tensor in told.items()}

@@ -40,7 +40,8 @@ def vae_scale(config: Mapping[str, Any]) -> int:
 
 def _patch(config: Mapping[str, Any]) -> int:
     """Latent pixels per side of what counts as one: those of FLUX.2's autoencoder are patches."""
-    return int((config.get("patch_size") or (1,))[0])
+    found = config.get("patch_size")
+    return int(found[0]) if isinstance(found, (list, tuple)) else 1  # a number says how pixels are patched
 
 
 def latent_channels(config: Mapping[str, Any]) -> int:

@@ -90,6 +90,7 @@ class Kind:
             gives; they broadcast to (c, h, w). None where it does not.
         references: how the denoiser is told pictures; None where it is told none.
         opens: whether films begin with a picture, which the denoiser is told; see openings.py.
+        masks: whether films can begin with a picture, whose latents stand in place of what is drawn.
     """
 
     denoiser: str = "transformer"
@@ -112,6 +113,7 @@ class Kind:
     kept_lengths: Callable[[Array], Array] | None = None
     references: References | None = None
     opens: bool = False
+    masks: bool = False
 
     def usual_scale(self, guidance_scale: float) -> float:
         """The pipeline's scale as most count it: 1 is what the prompt alone gives."""

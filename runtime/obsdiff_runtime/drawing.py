@@ -39,6 +39,7 @@ class Drawing:
         noise: Array,
         clean: Array | None = None,
         turns: Turns | None = None,
+        opening: Array | None = None,
     ) -> None:
         """Begins.
 
@@ -50,10 +51,12 @@ class Drawing:
             noise: (c, h, w), of unit variance.
             clean: (c, h, w), latents of the image that is changed; None where one is drawn from nothing.
             turns: of the denoisers; None or empty where the kind's takes all steps.
+            opening: (c, frames, h, w), latents that stand in place of the first ones of a film at every step.
         """
         self.settings, self.conditions = settings, conditions
         self._kind, self._scheduler = kind, scheduler
         self._turns = turns or {kind.denoiser: 0.0}
+        self._opening = opening
         self._skipped = settings.skipped_steps * scheduler.order
         if clean is None:
             self.sample: Array = noise * np.float32(scheduler.initial_sigma)
@@ -87,7 +90,7 @@ class Drawing:
 
     def asked(self) -> tuple[Array, float]:
         """The sample as the denoiser wants it, (c, h, w), and the timestep."""
-        return self._scheduler.scale(self.sample, self._skipped + self.index), self._timestep
+        return self._opened(self._scheduler.scale(self.sample, self._skipped + self.index)), self._timestep
 
     def advance(self, output: Array) -> None:
         """Takes the denoiser's answer, (r, c, h, w), and goes on to the next step."""
@@ -102,6 +105,13 @@ class Drawing:
             np.float32, copy=False
         )
         self.index += 1
+        if self.index == self.calls:
+            self.sample = self._opened(self.sample)
+
+    def _opened(self, sample: Array) -> Array:
+        if self._opening is None:
+            return sample
+        return np.concatenate([self._opening, sample[:, self._opening.shape[1] :]], axis=1)
 
 
 def companies(drawings: Sequence[Drawing], max_rows: int) -> Iterator[list[Drawing]]:

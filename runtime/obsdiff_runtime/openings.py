@@ -1,4 +1,4 @@
-"""Pictures that films begin with: what the denoiser is told of one.
+"""Pictures that films begin with: what the denoiser is told of one, or what is put in place of what it draws.
 
 Shapes: c latent channels, f latent frames of the film, h w their sides.
 """
@@ -17,6 +17,10 @@ STATES: Final = "opening_states"
 SEEN: Final = "encoder_hidden_states_image"
 """Likewise where there is an image encoder, (rows, tokens, width): what that makes of the picture."""
 
+MASK: Final = "frame_mask"
+"""Input of a denoiser that is told a timestep for each frame, (rows, f): 1 where a frame is drawn, and 0 where it is
+given, of which the timestep is 0. At every step latents that are given stand in place of what is drawn."""
+
 PROCESSOR: Final = "image_processor/preprocessor_config.json"
 """In a bundle: what an image encoder's pictures are made into."""
 
@@ -26,6 +30,13 @@ def states(latents: Array) -> Array:
     given = np.zeros((FRAME_SCALE, *latents.shape[1:]), np.float32)
     given[:, 0] = 1
     return np.concatenate([given, latents])
+
+
+def frame_mask(frames: int, *, given: bool) -> Array:
+    """(f,) of a film of which the first frame alone is given, or none."""
+    found = np.ones(frames, np.float32)
+    found[0] = not given
+    return found
 
 
 def pixel_values(picture: Pixels, config: Mapping[str, Any]) -> Array:

@@ -252,11 +252,12 @@ class Pipeline:
         cleans = self._cleans(image, sources)
         starts = self._starts(sources, settings, latents)
         told = self._told(references, len(prompts), settings) | self._opening(image, len(prompts), settings)
+        opening = None if image is None or not self._kind.masks else self._vae.open(image, 1)
         conditions = self._conditions(prompts, negatives, settings) | told
         rows = [{name: value[index] for name, value in conditions.items()} for index in range(len(prompts))]
         turns = self.bundle.manifest.turns
         return [
-            Drawing(self._kind, settings, row, self._scheduler(settings, source), start, clean, turns)
+            Drawing(self._kind, settings, row, self._scheduler(settings, source), start, clean, turns, opening)
             for row, source, start, clean in zip(rows, sources, starts, cleans, strict=True)
         ]
 
@@ -281,14 +282,14 @@ class Pipeline:
         """What `begin` is told beside the example: a grey picture of such a size where it draws nothing without."""
         kind, defaults = self._kind.references, self.bundle.manifest.defaults
         grey = np.full((height or defaults.height, width or defaults.width, 3), 127, np.uint8)
-        if self.opens:
+        if self._kind.opens:
             return {"image": grey}
         return {} if kind is None or not kind.least else {"reference": [grey] * kind.least}
 
     @property
     def opens(self) -> bool:
-        """Whether films begin with a picture, without which it draws none."""
-        return self._kind.opens
+        """Whether films begin with a picture, or can."""
+        return self._kind.opens or self._kind.masks
 
     @property
     def size_step(self) -> int:
@@ -303,10 +304,11 @@ class Pipeline:
         guided = not self._distilled if kind.negatives else GUIDANCE in told
         fixed = [_fixed_size(self.bundle, kind, axis) for axis in (-2, -1)]
         pictures: tuple[int, int | None] = (0, 0)
-        if kind.opens:
-            pictures = (1, 1)
-        elif kind.references is not None and self.networks.has(ENCODER):
-            pictures = (kind.references.least, kind.references.most)
+        if self.networks.has(ENCODER):
+            if self.opens:
+                pictures = (int(kind.opens), 1)
+            elif kind.references is not None:
+                pictures = (kind.references.least, kind.references.most)
         return Choices(
             negative_prompt=guided and kind.negatives and not kind.draws_classes,
             guidance_scale=guided,
@@ -371,7 +373,7 @@ class Pipeline:
         if references:
             raise ConfigError("an image is changed, or a reference is told to the denoiser; give one of them")
         self._vae.check_encodes()
-        if self._kind.opens:
+        if self.opens:
             if strength is not None:
                 raise ConfigError("strength says how much an image is changed, and here a film begins with it")
             return settings
@@ -386,6 +388,12 @@ class Pipeline:
             ConfigError: the denoiser is told no pictures, or this one is smaller than a token, or too slender.
         """
         return reference_of(image, self.size_step, self._referring(), own_size=own_size)
+
+    def check_pictures(self) -> None:
+        """Raises ConfigError if the denoiser is told no pictures, CompatibilityError if there is no VAE encoder."""
+        if not self.opens:
+            self._referring()
+        self._vae.check_encodes()
 
     def _referring(self) -> References:
         if self.opens:
@@ -430,12 +438,16 @@ class Pipeline:
 
     def _opening(self, image: Pixels | None, films: int, settings: Settings) -> Conditions:
         """(n, r, ...): what the denoiser is told of the picture that films begin with, all with the same one."""
-        if not self._kind.opens:
+        if not self.opens or settings.num_frames is None:
             return {}
-        if image is None or settings.num_frames is None:
+        if image is None and self._kind.opens:
             raise ConfigError("films of this pipeline begin with a picture; give it one (image, or --image FILE)")
-        found = {openings.STATES: openings.states(self._vae.open(image, latent_frames(settings.num_frames)))}
-        if self.networks.has(IMAGE_ENCODER):
+        frames, found = latent_frames(settings.num_frames), {}
+        if self._kind.masks:
+            found[openings.MASK] = openings.frame_mask(frames, given=image is not None)
+        elif image is not None:
+            found[openings.STATES] = openings.states(self._vae.open(image, frames))
+        if image is not None and self.networks.has(IMAGE_ENCODER):
             pixels = openings.pixel_values(image, self.bundle.json(openings.PROCESSOR))
             found[openings.SEEN] = self.networks.run(IMAGE_ENCODER, {"pixel_values": pixels}, ["states"])["states"][0]
         rows = (films, 2 if settings.guided else 1)
@@ -483,7 +495,7 @@ class Pipeline:
 
     def _cleans(self, image: Pixels | None, sources: Sequence[Noise]) -> Sequence[Array | None]:
         """(c, h, w) each: latents of the image to change, drawn anew for each."""
-        if image is None or self._kind.opens:
+        if image is None or self.opens:
             return [None] * len(sources)
         encoded = self._vae.encode(image)
         return [self._vae.sample(encoded, source) for source in sources]
@@ -561,10 +573,10 @@ def _prompts(
 
 
 def _kind_of(bundle: Bundle) -> Kind:
-    """How the bundle's pipeline samples; the graphs of older bundles are told no pictures."""
+    """How the bundle's pipeline samples; which pictures the denoiser can be told, its graph says."""
     kind = kind_of(bundle.manifest.pipeline_class)
     told = {port.name for port in bundle.component(kind.denoiser).inputs}
-    return kind if STATES in told else replace(kind, references=None)
+    return replace(kind, references=kind.references if STATES in told else None, masks=openings.MASK in told)
 
 
 def _size_of(image: Pixels, height: int | None, width: int | None, name: str = "image") -> tuple[int, int]:

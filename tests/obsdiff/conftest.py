@@ -825,6 +825,7 @@ PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "hunyuan": hunyuan_pipeline,
     "wan": wan_pipeline,
     "wan22": wan22_pipeline,
+    "wan_ti2v": partial(wan_pipeline, patch=2),
     "wan_i2v": wan_i2v_pipeline,
     "wan22_i2v": wan22_i2v_pipeline,
     "dit": dit_pipeline,

@@ -13,24 +13,28 @@ from PIL import Image, ImageOps
 
 import obsdiff
 from kinds import no_ftfy
-from obsdiff import calibration, pruning, verbs
+from obsdiff import calibration, moments, pictures, pruning, trajectories, verbs
 from obsdiff.card import write_card
 from obsdiff.engines import sizes_of
 from obsdiff.evaluation import Evaluation
 from obsdiff.families import films, wan
 from obsdiff.families.checking import problems
 from obsdiff.families.exporting import components
+from obsdiff.families.references import masked
+from obsdiff.pictures import opener
 from obsdiff.pipeline_runner import PipelineRunner
 from obsdiff.recipe import Sampling
+from obsdiff.sampling import velocity_of
 from obsdiff.settings import Settings
 from obsdiff_export.ports import Port
 from obsdiff_export.profiles import profiles_for
-from obsdiff_runtime.autoencoder import cached
+from obsdiff_runtime.autoencoder import cached, vae_scale
 from obsdiff_runtime.benchmark.runner import Request
 from obsdiff_runtime.errors import ConfigError, ModelError
 
 PROMPTS = ["a red dog", "a cat", "a star"]
 KINDS = ("wan_i2v", "wan22_i2v")
+ALL = (*KINDS, "wan_ti2v")
 CONFIGS = Path(__file__).parent / "configs"
 SIZES: dict[str, Any] = {"height": 32, "width": 48, "num_frames": 9}
 Build = Callable[..., Any]
@@ -51,7 +55,7 @@ def test_the_family_says_what_the_denoiser_does(kind: str, build_denoiser: Build
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL)
 def test_calibration_draws_what_diffusers_draws_of_prompt_and_picture(
     kind: str, build_pipeline: Build, picture_folder: Path
 ) -> None:
@@ -63,8 +67,9 @@ def test_calibration_draws_what_diffusers_draws_of_prompt_and_picture(
     prompts = calibration.encode(pipeline, wan, PROMPTS, asked)
     found = calibration.sample(pipeline, prompts, range(3), asked)
     with no_ftfy():
+        theirs = opener(pipeline)
         alone = [
-            pipeline(
+            theirs(
                 image=fitted(Path(files[row % 2]), SIZES["width"], SIZES["height"]),
                 prompt=prompt,
                 generator=torch.Generator().manual_seed(row),
@@ -74,6 +79,8 @@ def test_calibration_draws_what_diffusers_draws_of_prompt_and_picture(
             for row, prompt in enumerate(PROMPTS)
         ]
     torch.testing.assert_close(found, torch.cat(alone), atol=1e-4, rtol=1e-4)
+    again = calibration.sample(theirs, calibration.encode(theirs, wan, PROMPTS, asked), range(3), asked)
+    torch.testing.assert_close(again, found)  # by whichever of diffusers' classes the model is known
     others = calibration.encode(pipeline, wan, PROMPTS, Sampling(**{**vars(asked), "references": files[::-1]}))
     assert (calibration.sample(pipeline, others, range(3), asked) - found).abs().max() > 1e-3
 
@@ -114,17 +121,14 @@ def cut(request: pytest.FixtureRequest, build_pipeline: Build, picture_folder: P
 @torch.no_grad()
 @pytest.mark.parametrize(
     "cut",
-    [
-        pytest.param(kind, marks=pytest.mark.stage("weights", "structured", "saved", kind=kind), id=kind)
-        for kind in KINDS
-    ],
+    [pytest.param(kind, marks=pytest.mark.stage("weights", "structured", "saved", kind=kind), id=kind) for kind in ALL],
     indirect=True,
 )
 def test_what_was_pruned_on_pictures_is_cut_and_comes_back(cut: Any, tmp_path: Path) -> None:
     pruned, masked = cut
     obsdiff.save(pruned, tmp_path / "out")
     loaded: Any = obsdiff.load(tmp_path / "out")
-    assert type(loaded).__name__ == "WanImageToVideoPipeline"
+    assert type(loaded) is type(pruned.pipeline)
     before = {id(each): copy for each, copy in zip(reversed(pruned.turns), masked, strict=True)}
     for each in pruned.turns:
         told = wan.arguments(wan.example(each.denoiser, batch=2, size=(2, 8, 8), text_tokens=7, pixels=(32, 32)))
@@ -155,17 +159,19 @@ def test_the_two_encoders_read_a_film_of_any_length_as_the_autoencoder_does(buil
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("cut", ["wan22_i2v"], indirect=True)
+@pytest.mark.parametrize(("cut", "kind"), [("wan22_i2v",) * 2, ("wan_ti2v",) * 2], indirect=["cut"])
 def test_a_pruned_folder_is_compared_on_pictures(
-    cut: Any, picture_folder: Path, build_pipeline: Build, tmp_path: Path
+    cut: Any, kind: str, picture_folder: Path, build_pipeline: Build, tmp_path: Path
 ) -> None:
     """Its card says how to draw."""
-    build_pipeline("wan22_i2v", num_layers=1).save_pretrained(tmp_path / "dense")
+    build_pipeline(kind, num_layers=1).save_pretrained(tmp_path / "dense")
     obsdiff.save(cut[0], tmp_path / "pruned")
     settings = Settings(eval_prompts=1, references=str(picture_folder), steps=4, max_sequence_length=8, **SIZES)
     report = verbs.evaluate(tmp_path / "pruned", str(tmp_path / "dense"), settings).reports[0]
     assert isinstance(report.evaluation, Evaluation)
     assert all(0 < error < 10 for error in report.evaluation.velocity_error_per_step)
+    if kind == "wan_ti2v":  # by diffusers' class that draws films of a text
+        return
     for kind, call in {
         "checkpoint": 'pipeline(load_image("picture.png"), "',
         "bundle": ", image=picture, seed=1)",
@@ -176,12 +182,12 @@ def test_a_pruned_folder_is_compared_on_pictures(
         assert call in text
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL)
 def test_engines_are_told_the_size_of_every_axis(kind: str, build_pipeline: Build) -> None:
     pipeline = build_pipeline(kind, num_layers=1)
     asked = Sampling(num_inference_steps=4, guidance_scale=3.0, batch_size=1, seed=0, max_sequence_length=512, **SIZES)
     name, config = type(pipeline).__name__, dict(pipeline.transformer.config)
-    sizes = sizes_of(asked, name, config, rows=2, text_tokens=512, vae_scale=4)
+    sizes = sizes_of(asked, name, config, rows=2, text_tokens=512, vae_scale=vae_scale(pipeline.vae.config))
     found = {}
     for component in components(wan, pipeline, height=32, width=48):
         ports = [
@@ -190,8 +196,73 @@ def test_engines_are_told_the_size_of_every_axis(kind: str, build_pipeline: Buil
             for axes in [component.dynamic_axes[port]]
         ]
         (found[component.name],) = profiles_for(ports, [sizes])
+    if kind == "wan_ti2v":
+        assert found["vae_encoder"]["sample"].opt == (2, 3, 32, 48)
+        assert found["transformer"]["frame_mask"].opt == (2, 3)
+        return
     assert found["vae_encoder_next"]["sample"].opt == (2, 3, 4, 32, 48)
     assert found["transformer"]["opening_states"].opt == (2, 8, 3, 8, 12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(24, 40), (8, 8)])
+def test_an_encoder_of_patches_reads_a_picture_as_the_autoencoder_does(
+    build_pipeline: Build, size: tuple[int, int]
+) -> None:
+    vae = build_pipeline("wan_ti2v").vae
+    component = films.picture_encoder(vae, height=32, width=48)
+    pixels = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    expected = vae._encode(pixels[:, :, None])[:, :, 0]
+    torch.testing.assert_close(component.module(pixels), expected, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_frames_are_modulated_as_their_tokens_are(build_pipeline: Build) -> None:
+    """Blocks are told what takes the memory of a few tokens, and the gates of every token are seen all the same."""
+    denoiser = build_pipeline("wan_ti2v").transformer
+    told = wan.arguments(masked(wan.example(denoiser, batch=2, size=(5, 6, 8), text_tokens=7, pixels=(48, 64))))
+    told["timestep"] = told["timestep"][:1].expand(2, -1)
+    assert told["timestep"].shape == (2, 5 * 3 * 4)
+    assert len(told["timestep"].unique()) == 2
+    block, linears = denoiser.blocks[1], [each for each in wan.linears(denoiser) if each.block == 1 and each.writes]
+    seen: list[Any] = []
+    block.register_forward_pre_hook(lambda _, args: seen.append(args))
+    plain = denoiser(**told).sample
+    with wan.by_frames(denoiser):
+        torch.testing.assert_close(denoiser(**told).sample, plain, rtol=0, atol=1e-5)
+        assert [each[2].shape for each in seen] == [(2, 60, 6, 36), (2, 5, 6, 36)]
+        for linear in linears:
+            gates = [
+                moments.glance(block, "blocks.1", [linear], (args, {}), want="outputs", streams=True)[0].gates
+                for args in seen[:2]
+            ]
+            if linear.writes.gate is not None:
+                assert gates[0][linear.name].shape == (2, 60, 36)
+                torch.testing.assert_close(gates[1][linear.name], gates[0][linear.name], rtol=0, atol=1e-5)
+    assert type(block) is type(build_pipeline("wan").transformer.blocks[0])
+    torch.testing.assert_close(denoiser(**told).sample, plain, rtol=0, atol=0)
+
+
+def test_a_call_that_begins_with_a_picture_is_of_the_step_of_what_it_draws(
+    build_pipeline: Build, picture_folder: Path
+) -> None:
+    """Its first frame, whose timestep is 0 throughout, is no part of the velocity."""
+    pipeline = build_pipeline("wan_ti2v", num_layers=1)
+    asked = Sampling(
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        batch_size=1,
+        seed=0,
+        max_sequence_length=8,
+        references=(str(picture_folder / "a.jpg"),),
+        **SIZES,
+    )
+    prompts = calibration.encode(pipeline, wan, PROMPTS[:1], asked)
+    calls = trajectories.record(pipeline, wan, prompts, asked, computed_steps=4, kept_steps=4)
+    assert sorted({call.step for call in calls}) == [0, 1, 2, 3]
+    args, kwargs = calls[0].arguments
+    velocity = velocity_of(pipeline.transformer, pipeline.transformer(*args, **kwargs), kwargs)
+    assert velocity.shape[2:] == (2, 4, 6)
 
 
 @torch.no_grad()
@@ -261,6 +332,19 @@ def test_pictures_are_asked_for_before_anything_is_loaded(
         verbs.prune_to_folder(asked, tmp_path / "out")
     with pytest.raises(ConfigError, match=message):  # to compare on
         verbs.export(replace(asked, method="magnitude"), tmp_path / "out")
+
+
+def test_films_that_can_begin_with_a_picture_are_calibrated_on_a_text_with_a_note(build_pipeline: Build) -> None:
+    pipeline = build_pipeline("wan_ti2v", num_layers=1)
+    asked = Sampling(num_inference_steps=1, guidance_scale=1.0, batch_size=1, seed=0, max_sequence_length=8, **SIZES)
+    index = {**pipeline.config, "_class_name": type(pipeline).__name__}
+    (said,) = pictures.note(index, asked)
+    assert "films of this pipeline can begin with a picture" in said
+    assert pictures.note(index, replace(asked, references=("a.jpg",))) == ()
+    assert pictures.note({**index, "expand_timesteps": False}, asked) == ()
+    alone = replace(asked, references=("a.jpg",), num_frames=1)
+    with pytest.raises(ConfigError, match="--num-frames 1: nothing is drawn of a film whose only frame is given"):
+        calibration.encode(pipeline, wan, PROMPTS[:1], alone)
 
 
 def test_what_cannot_be_is_refused_in_a_sentence(build_pipeline: Build, picture_folder: Path) -> None:

@@ -1006,7 +1006,7 @@ LIKE = {
 OWN = {
     "qwen_edit": ("transformer", "text_encoder", "vision_encoder"),
     "qwen_edit_first": ("transformer", "text_encoder"),
-    "wan_ti2v": ("vae_decoder", "vae_decoder_next"),
+    "wan_ti2v": ("transformer", "vae_decoder", "vae_decoder_next", "vae_encoder"),
 }
 
 
@@ -1088,12 +1088,15 @@ def _extremes(pipeline: Any, denoiser: Any) -> tuple[Any, ...]:
     from obsdiff.families.table import family_of
 
     family, kind = family_of(denoiser), type(pipeline).__name__
+    masked = references.masked if references.masks_frames(pipeline.config) else dict
     sizes = _EXTREMES.get(family.name, ((2, 2), (64, 64), (6, 50)))
     return tuple(
-        {
-            **family.example(denoiser, batch=batch, size=size, text_tokens=text, pixels=(64, 96)),
-            **references.example(denoiser, kind, batch=batch, tokens=told),
-        }
+        masked(
+            {
+                **family.example(denoiser, batch=batch, size=size, text_tokens=text, pixels=(64, 96)),
+                **references.example(denoiser, kind, batch=batch, tokens=told),
+            }
+        )
         for batch, text, told, size in zip((1, 3, 2), (1, 66, 32), (0, 9, 1), sizes, strict=True)
     )
 

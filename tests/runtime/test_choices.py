@@ -11,7 +11,7 @@ from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.pipeline import Pipeline
 
 MakePair = Callable[[str], tuple[Any, Path]]
-KINDS = ("sd3", "flux", "flux2", "kontext", "sana_sprint", "qwen_edit", "dit", "wan", "wan22", "wan22_i2v")
+KINDS = ("sd3", "flux", "flux2", "kontext", "sana_sprint", "qwen_edit", "dit", "wan", "wan22", "wan22_i2v", "wan_ti2v")
 
 
 def refuses(pipeline: Pipeline, **given: Any) -> bool:

@@ -12,6 +12,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from kinds import no_ftfy
 from obsdiff.families.autoencoders import use_tiles
+from obsdiff.pictures import opener
 from obsdiff_runtime import cli
 from obsdiff_runtime.benchmark import bench
 from obsdiff_runtime.errors import ConfigError
@@ -21,7 +22,7 @@ from obsdiff_runtime.pipeline import Images, Pipeline
 
 PROMPTS = ["a large red circle above a small blue square", "a small green triangle"]
 UNWANTED = ["two yellow stars", ""]
-KINDS = ("wan_i2v", "wan22_i2v")
+KINDS = ("wan_i2v", "wan22_i2v", "wan_ti2v")
 
 
 def picture(height: int, width: int) -> Any:
@@ -33,7 +34,7 @@ def both(
     pair: tuple[Any, Path], *, output_type: str = "np", vae_tiling: int | bool = False, **options: Any
 ) -> tuple[Any, Images]:
     """(n, frames, height, width, 3) of diffusers, in 0..1, or its latents, and what the runtime draws."""
-    theirs, folder = pair
+    theirs, folder = opener(pair[0]), pair[1]
     given = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": 32, "width": 48, "num_frames": 9}
     given |= {"negative_prompt": UNWANTED, "max_sequence_length": 512} | options
     image = picture(given["height"], given["width"])
@@ -107,6 +108,26 @@ def test_what_opens_no_film_is_refused(wan22_i2v_pair: tuple[Any, Path], wan_pai
     with pytest.raises(ConfigError, match="height 48 is not that of the image, 32"):
         ours("red", image=picture(32, 32), height=48)
     assert not Pipeline(wan_pair[1], threads=1).opens
+
+
+def test_a_film_that_can_begin_with_a_picture_keeps_it(wan_ti2v_pair: tuple[Any, Path], monkeypatch: Any) -> None:
+    """Films with and without one go through the denoiser together, and are drawn as alone."""
+    ours = Pipeline(wan_ti2v_pair[1], threads=1)
+    given: dict[str, Any] = {"height": 32, "width": 48}
+    opened, plain = (ours.begin("red", seed=3, **given, **told)[0] for told in ({"image": picture(32, 48)}, {}))
+    assert opened.shapes == plain.shapes
+    while not plain.is_over:
+        ours.step([opened, plain])
+    for drawing, told in ((opened, {"image": picture(32, 48)}), (plain, {})):
+        alone = ours("red", seed=3, **given, **told).latents[0]
+        np.testing.assert_allclose(drawing.sample, alone, atol=1e-5)
+    first = ours._vae.open(picture(32, 48), 1)
+    np.testing.assert_array_equal(opened.sample[:, :1], first)
+    assert np.abs(plain.sample[:, :1] - first).max() > 0.1
+    monkeypatch.setattr(ours.networks, "has", lambda component: component != "vae_encoder")
+    assert ours.choices.pictures == (0, 0)
+    with pytest.raises(ConfigError, match="strength says how much an image is changed, and there is no image"):
+        ours("red", strength=0.5)
 
 
 def test_a_text_of_another_length_is_refused(make_pair: Callable[[str], tuple[Any, Path]]) -> None:

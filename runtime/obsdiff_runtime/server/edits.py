@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 
 from obsdiff_runtime.autoencoder import Pixels
-from obsdiff_runtime.errors import ConfigError
+from obsdiff_runtime.errors import CompatibilityError, ConfigError
 from obsdiff_runtime.pictures import open_picture, resized
 from obsdiff_runtime.pipeline import Pipeline
 from obsdiff_runtime.references import Reference
@@ -101,7 +101,7 @@ async def read_pictures(pipeline: Pipeline, uploads: Sequence[Upload], size: tup
         size: (width, height) in pixels that is to be drawn; the bundle's own if None.
 
     Raises:
-        Refused: one is no picture, or too large; there are too many, or the denoiser is told none.
+        Refused: one is no picture, or too large; there are too many, or this bundle is told none.
     """
     own = pipeline.bundle.manifest.defaults
     width, height = size or (own.width, own.height)
@@ -114,7 +114,8 @@ async def read_pictures(pipeline: Pipeline, uploads: Sequence[Upload], size: tup
         return resized(image, width, height) if pipeline.opens else pipeline.fit(image)
 
     try:
+        pipeline.check_pictures()
         found = [await asyncio.to_thread(read, upload) for upload in uploads]
-    except ConfigError as error:
+    except (CompatibilityError, ConfigError) as error:
         raise Refused(400, str(error), param="image") from None
     return {"image": found[0]} if pipeline.opens else {"reference": found}

@@ -36,7 +36,10 @@ FEWER: dict[str, dict[str, Any]] = {
     **{kind: ONE_LEVEL for kind in ("sd15", "sdxl")},
     "auraflow": {"num_mmdit_layers": 1, "num_single_dit_layers": 1},
     "zimage": {"n_layers": 1},
-    **{kind: {"num_layers": 1} for kind in ("pixart", "sana", "sana_sprint", "qwen", "lumina2", "dit", "wan")},
+    **{
+        kind: {"num_layers": 1}
+        for kind in ("pixart", "sana", "sana_sprint", "qwen", "lumina2", "dit", "wan", "wan_ti2v")
+    },
     **{kind: {"num_layers": 1, "num_single_layers": 1} for kind in ("flux", "flux2")},
 }
 """Blocks: one of each kind, but for HunyuanDiT, whose skips need four."""
@@ -69,6 +72,7 @@ SIZES = {
         ("hunyuan", "hunyuan", "attn2.to_k.weight", "attn2.to_v.weight"),
         ("dit", "dit", "transformer_blocks.0.attn1.to_q.weight", "transformer_blocks.0.attn1.to_k.weight"),
         ("wan", "wan", "blocks.0.attn2.to_k.weight", "blocks.0.attn2.to_v.weight"),
+        ("wan_ti2v", "wan", "blocks.0.attn2.to_k.weight", "blocks.0.attn2.to_v.weight"),
         ("flux", "flux", "single_transformer_blocks.0.attn.to_q.weight", "single_transformer_blocks.0.proj_mlp.weight"),
     ],
 )
@@ -77,7 +81,10 @@ def test_every_linear_is_in_the_real_engine_and_linears_of_one_input_are_merged(
 ) -> None:
     pipeline = build_pipeline(kind, **FEWER.get(kind, {}))
     denoiser, name = getattr(pipeline, FAMILIES[family].denoiser), type(pipeline).__name__
-    component = references.component(FAMILIES[family], denoiser, name, height=64, width=64, vae_scale=8)
+    masks = references.masks_frames(pipeline.config)
+    component = references.component(
+        FAMILIES[family], denoiser, name, height=64, width=64, vae_scale=8, frame_mask=masks
+    )
     model = export(component, tmp_path / component.name, dtype=torch.float16)
     engine = build(
         model.path,

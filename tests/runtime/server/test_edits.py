@@ -2,7 +2,9 @@
 
 import base64
 import io
+import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from PIL import Image
 
 from obsdiff_runtime import references
+from obsdiff_runtime.bundle import ENCODER, open_bundle, write_manifest
 from obsdiff_runtime.pipeline import Pipeline
 from obsdiff_runtime.server.limits import MAX_FORM_BYTES
 
@@ -67,6 +70,22 @@ def test_what_draws_nothing_without_a_picture_is_served(
     expected = ours(PROMPT, reference=ours.fit(Image.open(io.BytesIO(file[1]))), **given).arrays[0]
     drawn = Image.open(io.BytesIO(base64.b64decode(edited.json()["data"][0]["b64_json"])))
     np.testing.assert_array_equal(np.asarray(drawn), expected)
+
+
+def test_a_bundle_that_reads_no_pictures_says_so_and_offers_none(
+    flux2_pair: tuple[Any, Path], serving: Callable[..., Any], tmp_path: Path
+) -> None:
+    manifest = open_bundle(flux2_pair[1]).manifest
+    components = {name: entry for name, entry in manifest.components.items() if name != ENCODER}
+    shutil.copytree(flux2_pair[1], tmp_path / "blind", ignore=shutil.ignore_patterns(ENCODER))
+    write_manifest(tmp_path / "blind", replace(manifest, components=components))
+    with serving(tmp_path / "blind") as found:
+        answer = found.client.post("/v1/images/edits", data={"prompt": PROMPT}, files={"image": file_of(64, 64)})
+        (model,) = found.client.get("/v1/models").json()["data"]
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["message"], error["param"]) == ("this bundle has no VAE encoder, so that it reads no images", "image")
+    assert model["details"]["takes"]["pictures"] is None
 
 
 def test_an_edit_is_streamed_under_its_own_name(client: openai.OpenAI) -> None:

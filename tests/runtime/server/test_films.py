@@ -59,6 +59,26 @@ def test_a_format_that_holds_no_film_is_refused(running: Any) -> None:
     assert answer.json()["error"]["message"] == "model-0 draws films, and jpeg holds none; ask for png or webp"
 
 
+def test_a_film_that_can_begin_with_a_picture_begins_with_that_of_an_edit(
+    wan_ti2v_pair: tuple[Any, Path], serving: Callable[..., Any]
+) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 72, 3), dtype=np.uint8))
+    content = io.BytesIO()
+    image.save(content, "png")
+    asked: dict[str, Any] = {"prompt": "a ring", "seed": 7, "size": "48x32"}
+    with serving(wan_ti2v_pair[1]) as running:
+        form = {name: str(value) for name, value in asked.items()}
+        file = ("photo.png", content.getvalue())
+        begun = running.client.post("/v1/images/edits", data=form, files={"image": file}).json()
+        plain = running.draw(**asked).json()
+        (model,) = running.client.get("/v1/models").json()["data"]
+    ours = Pipeline(wan_ti2v_pair[1], threads=1)
+    for answer, told in ((begun, {"image": resized(image, 48, 32)}), (plain, {})):
+        expected = ours("a ring", seed=7, height=32, width=48, **told).arrays[0]
+        np.testing.assert_array_equal(frames(answer["data"][0]["b64_json"]), expected)
+    assert (model["details"]["takes"]["pictures"]["least"], model["details"]["takes"]["pictures"]["most"]) == (0, 1)
+
+
 def test_a_film_begins_with_the_picture_of_an_edit(
     wan22_i2v_pair: tuple[Any, Path], serving: Callable[..., Any]
 ) -> None:
