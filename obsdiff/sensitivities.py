@@ -38,6 +38,10 @@ MOMENT_CALLS: Final = 8
 PROBES: Final = 4
 """Recorded calls that a candidate's effect is measured on, at most."""
 
+EARLY: Final = 0.25
+"""Where in its part of the steps a probe lies. Early ones make the picture: of 70 % the middle picture's error is a
+third less than with probes in the middle, and the velocity's a sixteenth."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
@@ -64,8 +68,8 @@ def cost(candidates: Sequence[Candidate], blocks: int) -> float:
     return 1 + sum(blocks - candidate.block for candidate in candidates) / blocks
 
 
-def spaced(calls: Sequence[Call], number: int) -> list[int]:
-    """Indices of calls, evenly spaced over the steps, the middle of each part of them.
+def spaced(calls: Sequence[Call], number: int, place: float = 0.5) -> list[int]:
+    """Indices of calls, evenly spaced over the steps: of each part of them the one at `place`, 0 to 1.
 
     They are spaced over the calls of all ranks; those of this rank are given.
     """
@@ -74,7 +78,7 @@ def spaced(calls: Sequence[Call], number: int) -> list[int]:
     first = sum(len(part) for part in parts[: ranks.rank()])
     order = sorted(range(len(steps)), key=lambda index: (steps[index], index))
     number = min(number, len(steps))
-    picked = [order[(2 * part + 1) * len(order) // (2 * number)] - first for part in range(number)]
+    picked = [order[int((part + place) * len(order) / number)] - first for part in range(number)]
     return [index for index in picked if 0 <= index < len(calls)]
 
 
@@ -122,7 +126,7 @@ def measure(
     errors: dict[str, float] = {}
     blocks = [denoiser.get_submodule(name) for name in names]
     with pausing.gated(blocks):
-        dense = [_Probe(denoiser, blocks, names, calls[index], guidance) for index in spaced(calls, probes)]
+        dense = [_Probe(denoiser, blocks, names, calls[index], guidance) for index in spaced(calls, probes, EARLY)]
         count = ranks.total(len(dense))
         chosen = spaced(calls, MOMENT_CALLS)
         stream = [PausedPass(denoiser, calls[index].arguments) for index in chosen]

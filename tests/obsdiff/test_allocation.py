@@ -165,7 +165,7 @@ def test_a_candidate_s_error_is_that_of_a_plain_forward_pass(
             width = weight.shape[1] // 2 if group is None else group.width * candidate.removed
             weight.data[:, start : start + width] = 0
         found = []
-        for index in sensitivities.spaced(calls, 2):
+        for index in sensitivities.spaced(calls, 2, sensitivities.EARLY):
             dense, pruned = (velocity(model, calls[index]).flatten(1) for model in (before, changed))
             if scale is not None and kind != "flux":
                 dense, pruned = (torch.lerp(*each.chunk(2), scale) for each in (dense, pruned))
@@ -191,6 +191,7 @@ def test_a_candidate_that_breaks_the_model_is_named_and_leaves_it_whole(subject:
 def test_probes_are_spread_over_the_steps() -> None:
     calls = [Call(step=step, arguments=((), {}), prompts="") for step in (5, 3, 1, 7, 0, 2, 4, 6)]
     assert [calls[index].step for index in sensitivities.spaced(calls, 2)] == [2, 6]
+    assert [calls[index].step for index in sensitivities.spaced(calls, 2, sensitivities.EARLY)] == [1, 5]
     assert sorted(calls[index].step for index in sensitivities.spaced(calls, 99)) == list(range(8))
 
 
