@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from obsdiff import engines, job, pruning, turns
-from obsdiff.families import references
+from obsdiff.families import exporting, references
 from obsdiff.loading import vae_scale
 from obsdiff.measurements import NotMeasured
 from obsdiff.resolving import resolve
@@ -202,14 +202,8 @@ def _of_model(subject: Subject, settings: Settings, runner: Runner, folder: Path
 
     def export(name: str) -> Path:
         sampled = subject.job.recipe.sampling
-        denoiser = references.component(
-            subject.job.family,
-            loaded.denoiser,
-            subject.job.pipeline_class,
-            height=sampled.height,
-            width=sampled.width,
-            vae_scale=vae_scale(subject.job.configs),
-            frame_mask=references.masks_frames(subject.job.index),
+        denoiser = exporting.denoiser(
+            loaded.pipeline, subject.job.family, loaded.denoiser, height=sampled.height, width=sampled.width
         )
         return onnx.export(denoiser, folder / name, dtype=runner.dtype, opset=settings.opset).path
 
