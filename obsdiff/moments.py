@@ -260,7 +260,7 @@ class TierMoments:
     Args:
         linears: of one tier.
         device: of the sums.
-        guidance: where it is, tokens of images count a third time, as the sampler combines them.
+        guidance: where it is, tokens of images count as the sampler combines them, too.
         share: what a combined token counts beside the two that it is made of.
     """
 
@@ -298,29 +298,27 @@ class TierMoments:
             name, leader = linear.name, self._leaders[linear.reads]
             if pruned.sources[name] != pruned.sources[leader]:
                 raise CalibrationError(f"{name} and {leader} were taken to read the same input and do not")
-            x, y = pruned.inputs[name], dense.outputs[name]
-            gap = dense.bases[name] - pruned.bases[name] if name in dense.bases else None
-            gate = dense.gates.get(name, 1.0)
             try:
-                self._count(linear, x, y, gap, gate, weight)
-                whole = x.ndim == 3  # with masked tokens left out, rows are no longer of one length
-                if self._guidance is not None and self._share and paired and whole and linear.tokens != "text":
-                    mix = self._guidance.combined
-                    given = gate.chunk(2)[1] if isinstance(gate, Tensor) else gate
-                    combined = None if gap is None else mix(gap)
-                    self._count(linear, mix(x), mix(y), combined, given, weight * self._share)
+                self._count(linear, dense, pruned, weight, paired)
             except CalibrationError as error:
                 raise CalibrationError(f"{name}: {error}") from None
 
-    def _count(
-        self, linear: LinearSpec, x: Tensor, y: Tensor, gap: Tensor | None, gate: Tensor | float, weight: float
-    ) -> None:
+    def _count(self, linear: LinearSpec, dense: Glance, pruned: Glance, weight: float, paired: bool) -> None:
+        name = linear.name
+        x, y = _wide(pruned.inputs[name]), _wide(dense.outputs[name])
+        gate = _wide(torch.as_tensor(dense.gates.get(name, 1.0), device=y.device))
+        pushed = gate * _wide(dense.bases[name] - pruned.bases[name]) if name in dense.bases else None
+        whole = x.ndim == 3  # with masked tokens left out, rows are no longer of one length
+        if self._guidance is not None and paired and whole and linear.tokens != "text":
+            mix = partial(self._guidance.spread, share=self._share)
+            x, y, pushed = mix(x), mix(y), None if pushed is None else mix(pushed)
+            weight *= 1 + self._share / 2
         rows = x.flatten(0, -2)  # (tokens, in)
-        if self._leaders[linear.reads] == linear.name:
+        if self._leaders[linear.reads] == name:
             self._grams[linear.reads].add(rows, weight)
-        self._targets[linear.name].add(rows, y.flatten(0, -2), weight)
-        if gap is not None:
-            self._targets[linear.name].add_gap(rows, y, gap, gate, weight)
+        self._targets[name].add(rows, y, weight)
+        if pushed is not None:
+            self._targets[name].add_gap(rows, y, pushed, gate, weight)
 
     def finish(self, repair: float) -> tuple[dict[str, Gram], dict[str, Target]]:
         """Grams by LinearSpec.reads, targets by linear, over the calls of all ranks.
@@ -367,27 +365,24 @@ class _TargetSums:
         self._weight = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, x: Tensor, y: Tensor, weight: float) -> None:
-        """Counts x, (tokens, in), and y, (tokens, out)."""
-        wide, wanted = _wide(x), _wide(y)
-        energy = _sum(wanted.square())
+        """Counts x, (tokens, in), and y, (..., out) of as many tokens."""
+        energy = _sum(y.square())
         if not bool(energy.isfinite().all()):
             raise CalibrationError("the dense model's output is not finite; are its weights?")
-        self._plain.add(wide, wanted, weight)
+        self._plain.add(x, y.flatten(0, -2), weight)
         self._energies[0] += weight * energy
         self._weight += weight * len(x)
 
-    def add_gap(self, x: Tensor, y: Tensor, gap: Tensor, gate: Tensor | float, weight: float) -> None:
-        """Counts the gap d between the streams, (rows, tokens, out), at the tokens x, (tokens, in)."""
+    def add_gap(self, x: Tensor, y: Tensor, pushed: Tensor, gate: Tensor, weight: float) -> None:
+        """Counts g d, (rows, tokens, out) as y is, and the gate g beside it, at the tokens x, (tokens, in)."""
         if self._gap is None:
             self._gap = _Products(self._linear, self._device)
-        pushed = _wide(gate * gap).flatten(0, -2)  # (tokens, out)
-        if not bool(_sum(pushed.square()).isfinite().all()):
-            raise CalibrationError("the residual stream it writes to is not finite; are the model's weights?")
-        wanted = _wide(y).flatten(0, -2)
-        squares = _wide(gate * torch.ones_like(gap)).flatten(0, -2).square()
-        self._gap.add(_wide(x), pushed, weight)
         energy = pushed.square()
-        for place, value in ((1, wanted * pushed), (2, energy), (3, squares), (4, squares * energy)):
+        if not bool(_sum(energy).isfinite().all()):
+            raise CalibrationError("the residual stream it writes to is not finite; are the model's weights?")
+        self._gap.add(x, pushed.flatten(0, -2), weight)
+        squares = gate.square().expand_as(pushed)
+        for place, value in enumerate((y * pushed, energy, squares, squares * energy), start=1):
             self._energies[place] += weight * _sum(value)
 
     def sums(self) -> tuple[Tensor, ...]:
@@ -418,8 +413,8 @@ def _wide(value: Tensor) -> Tensor:
 
 
 def _sum(value: Tensor) -> Tensor:
-    """Over tokens, (tokens, out) -> (out,), float64."""
-    return value.sum(dim=0).double()
+    """Over rows and tokens, (..., out) -> (out,), float64."""
+    return value.sum(dim=tuple(range(value.ndim - 1))).double()
 
 
 def spaced(value: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The denoiser's calls along the dense model's own trajectories: what streamed calibration looks at."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -70,6 +71,25 @@ class Guidance:
         """(2 rows, ...), the unconditional ones first, -> (rows, ...)."""
         without, given = value.chunk(2)
         return torch.lerp(without, given, self.scale)
+
+    def spread(self, value: Tensor, share: float) -> Tensor:
+        """Two tokens of the weight 1 + share / 2 for three: u and c of the weight 1 and their combination of `share`.
+
+        All three lie at places 0, 1 and s of the line u + t (c - u); two at their mean, one deviation to either side,
+        have the same weight in all, the same mean and the same second moments.
+
+        Args:
+            value: (2 rows, ...), the unconditional ones first.
+            share: what the combination counts.
+
+        Returns:
+            (2 rows, ...), in value's dtype.
+        """
+        weight = 2 + share
+        mean = (1 + share * self.scale) / weight
+        deviation = math.sqrt((1 + share * self.scale**2) / weight - mean**2)
+        without, given = value.chunk(2)
+        return torch.cat([torch.lerp(without, given, mean + side * deviation) for side in (-1, 1)])
 
 
 @torch.no_grad()

@@ -412,6 +412,32 @@ def test_rows_that_guidance_does_not_pair_are_not_combined() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("share", [0.0, 0.3, 2.0])
+def test_the_guided_combination_counts_as_if_it_were_a_third_row(share: float) -> None:
+    """Oracle: the three of them one by one."""
+    guidance, linear = Guidance(3.5), spec("out")
+    x, y, gate = noise(2 * ROWS, 5, IN, seed=0) + 1, noise(2 * ROWS, 5, OUT, seed=1), noise(ROWS, 1, OUT, seed=2)
+    before = [noise(*y.shape, seed=seed) for seed in (3, 4)]
+    found, expected = TierMoments([linear], x.device, guidance, share), TierMoments([linear], x.device)
+
+    def count(sums: TierMoments, mix: Callable[[Tensor], Tensor], gate: Tensor, weight: float) -> None:
+        dense = seen({}, {"out": mix(y)}, {"out": mix(before[0])}, {"out": gate})
+        sums.add(dense, seen({"out": mix(x)}, {}, {"out": mix(before[1])}), weight)
+
+    count(found, lambda value: value, gate.repeat(2, 1, 1), 2.0)
+    count(expected, lambda value: value, gate.repeat(2, 1, 1), 2.0)
+    count(expected, guidance.combined, gate, 2.0 * share)
+    (gram, target), (gram_of_three, target_of_three) = (
+        (grams["x"], targets["out"]) for grams, targets in (sums.finish(0.7) for sums in (found, expected))
+    )
+    torch.testing.assert_close(gram.matrix, gram_of_three.matrix, **CLOSE)
+    torch.testing.assert_close(gram.mean, gram_of_three.mean, **CLOSE)
+    torch.testing.assert_close(target.cross, target_of_three.cross, **CLOSE)
+    torch.testing.assert_close(target.mean, target_of_three.mean, **CLOSE)
+    torch.testing.assert_close(target.energy, target_of_three.energy, **CLOSE)
+
+
+@torch.no_grad()
 def test_a_layer_that_is_not_reached_is_named() -> None:
     class Bypass(nn.Module):
         def __init__(self) -> None:

@@ -169,12 +169,15 @@ def test_rows_of_guidance_are_combined_where_none_of_their_tokens_is_masked(kind
     assert all(len(mask) == 4 for call in calls for mask in call.masks.values())
     linear = LinearSpec(name="q", block=0, tier=0, reads="x", in_features=4, out_features=3, tokens="joint")
     x, y = torch.randn(2, 5, 4), torch.randn(2, 5, 3)
-    for inputs, outputs, tokens in ((x, y, 15), (x.flatten(0, 1), y.flatten(0, 1), 10)):
-        sums = moments.TierMoments([linear], torch.device("cpu"), Guidance(4.0), 0.3)
-        sources = {"q": (0, inputs.shape)}
-        seen = moments.Glance(inputs={"q": inputs}, outputs={"q": outputs}, bases={}, gates={}, sources=sources)
-        sums.add(seen, seen, 1.0, paired=True)
-        assert sums.finish(0)[0]["x"].tokens == tokens
+    for inputs, outputs, combined in ((x, y, True), (x.flatten(0, 1), y.flatten(0, 1), False)):
+        grams = []
+        for guidance in (Guidance(4.0), None):
+            sums = moments.TierMoments([linear], torch.device("cpu"), guidance, 0.3)
+            sources = {"q": (0, inputs.shape)}
+            seen = moments.Glance(inputs={"q": inputs}, outputs={"q": outputs}, bases={}, gates={}, sources=sources)
+            sums.add(seen, seen, 1.0, paired=True)
+            grams.append(sums.finish(0)[0]["x"].matrix)
+        assert torch.equal(*grams) != combined
 
 
 @torch.no_grad()
