@@ -47,6 +47,7 @@ STAGES: Final = {
 }
 ALIASES: Final = {
     "sd": "sd15",
+    "lcm": "sd15",
     "flux2_dev": "flux2",
     "sd3_t5": "sd3",
     "pixart_alpha": "pixart",

@@ -26,7 +26,7 @@ class Family(Protocol):
         vae_scale: pixels per side of a latent pixel where there is no VAE to ask.
         negatives: whether guidance runs every image twice, once on a negative prompt (classifier-free guidance); where
             not, it is distilled into the denoiser, which is told its scale. A denoiser whose configuration has
-            `guidance_embeds` is told it in any family.
+            `guidance_embeds` or `time_cond_proj_dim` is told it in any family.
         negative_first: whether rows of negative prompts stand before the others in one call of the denoiser.
         described: whether the denoiser's units, inputs and outputs are known; of `generic` only its linears are.
         text_mask: argument of the denoiser's forward, (rows, text tokens), 1 for text and 0 for padding that no image
@@ -137,7 +137,8 @@ def require_described(family: Family, what: str) -> None:
 def guided(family: Family, denoiser: nn.Module, guidance_scale: float) -> bool:
     """Whether every image is run twice, the first time on its negative prompt."""
     config: Any = denoiser.config
-    return family.negatives and not config.get("guidance_embeds") and usual_scale(family, guidance_scale) > 1
+    told = config.get("guidance_embeds") or config.get("time_cond_proj_dim")
+    return family.negatives and not told and usual_scale(family, guidance_scale) > 1
 
 
 def usual_scale(family: Family, guidance_scale: float) -> float:

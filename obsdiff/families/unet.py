@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x, 2.x and SDXL: `UNet2DConditionModel`.
+"""Stable Diffusion 1.x, 2.x and SDXL, and latent consistency models of them: `UNet2DConditionModel`.
 
 Pruned are the transformer blocks between its convolutions, numbered in forward order: down, middle, up. Every block
 reads
@@ -10,6 +10,8 @@ reads
     heads              attn2.to_out.0
     norm3              ff.net.0.proj             GEGLU: values and gates, one after the other
     neurons            ff.net.2
+
+What was distilled to few steps with guidance is told the scale beside the timestep (`timestep_cond`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from obsdiff.families import layers, parts, reading
 from obsdiff.groups import Group, LinearSpec, Write
 from obsdiff_export.component import Component
+from obsdiff_runtime.conditioning import GUIDANCE_WAVES
 from obsdiff_runtime.errors import ConfigError, ModelError
 
 name: str = "unet"
@@ -127,6 +130,8 @@ def example(
         pooled = config.projection_class_embeddings_input_dim - _TIME_IDS * config.addition_time_embed_dim
         inputs["text_embeds"] = parts.noise(batch, pooled, dtype=dtype)
         inputs["time_ids"] = torch.tensor([*pixels, 0, 0, *pixels], dtype=dtype).repeat(batch, 1)
+    if config.time_cond_proj_dim is not None:
+        inputs[GUIDANCE_WAVES] = parts.noise(batch, config.time_cond_proj_dim, dtype=dtype)
     return inputs
 
 
@@ -147,15 +152,16 @@ class _Flat(parts.Flat):
         encoder_hidden_states: Tensor,
         text_embeds: Tensor | None = None,
         time_ids: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
     ) -> Tensor:
         added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
         inputs = (sample, timestep, encoder_hidden_states)
-        noise: Tensor = self.source(*inputs, added_cond_kwargs=added, return_dict=False)[0]
+        noise: Tensor = self.source(*inputs, timestep_cond=timestep_cond, added_cond_kwargs=added, return_dict=False)[0]
         return noise
 
 
 def component(denoiser: nn.Module, *, height: int, width: int, vae_scale: int = 8) -> Component:
-    """See `Family.component`; SDXL's denoiser also reads `text_embeds` and `time_ids`.
+    """See `Family.component`; SDXL's denoiser also reads `text_embeds` and `time_ids`, an LCM's `timestep_cond`.
 
     Raises:
         ModelError: the UNet takes inputs that are not exported, such as class labels.
@@ -185,7 +191,6 @@ def _check_inputs(config: Mapping[str, Any]) -> None:
         "class_embed_type": (None,),
         "encoder_hid_dim_type": (None, "text_proj"),
         "num_class_embeds": (None,),
-        "time_cond_proj_dim": (None,),
     }
     for key, values in known.items():
         if config.get(key) not in values:

@@ -3,7 +3,7 @@
 Shapes: n prompts, t text tokens, d width of a text token, p pooled width.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import unescape
 from math import isqrt
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from obsdiff_runtime import seeing
+from obsdiff_runtime.bundle import TensorEntry
 from obsdiff_runtime.errors import BundleError, CompatibilityError, ConfigError
 from obsdiff_runtime.labels import COUNT, read_labels
 from obsdiff_runtime.networks import Array, Networks
@@ -31,7 +32,8 @@ PROMPT_TEMPLATE: Final = "prompt_template"  # in the configuration of a chat mod
 IS_DISTILLED: Final = "is_distilled"  # in the index of a pipeline whose steps are distilled: it takes no guidance
 
 GUIDANCE: Final = "guidance"
-"""Input of a denoiser that is told the scale."""
+GUIDANCE_WAVES: Final = "timestep_cond"
+"""Inputs of denoisers that are told the scale: as it is, or as sines and cosines."""
 
 EXAMPLE: Final = "a large red circle above a small blue square"
 """A prompt that all draw that read text."""
@@ -52,6 +54,7 @@ class Settings:
     num_frames: int | None = None  # of a film
     guided: bool  # each image is run twice, the first time on its negative prompt
     skipped_steps: int = 0
+    strength: float = 1.0  # share of its noise levels that the scheduler spaces the steps over
     guidance_scale_2: float | None = None  # of the denoisers behind the first, where some take turns
     references: tuple[Sides, ...] = ()  # pictures that the denoiser is told
     seen: tuple[seeing.Seen, ...] = ()  # the same, where the text encoder looks at them, too
@@ -74,9 +77,10 @@ class Kind:
         patch: pixels of the latent that the denoiser cannot split, from its config.
         channels: of the latents, from the denoiser's config.
         largest: largest latent side the denoiser takes, from its config; None where there is no limit.
-        skipped: steps of so many that are left out where an image is changed by a strength.
+        skipped: steps of so many that are left out where an image is changed by a strength; None where the scheduler
+            spaces all of them over the noise levels that the strength leaves.
         only: the one latent side it draws, from its config; None where it draws others.
-        negatives: whether guidance runs an image on its negative prompt too; if not, the denoiser is told its scale.
+        negatives: whether guidance runs an image on its negative prompt too, unless the denoiser is told its scale.
         unguided: the scale up to which there is no such guidance. It is 0 where diffusers' pipeline means by its scale
             how much is added, which is one less than what others mean.
         draws_classes: whether prompts are names or numbers of classes, so that a negative one can but be empty.
@@ -100,7 +104,7 @@ class Kind:
     patch: Callable[[Mapping[str, Any]], int]
     largest: Callable[[Mapping[str, Any]], int | None] = lambda config: None
     only: Callable[[Mapping[str, Any]], int | None] = lambda config: None
-    skipped: Callable[[int, float], int]
+    skipped: Callable[[int, float], int] | None
     channels: Callable[[Mapping[str, Any]], int] = lambda config: int(config["in_channels"])
     negatives: bool = True
     unguided: float = 1.0
@@ -178,16 +182,13 @@ def encode_sdxl(networks: Networks, prompts: Sequence[str], negative: bool, sett
 
 
 def encode_flux(networks: Networks, prompts: Sequence[str], negative: bool, settings: Settings) -> Conditions:
-    """T5, and one CLIP encoder's pooled text; where the denoiser is distilled with guidance, its scale."""
+    """T5, and one CLIP encoder's pooled text."""
     ids = networks.tokenizer("tokenizer").ids(prompts, _max_length(networks, "tokenizer"))
     pooled = networks.run("text_encoder", {"input_ids": ids}, ["pooler_output"])["pooler_output"]
-    told = {
+    return {
         "encoder_hidden_states": _t5(networks, "_2", prompts, settings.max_sequence_length),
         "pooled_projections": pooled,
     }
-    if networks.bundle.config("transformer")["guidance_embeds"]:
-        told |= _guidance(len(prompts), settings)
-    return told
 
 
 def encode_pixart(networks: Networks, prompts: Sequence[str], negative: bool, settings: Settings) -> Conditions:
@@ -234,11 +235,6 @@ def encode_sana(networks: Networks, prompts: Sequence[str], negative: bool, sett
     return {"encoder_hidden_states": states[:, kept], "encoder_attention_mask": mask[:, kept]}
 
 
-def encode_sana_sprint(networks: Networks, prompts: Sequence[str], negative: bool, settings: Settings) -> Conditions:
-    """As Sana's, and the guidance scale."""
-    return encode_sana(networks, prompts, negative, settings) | _guidance(len(prompts), settings)
-
-
 def encode_flux2(networks: Networks, prompts: Sequence[str], negative: bool, settings: Settings) -> Conditions:
     """Hidden states of a chat model, told what is padding, though the denoiser looks at it."""
     before, behind = networks.bundle.config("text_encoder")[PROMPT_TEMPLATE]
@@ -249,9 +245,8 @@ def encode_flux2(networks: Networks, prompts: Sequence[str], negative: bool, set
 
 
 def encode_flux2_dev(networks: Networks, prompts: Sequence[str], negative: bool, settings: Settings) -> Conditions:
-    """As klein's, of prompts without the mark that stands for an image, and the guidance scale."""
-    told = encode_flux2(networks, [prompt.replace("[IMG]", "") for prompt in prompts], negative, settings)
-    return told | _guidance(len(prompts), settings)
+    """As klein's, of prompts without the mark that stands for an image."""
+    return encode_flux2(networks, [prompt.replace("[IMG]", "") for prompt in prompts], negative, settings)
 
 
 def encode_qwen(networks: Networks, prompts: Sequence[str], negative: bool, settings: Settings) -> Conditions:
@@ -364,9 +359,22 @@ def encode_dit(networks: Networks, prompts: Sequence[str], negative: bool, setti
     return {"class_labels": np.array(numbers, np.int64)}
 
 
-def _guidance(count: int, settings: Settings) -> Conditions:
-    """What so many prompts are told of the scale."""
-    return {GUIDANCE: np.full(count, settings.guidance_scale, dtype=np.float32)}
+def told_scale(inputs: Iterable[TensorEntry], scale: float) -> Conditions:
+    """What the denoiser is told of one image's guidance scale, () or (width,), where it has an input for it."""
+    told: Conditions = {}
+    for entry in inputs:
+        if entry.name == GUIDANCE:
+            told[entry.name] = np.array(scale, dtype=np.float32)
+        elif entry.name == GUIDANCE_WAVES:
+            told[entry.name] = _waves(1000 * (scale - 1), int(entry.shape[1]))
+    return told
+
+
+def _waves(value: float, width: int) -> Array:
+    """(width,): sines, then cosines, of frequencies from 1 to 1 / 10000; Luo et al. 2023 tell the scale so."""
+    half = width // 2
+    angles = np.float32(value) * np.exp(np.arange(half, dtype=np.float32) * -np.float32(np.log(10000) / (half - 1)))
+    return np.pad(np.concatenate([np.sin(angles), np.cos(angles)]), (0, width % 2))
 
 
 def _clip(networks: Networks, suffix: str, prompts: Sequence[str], length: int, pooled: str | None) -> dict[str, Array]:
@@ -464,6 +472,7 @@ SD: Final = Kind(
     patch=_unet_patch,
     skipped=_skipped_whole,
 )
+LCM: Final = replace(SD, skipped=None, negatives=False, scheduler="LCMScheduler")
 SDXL: Final = Kind(
     denoiser="unet",
     noisy="sample",
@@ -497,9 +506,7 @@ SANA: Final = Kind(
     patch=lambda config: int(config["patch_size"]),
     skipped=_skipped_whole,  # as PixArt's
 )
-SANA_SPRINT: Final = replace(
-    SANA, encode=encode_sana_sprint, skipped=_skipped_part, negatives=False, scheduler="SCMScheduler"
-)
+SANA_SPRINT: Final = replace(SANA, skipped=_skipped_part, negatives=False, scheduler="SCMScheduler")
 FLUX2_KLEIN: Final = Kind(
     encode=encode_flux2,
     patch=lambda config: 1,  # its latents are patches already
@@ -559,6 +566,7 @@ ZIMAGE: Final = Kind(
 KINDS: Final[dict[str, Kind]] = {
     "StableDiffusion3Pipeline": SD3,
     "StableDiffusionPipeline": SD,
+    "LatentConsistencyModelPipeline": LCM,
     "StableDiffusionXLPipeline": SDXL,
     "FluxPipeline": FLUX,
     "FluxKontextPipeline": FLUX_KONTEXT,

@@ -19,7 +19,7 @@ from obsdiff_runtime.autoencoder import FRAME_SCALE, Autoencoder, Pixels, film_f
 from obsdiff_runtime.backends import Backend
 from obsdiff_runtime.bundle import DECODER, ENCODER, IMAGE_ENCODER, Bundle, open_bundle
 from obsdiff_runtime.choices import Choices
-from obsdiff_runtime.conditioning import GUIDANCE, IS_DISTILLED, Conditions, Kind, Settings, kind_of
+from obsdiff_runtime.conditioning import IS_DISTILLED, Conditions, Kind, Settings, kind_of, told_scale
 from obsdiff_runtime.drawing import Drawing, Stepper
 from obsdiff_runtime.errors import CancelledError, ConfigError
 from obsdiff_runtime.labels import read_labels
@@ -300,8 +300,7 @@ class Pipeline:
     def choices(self) -> Choices:
         """What calls can choose."""
         kind, manifest = self._kind, self.bundle.manifest
-        told = {port.name for port in self.bundle.component(kind.denoiser).inputs}
-        guided = not self._distilled if kind.negatives else GUIDANCE in told
+        guided = not self._distilled if kind.negatives else bool(self._told_scale(1.0))
         fixed = [_fixed_size(self.bundle, kind, axis) for axis in (-2, -1)]
         pictures: tuple[int, int | None] = (0, 0)
         if self.networks.has(ENCODER):
@@ -377,7 +376,18 @@ class Pipeline:
             if strength is not None:
                 raise ConfigError("strength says how much an image is changed, and here a film begins with it")
             return settings
-        return replace(settings, skipped_steps=self._skipped(settings.num_inference_steps, strength))
+        share = STRENGTH if strength is None else strength
+        if not 0 < share <= 1:
+            raise ConfigError(f"strength should be above 0 and at most 1, not {share:g}")
+        if self._kind.skipped is None:
+            return replace(settings, strength=share)
+        steps = settings.num_inference_steps
+        skipped = self._kind.skipped(steps, share)
+        if skipped >= steps:
+            raise ConfigError(
+                f"strength {share:g} of {steps} steps is none; give {1 / steps:.2g} or more, or more steps"
+            )
+        return replace(settings, skipped_steps=skipped)
 
     def fit(self, image: "Image", *, own_size: bool = False) -> Reference:
         """A picture as `reference` takes it, at the size that diffusers gives it, or its own in whole tokens.
@@ -458,17 +468,6 @@ class Pipeline:
         require_taken(given, bool(self.bundle.manifest.turns), "of this pipeline")
         return self.bundle.manifest.defaults.guidance_scale_2 if first is None and given is None else given
 
-    def _skipped(self, steps: int, strength: float | None) -> int:
-        share = STRENGTH if strength is None else strength
-        if not 0 < share <= 1:
-            raise ConfigError(f"strength should be above 0 and at most 1, not {share:g}")
-        skipped = self._kind.skipped(steps, share)
-        if skipped >= steps:
-            raise ConfigError(
-                f"strength {share:g} of {steps} steps is none; give {1 / steps:.2g} or more, or more steps"
-            )
-        return skipped
-
     def _check_size(self, name: str, axis: int, pixels: int) -> None:
         step = self.size_step
         largest = self._kind.largest(self._denoiser)
@@ -505,9 +504,14 @@ class Pipeline:
         encode = self._kind.encode
         wanted = _encoded_once(prompts, lambda unique: encode(self.networks, unique, False, settings))
         if not settings.guided:
+            scale = self._told_scale(settings.guidance_scale)
+            wanted |= {name: np.stack([value] * len(prompts)) for name, value in scale.items()}
             return {name: value[:, None] for name, value in wanted.items()}
         unwanted = _encoded_once(negatives, lambda unique: encode(self.networks, unique, True, settings))
         return {name: np.stack([unwanted[name], wanted[name]], axis=1) for name in wanted}
+
+    def _told_scale(self, scale: float) -> Conditions:
+        return told_scale(self.bundle.component(self._kind.denoiser).inputs, scale)
 
     def _denoise(self, drawings: Sequence[Drawing], progress: Progress, on_step: OnStep | None) -> None:
         """All steps of images that began together."""
@@ -533,6 +537,7 @@ class Pipeline:
             even_sigmas=self._kind.even_sigmas,
             mu=None if shift is None else shift(tokens, settings.num_inference_steps),
             only=self._kind.scheduler,
+            strength=settings.strength,
         )
 
 
@@ -573,10 +578,16 @@ def _prompts(
 
 
 def _kind_of(bundle: Bundle) -> Kind:
-    """How the bundle's pipeline samples; which pictures the denoiser can be told, its graph says."""
+    """How the bundle's pipeline samples; which pictures the denoiser can be told, and its scale, its graph says."""
     kind = kind_of(bundle.manifest.pipeline_class)
-    told = {port.name for port in bundle.component(kind.denoiser).inputs}
-    return replace(kind, references=kind.references if STATES in told else None, masks=openings.MASK in told)
+    inputs = bundle.component(kind.denoiser).inputs
+    told = {port.name for port in inputs}
+    return replace(
+        kind,
+        negatives=kind.negatives and not told_scale(inputs, 1.0),
+        references=kind.references if STATES in told else None,
+        masks=openings.MASK in told,
+    )
 
 
 def _size_of(image: Pixels, height: int | None, width: int | None, name: str = "image") -> tuple[int, int]:

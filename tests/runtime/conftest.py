@@ -219,6 +219,22 @@ def sd_pipeline() -> Any:
     )
 
 
+def lcm_pipeline() -> Any:
+    """Its denoiser was distilled to few steps, and is told the scale of guidance."""
+    from diffusers import LatentConsistencyModelPipeline, LCMScheduler
+
+    return LatentConsistencyModelPipeline(
+        unet=unet(cross_attention_dim=12, time_cond_proj_dim=16),
+        scheduler=LCMScheduler(),
+        vae=vae(),
+        text_encoder=clip(width=12, projection=False),
+        tokenizer=clip_tokenizer(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
 def sdxl_pipeline() -> Any:
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
@@ -937,6 +953,7 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "sd3": sd3_pipeline,
     "sd3_t5": lambda: sd3_pipeline(t5=True),
     "sd": sd_pipeline,
+    "lcm": lcm_pipeline,
     "sdxl": sdxl_pipeline,
     "flux": flux_pipeline,
     "flux2": flux2_pipeline,
@@ -1130,6 +1147,11 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="session")
 def sd_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return _pair("sd", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def lcm_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    return _pair("lcm", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from PIL import Image
 from obsdiff.families import reading
 from obsdiff_runtime.autoencoder import Autoencoder
 from obsdiff_runtime.bundle import Bundle
-from obsdiff_runtime.conditioning import AURAFLOW, FLUX2, FLUX2_KLEIN, HUNYUAN, QWEN, Settings
+from obsdiff_runtime.conditioning import AURAFLOW, FLUX2, FLUX2_KLEIN, HUNYUAN, QWEN, Settings, told_scale
 from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.pipeline import Images, Pipeline
 
@@ -138,7 +138,8 @@ def test_an_image_is_what_diffusers_draws(pair: tuple[Any, Path]) -> None:
 
 def test_sizes_steps_and_negative_prompts_are_what_diffusers_makes_of_them(pair: tuple[Any, Path]) -> None:
     negative = {"negative_prompt": ["a small green triangle", "two yellow stars"]}
-    distilled = type(pair[0]).__name__ in ("FluxPipeline", "Flux2Pipeline", "SanaSprintPipeline")
+    told_scale = ("FluxPipeline", "Flux2Pipeline", "SanaSprintPipeline", "LatentConsistencyModelPipeline")
+    distilled = type(pair[0]).__name__ in told_scale
     given = {} if distilled else negative
     if distilled:
         with pytest.raises(ConfigError, match="takes no negative prompt"):
@@ -196,6 +197,24 @@ def test_sana_sprint_goes_from_angle_to_angle_with_new_noise_at_each_told_its_gu
     assert psnr(theirs.image_processor.postprocess(decoded, output_type="np"), found) > 58
 
 
+@pytest.mark.parametrize(("steps", "scale"), [(1, 8.5), (4, 1.0), (4, 8.5)])
+def test_a_latent_consistency_model_is_told_its_guidance_and_noised_again_at_each_step(
+    lcm_pair: tuple[Any, Path], steps: int, scale: float
+) -> None:
+    theirs, folder = lcm_pair
+    given = {"num_inference_steps": steps, "guidance_scale": scale, "height": 32, "width": 48}
+    with torch.no_grad():
+        drawn = theirs(PROMPTS, generator=torch.Generator().manual_seed(7), output_type="latent", **given).images
+        waves = theirs.get_guidance_scale_embedding(torch.tensor([scale - 1]), embedding_dim=16)[0]
+    ours = Pipeline(folder, threads=1)
+    found = ours(PROMPTS, seed=7, noise_source="torch", **given)
+    assert np.abs(found.latents - drawn.numpy()).max() < 1e-4 * drawn.abs().max()
+    told = told_scale(ours.bundle.component("unet").inputs, scale)
+    np.testing.assert_allclose(told["timestep_cond"], waves.numpy(), atol=1e-3)  # angles of up to 7500
+    assert ours.choices.guidance_scale
+    assert not ours.choices.negative_prompt
+
+
 @pytest.mark.parametrize("length", [20, 60, 120])
 def test_flux2_reads_prompts_in_the_template_of_its_tokenizer(flux2_pair: tuple[Any, Path], length: int) -> None:
     """Cut behind a part of it, or padded; a small random denoiser draws nearly the same of all."""
@@ -222,7 +241,6 @@ def test_flux2_dev_reads_prompts_behind_its_system_message_without_the_mark_of_a
     with torch.no_grad():
         expected = theirs.encode_prompt(prompts, max_sequence_length=70, text_encoder_out_layers=layers)[0]
     np.testing.assert_allclose(found["encoder_hidden_states"], expected.numpy(), atol=1e-5)
-    assert found["guidance"].tolist() == [3.0, 3.0]
 
 
 def test_flux2_gives_an_image_s_latents_as_its_pipeline_reads_them(flux2_pair: tuple[Any, Path]) -> None:
@@ -478,9 +496,11 @@ def test_a_deep_autoencoder_gives_an_image_s_latents_without_drawing_them(sana_p
     assert ours("red", image=picture(32, 64), strength=0.5, max_sequence_length=5).arrays.shape == (1, 32, 64, 3)
 
 
-def test_a_strength_of_no_step_is_explained(sd_pair: tuple[Any, Path]) -> None:
+def test_a_strength_of_no_step_is_explained(sd_pair: tuple[Any, Path], lcm_pair: tuple[Any, Path]) -> None:
     with pytest.raises(ConfigError, match=r"strength 0.2 of 4 steps is none; give 0.25 or more"):
         Pipeline(sd_pair[1], threads=1)("red", image=picture(), strength=0.2, num_inference_steps=4)
+    with pytest.raises(ConfigError, match=r"4 steps are more than the 3 that strength 0.06 leaves of the 50"):
+        Pipeline(lcm_pair[1], threads=1)("red", image=picture(), strength=0.06, num_inference_steps=4)
 
 
 @pytest.mark.parametrize("class_name", ["EulerDiscreteScheduler", "HeunDiscreteScheduler", "UniPCMultistepScheduler"])

@@ -14,6 +14,7 @@ from obsdiff_runtime.errors import CompatibilityError
 from obsdiff_runtime.noise import Noise
 from obsdiff_runtime.schedulers.ddim import Ddim
 from obsdiff_runtime.schedulers.ddpm import Ddpm
+from obsdiff_runtime.schedulers.distilled import Lcm, Tcd
 from obsdiff_runtime.schedulers.dpm_multistep import DpmMultistep
 from obsdiff_runtime.schedulers.euler import Euler
 from obsdiff_runtime.schedulers.euler_ancestral import EulerAncestral
@@ -67,6 +68,8 @@ SCHEDULERS: Final[dict[str, Callable[[Mapping[str, Any], int, int, Noise], Sched
     "DDPMScheduler": Ddpm,
     "PNDMScheduler": Pndm,
     "SCMScheduler": Scm,
+    "LCMScheduler": Lcm,
+    "TCDScheduler": Tcd,
 }
 
 
@@ -79,6 +82,7 @@ def make_scheduler(
     even_sigmas: bool = False,
     mu: float | None = None,
     only: str | None = None,
+    strength: float = 1.0,
 ) -> Scheduler:
     """A scheduler ready for one call.
 
@@ -90,6 +94,7 @@ def make_scheduler(
         even_sigmas: whether the pipeline gives the noise levels before shifting: even steps from 1 to 1 / steps.
         mu: of a shift that depends on the image's size, where the pipeline gives it; only with even_sigmas.
         only: the one class that the pipeline draws by; None where there are others.
+        strength: share of the noise levels that the steps are spaced over, those of least noise; of LCMScheduler.
 
     Raises:
         CompatibilityError: a class or an option that is not supported; names it.
@@ -104,6 +109,8 @@ def make_scheduler(
     only = "FlowMatchEulerDiscreteScheduler" if even_sigmas else only
     if only not in (None, name):
         raise CompatibilityError(f"scheduler {name} is not supported with this pipeline; supported is {only}")
+    if name == "LCMScheduler":
+        return Lcm(config, steps, image_tokens, noise, strength=strength)
     if not even_sigmas:
         return SCHEDULERS[name](config, steps, image_tokens, noise)
     return FlowMatchEuler(config, steps, image_tokens, noise, even_sigmas=True, mu=mu)

@@ -1,6 +1,5 @@
 """Deterministic DDIM; diffusers' DDIMScheduler with eta 0."""
 
-import math
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -14,6 +13,7 @@ from obsdiff_runtime.schedulers.schedule import (
     choose,
     noised,
     options,
+    parted,
     refuse,
     spaced_timesteps,
 )
@@ -59,14 +59,7 @@ class Ddim:
         before = timestep - self._stride
         alpha = float(self._alphas[timestep])
         alpha_after = float(self._alphas[before]) if before >= 0 else self._last_alpha
-        root, noise_root = math.sqrt(alpha), math.sqrt(1 - alpha)
-        clean: Floats
-        if self._prediction_type == "epsilon":
-            clean, noise = (sample - noise_root * output) / root, output
-        elif self._prediction_type == "v_prediction":
-            clean, noise = root * sample - noise_root * output, root * output + noise_root * sample
-        else:
-            clean, noise = output, (sample - root * output) / noise_root
+        clean, noise = parted(output, sample, alpha, self._prediction_type)
         if self._clip is not None:
             clean = np.clip(clean, -self._clip, self._clip)
-        return math.sqrt(alpha_after) * clean + math.sqrt(1 - alpha_after) * noise
+        return noised(clean, noise, alpha_after)

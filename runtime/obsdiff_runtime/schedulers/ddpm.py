@@ -14,6 +14,7 @@ from obsdiff_runtime.schedulers.schedule import (
     choose,
     noised,
     options,
+    parted,
     refuse,
     spaced_timesteps,
 )
@@ -61,7 +62,7 @@ class Ddpm:
         one = np.float32(1)  # float32 as diffusers: at the last steps, its rounding decides what is left of 1 - alpha
         alpha, alpha_after = self._alphas[index], self._alphas[index + 1]
         beta = one - alpha / alpha_after
-        clean = self._clean(output, sample, float(alpha))
+        clean = parted(output, sample, float(alpha), self._prediction_type)[0]
         if self._clip is not None:
             clean = np.clip(clean, -self._clip, self._clip)
         share = float(np.sqrt(alpha_after) * beta / (one - alpha))
@@ -71,10 +72,3 @@ class Ddpm:
             return mean
         small = max(float((one - alpha_after) / (one - alpha) * beta), LEAST_VARIANCE)
         return mean + math.sqrt(float(beta) if self._large else small) * self._noise(sample.shape)
-
-    def _clean(self, output: Floats, sample: Floats, alpha: float) -> Floats:
-        """The picture that the denoiser expects."""
-        root, noise_root = math.sqrt(alpha), math.sqrt(1 - alpha)
-        if self._prediction_type == "epsilon":
-            return (sample - noise_root * output) / root
-        return output if self._prediction_type == "sample" else root * sample - noise_root * output

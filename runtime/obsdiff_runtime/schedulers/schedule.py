@@ -47,6 +47,16 @@ def noised(clean: Floats, noise: Floats, alpha: float) -> Floats:
     return math.sqrt(alpha) * clean + math.sqrt(1 - alpha) * noise
 
 
+def parted(output: Floats, sample: Floats, alpha: float, prediction_type: str) -> tuple[Floats, Floats]:
+    """The clean sample and the noise that the denoiser takes the sample for, at a cumulative product of alphas."""
+    root, noise_root = math.sqrt(alpha), math.sqrt(1 - alpha)
+    if prediction_type == "epsilon":
+        return (sample - noise_root * output) / root, output
+    if prediction_type == "v_prediction":
+        return root * sample - noise_root * output, root * output + noise_root * sample
+    return output, (sample - root * output) / noise_root
+
+
 def _betas(config: Mapping[str, Any]) -> Floats:
     given = options(
         config,

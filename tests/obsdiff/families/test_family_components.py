@@ -22,6 +22,8 @@ from obsdiff_runtime.errors import ModelError
 
 CASES = [("sd3", {"with_t5": True}), ("sd15", {}), ("sdxl", {}), ("flux", {}), ("flux", {"guidance_embeds": False})]
 CASES += [
+    ("sd15", {"time_cond_proj_dim": 16}),
+    ("sdxl", {"time_cond_proj_dim": 16}),
     ("flux2", {}),
     ("flux2", {"guidance_embeds": True}),
     ("pixart", {}),
@@ -437,5 +439,5 @@ def test_absent_components_are_left_out(build_pipeline: Callable[..., Any]) -> N
 
 
 def test_a_unet_with_further_inputs_is_an_error_that_names_them(build_pipeline: Callable[..., Any]) -> None:
-    with pytest.raises(ModelError, match="time_cond_proj_dim=8"):
-        of(build_pipeline("sd15", time_cond_proj_dim=8), "sd15")
+    with pytest.raises(ModelError, match="num_class_embeds=8"):
+        of(build_pipeline("sd15", num_class_embeds=8), "sd15")

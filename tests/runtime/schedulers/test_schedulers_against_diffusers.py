@@ -27,6 +27,8 @@ HEUN = "HeunDiscreteScheduler"
 DPM = "DPMSolverMultistepScheduler"
 UNIPC = "UniPCMultistepScheduler"
 SCM = "SCMScheduler"
+LCM = "LCMScheduler"
+TCD = "TCDScheduler"
 TOKENS = 1000  # of the image
 
 SPACINGS = ("linspace", "leading", "trailing")
@@ -166,6 +168,12 @@ CASES: list[Case] = [
     (UNIPC, OF_FLOWS | {"use_karras_sigmas": True}),
     (UNIPC, OF_FLOWS | {"final_sigmas_type": "sigma_min"}),
     (SCM, {"sigma_data": 1.0}),
+    *[(LCM, {"prediction_type": prediction}) for prediction in PREDICTIONS],
+    (LCM, {"original_inference_steps": 100, "timestep_scaling": 0.1}),
+    (LCM, {"clip_sample": True, "clip_sample_range": 0.5, "beta_schedule": "linear"}),
+    (LCM, {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}),
+    *[(TCD, {"prediction_type": prediction}) for prediction in PREDICTIONS],
+    (TCD, {"original_inference_steps": 100, "num_train_timesteps": 500}),
 ]
 
 
@@ -189,7 +197,7 @@ def no_noise(shape: tuple[int, ...]) -> np.ndarray:
 
 def is_stochastic(case: Case) -> bool:
     return (
-        case[0] in (ANCESTRAL, SCM, "DDPMScheduler")
+        case[0] in (ANCESTRAL, SCM, LCM, "DDPMScheduler")
         or bool(case[1].get("stochastic_sampling"))
         or SDE.items() <= case[1].items()
     )
@@ -228,7 +236,9 @@ def assert_close(ours: np.ndarray, theirs: torch.Tensor, before: np.ndarray | No
 
 def assert_steps_agree(case: Case, theirs: Any, ours: Scheduler, sample: np.ndarray, start: int) -> None:
     """From call `start` on; both are given the same sample at each."""
-    generator = {"generator": torch.Generator().manual_seed(5)} if is_stochastic(case) else {}
+    generator: dict[str, Any] = {"generator": torch.Generator().manual_seed(5)} if is_stochastic(case) else {}
+    if case[0] == TCD:
+        generator["eta"] = 0.0  # as pipelines have it by default
     for index, timestep in list(enumerate(theirs.timesteps[: len(ours.timesteps)]))[start:]:
         scaled = ours.scale(sample, index)
         if hasattr(theirs, "scale_model_input"):
@@ -272,6 +282,8 @@ STARTS: list[Case] = [
     ("DDPMScheduler", SD15 | {"steps_offset": 1}),
     ("PNDMScheduler", SD15 | {"skip_prk_steps": True}),
     (SCM, {"sigma_data": 1.0}),
+    (LCM, {}),
+    (TCD, {}),
 ]
 
 
@@ -377,8 +389,8 @@ def test_a_scheduler_that_a_pipeline_does_not_draw_by_is_named() -> None:
 
 
 def test_an_unknown_scheduler_lists_the_known() -> None:
-    with pytest.raises(CompatibilityError, match=r"LCMScheduler is not supported.*EulerDiscreteScheduler"):
-        make_scheduler({"_class_name": "LCMScheduler"}, 10, 1, no_noise)
+    with pytest.raises(CompatibilityError, match=r"KDPM2DiscreteScheduler is not supported.*EulerDiscreteScheduler"):
+        make_scheduler({"_class_name": "KDPM2DiscreteScheduler"}, 10, 1, no_noise)
 
 
 @pytest.mark.parametrize(
@@ -416,6 +428,7 @@ def test_an_option_that_is_not_supported_is_named(config: dict[str, Any], messag
         ({"_class_name": "DDIMScheduler"}, 1001, "1001 steps are more than the 1000"),
         ({"_class_name": UNIPC}, 1001, "1001 steps are more than the 1000"),
         ({"_class_name": SCM}, 1001, "1001 steps are more than the 1000"),
+        ({"_class_name": LCM}, 51, "51 steps are more than the 50"),
         ({"_class_name": DPM}, 1000, "1000 steps put two of them at the same level of noise; take fewer"),
         ({"_class_name": FLOW, "shift_terminal": 0.1}, 1, "num_inference_steps 1: .* needs 2 or more"),
     ],
