@@ -45,6 +45,9 @@ PICTURES: Final = 72
 MOST_DRAWS: Final = 3
 """Of a prompt, unless more are asked for."""
 
+FEW_STEPS: Final = 8
+"""The denoiser computes at so many, or at all there are: what was distilled to four draws nothing in two."""
+
 MOST_TEXT_TOKENS: Final = 512
 """Of T5: diffusers' own limit."""
 
@@ -93,6 +96,7 @@ def resolve(
     steps = runs.num_inference_steps
     fast = _fast(settings.fast, method)
     computes = -(-steps // 2) if allocation == "uniform" and not fast else -(-2 * steps // 5)
+    computes = max(computes, min(steps, FEW_STEPS))
     trajectory_steps = _at_least("--trajectory-steps", 1, settings.trajectory_steps, computes, most=steps)
     return Recipe(
         model=model,

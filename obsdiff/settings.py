@@ -92,7 +92,8 @@ class Settings:
     ] = None
     trajectory_steps: Annotated[
         int | None,
-        "denoising steps at which it computes; default: half of --steps, two fifths where shares are measured, or fast",
+        "denoising steps at which it computes; default: half of --steps, two fifths where shares are measured or with "
+        "--fast, and at least 8",
     ] = None
     kept_steps: Annotated[int | None, "steps of each picture that it looks at; default: 2"] = None
     gram_budget: Annotated[

@@ -54,6 +54,11 @@ def test_streamed_is_what_is_run_when_no_method_is_named(recipe: Callable[..., R
     assert (recipe().method, recipe().time_weights) == ("streamed", "log-decrease")
 
 
+@pytest.mark.parametrize(("steps", "computed"), [(1, 1), (4, 4), (8, 8), (12, 8), (20, 10), (28, 14)])
+def test_of_few_steps_the_denoiser_computes_all(steps: int, computed: int, recipe: Callable[..., Recipe]) -> None:
+    assert recipe(steps=steps).trajectory_steps == computed
+
+
 def test_a_model_that_does_not_fit_the_gpu_holds_no_more_than_it_must(recipe: Callable[..., Recipe]) -> None:
     assert recipe().replay
     assert not recipe(offload=True).replay
