@@ -376,18 +376,7 @@ class Pipeline:
             if strength is not None:
                 raise ConfigError("strength says how much an image is changed, and here a film begins with it")
             return settings
-        share = STRENGTH if strength is None else strength
-        if not 0 < share <= 1:
-            raise ConfigError(f"strength should be above 0 and at most 1, not {share:g}")
-        if self._kind.skipped is None:
-            return replace(settings, strength=share)
-        steps = settings.num_inference_steps
-        skipped = self._kind.skipped(steps, share)
-        if skipped >= steps:
-            raise ConfigError(
-                f"strength {share:g} of {steps} steps is none; give {1 / steps:.2g} or more, or more steps"
-            )
-        return replace(settings, skipped_steps=skipped)
+        return self._changing(settings, STRENGTH if strength is None else strength)
 
     def fit(self, image: "Image", *, own_size: bool = False) -> Reference:
         """A picture as `reference` takes it, at the size that diffusers gives it, or its own in whole tokens.
@@ -467,6 +456,20 @@ class Pipeline:
         """The guidance scale of the denoisers behind the first, None where it is as the first one's."""
         require_taken(given, bool(self.bundle.manifest.turns), "of this pipeline")
         return self.bundle.manifest.defaults.guidance_scale_2 if first is None and given is None else given
+
+    def _changing(self, settings: Settings, strength: float) -> Settings:
+        """Those of a call that changes an image."""
+        if not 0 < strength <= 1:
+            raise ConfigError(f"strength should be above 0 and at most 1, not {strength:g}")
+        if self._kind.skipped is None:
+            return replace(settings, strength=strength)
+        steps = settings.num_inference_steps
+        skipped = self._kind.skipped(steps, strength)
+        if skipped >= steps:
+            raise ConfigError(
+                f"strength {strength:g} of {steps} steps is none; give {1 / steps:.2g} or more, or more steps"
+            )
+        return replace(settings, skipped_steps=skipped)
 
     def _check_size(self, name: str, axis: int, pixels: int) -> None:
         step = self.size_step
