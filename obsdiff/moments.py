@@ -271,7 +271,7 @@ class TierMoments:
         guidance: Guidance | None = None,
         share: float = 0.0,
     ) -> None:
-        self._linears, self._guidance, self._share = linears, guidance, share
+        self._linears, self._guidance, self._share = linears, guidance if share else None, share
         self._leaders: dict[str, str] = {}
         for linear in linears:
             self._leaders.setdefault(linear.reads, linear.name)
@@ -305,9 +305,10 @@ class TierMoments:
 
     def _count(self, linear: LinearSpec, dense: Glance, pruned: Glance, weight: float, paired: bool) -> None:
         name = linear.name
-        x, y = _wide(pruned.inputs[name]), _wide(dense.outputs[name])
-        gate = _wide(torch.as_tensor(dense.gates.get(name, 1.0), device=y.device))
-        pushed = gate * _wide(dense.bases[name] - pruned.bases[name]) if name in dense.bases else None
+        x, y, pushed = _wide(pruned.inputs[name]), _wide(dense.outputs[name]), None
+        if name in dense.bases:
+            gate = _wide(torch.as_tensor(dense.gates.get(name, 1.0), device=y.device))
+            pushed = gate * _wide(dense.bases[name] - pruned.bases[name])
         whole = x.ndim == 3  # with masked tokens left out, rows are no longer of one length
         if self._guidance is not None and paired and whole and linear.tokens != "text":
             mix = partial(self._guidance.spread, share=self._share)
@@ -377,13 +378,12 @@ class _TargetSums:
         """Counts g d, (rows, tokens, out) as y is, and the gate g beside it, at the tokens x, (tokens, in)."""
         if self._gap is None:
             self._gap = _Products(self._linear, self._device)
-        energy = pushed.square()
-        if not bool(_sum(energy).isfinite().all()):
+        energy, squares = pushed.square(), gate.square().expand_as(pushed)
+        sums = [_sum(value) for value in (y * pushed, energy, squares, squares * energy)]
+        if not bool(sums[1].isfinite().all()):
             raise CalibrationError("the residual stream it writes to is not finite; are the model's weights?")
         self._gap.add(x, pushed.flatten(0, -2), weight)
-        squares = gate.square().expand_as(pushed)
-        for place, value in enumerate((y * pushed, energy, squares, squares * energy), start=1):
-            self._energies[place] += weight * _sum(value)
+        self._energies[1:] += weight * torch.stack(sums)
 
     def sums(self) -> tuple[Tensor, ...]:
         """All there is, float64 and lent."""

@@ -46,7 +46,7 @@ MOST_DRAWS: Final = 3
 """Of a prompt, unless more are asked for."""
 
 FEW_STEPS: Final = 8
-"""The denoiser computes at so many, or at all there are: what was distilled to four draws nothing in two."""
+"""The denoiser computes at so many at least, or at all there are: of few steps none can be spared."""
 
 MOST_TEXT_TOKENS: Final = 512
 """Of T5: diffusers' own limit."""

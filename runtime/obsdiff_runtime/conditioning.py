@@ -472,7 +472,7 @@ SD: Final = Kind(
     patch=_unet_patch,
     skipped=_skipped_whole,
 )
-LCM: Final = replace(SD, skipped=None, negatives=False, scheduler="LCMScheduler")
+LCM: Final = replace(SD, skipped=None, scheduler="LCMScheduler")
 SDXL: Final = Kind(
     denoiser="unet",
     noisy="sample",
@@ -506,7 +506,7 @@ SANA: Final = Kind(
     patch=lambda config: int(config["patch_size"]),
     skipped=_skipped_whole,  # as PixArt's
 )
-SANA_SPRINT: Final = replace(SANA, skipped=_skipped_part, negatives=False, scheduler="SCMScheduler")
+SANA_SPRINT: Final = replace(SANA, skipped=_skipped_part, scheduler="SCMScheduler")
 FLUX2_KLEIN: Final = Kind(
     encode=encode_flux2,
     patch=lambda config: 1,  # its latents are patches already
@@ -515,7 +515,7 @@ FLUX2_KLEIN: Final = Kind(
     shift=_flux2_shift,
     references=FLUX2_REFERENCES,
 )
-FLUX2: Final = replace(FLUX2_KLEIN, encode=encode_flux2_dev, negatives=False)
+FLUX2: Final = replace(FLUX2_KLEIN, encode=encode_flux2_dev)
 QWEN: Final = Kind(
     encode=encode_qwen,
     patch=lambda config: PACKED,

@@ -169,6 +169,20 @@ def test_pixart_reads_prompts_in_lower_case_and_no_padding(pixart_pair: tuple[An
     assert psnr(expected, images) > 58  # 54 with height and width exchanged in the aspect ratio, 33 without the mask
 
 
+def test_pixart_draws_in_few_steps_as_a_latent_consistency_model(
+    pixart_pair: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs, folder = pixart_pair
+    scheduler = diffusers.LCMScheduler.from_config(theirs.scheduler.config)
+    monkeypatch.setattr(theirs, "scheduler", scheduler)
+    monkeypatch.setattr(Bundle, "scheduler", lambda self: dict(scheduler.config) | {"_class_name": "LCMScheduler"})
+    given = {"num_inference_steps": 4, "guidance_scale": 0.0, "height": 24, "width": 48, "max_sequence_length": 12}
+    told = {"generator": torch.Generator().manual_seed(7), "output_type": "np", **exact(theirs)}
+    with torch.no_grad():
+        expected = theirs(PROMPTS, **given, **told).images
+    assert psnr(expected, Pipeline(folder, threads=1)(PROMPTS, seed=7, noise_source="torch", **given)) > 50
+
+
 def test_sana_reads_prompts_behind_its_instruction_and_negative_ones_without(sana_pair: tuple[Any, Path]) -> None:
     theirs, folder = sana_pair
     prompt, unwanted = "  a large RED circle\t", "Two yellow stars"
@@ -241,6 +255,7 @@ def test_flux2_dev_reads_prompts_behind_its_system_message_without_the_mark_of_a
     with torch.no_grad():
         expected = theirs.encode_prompt(prompts, max_sequence_length=70, text_encoder_out_layers=layers)[0]
     np.testing.assert_allclose(found["encoder_hidden_states"], expected.numpy(), atol=1e-5)
+    assert told_scale(networks.bundle.component("transformer").inputs, 3.0)["guidance"] == 3.0
 
 
 def test_flux2_gives_an_image_s_latents_as_its_pipeline_reads_them(flux2_pair: tuple[Any, Path]) -> None:
@@ -433,6 +448,8 @@ def test_a_seed_of_diffusers_draws_the_same_image(pair: tuple[Any, Path], seed: 
         ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
         ("UniPCMultistepScheduler", {}),
         ("HeunDiscreteScheduler", {}),
+        ("LCMScheduler", {}),
+        ("TCDScheduler", {}),
     ],
 )
 def test_another_sampler_draws_what_diffusers_draws_by_it(
