@@ -17,7 +17,8 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from obsdiff import shapes
-from obsdiff.loading import Defaults, load_pipeline
+from obsdiff.defaults import Defaults
+from obsdiff.loading import load_pipeline
 from obsdiff.metrics import wilson
 
 ATTRIBUTES = ("count", "colour", "shape", "size", "position")

@@ -15,7 +15,8 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from obsdiff import costs, latencies, planning, ranks, sensitivities, trajectories
+from obsdiff import costs, latencies, ranks, sensitivities, trajectories, unit_costs
+from obsdiff.assignments import Assignment, assign
 from obsdiff.core import budget
 from obsdiff.core.budget import Option
 from obsdiff.core.metric import Metric
@@ -30,7 +31,6 @@ from obsdiff.results import Journal, PackageResult, Sensitivity
 from obsdiff.sampling import named
 from obsdiff.sensitivities import Candidate
 from obsdiff.sparsity import NM, Pattern, Unstructured
-from obsdiff.streaming import Assignment, assign
 from obsdiff.trajectories import Call, Guidance
 from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.progress import Progress
@@ -59,7 +59,7 @@ that can go. In between the error is interpolated."""
 def uniform(denoiser: nn.Module, family: Family, recipe: Recipe) -> Assignment:
     """The same share of every group, the same pattern in every linear."""
     linears, groups = select(recipe, family.linears(denoiser), family.groups(denoiser))
-    removals = planning.removals(groups, recipe.sparsity, align=recipe.align)
+    removals = unit_costs.removals(groups, recipe.sparsity, align=recipe.align)
     return assign(linears, groups, removals, recipe.sparsity.pattern)
 
 
@@ -175,7 +175,7 @@ class _Spending:
 
     def saved(self, groups: Sequence[Group], removals: Mapping[str, int]) -> int:
         """MACs of one image that these removals save."""
-        return planning.saved_macs(self._denoiser, groups, removals, self._positions)
+        return unit_costs.saved_macs(self._denoiser, groups, removals, self._positions)
 
     def candidates(self, *, units: bool, weights: bool) -> list[Candidate]:
         """What is measured."""
@@ -222,7 +222,7 @@ class _Spending:
         if self._recipe.dense_share == 0:
             return assignment
         readers = [each for each in self._readers if all(name in assignment.patterns for name in each.linears)]
-        left = planning.left_macs(self._linears, assignment.groups, assignment.removals, self._positions)
+        left = unit_costs.left_macs(self._linears, assignment.groups, assignment.removals, self._positions)
         macs = [sum(left[name] for name in each.linears) for each in readers]
         pruned = sum(macs) - int(sum(macs) * self._recipe.dense_share)
         items = [
@@ -245,7 +245,7 @@ class _Spending:
         if not isinstance(pattern, Unstructured):
             return assignment
         readers = [each for each in self._readers if all(name in assignment.patterns for name in each.linears)]
-        left = planning.left_macs(
+        left = unit_costs.left_macs(
             self._linears, assignment.groups, assignment.removals, dict.fromkeys(self._positions, 1)
         )
         sizes = [sum(left[name] for name in each.linears) for each in readers]
@@ -267,7 +267,7 @@ class _Spending:
 
     def table(self, candidates: Sequence[Candidate], errors: Mapping[str, float]) -> tuple[Sensitivity, ...]:
         """What was measured, as a record."""
-        whole = planning.left_macs(self._linears, (), {}, self._positions)
+        whole = unit_costs.left_macs(self._linears, (), {}, self._positions)
         records = []
         for candidate in candidates:
             group = candidate.group

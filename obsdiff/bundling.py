@@ -14,8 +14,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from obsdiff import card, costs, delivery, engines, facts, gates, report, turns
-from obsdiff.engines import Engines, Order
+from obsdiff import card, costs, delivery, engines, facts, gates, orders, report, turns
+from obsdiff.defaults import Defaults, vae_scale
+from obsdiff.engines import Engines
 from obsdiff.evaluation import Evaluation, ImagePair, figure_names
 from obsdiff.evaluation import evaluate as run_pairs
 from obsdiff.families import reading
@@ -23,8 +24,8 @@ from obsdiff.gates import Gate
 from obsdiff.guidance import GuidanceScore, parse_guidance, sweep_guidance
 from obsdiff.job import Job
 from obsdiff.judges import OBEDIENCE, Judges, Score
-from obsdiff.loading import Defaults, vae_scale
 from obsdiff.measurements import Counts, LatencyPair, NotMeasured, Report, Stage
+from obsdiff.orders import Order
 from obsdiff.pruning import Pruned
 from obsdiff.sampling import Pair
 from obsdiff.settings import Settings
@@ -303,7 +304,7 @@ def served_by(job: Job, settings: Settings, pipeline: DiffusionPipeline | None =
     if settings.vae_tile is not None and "vae" not in job.configs:
         raise ConfigError(f"--vae-tile {settings.vae_tile}: {job.model} has no autoencoder that decodes")
     tile = tile_side(settings.vae_tile, None, job.configs.get("vae", {}))
-    sizes = engines.sizes_of(
+    sizes = orders.sizes_of(
         job.recipe.sampling,
         job.pipeline_class,
         job.configs[job.family.denoiser],
@@ -313,7 +314,7 @@ def served_by(job: Job, settings: Settings, pipeline: DiffusionPipeline | None =
         instruction_tokens=0 if pipeline is None else reading.instruction_tokens(pipeline),
         template_tokens=0 if pipeline is None else reading.template_tokens(pipeline),
     )
-    return engines.served(sizes, job.pipeline_class, job.configs[job.family.denoiser], tile)
+    return orders.served(sizes, job.pipeline_class, job.configs[job.family.denoiser], tile)
 
 
 def counts_of(job: Job, denoisers: Mapping[str, nn.Module], bytes_on_disk: int | NotMeasured) -> Counts:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
-from obsdiff import moments, offloading, pausing, pointwise, ranks
+from obsdiff import glances, offloading, pausing, pointwise, ranks
 from obsdiff.core.metric import GradientMoments, Metric
 from obsdiff.groups import LinearSpec
 from obsdiff.residuals import block_modules
@@ -140,7 +140,7 @@ def _watched(denoiser: nn.Module, sums: dict[str, GradientMoments], weight: floa
 
     def add(name: str, linear: nn.Module, gradient: Tensor) -> None:
         try:
-            sums[name].add(moments.spaced(pointwise.tokens(linear, gradient)).flatten(0, -2), weight)
+            sums[name].add(glances.spaced(pointwise.tokens(linear, gradient)).flatten(0, -2), weight)
         except CalibrationError as error:
             raise CalibrationError(
                 f"{name}: {error}; prune in --dtype bf16 or fp32, or without gradients (--set method_options.metric=0)"

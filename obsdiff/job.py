@@ -1,7 +1,6 @@
 """A model known by its configurations alone, and what is to be done with it; then the model itself."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,24 +12,15 @@ from diffusers.utils.logging import disable_progress_bar
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from obsdiff import allocation, costs, facts, latencies, moments, pictures, planning, ranks, turns
+from obsdiff import allocation, costs, facts, glances, latencies, pictures, planning, ranks, turns
 from obsdiff.checkpoint import DEFAULTS, unsaved
+from obsdiff.configs import DEFAULTS_KEY, read_object, require_alike, require_known_pipeline, require_known_turns
+from obsdiff.defaults import Defaults, defaults_of, vae_scale
 from obsdiff.estimates import Streams, Workload
 from obsdiff.families import HELP, Family, generic, rows
 from obsdiff.families.table import family_of
 from obsdiff.latencies import Times
-from obsdiff.loading import (
-    Defaults,
-    LoadedPipeline,
-    defaults_of,
-    load_configs,
-    load_pipeline,
-    require_alike,
-    require_known_pipeline,
-    require_known_turns,
-    shipped_pipeline,
-    vae_scale,
-)
+from obsdiff.loading import LoadedPipeline, load_configs, load_pipeline, shipped_pipeline
 from obsdiff.methods.table import METHODS
 from obsdiff.planning import Plan
 from obsdiff.recipe import Recipe, Sampling, select
@@ -39,8 +29,8 @@ from obsdiff.resources import require_disk, require_memory
 from obsdiff.settings import Settings
 from obsdiff.weights import main_dtype
 from obsdiff_export.stored import is_stored
-from obsdiff_runtime.conditioning import KINDS
 from obsdiff_runtime.errors import ConfigError, ModelError
+from obsdiff_runtime.kinds.table import KINDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +137,7 @@ def streams_of(recipe: Recipe) -> Streams:
         draws=recipe.draws,
         trajectory_steps=recipe.trajectory_steps,
         kept_steps=recipe.kept_steps,
-        tokens=moments.TOKENS,
+        tokens=glances.TOKENS,
         metric=recipe.metric,
         replay=recipe.replay,
         measuring_calls=round(measured * passes * recipe.sampling.num_inference_steps),
@@ -306,7 +296,7 @@ def given(pipeline: DiffusionPipeline) -> LoadedPipeline:
     configs["model_index"] = index
     folder = Path(str(pipeline.config.get("_name_or_path") or "in memory"))
     if (folder / DEFAULTS).is_file():
-        configs[Path(DEFAULTS).stem] = json.loads((folder / DEFAULTS).read_text(encoding="utf-8"))
+        configs[DEFAULTS_KEY] = read_object(folder / DEFAULTS)
     defaults = defaults_of(folder, configs)
     return LoadedPipeline(pipeline=pipeline, family=family, folder=folder, defaults=defaults)
 

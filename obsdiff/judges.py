@@ -20,7 +20,7 @@ from obsdiff.metrics import Picture
 from obsdiff.perceptual import load_lpips
 from obsdiff.recipe import PICTURES
 from obsdiff.settings import Settings
-from obsdiff_runtime.errors import ConfigError, MissingPackageError
+from obsdiff_runtime.errors import ConfigError, MissingPackageError, first_line
 
 Score = Callable[[Picture, str], bool]
 Judge = Callable[[Picture, str], float]
@@ -71,7 +71,7 @@ class Clip:
             self._tokenizer = AutoTokenizer.from_pretrained(source)
             self._processor = AutoImageProcessor.from_pretrained(source, use_fast=False)
         except (OSError, ValueError) as error:
-            said = str(error).strip().splitlines()[0]
+            said = first_line(error)
             raise ConfigError(f"--clip-model {source}: no CLIP model could be loaded from there: {said}") from None
 
     @torch.no_grad()

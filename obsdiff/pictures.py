@@ -25,8 +25,8 @@ from obsdiff.families.autoencoders import draws_films
 from obsdiff.instead import instead
 from obsdiff.recipe import Sampling
 from obsdiff_runtime.autoencoder import latent_frames
-from obsdiff_runtime.conditioning import PACKED
 from obsdiff_runtime.errors import ConfigError
+from obsdiff_runtime.kinds import PACKED
 from obsdiff_runtime.pictures import open_picture
 from obsdiff_runtime.references import Reference
 

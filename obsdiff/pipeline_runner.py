@@ -17,18 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from obsdiff import calls, checkpoint, job, pictures, ranks
+from obsdiff.defaults import defaults_of, vae_scale
 from obsdiff.delivery import DTYPES
 from obsdiff.families import parts
 from obsdiff.families.autoencoders import use_tiles
-from obsdiff.loading import (
-    LoadedPipeline,
-    ModelConfigs,
-    defaults_of,
-    load_configs,
-    load_pipeline,
-    shipped_pipeline,
-    vae_scale,
-)
+from obsdiff.loading import LoadedPipeline, ModelConfigs, load_configs, load_pipeline, shipped_pipeline
 from obsdiff.recipe import Sampling
 from obsdiff.residuals import block_modules
 from obsdiff.sampling import exactly, in_steps, quiet, telling
@@ -36,8 +29,9 @@ from obsdiff.weights import main_dtype
 from obsdiff_runtime.autoencoder import film_frames, tile_side
 from obsdiff_runtime.benchmark.runner import DeviceMemory, Drawn, Loaded, Request, Subject
 from obsdiff_runtime.bundle import Defaults
-from obsdiff_runtime.conditioning import EXAMPLE, KINDS
-from obsdiff_runtime.errors import CompatibilityError, ConfigError
+from obsdiff_runtime.errors import CompatibilityError, ConfigError, first_line
+from obsdiff_runtime.kinds import EXAMPLE
+from obsdiff_runtime.kinds.table import KINDS
 from obsdiff_runtime.turns import require_taken
 
 COMPILED: Final = "compiled"
@@ -268,9 +262,9 @@ class PipelineRunner:
             return self.draw(request)
         except RuntimeError as error:  # what torch.compile raises begins with it
             if self._kind == COMPILED and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                first = str(error).strip().splitlines()[0]
                 raise CompatibilityError(
-                    f"torch.compile cannot compile {self._model} here: {first}; does this machine have a C++ compiler?"
+                    f"torch.compile cannot compile {self._model} here: {first_line(error)}; "
+                    "does this machine have a C++ compiler?"
                 ) from error
             raise
 

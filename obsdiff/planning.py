@@ -8,19 +8,19 @@ streams    the dense model and the one pruned so far, walked through block by bl
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import groupby
 from typing import Any
 
 from torch import nn
 
-from obsdiff import costs, estimates, pointwise, stream_costs, turns
-from obsdiff.core.gram import BYTES_PER_ENTRY
+from obsdiff import costs, estimates, stream_costs, turns
 from obsdiff.decoding import Decoding
 from obsdiff.estimates import Estimates, Streams, Workload
 from obsdiff.families import HELP, Family
 from obsdiff.groups import Group, LinearSpec
+from obsdiff.packages import gram_bytes, split_packages
 from obsdiff.sparsity import NM, Pattern, Sparsity
 from obsdiff.stream_costs import StreamPlan
+from obsdiff.unit_costs import lost, removals, savings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,11 +139,11 @@ def plan(
         ResourceError: the byte budget is smaller than one tier's grams.
     """
     removed = removals(groups, sparsity, align=align)
-    rows, columns = _lost(groups, removed)
+    rows, columns = lost(groups, removed)
     specs = family.linears(denoiser)
     layers = _layers(specs, linears, rows, columns, positions, sparsity.pattern)
     parameters = costs.parameters(denoiser)
-    parameters_lost, macs_lost = _savings(denoiser, rows, columns, positions)
+    parameters_lost, macs_lost = savings(denoiser, rows, columns, positions)
     macs = costs.macs(denoiser, positions)
     packages = _packages(specs, groups, removed, layers, sparsity.pattern, workload)
     described = tuple(_describe(kind, package) for kind, package in packages)
@@ -226,127 +226,6 @@ def together(plans: Mapping[str, Plan]) -> Plan:
 
 def _sums(parts: Sequence[object], *names: str) -> dict[str, Any]:
     return {name: sum(getattr(part, name) for part in parts) for name in names}
-
-
-def removals(groups: Sequence[Group], sparsity: Sparsity, *, align: int) -> dict[str, int]:
-    """How many units each group loses.
-
-    round(units * ratio), halves to even, as the paper does. Heads stay whole and at least one is kept; of FFN neurons
-    the number kept is rounded to the nearest multiple of `align`, at least one multiple, at most what there is.
-
-    Returns:
-        group name -> units that go, possibly 0.
-    """
-    return {
-        group.name: group.units - _kept(group, sparsity.heads if group.kind == "heads" else sparsity.ffn, align)
-        for group in groups
-    }
-
-
-def saved_macs(
-    denoiser: nn.Module, groups: Sequence[Group], removed: Mapping[str, int], positions: Mapping[str, int]
-) -> int:
-    """Multiply-accumulates of one call on one image that go with the units of these groups."""
-    return _savings(denoiser, *_lost(groups, removed), positions)[1]
-
-
-def left_macs(
-    linears: Sequence[LinearSpec], groups: Sequence[Group], removed: Mapping[str, int], positions: Mapping[str, int]
-) -> dict[str, int]:
-    """Multiply-accumulates of each linear, without its bias, once the units are gone."""
-    rows, columns = _lost(groups, removed)
-    return {
-        linear.name: (linear.out_features - rows[linear.name])
-        * (linear.in_features - columns[linear.name])
-        * positions[linear.name]
-        for linear in linears
-    }
-
-
-def _kept(group: Group, ratio: float, align: int) -> int:
-    kept = group.units - round(group.units * ratio)
-    if ratio == 0:
-        return group.units
-    if group.kind == "heads":
-        return max(kept, 1)
-    return min(max((kept + align // 2) // align, 1) * align, group.units)
-
-
-def split_packages(
-    linears: Sequence[LinearSpec], *, packages: int, budget_bytes: int | None = None
-) -> list[tuple[LinearSpec, ...]]:
-    """Splits linears into the packages of successive calibration passes; a tier is never torn apart.
-
-    Args:
-        linears: in any order.
-        packages: into this many contiguous parts of near-equal numbers of tiers, the first ones larger by one; or into
-            one per tier where there are fewer tiers.
-        budget_bytes: where given, parts are filled up to this many bytes of grams instead.
-
-    Raises:
-        ResourceError: the budget is smaller than one tier's grams.
-    """
-    ordered = sorted(linears, key=_tier)
-    tiers = [tuple(tier) for _, tier in groupby(ordered, key=_tier)]
-    if budget_bytes is not None:
-        return _fill(tiers, budget_bytes)
-    size, larger = divmod(len(tiers), min(packages, len(tiers)) or 1)
-    parts: list[tuple[LinearSpec, ...]] = []
-    start = 0
-    while start < len(tiers):
-        stop = start + size + (1 if len(parts) < larger else 0)
-        parts.append(tuple(linear for tier in tiers[start:stop] for linear in tier))
-        start = stop
-    return parts
-
-
-def gram_bytes(linears: Sequence[LinearSpec]) -> int:
-    """What the grams of these linears take together; those that share an input count once."""
-    return sum(BYTES_PER_ENTRY * width * width for width in estimates.gram_widths(linears).values())
-
-
-def _tier(linear: LinearSpec) -> tuple[int, int]:
-    return linear.block, linear.tier
-
-
-def _fill(tiers: Sequence[tuple[LinearSpec, ...]], budget_bytes: int) -> list[tuple[LinearSpec, ...]]:
-    parts: list[tuple[LinearSpec, ...]] = []
-    for tier in tiers:
-        estimates.check_fits(tier, gram_bytes(tier), budget_bytes)
-        if parts and gram_bytes(parts[-1] + tier) <= budget_bytes:
-            parts[-1] += tier
-        else:
-            parts.append(tier)
-    return parts
-
-
-def _lost(groups: Sequence[Group], removed: Mapping[str, int]) -> tuple[Counter[str], Counter[str]]:
-    """Rows and columns that modules lose, by name."""
-    rows: Counter[str] = Counter()
-    columns: Counter[str] = Counter()
-    for group in groups:
-        for producer in group.producers:
-            rows[producer.name] += removed.get(group.name, 0) * group.height(producer) * producer.parts
-        for reader in group.readers:
-            columns[reader] += removed.get(group.name, 0) * group.width
-    return rows, columns
-
-
-def _savings(
-    denoiser: nn.Module, rows: Counter[str], columns: Counter[str], positions: Mapping[str, int]
-) -> tuple[int, int]:
-    """Parameters and MACs that go."""
-    parameters = macs = 0
-    for name in {*rows, *columns}:
-        for parameter in denoiser.get_submodule(name).parameters(recurse=False):
-            height, *rest = parameter.shape
-            matrix = bool(rest)
-            width = rest[0] if matrix else 1
-            gone = height * width - (height - rows[name]) * (width - (columns[name] if matrix else 0))
-            gone *= pointwise.size_behind(parameter)
-            parameters += gone
-            macs += gone * positions.get(name, 0)
-    return parameters, macs
 
 
 def _layers(

@@ -35,6 +35,17 @@ def matrix(weight: Tensor) -> Tensor:
     return weight.view(len(weight), -1) if weight.ndim > 2 else weight
 
 
+def weight(denoiser: nn.Module, name: str) -> Tensor:
+    """The weight of one of its linears as (out, in), in the same memory."""
+    return matrix(denoiser.get_parameter(f"{name}.weight").data)
+
+
+def bias(denoiser: nn.Module, name: str) -> Tensor | None:
+    """The bias of one of its linears, (out,), in the same memory, where it has one."""
+    found = denoiser.get_submodule(name).bias
+    return found.data if isinstance(found, Tensor) else None
+
+
 def tokens(module: nn.Module, value: Tensor) -> Tensor:
     """What the module reads or gives, channels last: a pixel is a token."""
     return value.flatten(2).mT if isinstance(module, nn.Conv2d) else value

@@ -19,11 +19,11 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from obsdiff import engines, ranges, streaming, turns
+from obsdiff import orders, ranges, streaming, turns
 from obsdiff.core import scales
-from obsdiff.engines import Order
 from obsdiff.families import Family
 from obsdiff.groups import LinearSpec
+from obsdiff.orders import Order
 from obsdiff.ranges import Rule, Stream, Streams
 from obsdiff.recipe import Recipe
 from obsdiff.results import QuantizedLinear
@@ -102,7 +102,7 @@ def fitting(order: Order | None, settings: Settings) -> Order | None:
         CompatibilityError: a target that the user named does not, or none does.
     """
     formats = [name for name in (settings.precision, settings.dtype) if name in NEEDS]
-    return None if order is None else engines.fitting(order, formats, settings)
+    return None if order is None else orders.fitting(order, formats, settings)
 
 
 def _check_part(part: str, text: str) -> None:

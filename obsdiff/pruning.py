@@ -11,20 +11,21 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from torch import nn
 
 from obsdiff import (
     allocation,
     calibration,
     gradients,
-    planning,
     pointwise,
     ranks,
     stream_costs,
     streaming,
     trajectories,
     turns,
+    unit_costs,
 )
+from obsdiff.assignments import Assignment
 from obsdiff.calls import by_frames
 from obsdiff.clusters import Cluster, clusters
 from obsdiff.core import solver
@@ -35,11 +36,11 @@ from obsdiff.groups import LinearSpec
 from obsdiff.methods import Layer, Method, Options
 from obsdiff.methods.result import cast
 from obsdiff.methods.table import METHODS
+from obsdiff.packages import split_packages
 from obsdiff.recipe import Recipe, select
 from obsdiff.results import Journal, LayerResult, PackageResult, Sensitivity, Within, merged
 from obsdiff.shrinking import shrink
 from obsdiff.sparsity import NM, Pattern
-from obsdiff.streaming import Assignment
 from obsdiff.trajectories import Call
 from obsdiff_runtime.progress import Progress, silent
 
@@ -244,7 +245,7 @@ class _Run:
         """Chooses and masks units; returns the kept ones."""
         linears = {linear.name: linear for linear in self._family.linears(self._denoiser)}
         _, groups = select(self._recipe, tuple(linears.values()), self._family.groups(self._denoiser))
-        removals = planning.removals(groups, self._recipe.sparsity, align=self._recipe.align)
+        removals = unit_costs.removals(groups, self._recipe.sparsity, align=self._recipe.align)
         groups = tuple(group for group in groups if removals.get(group.name, 0) > 0)
         of_linear = {name: each for each in clusters(groups) for name in each.readers}
         kept: dict[str, tuple[int, ...]] = {}
@@ -319,9 +320,7 @@ class _Run:
         if not linears:
             return []
         packages = (
-            planning.split_packages(
-                linears, packages=self._recipe.packages, budget_bytes=self._recipe.gram_budget_bytes
-            )
+            split_packages(linears, packages=self._recipe.packages, budget_bytes=self._recipe.gram_budget_bytes)
             if self._method.calibrates
             else [tuple(linears)]
         )
@@ -366,14 +365,11 @@ class _Run:
         )
 
     def _layer(self, linear: LinearSpec, grams: Mapping[str, Gram]) -> Layer:
-        weight = self._weight(linear.name)
+        weight = pointwise.weight(self._denoiser, linear.name)
         if not self._method.calibrates:
             return Layer(name=linear.name, weight=weight, gram=None)
         gram = grams[linear.reads]
         return Layer(name=linear.name, weight=weight, gram=gram.matrix, mean=gram.mean)
-
-    def _weight(self, name: str) -> Tensor:
-        return pointwise.matrix(self._denoiser.get_parameter(f"{name}.weight").data)
 
 
 def _loss(loss: float) -> float | None:

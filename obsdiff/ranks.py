@@ -21,7 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from obsdiff.launch import Place, place
 from obsdiff.results import Journal, PackageResult
-from obsdiff_runtime.errors import ConfigError, RunError
+from obsdiff_runtime.errors import ConfigError, RunError, first_line
 
 T = TypeVar("T")
 
@@ -232,8 +232,7 @@ def _answered() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise RunError(
             f"another rank failed, or did not answer for {TIMEOUT.seconds // 60} minutes; its own message says why. "
-            f"The same command with --resume continues ({reason[0]})"
+            f"The same command with --resume continues ({first_line(error)})"
         ) from error

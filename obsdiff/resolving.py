@@ -7,8 +7,8 @@ from typing import Final
 
 from obsdiff import latencies
 from obsdiff.core.timesteps import SCHEDULES
+from obsdiff.defaults import Defaults
 from obsdiff.families import Family, require_described
-from obsdiff.loading import Defaults
 from obsdiff.methods.table import METHODS
 from obsdiff.recipe import (
     Recipe,

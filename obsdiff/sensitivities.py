@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from obsdiff import moments, padding, pausing, pointwise, ranks
+from obsdiff import glances, padding, pausing, pointwise, ranks
 from obsdiff.clusters import cluster
 from obsdiff.core.gram import Gram, GramAccumulator
 from obsdiff.core.metric import Metric
@@ -269,7 +269,7 @@ class _Solver:
         module = self._denoiser.get_submodule(name)
         gram = grams[self._linears[name].reads]
         bias = module.bias.data if isinstance(module.bias, Tensor) else None
-        weight = pointwise.matrix(self._denoiser.get_parameter(f"{name}.weight").data)
+        weight = pointwise.weight(self._denoiser, name)
         metric = self._metrics.get(name)
         return Layer(name=name, weight=weight, gram=gram.matrix, mean=gram.mean, bias=bias, metric=metric)
 
@@ -289,4 +289,4 @@ def _changed(denoiser: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[Non
 
 def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
     """(rows, tokens, in) -> (those that count, in): as many as of a tier's moments, or those in the mask."""
-    return moments.spaced(x).flatten(0, -2) if mask is None else padding.unpadded(x, mask)
+    return glances.spaced(x).flatten(0, -2) if mask is None else padding.unpadded(x, mask)

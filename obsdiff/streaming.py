@@ -6,9 +6,8 @@ will get, and is fitted to what the dense model computes at that place; nothing 
 """
 
 import copy
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 
@@ -16,41 +15,20 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from obsdiff import calibration, moments, offloading, pausing, pointwise, ranks, replays, trajectories
-from obsdiff.clusters import clusters
+from obsdiff import calibration, glances, moments, offloading, pausing, pointwise, replays, trajectories
+from obsdiff.assignments import Assignment
 from obsdiff.core.metric import Metric
-from obsdiff.core.permutation import permute
 from obsdiff.families import Family
-from obsdiff.groups import Group, LinearSpec
-from obsdiff.methods import Layer, Method, Options, Pruned
-from obsdiff.methods.result import cast
+from obsdiff.groups import LinearSpec
+from obsdiff.methods import Layer, Method, Options
 from obsdiff.pausing import PausedPass
 from obsdiff.recipe import Recipe
 from obsdiff.replays import Replay
 from obsdiff.residuals import block_modules
-from obsdiff.results import Journal, LayerResult, PackageResult, Sensitivity, merged
-from obsdiff.sparsity import NM, Pattern
+from obsdiff.results import Journal, PackageResult, merged
+from obsdiff.solving import TierSolver
 from obsdiff.trajectories import Call, Guidance
-from obsdiff_runtime.errors import CalibrationError
 from obsdiff_runtime.progress import Progress
-
-
-@dataclass(frozen=True, kw_only=True)
-class Assignment:
-    """What happens to which layer.
-
-    Attributes:
-        removals: group name -> units that go, where any go.
-        patterns: linear name -> its pattern.
-        dense: linear name -> why it stays dense though a pattern was asked for.
-        sensitivities: what was measured to decide it; see allocation.
-    """
-
-    groups: tuple[Group, ...]
-    removals: Mapping[str, int]
-    patterns: Mapping[str, Pattern]
-    dense: Mapping[str, str]
-    sensitivities: tuple[Sensitivity, ...] = ()
 
 
 def record(pipeline: DiffusionPipeline, family: Family, recipe: Recipe, progress: Progress) -> list[Call]:
@@ -155,17 +133,16 @@ class _Run:
         stored: torch.dtype,
     ) -> None:
         self._denoiser, self._family = denoiser, family
-        self._method, self._options, self._metrics = method, options, metrics
-        self._assignment, self._calls, self._stored = assignment, calls, stored
+        self._calls, self._metrics = calls, metrics
         self._linears = family.linears(denoiser)
         self.blocks = block_modules(self._linears)
-        self._patterns = assignment.patterns
         self._weights = trajectories.weights(calls, recipe)
         self._recipe = recipe
         self._guidance = Guidance.of(family, denoiser, recipe.sampling)
         self._groups = family.groups(denoiser)
-        losing = [group for group in assignment.groups if assignment.removals.get(group.name)]
-        self._cluster_of = {name: each for each in clusters(losing) for name in each.readers}
+        self._solver = TierSolver(
+            denoiser, self._linears, self._groups, method, options, assignment, permutes=recipe.permute, stored=stored
+        )
 
     def start(self) -> None:
         self._dense = [PausedPass(self._denoiser, call.arguments) for call in self._calls]
@@ -191,7 +168,7 @@ class _Run:
     def _past(self, index: int, name: str, block: nn.Module, known: PackageResult | None) -> PackageResult:
         for stream in (self._dense, self._pruned):
             pausing.check_at(stream, block, name)
-        linears = [linear for linear in self._linears if linear.block == index and self._changes(linear)]
+        linears = [linear for linear in self._linears if linear.block == index and self._solver.changes(linear.name)]
         if known is None and linears:
             return self._solve(block, name, linears)
         for waiting in self._dense:
@@ -223,9 +200,6 @@ class _Run:
             waiting.resume(output)
         return merged(found)
 
-    def _changes(self, linear: LinearSpec) -> bool:
-        return linear.name in self._patterns or linear.name in self._cluster_of
-
     def _tier(
         self, tier: Sequence[LinearSpec], behind: Sequence[str], name: str, dense: _Side, pruned: _Side
     ) -> PackageResult:
@@ -233,16 +207,18 @@ class _Run:
 
         Where no linears are left to change `behind` it in the block, the dense stream moves past the block.
         """
-        sums = moments.TierMoments(tier, self._weight(tier[0].name).device, self._guidance, self._recipe.guided)
+        sums = moments.TierMoments(
+            tier, pointwise.weight(self._denoiser, tier[0].name).device, self._guidance, self._recipe.guided
+        )
         repair = self._recipe.repair
         later = [each for each in self._linears if each.block == tier[0].block and each.tier > tier[0].tier]
         idle = later if self._family.described else []  # else tiers may not be in the order in which they run
         skipped = idle if behind else []
-        want: moments.Wanted = "outputs" if behind else "result"
+        want: glances.Wanted = "outputs" if behind else "result"
         ahead = [*behind, *(linear.name for linear in skipped)]
         unsettled = self._with_producers([*(linear.name for linear in (*tier, *idle)), *behind])
         for place, (call, weight) in enumerate(zip(self._calls, self._weights, strict=True)):
-            look = partial(moments.glance, name=name, linears=tier, streams=repair > 0, masks=call.masks)
+            look = partial(glances.glance, name=name, linears=tier, streams=repair > 0, masks=call.masks)
             before, after = self._dense[place].arguments, self._pruned[place].arguments
             again = dense.replay(place, ahead)
             wanted, output = look(dense.block, arguments=before, want=want, idle=skipped, replay=again)
@@ -256,200 +232,26 @@ class _Run:
         layers = {
             linear.name: Layer(
                 name=linear.name,
-                weight=self._weight(linear.name),
+                weight=pointwise.weight(self._denoiser, linear.name),
                 gram=grams[linear.reads].matrix,
                 mean=grams[linear.reads].mean,
-                bias=self._bias(linear.name),
+                bias=pointwise.bias(self._denoiser, linear.name),
                 target=targets[linear.name] if self._recipe.dense_targets else None,
                 metric=self._metrics.get(linear.name),
             )
             for linear in tier
         }
-
-        def solved(part: Sequence[LinearSpec]) -> PackageResult:
-            members = {linear.name: layers[linear.name] for linear in part}
-            moved = self._permute(members) if self._recipe.permute else PackageResult()
-            return merged([moved, self._solved(part, members)])
-
-        return merged(ranks.solve(_parts(tier, self._groups), solved))
+        return self._solver.solve(tier, layers)
 
     def _with_producers(self, names: Collection[str]) -> set[str]:
         """These linears, and those whose rows change places when they are pruned."""
         groups = [group for group in self._groups if not set(group.readers).isdisjoint(names)]
         return {*names, *(producer.name for group in groups for producer in group.producers)}
 
-    def _permute(self, layers: dict[str, Layer]) -> PackageResult:
-        """Reorders the channels between a producer and its consumers where N:M then costs less.
-
-        Changes `layers`, the consumers; returns the producers' new tensors, and the orders.
-        """
-        moved: dict[str, Tensor] = {}
-        orders: dict[str, tuple[int, ...]] = {}
-        every = {linear.name for linear in self._linears}
-        for group in self._groups:
-            pattern = self._patterns.get(group.readers[0])
-            free = [producer for producer in group.producers if producer.free]
-            if (
-                not isinstance(pattern, NM)
-                or not free
-                or not layers.keys() >= set(group.readers)
-                or not can_move(group, pattern)
-                or any(name in self._cluster_of for name in group.readers)
-                or any(each.name in every and each.name not in self._patterns for each in free)
-            ):
-                continue
-            size = group.units * group.width
-            own = {consumer.name: slice(consumer.start, consumer.start + size) for consumer in group.consumers}
-            scores = [_score(layers[name])[:, columns] for name, columns in own.items()]
-            order = permute(scores, pattern, width=group.width if group.width > 1 else None)
-            orders[group.name] = tuple(order.tolist())
-            for name, columns in own.items():
-                everything = torch.arange(layers[name].weight.shape[1], device=order.device)
-                everything[columns] = order + columns.start
-                layers[name] = _reduced(layers[name], everything)
-            for producer in free:
-                rows = torch.cat([order + part * size for part in range(producer.parts)]) + producer.start
-                for key, tensor in self._tensors(producer.name).items():
-                    moved[key] = moved.get(key, tensor).clone()
-                    moved[key][producer.start : producer.start + len(rows)] = tensor[rows]
-        return PackageResult(weights=moved, orders=orders)
-
-    def _solved(self, tier: Sequence[LinearSpec], layers: Mapping[str, Layer]) -> PackageResult:
-        solutions: dict[str, tuple[Pruned, str]] = {}
-        kept: dict[str, tuple[int, ...]] = {}
-        for losing in dict.fromkeys(self._cluster_of[name] for name in layers if name in self._cluster_of):
-            stays, pruned = self._method.prune_units(
-                [layers[name] for name in losing.readers],
-                losing.removals(self._assignment.removals),
-                self._options,
-            )
-            own = {group.name: tuple(units.tolist()) for group, units in zip(losing.groups, stays, strict=True)}
-            kept.update(own)
-            for name, solution in zip(losing.readers, pruned, strict=True):
-                solutions[name] = solution, losing.told(name, own)
-        for sharing in _alike(tier, self._patterns):
-            pattern = self._patterns[sharing[0].name]
-            columns = [_columns(solutions.get(linear.name)) for linear in sharing]
-            reduced = [_reduced(layers[linear.name], part) for linear, part in zip(sharing, columns, strict=True)]
-            pruned = self._method.prune_weights(reduced, pattern, self._options)
-            for linear, solution, part in zip(sharing, pruned, columns, strict=True):
-                solutions[linear.name] = _widened(solution, layers[linear.name], part), str(pattern)
-        return self._package(solutions, kept)
-
-    def _package(self, solutions: Mapping[str, tuple[Pruned, str]], kept: dict[str, tuple[int, ...]]) -> PackageResult:
-        weights: dict[str, Tensor] = {}
-        records = []
-        for name, (solution, what) in solutions.items():
-            weight = weights[f"{name}.weight"] = cast(name, solution.weight, self._stored)
-            if solution.bias is not None:
-                weights[f"{name}.bias"] = cast(name, solution.bias, self._stored)
-            stays = weight[:, solution.keep.any(dim=0)] if name in self._cluster_of else weight
-            zeros = float((stays == 0).sum()) / max(stays.numel(), 1)
-            records.append(LayerResult(name=name, pattern=what, loss=solution.loss, zeros=zeros))
-        return PackageResult(weights=weights, kept=kept, layers=tuple(records))
-
     def _write(self, weights: Mapping[str, Tensor]) -> None:
         for name, value in weights.items():
             pointwise.write(self._denoiser.get_parameter(name), value)
 
-    def _tensors(self, name: str) -> dict[str, Tensor]:
-        """A linear's weight and, where it has one, its bias, by name in the denoiser."""
-        bias = self._bias(name)
-        return {f"{name}.weight": self._weight(name)} | ({} if bias is None else {f"{name}.bias": bias})
-
-    def _weight(self, name: str) -> Tensor:
-        return pointwise.matrix(self._denoiser.get_parameter(f"{name}.weight").data)
-
-    def _bias(self, name: str) -> Tensor | None:
-        bias = self._denoiser.get_submodule(name).bias
-        return bias.data if isinstance(bias, Tensor) else None
-
-
-def assign(
-    linears: Sequence[LinearSpec],
-    groups: Sequence[Group],
-    removals: Mapping[str, int],
-    pattern: Pattern | None,
-) -> Assignment:
-    """The same for every layer: each of `linears` gets the pattern, unless its width after the cut does not fit."""
-    lost: Counter[str] = Counter()
-    for group in groups:
-        lost.update({name: removals.get(group.name, 0) * group.width for name in group.readers})
-    patterns: dict[str, Pattern] = {}
-    dense: dict[str, str] = {}
-    if pattern is not None and pattern.ratio > 0:
-        for linear in linears:
-            left = linear.in_features - lost[linear.name]
-            if isinstance(pattern, NM) and left % pattern.m:
-                dense[linear.name] = f"{left} inputs are not divisible by {pattern.m}"
-            else:
-                patterns[linear.name] = pattern
-    removed = {name: number for name, number in removals.items() if number}
-    return Assignment(groups=tuple(groups), removals=removed, patterns=patterns, dense=dense)
-
-
-def can_move(group: Group, pattern: NM) -> bool:
-    """Whether the channels of a group fill whole groups of M: its segments and where they begin are multiples of M."""
-    segment = group.width if group.width > 1 else group.units
-    return not segment % pattern.m and not any(consumer.start % pattern.m for consumer in group.consumers)
-
 
 def _tier_of(linear: LinearSpec) -> int:
     return linear.tier
-
-
-def _alike(tier: Sequence[LinearSpec], patterns: Mapping[str, Pattern]) -> list[list[LinearSpec]]:
-    """The linears that get a pattern, by the tensor they read and by pattern."""
-    alike: dict[tuple[str, str], list[LinearSpec]] = {}
-    for linear in tier:
-        if linear.name in patterns:
-            alike.setdefault((linear.reads, str(patterns[linear.name])), []).append(linear)
-    return list(alike.values())
-
-
-def _parts(tier: Sequence[LinearSpec], groups: Sequence[Group]) -> list[list[LinearSpec]]:
-    """The linears that are solved together: those that read one tensor, or lose the same units, or change places."""
-    parts: list[tuple[set[str], list[LinearSpec]]] = []
-    for linear in tier:
-        ties = {linear.reads, *(group.name for group in groups if linear.name in group.readers)}
-        near = [part for part in parts if part[0] & ties]
-        parts = [part for part in parts if not part[0] & ties]
-        parts.append((ties.union(*(part[0] for part in near)), [*(each for part in near for each in part[1]), linear]))
-    return [linears for _, linears in parts]
-
-
-def _score(layer: Layer) -> Tensor:
-    """What losing a weight costs, w^2 times its input's variance, as a share of the layer's whole, (out, in)."""
-    if layer.gram is None or layer.mean is None:
-        raise CalibrationError(f"{layer.name}: has no moments")
-    variance = (layer.gram.diagonal() - layer.mean.square()).clamp_min(0)
-    score = layer.weight.double().square() * variance
-    return score / score.sum().clamp_min(torch.finfo(score.dtype).tiny)
-
-
-def _columns(solution: tuple[Pruned, str] | None) -> Tensor | None:
-    """The columns that the removal of units left, None where none was removed."""
-    return None if solution is None else solution[0].keep[0].nonzero().flatten()
-
-
-def _reduced(layer: Layer, columns: Tensor | None) -> Layer:
-    """The layer with these columns only, in this order."""
-    if columns is None or layer.gram is None or layer.mean is None:
-        return layer
-    target = layer.target
-    return replace(
-        layer,
-        weight=layer.weight[:, columns],
-        gram=layer.gram[columns][:, columns],
-        mean=layer.mean[columns],
-        target=None if target is None else replace(target, cross=target.cross[:, columns]),
-    )
-
-
-def _widened(pruned: Pruned, layer: Layer, columns: Tensor | None) -> Pruned:
-    """At full width again, zero in the removed columns."""
-    if columns is None:
-        return pruned
-    weight, keep = torch.zeros_like(layer.weight), torch.zeros_like(layer.weight, dtype=torch.bool)
-    weight[:, columns], keep[:, columns] = pruned.weight, pruned.keep.to(keep.device)
-    return replace(pruned, weight=weight, keep=keep)

@@ -23,6 +23,7 @@ from obsdiff_runtime.errors import BundleError
 
 STEM: Final = "diffusion_pytorch_model"
 TRANSFORMERS_STEM: Final = "model"
+CONVERT: Final = "pickled ones are not read: convert them with save_pretrained(safe_serialization=True)"
 
 
 def main_dtype(module: nn.Module) -> torch.dtype:

@@ -25,7 +25,7 @@ from obsdiff_export.asking import Outcome, ask
 from obsdiff_export.latency_table import SPARSE
 from obsdiff_export.linears import Shape
 from obsdiff_export.measuring import FEWEST, Product, Variant, is_faster
-from obsdiff_runtime.errors import CompatibilityError, ConfigError, RunError
+from obsdiff_runtime.errors import CompatibilityError, ConfigError, RunError, first_line
 from obsdiff_runtime.progress import Progress, silent
 from obsdiff_runtime.timing import Comparison, compare, interleaved
 
@@ -140,7 +140,7 @@ def compress(weight: Tensor, algorithm: int = 0) -> Tensor:
     except (RuntimeError, NotImplementedError, AttributeError) as error:
         raise CompatibilityError(
             f"torch {torch.__version__} has no 2:4 kernel here for a weight of {tuple(weight.shape)} in "
-            f"{weight.dtype}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            f"{weight.dtype}: {first_line(error)}"
         ) from error
     finally:
         SparseSemiStructuredTensor._FORCE_CUTLASS = forced

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from obsdiff.groups import Group, LinearSpec
 from obsdiff_export.component import Component
-from obsdiff_runtime.conditioning import KINDS
 from obsdiff_runtime.errors import ConfigError
+from obsdiff_runtime.kinds.table import KINDS
 
 HELP: Final = "docs/add-a-family.md in obsdiff's repository says how to describe one"
 

@@ -22,7 +22,7 @@ from obsdiff.shrinking import columns, shrink
 from obsdiff_export import parity
 from obsdiff_export.component import Component
 from obsdiff_export.onnx import export
-from obsdiff_runtime.errors import ExportError
+from obsdiff_runtime.errors import ExportError, first_line
 
 VAE_SCALE: Final = 8
 TOLERANCE: Final = 1e-5
@@ -212,7 +212,7 @@ def _shrunk(case: _Case) -> Iterator[str]:
     try:
         found = case.run(cut)
     except (RuntimeError, ValueError) as error:
-        yield f"cut, the denoiser does not run: {str(error).splitlines()[0]}"
+        yield f"cut, the denoiser does not run: {first_line(error)}"
         return
     wanted = case.run(masked)
     difference = float((found - wanted).abs().max() / wanted.abs().max())

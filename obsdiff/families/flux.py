@@ -33,8 +33,8 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from obsdiff.families import layers, parts, reading, references
 from obsdiff.groups import Consumer, Group, LinearSpec, Producer, Size, Write
 from obsdiff_export.component import Component
-from obsdiff_runtime.conditioning import PACKED as PATCH
 from obsdiff_runtime.errors import ConfigError
+from obsdiff_runtime.kinds import PACKED as PATCH
 
 name: str = "flux"
 denoiser: str = "transformer"

@@ -39,8 +39,8 @@ from obsdiff.families import layers, parts, reading, references
 from obsdiff.families.rotations import Places, rotating
 from obsdiff.groups import ChunkGate, Group, LinearSpec, Write
 from obsdiff_export.component import Component
-from obsdiff_runtime.conditioning import PACKED as PATCH
 from obsdiff_runtime.errors import ModelError
+from obsdiff_runtime.kinds import PACKED as PATCH
 from obsdiff_runtime.references import PLACES, STATES
 
 name: str = "qwen"

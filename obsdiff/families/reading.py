@@ -19,8 +19,8 @@ from obsdiff.families import references
 from obsdiff.families.parts import SEED, Flat, config_of, noise, padded
 from obsdiff_export.component import Component
 from obsdiff_runtime.bundle import IMAGE_ENCODER
-from obsdiff_runtime.conditioning import PROMPT_TEMPLATE, QWEN_DROPPED, QWEN_TEMPLATE
 from obsdiff_runtime.errors import ModelError
+from obsdiff_runtime.kinds import PROMPT_TEMPLATE, qwen
 
 CLIP_TOKENS: Final = 77
 
@@ -84,7 +84,7 @@ def instruction_tokens(pipeline: DiffusionPipeline) -> int:
 
 def template_tokens(pipeline: DiffusionPipeline) -> int:
     """Tokens by which every prompt's sequence is longer than what the denoiser reads of it."""
-    return int(getattr(pipeline, QWEN_DROPPED, 0))
+    return int(getattr(pipeline, qwen.DROPPED, 0))
 
 
 def text_encoders(pipeline: DiffusionPipeline) -> list[Component]:
@@ -112,7 +112,7 @@ def text_encoders(pipeline: DiffusionPipeline) -> list[Component]:
             output = "last_hidden_state" if prompt is None else f"hidden_states.{model.config.num_hidden_layers - 1}"
             found.append(_sequence(name, model, _Masked(model, output), masked=True, output=output, told=told))
         elif kind == "Qwen2_5_VLForConditionalGeneration":
-            told = {key: getattr(pipeline, key) for key in (QWEN_TEMPLATE, QWEN_DROPPED)}
+            told = {key: getattr(pipeline, key) for key in (qwen.TEMPLATE, qwen.DROPPED)}
             found.append(_sequence(name, model, _Qwen(model), masked=True, told=told))
         elif kind in ("Qwen3Model", "Qwen3ForCausalLM", "Mistral3ForConditionalGeneration"):
             told = {PROMPT_TEMPLATE: prompt_template(pipeline)}

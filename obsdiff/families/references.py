@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from obsdiff.families import Family, parts
 from obsdiff_export.component import Component
-from obsdiff_runtime.conditioning import KINDS
+from obsdiff_runtime.kinds.table import KINDS
 from obsdiff_runtime.openings import MASK
 from obsdiff_runtime.references import PLACES, STATES, TOKENS, References
 

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from obsdiff.families import layers, parts, reading
 from obsdiff.groups import Group, LinearSpec, Write
 from obsdiff_export.component import Component
-from obsdiff_runtime.conditioning import GUIDANCE_WAVES
 from obsdiff_runtime.errors import ConfigError, ModelError
+from obsdiff_runtime.kinds.scales import GUIDANCE_WAVES
 
 name: str = "unet"
 denoiser: str = "unet"

@@ -6,8 +6,8 @@ from typing import Final
 
 from obsdiff.triton.pbtxt import Enum, Message, parameters
 from obsdiff_runtime.bundle import ComponentEntry, EngineEntry, Manifest, TensorEntry
-from obsdiff_runtime.conditioning import kind_of
 from obsdiff_runtime.errors import CompatibilityError
+from obsdiff_runtime.kinds.table import kind_of
 from obsdiff_runtime.server.options import Bounds
 from obsdiff_runtime.triton import DENOISER_ROWS, MAX_PIXELS, MAX_PROMPT, MAX_STEPS, is_bare, is_batched
 

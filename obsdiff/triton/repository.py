@@ -19,9 +19,9 @@ from obsdiff.triton.configs import (
 )
 from obsdiff.triton.pbtxt import Message, render
 from obsdiff_runtime.bundle import MANIFEST, Bundle, description
-from obsdiff_runtime.conditioning import kind_of
 from obsdiff_runtime.decoding import encode
 from obsdiff_runtime.errors import CompatibilityError, ConfigError
+from obsdiff_runtime.kinds.table import kind_of
 from obsdiff_runtime.triton import DESCRIPTION, model_of
 
 VERSION: Final = "1"

@@ -15,9 +15,9 @@ from typing import Any, Final, Protocol
 import torch
 from torch import nn
 
-from obsdiff import engines, job, pruning, turns
+from obsdiff import job, orders, pruning, turns
+from obsdiff.defaults import vae_scale
 from obsdiff.families import exporting, references
-from obsdiff.loading import vae_scale
 from obsdiff.measurements import NotMeasured
 from obsdiff.resolving import resolve
 from obsdiff.settings import Settings
@@ -106,7 +106,7 @@ def _steps(
         progress("end to end", 0, 3, "export")
         made = _graphs(subject, component, settings, runner, Path(scratch))
         progress("end to end", 1, 3, "load")
-        sizes = engines.sizes_of(
+        sizes = orders.sizes_of(
             subject.job.recipe.sampling,
             subject.job.pipeline_class,
             subject.job.configs[subject.job.family.denoiser],

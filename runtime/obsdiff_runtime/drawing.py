@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from obsdiff_runtime.conditioning import Conditions, Kind, Settings
+from obsdiff_runtime.kinds import Conditions, Kind, Settings
 from obsdiff_runtime.networks import Array, Networks
 from obsdiff_runtime.references import PLACES
 from obsdiff_runtime.schedulers import Scheduler

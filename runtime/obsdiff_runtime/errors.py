@@ -117,6 +117,12 @@ def failure(error: BaseException, *, smaller: str = SMALLER, again: str = "") ->
     return None
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's error says in one line without its full stop; its class where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
 def _is_full(error: BaseException | None) -> bool:
     """Whether a full disk, a quota or a limit on file sizes is behind it; safetensors tells of it in words only."""
     if error is None:

@@ -192,7 +192,7 @@ class Orchestrator:
                 call["image"] = image
             call.setdefault("seed", secrets.randbelow(SEEDS))
             sizes = (call.get(name) for name in ("num_inference_steps", "guidance_scale", "height", "width"))
-            settings = self._pipeline.resolve(*sizes, image=image, strength=call.get("strength"))
+            settings = self._pipeline.resolver.resolve(*sizes, image=image, strength=call.get("strength"))
             self._bounds.check(texts, settings, self._pipeline.bundle.manifest.defaults)
             calls.append(call)
         return calls

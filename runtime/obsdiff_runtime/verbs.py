@@ -63,7 +63,7 @@ def generate(
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     write = _writer(opened, output, fps)
     pipeline = Pipeline(opened, backend=backend, threads=threads, vae_tiling=vae_tiling)
-    if pipeline.opens:
+    if pipeline.resolver.opens:
         own = opened.manifest.defaults
         height, width = own.height if height is None else height, own.width if width is None else width
     start = None if image is None else read_picture(image, pipeline.size_step, height, width)

@@ -10,7 +10,17 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from obsdiff import allocation, costs, gradients, planning, pruning, sensitivities, streaming, trajectories
+from obsdiff import (
+    allocation,
+    costs,
+    gradients,
+    pruning,
+    sensitivities,
+    streaming,
+    trajectories,
+    unit_costs,
+)
+from obsdiff.assignments import Assignment
 from obsdiff.core.units import Removal
 from obsdiff.groups import Consumer, Group
 from obsdiff.job import computable, given
@@ -56,7 +66,7 @@ class Subject:
     def calls(self) -> list[Call]:
         return streaming.record(self.pipeline, self.family, self.recipe, silent)
 
-    def measured(self, journal: Any = None) -> streaming.Assignment:
+    def measured(self, journal: Any = None) -> Assignment:
         calls, linears = self.calls(), self.family.linears(self.denoiser)
         metrics = gradients.measure(self.denoiser, linears, calls, weights=trajectories.weights(calls, self.recipe))
         return allocation.measured(
@@ -207,7 +217,7 @@ def test_as_many_macs_go_as_by_the_uniform_rule_in_whole_heads_and_multiples(
     found = what.measured()
     positions = allocation.positions(what.denoiser, what.calls()[0])
     saved, wanted = (
-        planning.saved_macs(what.denoiser, each.groups, each.removals, positions) for each in (found, paper)
+        unit_costs.saved_macs(what.denoiser, each.groups, each.removals, positions) for each in (found, paper)
     )
     assert saved >= wanted > 0
     groups = {group.name: group for group in found.groups}
@@ -223,7 +233,7 @@ def test_the_macs_counted_are_those_that_the_cut_model_saves(kind: str, subject:
     call = what.calls()[0]
     before = costs.macs(what.denoiser, allocation.positions(what.denoiser, call))
     found, positions = what.measured(), allocation.positions(what.denoiser, call)
-    saved = planning.saved_macs(what.denoiser, found.groups, found.removals, positions)
+    saved = unit_costs.saved_macs(what.denoiser, found.groups, found.removals, positions)
     pruned = what.prune()
     assert pruned.units.keys() == found.removals.keys()
     assert before - costs.macs(pruned.denoiser, allocation.positions(pruned.denoiser, call)) == saved
@@ -261,7 +271,7 @@ def test_readers_of_a_tensor_stay_dense_together_within_the_share(subject: Calla
     assert dense
     assert dense.isdisjoint(found.patterns)
     assert all(names <= dense or names.isdisjoint(dense) for names in together.values())
-    macs = planning.left_macs(linears, (), {}, allocation.positions(what.denoiser, what.calls()[0]))
+    macs = unit_costs.left_macs(linears, (), {}, allocation.positions(what.denoiser, what.calls()[0]))
     assert 0 < sum(macs[name] for name in dense) <= 0.25 * sum(macs.values())
     pruned = what.prune()
     assert {layer.name for layer in pruned.layers if "costs most" in (layer.reason or "")} == dense

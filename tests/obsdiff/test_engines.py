@@ -16,7 +16,8 @@ from onnx import TensorProto, helper, numpy_helper
 import obsdiff
 from obsdiff import engines, verbs
 from obsdiff.cli import main
-from obsdiff.engines import Order, build_engines, order_of, served
+from obsdiff.engines import build_engines
+from obsdiff.orders import Order, order_of, served
 from obsdiff.settings import Settings, given_as
 from obsdiff_export import build as build_module
 from obsdiff_export import contest

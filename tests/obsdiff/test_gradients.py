@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from kinds import EVERY, prompts_of
-from obsdiff import gradients, moments, offloading, pointwise, streaming
+from obsdiff import glances, gradients, offloading, pointwise, streaming
 from obsdiff.core import metric
 from obsdiff.core.metric import GradientMoments
 from obsdiff.job import computable, given
@@ -116,7 +116,7 @@ def test_sums_are_those_of_autograd_on_the_plain_forward_pass(
         exact = GradientMoments(each.out_features)
         if gradient is not None:
             tokens = pointwise.tokens(what.denoiser.get_submodule(each.name), gradient)
-            exact.add(moments.spaced(tokens).flatten(0, -2))
+            exact.add(glances.spaced(tokens).flatten(0, -2))
         for one, other in zip(sums[place], exact.sums(), strict=True):
             assert torch.allclose(one, other, rtol=1e-4, atol=1e-5 * max(float(other.abs().max()), 1e-12)), each.name
 

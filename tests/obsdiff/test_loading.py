@@ -14,10 +14,11 @@ from diffusers.pipelines import pipeline_loading_utils
 from torch import Tensor, nn
 
 import obsdiff
-from obsdiff import checkpoint, loading
+from obsdiff import checkpoint, hub
+from obsdiff.defaults import Defaults, defaults_of, vae_scale
 from obsdiff.families import guided, usual_scale
 from obsdiff.families.table import FAMILIES, family_of
-from obsdiff.loading import Defaults, load_configs, load_pipeline
+from obsdiff.loading import load_configs, load_pipeline, shipped_pipeline
 from obsdiff.manifest import GroupCut, PrunedManifest
 from obsdiff.shrinking import shrink
 from obsdiff_runtime.errors import ModelError
@@ -36,7 +37,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory, sd3_folder: Path) -> Path:
     pipeline = checkpoint.assemble(sd3_folder, {}, dtype=torch.float32)
     folder = tmp_path_factory.mktemp("pruned") / "cut"
     manifest = PrunedManifest(family="sd3", sparsity="heads:0.5", groups={HEADS: GroupCut(units=4, kept=(0, 3))})
-    shrink(pipeline.transformer, loading.family_of("SD3Transformer2DModel"), manifest.keep)
+    shrink(pipeline.transformer, family_of("SD3Transformer2DModel"), manifest.keep)
     checkpoint.save(pipeline, pipeline.transformer, folder, manifest, source=sd3_folder)
     return folder
 
@@ -186,7 +187,7 @@ def test_defaults_come_from_diffusers(sd3_folder: Path, sd15_folder: Path) -> No
 
 def test_the_guidance_of_z_image_is_counted_as_its_pipeline_counts_it() -> None:
     loaded = load_configs(Path(__file__).parent / "configs" / "z_image_turbo.json")
-    assert loading.defaults_of(None, loaded.configs) == Defaults(
+    assert defaults_of(None, loaded.configs) == Defaults(
         height=1024, width=1024, num_inference_steps=50, guidance_scale=5.0, max_sequence_length=512
     )
     assert usual_scale(loaded.family, 5.0) == 6.0
@@ -196,7 +197,7 @@ def test_the_guidance_of_z_image_is_counted_as_its_pipeline_counts_it() -> None:
 
 def test_the_guidance_of_qwen_image_is_that_by_negative_prompts() -> None:
     configs = load_configs(Path(__file__).parent / "configs" / "qwen_image.json").configs
-    assert loading.defaults_of(None, configs) == Defaults(
+    assert defaults_of(None, configs) == Defaults(
         height=1024, width=1024, num_inference_steps=50, guidance_scale=4.0, max_sequence_length=512
     )
 
@@ -221,16 +222,16 @@ def test_configurations_are_enough_to_plan_with(copied: Path) -> None:
     assert set(configs) == {"model_index", "transformer", "vae", "scheduler", "text_encoder", "text_encoder_2"} | {
         name for name in configs if name.startswith("tokenizer")
     }
-    assert loading.vae_scale(configs) == 2
-    assert loading.defaults_of(copied, configs).height == 32
+    assert vae_scale(configs) == 2
+    assert defaults_of(copied, configs).height == 32
 
 
 @pytest.mark.parametrize("name", ["transformer", "transformer/config.json"])
 def test_a_bare_denoiser_is_enough_to_plan_with(name: str, sd3_folder: Path) -> None:
     denoiser, family, configs, _ = load_configs(sd3_folder / name)
     assert len(family.groups(denoiser)) == len(family.groups(load_configs(sd3_folder).denoiser))
-    assert loading.defaults_of(None, configs).num_inference_steps == 28
-    assert loading.vae_scale(configs) == 8
+    assert defaults_of(None, configs).num_inference_steps == 28
+    assert vae_scale(configs) == 8
 
 
 def test_a_configuration_may_have_any_name(sd3_folder: Path, tmp_path: Path) -> None:
@@ -245,7 +246,7 @@ def test_a_bare_sana_takes_the_steps_of_the_pipeline_that_tells_it_its_guidance(
     kind: str, steps: int, build_denoiser: Callable[..., Any], tmp_path: Path
 ) -> None:
     build_denoiser(kind).save_config(tmp_path)
-    defaults = loading.defaults_of(None, load_configs(tmp_path).configs)
+    defaults = defaults_of(None, load_configs(tmp_path).configs)
     assert (defaults.num_inference_steps, defaults.guidance_scale) == (steps, 4.5)
 
 
@@ -263,7 +264,7 @@ def test_a_sampler_that_sana_sprint_does_not_draw_by_is_refused(
 
 def test_a_bare_sana_stands_for_thirty_two_pixels_a_side(build_denoiser: Callable[..., Any], tmp_path: Path) -> None:
     build_denoiser("sana").save_config(tmp_path)
-    assert loading.vae_scale(load_configs(tmp_path).configs) == 32
+    assert vae_scale(load_configs(tmp_path).configs) == 32
 
 
 def test_a_bare_flux2_stands_for_patches_of_sixteen_pixels_a_side(
@@ -271,8 +272,8 @@ def test_a_bare_flux2_stands_for_patches_of_sixteen_pixels_a_side(
 ) -> None:
     build_denoiser("flux2").save_config(tmp_path)
     configs = load_configs(tmp_path).configs
-    assert loading.vae_scale(configs) == 16
-    assert (loading.defaults_of(None, configs).height, loading.defaults_of(None, configs).width) == (1024, 1024)
+    assert vae_scale(configs) == 16
+    assert (defaults_of(None, configs).height, defaults_of(None, configs).width) == (1024, 1024)
 
 
 def test_a_bundle_s_autoencoder_says_how_many_pixels_a_latent_pixel_stands_for(
@@ -280,7 +281,7 @@ def test_a_bundle_s_autoencoder_says_how_many_pixels_a_latent_pixel_stands_for(
 ) -> None:
     folder = Path(shutil.copytree(sd3_folder, tmp_path / "bundle"))
     (folder / "vae").rename(folder / "vae_decoder")
-    assert loading.vae_scale(load_configs(folder).configs) == loading.vae_scale(load_configs(sd3_folder).configs) == 2
+    assert vae_scale(load_configs(folder).configs) == vae_scale(load_configs(sd3_folder).configs) == 2
 
 
 def test_a_folder_that_is_neither_pipeline_nor_denoiser_is_an_error(tmp_path: Path) -> None:
@@ -307,7 +308,7 @@ def test_a_name_on_the_hub_is_fetched_and_loaded_from_the_cache(pruned: Path, mo
         return str(pruned / name)
 
     monkeypatch.setattr(DiffusionPipeline, "download", download)
-    monkeypatch.setattr(loading, "hf_hub_download", hf_hub_download)
+    monkeypatch.setattr(hub, "hf_hub_download", hf_hub_download)
     assert load_pipeline("someone/sd3", revision="main").manifest is not None
     assert asked == [("someone/sd3", "main", True)]
     assert load_configs("someone/sd3").family.name == "sd3"
@@ -326,7 +327,7 @@ def test_pickled_weights_on_the_hub_are_not_read(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_shipped_pipeline_is_named() -> None:
-    assert loading.shipped_pipeline().name == "shapes"
+    assert shipped_pipeline().name == "shapes"
 
 
 def test_alpha_s_published_class_name_is_pixart_s(build_pipeline: Callable[..., Any], tmp_path: Path) -> None:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from kinds import EVERY, latents_of
-from obsdiff import moments, pausing, pointwise
+from obsdiff import glances, pausing, pointwise
 from obsdiff.families import references
 from obsdiff.families.table import family_of
+from obsdiff.glances import TOKENS, Glance
 from obsdiff.groups import LinearSpec, Write
-from obsdiff.moments import TOKENS, Glance, TierMoments
+from obsdiff.moments import TierMoments
 from obsdiff.pausing import PausedPass
 from obsdiff.residuals import block_modules
 from obsdiff.trajectories import Guidance
@@ -144,8 +145,8 @@ def test_tokens_are_taken_at_the_same_evenly_spaced_places_of_everything() -> No
     places = torch.linspace(0, tokens - 1, TOKENS).round().long()
     block, x = Residual(), noise(ROWS, tokens, IN, seed=0)
     linear = replace(spec("block.out"), out_features=IN, writes=Write(stream="block.gate", gate=("block.gate", 1)))
-    wanted, result = moments.glance(block, "block", [linear], ((x,), {}), want="outputs", streams=True)
-    look, nothing = moments.glance(block, "block", [linear], ((x,), {}), want="inputs", streams=True)
+    wanted, result = glances.glance(block, "block", [linear], ((x,), {}), want="outputs", streams=True)
+    look, nothing = glances.glance(block, "block", [linear], ((x,), {}), want="inputs", streams=True)
     assert result is nothing is None
     kept = x[:, places]
     assert torch.equal(look.inputs["block.out"], kept)
@@ -174,7 +175,7 @@ class Residual(nn.Module):
 def test_a_whole_run_gives_what_the_block_gives_and_keeps_no_input() -> None:
     block, x = Residual(), noise(ROWS, 5, IN, seed=0)
     linear = replace(spec("block.out"), out_features=IN)
-    look, result = moments.glance(block, "block", [linear], ((x,), {}), want="result", streams=False)
+    look, result = glances.glance(block, "block", [linear], ((x,), {}), want="result", streams=False)
     assert torch.equal(result, block(x))
     assert torch.equal(look.outputs["block.out"], block.out(x))
     assert not look.inputs
@@ -240,7 +241,7 @@ def test_a_glance_sees_what_hooks_on_the_whole_model_see(kind: str, build_denois
             block = denoiser.get_submodule(name)
             for tier in sorted({linear.tier for linear in linears if linear.block == index}):
                 mine = [linear for linear in linears if (linear.block, linear.tier) == (index, tier)]
-                look = partial(moments.glance, name=name, linears=mine, arguments=waiting.arguments, streams=True)
+                look = partial(glances.glance, name=name, linears=mine, arguments=waiting.arguments, streams=True)
                 (inputs, _), (outputs, _) = (look(copy.deepcopy(block), want=each) for each in ("inputs", "outputs"))
                 for linear in mine:
                     module = denoiser.get_submodule(linear.name)
@@ -288,7 +289,7 @@ def test_the_stream_before_a_linear_does_not_depend_on_what_it_writes(
                 bias = writer.weight.new_zeros(len(writer.weight)) if writer.bias is None else writer.bias
                 writer.bias = nn.Parameter(bias + 0.5)
                 before, after = (
-                    moments.glance(each, name, [linear], waiting.arguments, want="outputs", streams=True)[0]
+                    glances.glance(each, name, [linear], waiting.arguments, want="outputs", streams=True)[0]
                     for each in (block, changed)
                 )
                 torch.testing.assert_close(after.outputs[linear.name], before.outputs[linear.name] + 0.5)
@@ -305,7 +306,7 @@ def test_a_pixart_block_adds_gate_times_output_to_each_stream(build_denoiser: Ca
     name = "transformer_blocks.0"
     with pausing.gated([denoiser.get_submodule(name)]):
         waiting = PausedPass(denoiser, ((), {**family.arguments(inputs), "return_dict": False}))
-        look, result = moments.glance(
+        look, result = glances.glance(
             denoiser.get_submodule(name), name, linears, waiting.arguments, want="result", streams=True
         )
     after = [look.bases[each.name] + look.gates.get(each.name, 1.0) * look.outputs[each.name] for each in linears]
@@ -326,7 +327,7 @@ def test_an_auraflow_block_adds_gate_times_feed_forward_to_each_stream(
         for index, name in enumerate(names):
             writers = [each for each in family.linears(denoiser) if each.block == index and each.writes is not None]
             block = denoiser.get_submodule(name)
-            look, result = moments.glance(block, name, writers, waiting.arguments, want="result", streams=True)
+            look, result = glances.glance(block, name, writers, waiting.arguments, want="result", streams=True)
             after = [look.bases[each.name] + look.gates[each.name] * look.outputs[each.name] for each in writers]
             streams = reversed(result) if isinstance(result, tuple) else [result]
             for found, expected in zip(after, streams, strict=True):
@@ -348,7 +349,7 @@ def test_a_flux2_block_adds_gates_that_it_is_told_times_output_to_each_stream(
         for index, name in enumerate(names):
             writers = [each for each in family.linears(denoiser) if each.block == index and each.writes is not None]
             block = denoiser.get_submodule(name)
-            look, result = moments.glance(block, name, writers, waiting.arguments, want="result", streams=True)
+            look, result = glances.glance(block, name, writers, waiting.arguments, want="result", streams=True)
             after = [look.bases[each.name] + look.gates[each.name] * look.outputs[each.name] for each in writers]
             streams = (*reversed(result),) if isinstance(result, tuple) else (result,)
             for found, expected in zip(
@@ -373,7 +374,7 @@ def test_a_qwen_image_block_adds_gate_times_output_to_each_stream(
     with pausing.gated([denoiser.get_submodule(name)]):
         waiting = PausedPass(denoiser, ((), {**family.arguments(inputs), "return_dict": False}))
         block = denoiser.get_submodule(name)
-        look, (text, image) = moments.glance(block, name, writers, waiting.arguments, want="result", streams=True)
+        look, (text, image) = glances.glance(block, name, writers, waiting.arguments, want="result", streams=True)
     heads, heads_text, neurons, neurons_text = [each.name for each in writers]
     after = {each: look.bases[each] + look.gates[each] * look.outputs[each] for each in look.bases}
     torch.testing.assert_close(after[heads], look.bases[neurons])
@@ -391,7 +392,7 @@ def test_a_wan_block_adds_gate_times_output_to_its_stream(build_denoiser: Callab
     with pausing.gated([denoiser.get_submodule("blocks.0")]):
         waiting = PausedPass(denoiser, ((), {**family.arguments(inputs), "return_dict": False}))
         block = denoiser.get_submodule("blocks.0")
-        look, result = moments.glance(block, "blocks.0", writers, waiting.arguments, want="result", streams=True)
+        look, result = glances.glance(block, "blocks.0", writers, waiting.arguments, want="result", streams=True)
     after = [look.bases[each.name] + look.gates.get(each.name, 1.0) * look.outputs[each.name] for each in writers]
     before = [look.bases[each.name] for each in writers]
     for found, expected in zip(after, [*before[1:], result], strict=True):
@@ -449,7 +450,7 @@ def test_a_layer_that_is_not_reached_is_named() -> None:
 
     linears = [spec("block.used"), spec("block.unused")]
     with pytest.raises(CalibrationError, match=r"block\.unused: no token reached this layer.*--exclude"):
-        moments.glance(Bypass(), "block", linears, ((torch.ones(1, 2, IN),), {}), want="outputs", streams=False)
+        glances.glance(Bypass(), "block", linears, ((torch.ones(1, 2, IN),), {}), want="outputs", streams=False)
 
 
 @torch.no_grad()
@@ -457,7 +458,7 @@ def test_a_glance_runs_no_further_than_it_must() -> None:
     block = nn.Sequential(nn.Linear(IN, OUT), nn.ReLU(), nn.Linear(OUT, OUT))
     ran = []
     block[1].register_forward_hook(lambda *_: ran.append(1))
-    moments.glance(block, "block", [spec("block.0")], ((torch.ones(1, 2, IN),), {}), want="outputs", streams=False)
+    glances.glance(block, "block", [spec("block.0")], ((torch.ones(1, 2, IN),), {}), want="outputs", streams=False)
     assert not ran
     assert not block[0]._forward_hooks
 
@@ -465,5 +466,5 @@ def test_a_glance_runs_no_further_than_it_must() -> None:
 @torch.no_grad()
 def test_a_linear_that_is_its_own_block_is_seen() -> None:
     block, x = nn.Linear(IN, OUT), noise(ROWS, 5, IN, seed=0)
-    look, _ = moments.glance(block, "proj_out", [spec("proj_out")], ((x,), {}), want="outputs", streams=False)
+    look, _ = glances.glance(block, "proj_out", [spec("proj_out")], ((x,), {}), want="outputs", streams=False)
     assert torch.equal(look.outputs["proj_out"], block(x))

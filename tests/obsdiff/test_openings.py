@@ -13,14 +13,14 @@ from PIL import Image, ImageOps
 
 import obsdiff
 from kinds import no_ftfy
-from obsdiff import calibration, moments, pictures, pruning, trajectories, verbs
+from obsdiff import calibration, glances, pictures, pruning, trajectories, verbs
 from obsdiff.card import write_card
-from obsdiff.engines import sizes_of
 from obsdiff.evaluation import Evaluation
 from obsdiff.families import films, wan
 from obsdiff.families.checking import problems
 from obsdiff.families.exporting import components
 from obsdiff.families.references import masked
+from obsdiff.orders import sizes_of
 from obsdiff.pictures import opener
 from obsdiff.pipeline_runner import PipelineRunner
 from obsdiff.recipe import Sampling
@@ -233,7 +233,7 @@ def test_frames_are_modulated_as_their_tokens_are(build_pipeline: Build) -> None
         assert [each[2].shape for each in seen] == [(2, 60, 6, 36), (2, 5, 6, 36)]
         for linear in linears:
             gates = [
-                moments.glance(block, "blocks.1", [linear], (args, {}), want="outputs", streams=True)[0].gates
+                glances.glance(block, "blocks.1", [linear], (args, {}), want="outputs", streams=True)[0].gates
                 for args in seen[:2]
             ]
             if linear.writes.gate is not None:

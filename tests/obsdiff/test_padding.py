@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from obsdiff import calibration, moments, padding, pruning, ranges, trajectories
+from obsdiff import calibration, glances, moments, padding, pruning, ranges, trajectories
 from obsdiff.families import generic, lumina2, pixart, sd3, zimage
 from obsdiff.groups import LinearSpec, Write
 from obsdiff.job import given
@@ -151,9 +151,9 @@ def test_what_fills_up_text_and_image_of_z_image_counts_and_what_pads_a_batch_do
 def test_a_long_sequence_of_text_and_image_counts_at_evenly_spaced_tokens() -> None:
     block, x = nn.Sequential(nn.Linear(6, 6)), torch.randn(2, 1000, 6, generator=torch.Generator().manual_seed(0))
     mask = torch.arange(1000) < torch.tensor([1000, 400])[:, None]
-    spaced = torch.linspace(0, 999, moments.TOKENS).round().long()
+    spaced = torch.linspace(0, 999, glances.TOKENS).round().long()
     linear = LinearSpec(name="b.0", block=0, tier=0, reads="x", in_features=6, out_features=6, tokens="joint")
-    look, _ = moments.glance(block, "b", [linear], ((x,), {}), want="inputs", streams=False, masks={"joint": mask})
+    look, _ = glances.glance(block, "b", [linear], ((x,), {}), want="inputs", streams=False, masks={"joint": mask})
     assert torch.equal(look.inputs["b.0"], x[:, spaced][mask[:, spaced]])
 
 
@@ -174,7 +174,7 @@ def test_rows_of_guidance_are_combined_where_none_of_their_tokens_is_masked(kind
         for guidance in (Guidance(4.0), None):
             sums = moments.TierMoments([linear], torch.device("cpu"), guidance, 0.3)
             sources = {"q": (0, inputs.shape)}
-            seen = moments.Glance(inputs={"q": inputs}, outputs={"q": outputs}, bases={}, gates={}, sources=sources)
+            seen = glances.Glance(inputs={"q": inputs}, outputs={"q": outputs}, bases={}, gates={}, sources=sources)
             sums.add(seen, seen, 1.0, paired=True)
             grams.append(sums.finish(0)[0]["x"].matrix)
         assert torch.equal(*grams) != combined
@@ -293,7 +293,7 @@ def test_a_padded_stream_and_its_gates_are_left_out_too() -> None:
         tokens="text",
         writes=Write(stream="block.gate", gate=("block.gate", 1)),
     )
-    seen = partial(moments.glance, block, "block", [linear], ((x,), {}), streams=True, masks={"text": mask})
+    seen = partial(glances.glance, block, "block", [linear], ((x,), {}), streams=True, masks={"text": mask})
     (inputs, _), (look, _) = seen(want="inputs"), seen(want="outputs")
     assert torch.equal(inputs.inputs["block.out"], x[mask])
     torch.testing.assert_close(look.outputs["block.out"], block.out(x[mask]))

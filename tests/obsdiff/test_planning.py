@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from obsdiff import costs, planning, stream_costs
+from obsdiff import costs, packages, planning, stream_costs, unit_costs
 from obsdiff.estimates import WORKSPACE_BYTES, Streams, Workload
 from obsdiff.families import Family
 from obsdiff.families.table import family_of
@@ -479,7 +479,7 @@ def group_of(units: int, kind: str) -> Group:
     ],
 )
 def test_ffn_widths_are_rounded_to_what_kernels_like(units: int, ratio: float, align: int, kept: int) -> None:
-    removed = planning.removals([group_of(units, "ffn")], Sparsity(ffn=ratio, heads=0.9), align=align)
+    removed = unit_costs.removals([group_of(units, "ffn")], Sparsity(ffn=ratio, heads=0.9), align=align)
     assert units - removed["g"] == kept
 
 
@@ -488,7 +488,7 @@ def test_ffn_widths_are_rounded_to_what_kernels_like(units: int, ratio: float, a
 )
 def test_heads_stay_whole_and_one_is_kept(units: int, ratio: float, kept: int) -> None:
     """Halves go to even: 9.5, 1.5 and 2.5 heads are 10, 2 and 2."""
-    removed = planning.removals([group_of(units, "heads")], Sparsity(heads=ratio), align=64)
+    removed = unit_costs.removals([group_of(units, "heads")], Sparsity(heads=ratio), align=64)
     assert units - removed["g"] == kept
 
 
@@ -556,7 +556,7 @@ def tiers(count: int, width: int = 8) -> list[LinearSpec]:
 
 def test_packages_are_contiguous_near_equal_and_tear_no_tier_apart() -> None:
     linears = tiers(5)
-    parts = planning.split_packages(linears[::-1], packages=4)
+    parts = packages.split_packages(linears[::-1], packages=4)
     assert [len({(linear.block, linear.tier) for linear in part}) for part in parts] == [3, 3, 2, 2]
     assert sorted(linear.name for part in parts for linear in part) == sorted(linear.name for linear in linears)
     places = [(linear.block, linear.tier) for part in parts for linear in part]
@@ -564,17 +564,17 @@ def test_packages_are_contiguous_near_equal_and_tear_no_tier_apart() -> None:
 
 
 def test_fewer_tiers_than_packages_give_one_package_each() -> None:
-    assert len(planning.split_packages(tiers(1), packages=4)) == 2
-    assert planning.split_packages([], packages=4) == []
+    assert len(packages.split_packages(tiers(1), packages=4)) == 2
+    assert packages.split_packages([], packages=4) == []
 
 
 def test_a_byte_budget_fills_packages_and_counts_shared_inputs_once() -> None:
-    one = planning.gram_bytes(tiers(1)[:2])
+    one = packages.gram_bytes(tiers(1)[:2])
     assert one == 8 * 8 * 8
-    parts = planning.split_packages(tiers(4), packages=1, budget_bytes=3 * one)
+    parts = packages.split_packages(tiers(4), packages=1, budget_bytes=3 * one)
     assert [len(part) for part in parts] == [6, 6, 4]
     with pytest.raises(ResourceError, match=r"0\.0\.q.*--gram-budget"):
-        planning.split_packages(tiers(4), packages=1, budget_bytes=one - 1)
+        packages.split_packages(tiers(4), packages=1, budget_bytes=one - 1)
 
 
 def test_a_streamed_plan_has_no_packages_and_counts_blocks() -> None:

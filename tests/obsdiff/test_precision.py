@@ -10,8 +10,8 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from obsdiff import precision, ranges, trajectories
+from obsdiff.defaults import Defaults
 from obsdiff.families.table import family_of
-from obsdiff.loading import Defaults
 from obsdiff.precision import fitting, format_of, note, quantizable, quantize, round_weights, separate
 from obsdiff.recipe import Recipe
 from obsdiff.resolving import resolve

@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto
 
 from obsdiff import verbs
-from obsdiff.engines import Order
+from obsdiff.orders import Order
 from obsdiff.precision import fitting
 from obsdiff.settings import Settings
 from obsdiff.verbs import Exported

@@ -23,7 +23,7 @@ from obsdiff.loading import load_pipeline
 from obsdiff.resolving import resolve
 from obsdiff.results import PackageResult
 from obsdiff.settings import Settings
-from obsdiff.streaming import _parts
+from obsdiff.solving import _parts
 from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.progress import silent
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
+from obsdiff.defaults import Defaults
 from obsdiff.families.table import FAMILIES
 from obsdiff.groups import Consumer, Group, LinearSpec, Producer
-from obsdiff.loading import Defaults
 from obsdiff.recipe import Recipe, parse_blocks, parse_bytes, read_prompts, select
 from obsdiff.resolving import resolve
 from obsdiff.settings import Settings

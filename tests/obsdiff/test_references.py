@@ -16,11 +16,11 @@ from PIL import Image, ImageOps
 
 import obsdiff
 from obsdiff import calibration, pictures, pruning, trajectories, verbs
-from obsdiff.engines import sizes_of
 from obsdiff.evaluation import evaluate
 from obsdiff.families import references
 from obsdiff.families.exporting import components
 from obsdiff.families.table import family_of
+from obsdiff.orders import sizes_of
 from obsdiff.recipe import Sampling
 from obsdiff.sampling import velocity_of
 from obsdiff.settings import Settings

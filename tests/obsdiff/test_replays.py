@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kinds import EVERY, latents_of
-from obsdiff import moments, pausing
+from obsdiff import glances, pausing
 from obsdiff.families.table import family_of
 from obsdiff.groups import LinearSpec
 from obsdiff.pausing import PausedPass
@@ -92,7 +92,7 @@ def test_a_part_inside_which_something_is_watched_runs_again() -> None:
 def test_a_glance_runs_a_part_that_will_be_kept_to_its_end_and_no_further() -> None:
     block, results = Block(), Results()
     replay = Replay(parts(block, "b", LINEARS), results, [block.twice.linear, block.last.linear])
-    look, _ = moments.glance(
+    look, _ = glances.glance(
         block, "b", LINEARS[:1], ((torch.ones(1, 2, WIDTH),), {}), want="outputs", streams=False, replay=replay
     )
     assert torch.equal(results["first"][0], look.outputs["b.first.linear"])
@@ -123,7 +123,7 @@ def test_blocks_of_every_family_see_what_whole_runs_see(kind: str, build_denoise
                     (copy.deepcopy(block), {}),
                 ]
                 found, expected = (
-                    moments.glance(each, name, looked, waiting.arguments, want="inputs", streams=True, **how)[0]
+                    glances.glance(each, name, looked, waiting.arguments, want="inputs", streams=True, **how)[0]
                     for each, how in runs
                 )
                 _equal(found, expected)
@@ -138,7 +138,7 @@ def test_blocks_of_every_family_see_what_whole_runs_see(kind: str, build_denoise
     assert replayed
 
 
-def _equal(found: moments.Glance, expected: moments.Glance) -> None:
+def _equal(found: glances.Glance, expected: glances.Glance) -> None:
     for name, value in expected.inputs.items():
         assert torch.equal(found.inputs[name], value)
     assert found.bases.keys() == expected.bases.keys()

@@ -31,7 +31,7 @@ def drawn(pipeline: Pipeline, **given: Any) -> np.ndarray:
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_no_choice_is_refused_and_what_is_one_makes_a_difference(kind: str, make_pair: MakePair) -> None:
     pipeline = Pipeline(make_pair(kind)[1], threads=1)
-    choices, own = pipeline.choices, pipeline.bundle.manifest.defaults
+    choices, own = pipeline.resolver.choices, pipeline.bundle.manifest.defaults
     grey = np.full((32, 32, 3), 127, np.uint8)
     assert refuses(pipeline, negative_prompt="blue") != choices.negative_prompt
     assert refuses(pipeline, guidance_scale_2=2.0) != choices.guidance_scale_2
@@ -42,12 +42,12 @@ def test_what_is_no_choice_is_refused_and_what_is_one_makes_a_difference(kind: s
     assert np.array_equal(low, high) != choices.guidance_scale
     if choices.size_step is None:
         assert refuses(pipeline, height=own.height + pipeline.size_step)
-    elif not pipeline.opens:
+    elif not pipeline.resolver.opens:
         assert not refuses(pipeline, height=own.height - choices.size_step)
         assert refuses(pipeline, height=own.height - choices.size_step // 2)
     least, most = choices.pictures
-    name = "image" if pipeline.opens else "reference"
-    few: dict[str, Any] = {"image": None} if pipeline.opens else {"reference": []}
+    name = "image" if pipeline.resolver.opens else "reference"
+    few: dict[str, Any] = {"image": None} if pipeline.resolver.opens else {"reference": []}
     assert refuses(pipeline, **few) == (least > 0)
     assert refuses(pipeline, **{name: [grey] if name == "reference" else grey}) == (most == 0)
     if name == "reference":
@@ -61,14 +61,14 @@ def test_guidance_is_no_choice_of_distilled_steps_and_pictures_none_without_an_e
     monkeypatch.setattr(pipeline, "_distilled", True)
     monkeypatch.setattr(pipeline.networks, "has", lambda component: component != "vae_encoder")
     assert refuses(pipeline, guidance_scale=2.0)
-    choices = pipeline.choices
+    choices = pipeline.resolver.choices
     assert (choices.guidance_scale, choices.negative_prompt, choices.pictures) == (False, False, (0, 0))
 
 
 def test_a_class_is_drawn_by_each_name_that_it_has(make_pair: MakePair) -> None:
     pipeline = Pipeline(make_pair("dit")[1], threads=1)
-    assert pipeline.choices.classes is not None
-    assert [pipeline.choices.classes[number] for number in (0, 1, 134, 517)] == [
+    assert pipeline.resolver.choices.classes is not None
+    assert [pipeline.resolver.choices.classes[number] for number in (0, 1, 134, 517)] == [
         "Tinca tinca, tench",
         "1",
         "134",

@@ -10,8 +10,9 @@ import torch
 
 from obsdiff_runtime.benchmark import bench
 from obsdiff_runtime.bundle import Bundle
-from obsdiff_runtime.conditioning import DIT, Settings
 from obsdiff_runtime.errors import ConfigError, ModelError
+from obsdiff_runtime.kinds import Settings
+from obsdiff_runtime.kinds.dit import DIT
 from obsdiff_runtime.labels import Labels, read_labels, written_labels
 from obsdiff_runtime.pipeline import Images, Pipeline
 

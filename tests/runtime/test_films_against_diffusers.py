@@ -13,8 +13,9 @@ from obsdiff_export.profiles import profile_for
 from obsdiff_runtime import cli
 from obsdiff_runtime.benchmark import bench
 from obsdiff_runtime.bundle import NEXT_DECODER, Bundle, open_bundle
-from obsdiff_runtime.conditioning import WAN, Settings
 from obsdiff_runtime.errors import CancelledError, CompatibilityError, ConfigError, RunError
+from obsdiff_runtime.kinds import Settings
+from obsdiff_runtime.kinds.wan import WAN
 from obsdiff_runtime.pipeline import Images, Pipeline
 
 PROMPTS = ["a large red circle above a small blue square", "a small green triangle"]

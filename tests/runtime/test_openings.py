@@ -125,7 +125,7 @@ def test_a_film_that_can_begin_with_a_picture_keeps_it(wan_ti2v_pair: tuple[Any,
     np.testing.assert_array_equal(opened.sample[:, :1], first)
     assert np.abs(plain.sample[:, :1] - first).max() > 0.1
     monkeypatch.setattr(ours.networks, "has", lambda component: component != "vae_encoder")
-    assert ours.choices.pictures == (0, 0)
+    assert ours.resolver.choices.pictures == (0, 0)
     with pytest.raises(ConfigError, match="strength says how much an image is changed, and there is no image"):
         ours("red", strength=0.5)
 

@@ -15,8 +15,13 @@ from PIL import Image
 from obsdiff.families import reading
 from obsdiff_runtime.autoencoder import Autoencoder
 from obsdiff_runtime.bundle import Bundle
-from obsdiff_runtime.conditioning import AURAFLOW, FLUX2, FLUX2_KLEIN, HUNYUAN, QWEN, Settings, told_scale
 from obsdiff_runtime.errors import ConfigError
+from obsdiff_runtime.kinds import Settings
+from obsdiff_runtime.kinds.auraflow import AURAFLOW
+from obsdiff_runtime.kinds.flux2 import FLUX2, FLUX2_KLEIN
+from obsdiff_runtime.kinds.hunyuan import HUNYUAN
+from obsdiff_runtime.kinds.qwen import QWEN
+from obsdiff_runtime.kinds.scales import told_scale
 from obsdiff_runtime.pipeline import Images, Pipeline
 
 # diffusers' Euler hands torch tensors to numpy functions
@@ -225,8 +230,8 @@ def test_a_latent_consistency_model_is_told_its_guidance_and_noised_again_at_eac
     assert np.abs(found.latents - drawn.numpy()).max() < 1e-4 * drawn.abs().max()
     told = told_scale(ours.bundle.component("unet").inputs, scale)
     np.testing.assert_allclose(told["timestep_cond"], waves.numpy(), atol=1e-3)  # angles of up to 7500
-    assert ours.choices.guidance_scale
-    assert not ours.choices.negative_prompt
+    assert ours.resolver.choices.guidance_scale
+    assert not ours.resolver.choices.negative_prompt
 
 
 @pytest.mark.parametrize("length", [20, 60, 120])
@@ -312,7 +317,7 @@ def test_z_image_is_guided_by_how_much_is_added(zimage_pair: tuple[Any, Path], s
     ours = Pipeline(folder, threads=1)
     found = ours(PROMPTS, negative_prompt=unwanted, seed=[7, 8], noise_source="torch", **given).latents
     assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
-    assert ours.resolve(guidance_scale=scale).guided == (scale > 0)
+    assert ours.resolver.resolve(guidance_scale=scale).guided == (scale > 0)
 
 
 def test_z_image_is_drawn_by_a_schedule_of_its_size(

@@ -8,8 +8,8 @@ from PIL import Image
 
 from obsdiff_runtime.backends.ort import OrtSession
 from obsdiff_runtime.bundle import open_bundle
-from obsdiff_runtime.conditioning import kind_of
 from obsdiff_runtime.errors import CompatibilityError, ConfigError, RunError
+from obsdiff_runtime.kinds.table import kind_of
 from obsdiff_runtime.pictures import read_picture
 from obsdiff_runtime.pipeline import Pipeline
 

@@ -13,9 +13,10 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as plus
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from obsdiff_runtime import conditioning, references, seeing
+from obsdiff_runtime import references, seeing
 from obsdiff_runtime.benchmark import bench
 from obsdiff_runtime.errors import ConfigError
+from obsdiff_runtime.kinds.table import KINDS
 from obsdiff_runtime.pipeline import Images, Pipeline
 
 PROMPT = "make it winter"
@@ -31,9 +32,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         first, "calculate_dimensions", lambda _, shape: (*plus.calculate_dimensions(SMALL, shape), None)
     )
     monkeypatch.setattr(references, "_MEGAPIXEL", SMALL)
-    kind = conditioning.KINDS["QwenImageEditPipeline"]
+    kind = KINDS["QwenImageEditPipeline"]
     own = replace(kind, references=replace(references.QWEN_EDIT, seen=SMALL))
-    monkeypatch.setitem(conditioning.KINDS, "QwenImageEditPipeline", own)
+    monkeypatch.setitem(KINDS, "QwenImageEditPipeline", own)
 
 
 def picture(height: int, width: int, seed: int = 0) -> Image.Image:

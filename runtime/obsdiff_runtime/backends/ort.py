@@ -12,7 +12,7 @@ import numpy as np
 
 from obsdiff_runtime.backends.feeds import check_names
 from obsdiff_runtime.bundle import AUTOENCODER, Bundle, TensorEntry
-from obsdiff_runtime.errors import CompatibilityError, ConfigError, MissingPackageError, ResourceError
+from obsdiff_runtime.errors import CompatibilityError, ConfigError, MissingPackageError, ResourceError, first_line
 
 CPU: Final = "CPUExecutionProvider"
 CUDA: Final = "CUDAExecutionProvider"
@@ -55,8 +55,8 @@ class OrtSession:
         except _run_errors() as error:
             shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in feeds.items())
             if _NO_MEMORY.search(str(error)):
-                raise ResourceError(f"{self._name}: memory is too small for {shapes}: {_first_line(error)}") from error
-            raise ConfigError(f"{self._name} does not take {shapes}: {_first_line(error)}") from error
+                raise ResourceError(f"{self._name}: memory is too small for {shapes}: {first_line(error)}") from error
+            raise ConfigError(f"{self._name} does not take {shapes}: {first_line(error)}") from error
         return {
             name: array.astype(np.float32) if array.dtype == np.float16 else array
             for name, array in zip(names, arrays, strict=True)
@@ -122,7 +122,7 @@ def open_graph(
         )
     except _run_errors() as error:
         raise CompatibilityError(
-            f"onnxruntime {onnxruntime.__version__} cannot load {label} ({path}): {_first_line(error)}"
+            f"onnxruntime {onnxruntime.__version__} cannot load {label} ({path}): {first_line(error)}"
         ) from error
     used = session.get_providers()
     if used[0] != provider:
@@ -183,7 +183,3 @@ def _run_errors() -> tuple[type[Exception], ...]:
 def _entry(value: Any) -> TensorEntry:
     shape = tuple(size if isinstance(size, int) else str(size) for size in value.shape)
     return TensorEntry(name=value.name, dtype=DTYPES.get(value.type, value.type), shape=shape)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

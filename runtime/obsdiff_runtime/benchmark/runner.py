@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from obsdiff_runtime.backends import backend as find_backend
 from obsdiff_runtime.bundle import ENCODER, MANIFEST, Bundle, Defaults, open_bundle
-from obsdiff_runtime.conditioning import kind_of
 from obsdiff_runtime.errors import ConfigError
+from obsdiff_runtime.kinds.table import kind_of
 from obsdiff_runtime.pipeline import Images, Pipeline
 from obsdiff_runtime.progress import Progress, silent
 
@@ -194,7 +194,7 @@ class BundleRunner:
         return self._pipeline.example
 
     def check(self, request: Request) -> None:
-        self._pipeline.resolve(
+        self._pipeline.resolver.resolve(
             request.num_inference_steps,
             request.guidance_scale,
             request.height,

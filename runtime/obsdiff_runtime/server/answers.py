@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Final
 
 from obsdiff_runtime import films
-from obsdiff_runtime.conditioning import Settings
+from obsdiff_runtime.kinds import Settings
 from obsdiff_runtime.server.follow import Follower
 from obsdiff_runtime.server.orders import Drawn, Pixels, Previewed, Stepped
 from obsdiff_runtime.server.problems import problem_of

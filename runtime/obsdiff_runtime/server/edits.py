@@ -105,17 +105,17 @@ async def read_pictures(pipeline: Pipeline, uploads: Sequence[Upload], size: tup
     """
     own = pipeline.bundle.manifest.defaults
     width, height = size or (own.width, own.height)
-    most = pipeline.choices.pictures[1]
+    most = pipeline.resolver.choices.pictures[1]
     if most and len(uploads) > most:
         raise Refused(400, f"image: {len(uploads)} pictures; this model takes {most}", param="image")
 
     def read(upload: Upload) -> Pixels | Reference:
         image = open_picture(io.BytesIO(upload.content), upload.name, formats=FORMATS, most_pixels=MOST_PIXELS)
-        return resized(image, width, height) if pipeline.opens else pipeline.fit(image)
+        return resized(image, width, height) if pipeline.resolver.opens else pipeline.fit(image)
 
     try:
-        pipeline.check_pictures()
+        pipeline.resolver.check_pictures()
         found = [await asyncio.to_thread(read, upload) for upload in uploads]
     except (CompatibilityError, ConfigError) as error:
         raise Refused(400, str(error), param="image") from None
-    return {"image": found[0]} if pipeline.opens else {"reference": found}
+    return {"image": found[0]} if pipeline.resolver.opens else {"reference": found}

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from obsdiff_runtime.bundle import Bundle, open_bundle
-from obsdiff_runtime.conditioning import Settings
 from obsdiff_runtime.errors import ConfigError
+from obsdiff_runtime.kinds import Settings
 from obsdiff_runtime.pipeline import Pipeline
 from obsdiff_runtime.server.batcher import Batcher, Watch
 from obsdiff_runtime.server.limits import MAX_FORM_BYTES
@@ -50,7 +50,7 @@ class ServedModel:
     @property
     def takes(self) -> dict[str, Any]:
         """What requests can choose, as far as that differs between models; see `Choices`."""
-        choices = self.pipeline.choices
+        choices = self.pipeline.resolver.choices
         least, most = choices.pictures
         most = MOST_PICTURES if most is None else min(most, MOST_PICTURES)
         pictures = {"least": least, "most": most, "bytes": MAX_FORM_BYTES} if most else None
@@ -59,7 +59,7 @@ class ServedModel:
     @property
     def formats(self) -> tuple[str, ...]:
         """Of files that hold what it draws."""
-        films = self.pipeline.choices.frame_step is not None
+        films = self.pipeline.resolver.choices.frame_step is not None
         return tuple(name for name in FORMATS if not films or name != "jpeg")
 
     def resolve(self, call: Mapping[str, Any]) -> Settings:
@@ -71,7 +71,7 @@ class ServedModel:
         Raises:
             ConfigError: it asks for too much, or for what the pipeline cannot do.
         """
-        settings = self.pipeline.resolve(
+        settings = self.pipeline.resolver.resolve(
             call["num_inference_steps"],
             call["guidance_scale"],
             call["height"],

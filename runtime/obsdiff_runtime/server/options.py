@@ -9,7 +9,7 @@ from obsdiff_runtime.errors import ConfigError
 
 if TYPE_CHECKING:
     from obsdiff_runtime.bundle import Defaults
-    from obsdiff_runtime.conditioning import Settings
+    from obsdiff_runtime.kinds import Settings
 
 
 @dataclass(frozen=True, kw_only=True)

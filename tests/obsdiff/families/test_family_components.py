@@ -11,10 +11,10 @@ from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_r
 from torch import Tensor
 
 from obsdiff import costs
-from obsdiff.engines import sizes_of
 from obsdiff.families import exporting, parts, reading
 from obsdiff.families.places import rotations
 from obsdiff.families.table import FAMILIES
+from obsdiff.orders import sizes_of
 from obsdiff.recipe import Sampling
 from obsdiff.shrinking import shrink
 from obsdiff_export.component import Component

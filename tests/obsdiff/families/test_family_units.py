@@ -9,9 +9,9 @@ from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from torch import nn
 
 from kinds import EVERY
+from obsdiff.defaults import Defaults
 from obsdiff.families import layers
 from obsdiff.families.table import FAMILIES, family_of
-from obsdiff.loading import Defaults
 from obsdiff.recipe import select
 from obsdiff.resolving import resolve
 from obsdiff.settings import Settings

@@ -16,10 +16,10 @@ from PIL import Image
 
 import obsdiff
 from obsdiff import calls, verbs
+from obsdiff.defaults import Defaults
 from obsdiff.evaluation import Evaluation, evaluate
 from obsdiff.families import films, wan
 from obsdiff.families.autoencoders import use_tiles
-from obsdiff.loading import Defaults
 from obsdiff.pipeline_runner import PipelineRunner
 from obsdiff.recipe import Sampling, select
 from obsdiff.resolving import resolve

@@ -10,8 +10,8 @@ import pytest
 import torch
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
-from obsdiff_runtime.conditioning import FLUX2_KLEIN
 from obsdiff_runtime.errors import CompatibilityError, ConfigError
+from obsdiff_runtime.kinds.flux2 import FLUX2_KLEIN
 from obsdiff_runtime.noise import Noise, noise_sources
 from obsdiff_runtime.schedulers import SCHEDULERS, Scheduler, make_scheduler
 

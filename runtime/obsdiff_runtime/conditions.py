@@ -1,0 +1,105 @@
+"""What the denoiser is told of each image that is drawn: its prompt, the guidance scale, pictures.
+
+Shapes: n images; r rows of each, 2 under guidance, the negative one first.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from obsdiff_runtime import openings
+from obsdiff_runtime.autoencoder import Autoencoder, Pixels, latent_frames
+from obsdiff_runtime.bundle import IMAGE_ENCODER
+from obsdiff_runtime.errors import ConfigError
+from obsdiff_runtime.kinds import Conditions, Kind, Settings
+from obsdiff_runtime.kinds.scales import told_scale
+from obsdiff_runtime.networks import Networks
+from obsdiff_runtime.references import STATES, Reference, packed
+from obsdiff_runtime.seeing import Seen, look
+
+
+class Conditioner:
+    """Puts together what the denoiser is told, by running encoders."""
+
+    def __init__(self, networks: Networks, kind: Kind, vae: Autoencoder) -> None:
+        self._networks, self._kind, self._vae = networks, kind, vae
+
+    def conditions(
+        self,
+        prompts: Sequence[str],
+        negatives: Sequence[str],
+        settings: Settings,
+        references: Sequence[Reference] = (),
+        image: Pixels | None = None,
+    ) -> Conditions:
+        """(n, r, ...) each, by input of the denoiser.
+
+        Args:
+            prompts: (n,).
+            negatives: (n,), which count under guidance alone.
+            settings: of the call.
+            references: pictures that all images are told.
+            image: the one that films begin with, where they do; that which is changed otherwise.
+
+        Raises:
+            ConfigError: there is no picture to begin with, or a prompt cannot be read.
+            RunError: what an encoder gave was not finite.
+        """
+        settings = replace(settings, seen=self._seen(references))
+        told = self._of_references(references, len(prompts), settings) | self._of_opening(image, len(prompts), settings)
+        return self._of_prompts(prompts, negatives, settings) | told
+
+    def _of_prompts(self, prompts: Sequence[str], negatives: Sequence[str], settings: Settings) -> Conditions:
+        """(n, r, ...) each: what the denoiser is told of each image; under guidance r = 2, the negative one first."""
+        encode = self._kind.encode
+        wanted = _encoded_once(prompts, lambda unique: encode(self._networks, unique, False, settings))
+        if not settings.guided:
+            inputs = self._networks.bundle.component(self._kind.denoiser).inputs
+            scale = told_scale(inputs, settings.guidance_scale)
+            wanted |= {name: np.stack([value] * len(prompts)) for name, value in scale.items()}
+            return {name: value[:, None] for name, value in wanted.items()}
+        unwanted = _encoded_once(negatives, lambda unique: encode(self._networks, unique, True, settings))
+        return {name: np.stack([unwanted[name], wanted[name]], axis=1) for name in wanted}
+
+    def _seen(self, references: Sequence[Reference]) -> tuple[Seen, ...]:
+        """What the text encoder's vision makes of these pictures; nothing where it reads text alone."""
+        pixels = None if self._kind.references is None else self._kind.references.seen
+        return () if pixels is None else look(self._networks, [each.looked_at(pixels) for each in references])
+
+    def _of_references(self, references: Sequence[Reference], images: int, settings: Settings) -> Conditions:
+        """(n, r, tokens, ...): latents of the pictures that the denoiser is told, which all images have in common."""
+        if self._kind.references is None:
+            return {}
+        config = self._networks.bundle.config(self._kind.denoiser)
+        patch, channels = self._kind.patch(config), self._kind.channels(config)
+        found = [np.zeros((0, channels * patch**2), np.float32)]
+        for picture in references:
+            latents = self._vae.sample(self._vae.encode(picture.pixels), lambda shape: np.zeros(shape, np.float32))
+            found.append(packed(latents, patch))
+        rows = (images, 2 if settings.guided else 1, 1, 1)
+        return {STATES: np.tile(np.concatenate(found), rows)}
+
+    def _of_opening(self, image: Pixels | None, films: int, settings: Settings) -> Conditions:
+        """(n, r, ...): what the denoiser is told of the picture that films begin with, all with the same one."""
+        if not (self._kind.opens or self._kind.masks) or settings.num_frames is None:
+            return {}
+        if image is None and self._kind.opens:
+            raise ConfigError("films of this pipeline begin with a picture; give it one (image, or --image FILE)")
+        frames, found = latent_frames(settings.num_frames), {}
+        if self._kind.masks:
+            found[openings.MASK] = openings.frame_mask(frames, given=image is not None)
+        elif image is not None:
+            found[openings.STATES] = openings.states(self._vae.open(image, frames))
+        if image is not None and self._networks.has(IMAGE_ENCODER):
+            pixels = openings.pixel_values(image, self._networks.bundle.json(openings.PROCESSOR))
+            found[openings.SEEN] = self._networks.run(IMAGE_ENCODER, {"pixel_values": pixels}, ["states"])["states"][0]
+        rows = (films, 2 if settings.guided else 1)
+        return {name: np.broadcast_to(value, (*rows, *value.shape)) for name, value in found.items()}
+
+
+def _encoded_once(prompts: Sequence[str], encode: Callable[[list[str]], Conditions]) -> Conditions:
+    """Conditions of all prompts, with each distinct one encoded once."""
+    distinct = list(dict.fromkeys(prompts))
+    rows = [distinct.index(text) for text in prompts]
+    return {name: array[rows] for name, array in encode(distinct).items()}

@@ -1,0 +1,206 @@
+"""What a call of a bundle may ask for, and what it resolves to."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, Final
+
+import numpy as np
+
+from obsdiff_runtime.autoencoder import FRAME_SCALE, Autoencoder, Pixels, film_frames
+from obsdiff_runtime.bundle import ENCODER, Bundle
+from obsdiff_runtime.choices import Choices
+from obsdiff_runtime.errors import ConfigError
+from obsdiff_runtime.kinds import IS_DISTILLED, Kind, Settings
+from obsdiff_runtime.kinds.scales import told_scale
+from obsdiff_runtime.labels import read_labels
+from obsdiff_runtime.references import Reference, References, Sides
+from obsdiff_runtime.turns import require_taken
+
+MAX_SEQUENCE_LENGTH: Final = 256  # diffusers' default for T5
+STRENGTH: Final = 0.8  # diffusers' default for Stable Diffusion
+
+
+class Resolver:
+    """What calls of a bundle may ask for, and its defaults where they ask for nothing."""
+
+    def __init__(self, bundle: Bundle, kind: Kind, vae: Autoencoder) -> None:
+        self._bundle, self._kind, self._vae = bundle, kind, vae
+        self._config: dict[str, Any] = bundle.config(kind.denoiser)
+        self._distilled = bool(bundle.index().get(IS_DISTILLED))
+
+    @property
+    def opens(self) -> bool:
+        """Whether films begin with a picture, or can."""
+        return self._kind.opens or self._kind.masks
+
+    @property
+    def size_step(self) -> int:
+        """Height and width are multiples of this."""
+        return self._vae.scale * self._kind.patch(self._config)
+
+    @cached_property
+    def choices(self) -> Choices:
+        """What calls can choose."""
+        kind, manifest = self._kind, self._bundle.manifest
+        guided = (
+            not self._distilled
+            if kind.negatives
+            else bool(told_scale(self._bundle.component(kind.denoiser).inputs, 1.0))
+        )
+        fixed = [self._fixed_size(axis) for axis in (-2, -1)]
+        pictures: tuple[int, int | None] = (0, 0)
+        if ENCODER in manifest.components:
+            if self.opens:
+                pictures = (int(kind.opens), 1)
+            elif kind.references is not None:
+                pictures = (kind.references.least, kind.references.most)
+        return Choices(
+            negative_prompt=guided and kind.negatives and not kind.draws_classes,
+            guidance_scale=guided,
+            guidance_scale_2=guided and bool(manifest.turns),
+            size_step=self.size_step if None in fixed else None,
+            frame_step=None if manifest.defaults.num_frames is None else FRAME_SCALE,
+            pictures=pictures,
+            classes=read_labels(self._bundle.index(), self._config).titles() if kind.draws_classes else None,
+        )
+
+    def resolve(
+        self,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        max_sequence_length: int | None = None,
+        *,
+        guidance_scale_2: float | None = None,
+        num_frames: int | None = None,
+        image: Pixels | None = None,
+        strength: float | None = None,
+        references: Sequence[Reference] = (),
+    ) -> Settings:
+        """What a call will use; the bundle's defaults where it is told nothing.
+
+        Raises:
+            ConfigError: a value that the pipeline cannot take; says what it can.
+        """
+        defaults = self._bundle.manifest.defaults
+        if image is not None:
+            height, width = _size_of(image, height, width)
+        length = defaults.max_sequence_length if max_sequence_length is None else max_sequence_length
+        scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
+        settings = Settings(
+            height=defaults.height if height is None else height,
+            width=defaults.width if width is None else width,
+            num_frames=film_frames(num_frames, defaults.num_frames),
+            num_inference_steps=defaults.num_inference_steps if steps is None else steps,
+            guidance_scale=scale,
+            guidance_scale_2=self._later_scale(guidance_scale, guidance_scale_2),
+            guided=self._kind.negatives and self._kind.usual_scale(scale) > 1,
+            max_sequence_length=MAX_SEQUENCE_LENGTH if length is None else length,
+            references=self._sides(references),
+        )
+        if settings.num_inference_steps < 1:
+            raise ConfigError(f"num_inference_steps should be at least 1, not {settings.num_inference_steps}")
+        if settings.max_sequence_length < 1:
+            raise ConfigError(f"max_sequence_length should be at least 1, not {settings.max_sequence_length}")
+        for name in ("guidance_scale", "guidance_scale_2"):
+            if not np.isfinite(getattr(settings, name) or 0):
+                raise ConfigError(f"{name} should be a finite number, not {getattr(settings, name)}")
+        if scale > 1 and self._distilled:
+            raise ConfigError(f"guidance_scale should be at most 1, not {scale:g}: this pipeline's steps are distilled")
+        for name, axis, pixels in (("height", -2, settings.height), ("width", -1, settings.width)):
+            self._check_size(name, axis, pixels)
+        self._vae.check_tiles(settings.height, settings.width)
+        if image is None:
+            if strength is not None:
+                raise ConfigError("strength says how much an image is changed, and there is no image")
+            return settings
+        if references:
+            raise ConfigError("an image is changed, or a reference is told to the denoiser; give one of them")
+        self._vae.check_encodes()
+        if self.opens:
+            if strength is not None:
+                raise ConfigError("strength says how much an image is changed, and here a film begins with it")
+            return settings
+        return self._changing(settings, STRENGTH if strength is None else strength)
+
+    def check_pictures(self) -> None:
+        """Raises ConfigError if the denoiser is told no pictures, CompatibilityError if there is no VAE encoder."""
+        if not self.opens:
+            self.referring()
+        self._vae.check_encodes()
+
+    def referring(self) -> References:
+        """How the denoiser is told pictures; ConfigError where it is told none."""
+        if self.opens:
+            raise ConfigError("films of this pipeline begin with a picture, and no other is told; give it as the image")
+        if self._kind.references is None:
+            raise ConfigError(
+                "this bundle's denoiser is told no pictures; those of FLUX.1 Kontext, FLUX.2 and Qwen-Image-Edit are, "
+                "in bundles of this version or a later one"
+            )
+        return self._kind.references
+
+    def _sides(self, references: Sequence[Reference]) -> tuple[Sides, ...]:
+        """Tokens of each of these pictures."""
+        if not references:
+            return ()
+        most, step = self.referring().most, self.size_step
+        if most is not None and len(references) > most:
+            raise ConfigError(f"{len(references)} reference pictures; this pipeline takes {most}")
+        self._vae.check_encodes()
+        sizes = [_size_of(picture.pixels, None, None, "reference") for picture in references]
+        for height, width in sizes:
+            if height % step or width % step or 0 in (height, width):
+                raise ConfigError(f"a reference of {width} x {height} pixels; its sides should be multiples of {step}")
+        return tuple((height // step, width // step) for height, width in sizes)
+
+    def _later_scale(self, first: float | None, given: float | None) -> float | None:
+        """The guidance scale of the denoisers behind the first, None where it is as the first one's."""
+        require_taken(given, bool(self._bundle.manifest.turns), "of this pipeline")
+        return self._bundle.manifest.defaults.guidance_scale_2 if first is None and given is None else given
+
+    def _changing(self, settings: Settings, strength: float) -> Settings:
+        """Those of a call that changes an image."""
+        if not 0 < strength <= 1:
+            raise ConfigError(f"strength should be above 0 and at most 1, not {strength:g}")
+        if self._kind.skipped is None:
+            return replace(settings, strength=strength)
+        steps = settings.num_inference_steps
+        skipped = self._kind.skipped(steps, strength)
+        if skipped >= steps:
+            raise ConfigError(
+                f"strength {strength:g} of {steps} steps is none; give {1 / steps:.2g} or more, or more steps"
+            )
+        return replace(settings, skipped_steps=skipped)
+
+    def _check_size(self, name: str, axis: int, pixels: int) -> None:
+        step = self.size_step
+        largest = self._kind.largest(self._config)
+        most = None if largest is None else largest * self._vae.scale
+        fixed = self._fixed_size(axis)
+        if fixed is not None and pixels != fixed * self._vae.scale:
+            raise ConfigError(f"{name} is fixed to {fixed * self._vae.scale} in this bundle's graph, not {pixels}")
+        if pixels < 1 or pixels % step:
+            below = max(pixels // step * step, step)
+            raise ConfigError(f"{name} should be a multiple of {step}, not {pixels}; near are {below}, {below + step}")
+        if most is not None and pixels > most:
+            raise ConfigError(f"{name} should be at most {most} for this model, not {pixels}")
+
+    def _fixed_size(self, axis: int) -> int | None:
+        """The denoiser's latent size along an axis where its graph allows one only."""
+        for entry in self._bundle.component(self._kind.denoiser).inputs:
+            if entry.name == self._kind.noisy and isinstance(size := entry.shape[axis], int):
+                return size
+        return None
+
+
+def _size_of(image: Pixels, height: int | None, width: int | None, name: str = "image") -> tuple[int, int]:
+    """(height, width) of an image; ConfigError if it is none, or is not of the size that is asked for."""
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ConfigError(f"{name} should be (height, width, 3) of uint8, not {image.shape} of {image.dtype}")
+    for side, asked, own in (("height", height, image.shape[0]), ("width", width, image.shape[1])):
+        if asked not in (None, own):
+            raise ConfigError(f"{side} {asked} is not that of the image, {own}; resize it before")
+    return int(image.shape[0]), int(image.shape[1])
