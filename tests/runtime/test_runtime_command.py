@@ -190,10 +190,12 @@ def test_serve_answers_until_it_is_told_to_stop(sd3_bundle: Path) -> None:
     line = [*LINE, "serve", f"tiny={sd3_bundle}", "--port", "0", "--threads", "1", "--json"]
     with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        url = json.loads(process.stdout.readline())["url"]
-        asked = {"prompt": PROMPT, "num_inference_steps": 1}
-        answer = httpx.post(f"{url}/v1/images/generations", json=asked, timeout=60)
-        process.terminate()
+        try:
+            url = json.loads(process.stdout.readline())["url"]
+            asked = {"prompt": PROMPT, "num_inference_steps": 1}
+            answer = httpx.post(f"{url}/v1/images/generations", json=asked, timeout=60)
+        finally:
+            process.terminate()
     assert answer.status_code == 200
     assert answer.json()["data"][0]["b64_json"]
     assert process.returncode == 0

@@ -82,9 +82,11 @@ def serve(bundles: Sequence[str], options: Options, ready: Callable[[str], None]
             self.should_exit = True
 
     try:
-        host, port = listener.getsockname()[:2]
-        ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-        Draining(config).run([listener])
+        with listener:
+            host, port = listener.getsockname()[:2]
+            listener.listen(config.backlog)  # so that who is told the address can connect, and waits for uvicorn
+            ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+            Draining(config).run([listener])
     finally:
         for model in server.models.values():
             model.batcher.stop()

@@ -218,6 +218,18 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded(tmp_path: Path) 
         run.serve([str(tmp_path / "nothing")], Options(port=taken.getsockname()[1]))
 
 
+def test_connections_are_taken_once_the_address_is_told(sd3_bundle: Path) -> None:
+    class EnoughError(Exception):
+        pass
+
+    def come_at_once(url: str) -> None:
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))):
+            raise EnoughError
+
+    with pytest.raises(EnoughError):
+        run.serve([str(sd3_bundle)], Options(port=0, threads=1), come_at_once)
+
+
 def test_two_bundles_of_one_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="two models are called x"):
         run.named([str(tmp_path / "x"), f"x={tmp_path}"])

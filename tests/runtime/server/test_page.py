@@ -95,6 +95,7 @@ def fill(browser: Browser, **fields: Any) -> None:
 
 def shown(browser: Browser, index: int = 0) -> np.ndarray:
     """(height, width, 3) of a picture of the shelf, as the browser decoded it."""
+    browser.wait_for(f"document.querySelectorAll('figure img')[{index}].naturalWidth")
     script = f"firstFrame(document.querySelectorAll('figure img')[{index}])"
     content = base64.b64decode(browser.run(script).partition(",")[2])
     return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
