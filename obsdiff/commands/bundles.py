@@ -27,6 +27,7 @@ def generate(run: Run) -> None:
         given["prompt"],
         given["output"],
         image=given["image"],
+        last_image=given["last_image"],
         references=given["reference"] or (),
         own_size=given["own_size"],
         height=settings.height,

@@ -136,6 +136,11 @@ def _pixels(decoded: Array) -> Pixels:
     return pictures
 
 
+def _signed(picture: Pixels) -> Array:
+    """(height, width, 3) -> (1, 3, height, width), in -1..1."""
+    return (picture.transpose(2, 0, 1).astype(np.float32) / np.float32(127.5) - np.float32(1))[None]
+
+
 def _unpatched(latents: Array, patch: int) -> Array:
     """(c patch patch, h, w) -> (c, h patch, w patch)."""
     _, height, width = latents.shape
@@ -247,40 +252,48 @@ class Autoencoder:
         mean, log_variance = np.split(found, 2)
         return mean, np.exp(np.float32(0.5) * np.clip(log_variance, *LOG_VARIANCES))
 
-    def open(self, picture: Pixels, frames: int) -> Array:
+    def open(self, picture: Pixels, frames: int, last: Pixels | None = None) -> Array:
         """(c, f, h, w): latents of a film of so many latent frames, as the denoiser wants them.
 
-        Its first frame is the picture, (height, width, 3), and the others are grey, the zeros of its pixels.
+        Its first frame is the picture, (height, width, 3), and the others are grey, the zeros of its pixels, but for
+        the `last` where that is given.
 
         Raises:
             RunError: they were not finite.
         """
         factor, shift = self._affine()
-        means = (np.split(found, 2)[0] for found in self._parameters(picture, frames))
+        means = (np.split(found, 2)[0] for found in self._parameters(picture, frames, last))
         return np.stack([(mean - shift) / factor for mean in means], axis=1)
 
-    def _parameters(self, picture: Pixels, frames: int) -> list[Array]:
+    def _parameters(self, picture: Pixels, frames: int, last: Pixels | None = None) -> list[Array]:
         """What the encoder makes of a picture, (channels, h, w), and of each further latent frame of a film behind it.
 
         As in `decode` a tile goes through all frames before the next one begins.
         """
-        pixels = (picture.transpose(2, 0, 1).astype(np.float32) / np.float32(127.5) - np.float32(1))[None]
+        pixels, ending = _signed(picture), None if last is None else _signed(last)
         height, width = (side // self.scale for side in pixels.shape[-2:])
         patch, seams = _patch(self._config), [Seams() for _ in range(frames)]
         rows: list[list[list[Array]]] = [[] for _ in range(frames)]
         for tile in self._cut(height, width):
             high, wide = tile.covers(self.scale)
-            for frame, made in enumerate(self._encoded(pixels[:, :, high, wide], frames)):
+            for frame, made in enumerate(
+                self._encoded(pixels[:, :, high, wide], frames, None if ending is None else ending[:, :, high, wide])
+            ):
                 rows[frame] += [] if tile.column else [[]]
                 rows[frame][-1].append(seams[frame].settled(tile, _unpatched(made, patch)))
         return [_patched(np.concatenate([np.concatenate(row, -1) for row in own], -2), patch) for own in rows]
 
-    def _encoded(self, pixels: Array, frames: int) -> Iterator[Array]:
-        """(1, 3, height, width) -> (channels, h, w) for each latent frame in turn, those behind the first of zeros."""
+    def _encoded(self, pixels: Array, frames: int, last: Array | None) -> Iterator[Array]:
+        """(1, 3, height, width) -> (channels, h, w) for each latent frame in turn.
+
+        What is behind the first frame is of zeros, but for the `last`, of the same shape, where that is given.
+        """
         told, name = {"sample": pixels}, ENCODER
         given = [port.name for port in self._networks.bundle.component(name).outputs]
         behind = np.zeros((1, 3, FRAME_SCALE, *pixels.shape[-2:]), np.float32)
-        for _ in range(frames):
+        for index in range(frames):
+            if index and index == frames - 1 and last is not None:
+                told["sample"] = np.concatenate([behind[:, :, 1:], last[:, :, None]], axis=2)
             found = self._run(name, told, given)
             yield found.pop("latent_parameters")[0]
             caches = {cached(cache): found[cached(cache, given=True)] for cache in range(len(found))}

@@ -70,6 +70,7 @@ def generate(given: Given, progress: Progress) -> None:
         given["prompt"],
         given["output"],
         image=given["image"],
+        last_image=given["last_image"],
         references=given["reference"] or (),
         own_size=given["own_size"],
         height=given["height"],

@@ -32,6 +32,7 @@ class Conditioner:
         settings: Settings,
         references: Sequence[Reference] = (),
         image: Pixels | None = None,
+        last_image: Pixels | None = None,
     ) -> Conditions:
         """(n, r, ...) each, by input of the denoiser.
 
@@ -41,14 +42,18 @@ class Conditioner:
             settings: of the call.
             references: pictures that all images are told.
             image: the one that films begin with, where they do; that which is changed otherwise.
+            last_image: the one that they end with.
 
         Raises:
             ConfigError: there is no picture to begin with, or a prompt cannot be read.
             RunError: what an encoder gave was not finite.
         """
         settings = replace(settings, seen=self._seen(references))
-        told = self._of_references(references, len(prompts), settings) | self._of_opening(image, len(prompts), settings)
-        return self._of_prompts(prompts, negatives, settings) | told
+        return {
+            **self._of_prompts(prompts, negatives, settings),
+            **self._of_references(references, len(prompts), settings),
+            **self._of_opening(image, last_image, len(prompts), settings),
+        }
 
     def _of_prompts(self, prompts: Sequence[str], negatives: Sequence[str], settings: Settings) -> Conditions:
         """(n, r, ...) each: what the denoiser is told of each image; under guidance r = 2, the negative one first."""
@@ -80,8 +85,10 @@ class Conditioner:
         rows = (images, 2 if settings.guided else 1, 1, 1)
         return {STATES: np.tile(np.concatenate(found), rows)}
 
-    def _of_opening(self, image: Pixels | None, films: int, settings: Settings) -> Conditions:
-        """(n, r, ...): what the denoiser is told of the picture that films begin with, all with the same one."""
+    def _of_opening(
+        self, image: Pixels | None, last_image: Pixels | None, films: int, settings: Settings
+    ) -> Conditions:
+        """(n, r, ...): what the denoiser is told of the pictures that films begin and end with, all with the same."""
         if not (self._kind.opens or self._kind.masks) or settings.num_frames is None:
             return {}
         if image is None and self._kind.opens:
@@ -90,7 +97,8 @@ class Conditioner:
         if self._kind.masks:
             found[openings.MASK] = openings.frame_mask(frames, given=image is not None)
         elif image is not None:
-            found[openings.STATES] = openings.states(self._vae.open(image, frames))
+            latents = self._vae.open(image, frames, last_image)
+            found[openings.STATES] = openings.states(latents, ends=last_image is not None)
         if image is not None and self._networks.has(IMAGE_ENCODER):
             pixels = openings.pixel_values(image, self._networks.bundle.json(openings.PROCESSOR))
             found[openings.SEEN] = self._networks.run(IMAGE_ENCODER, {"pixel_values": pixels}, ["states"])["states"][0]

@@ -89,6 +89,7 @@ GENERATE: Final = (
         kind=Path,
         text="Image to change instead of drawing one from nothing, or that a film begins with.",
     ),
+    Flag(name="--last-image", kind=Path, text="Image that a film of Wan 2.2 I2V ends with."),
     Flag(name="--strength", kind=float, text="How much of it to change, up to 1; default: 0.8."),
     Flag(
         name="--reference",

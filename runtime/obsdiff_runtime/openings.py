@@ -1,4 +1,4 @@
-"""Pictures that films begin with: what the denoiser is told of one, or what is put in place of what it draws.
+"""Pictures that films begin or end with: what the denoiser is told of one, or what is put in place of what it draws.
 
 Shapes: c latent channels, f latent frames of the film, h w their sides.
 """
@@ -25,10 +25,14 @@ PROCESSOR: Final = "image_processor/preprocessor_config.json"
 """In a bundle: what an image encoder's pictures are made into."""
 
 
-def states(latents: Array) -> Array:
-    """(FRAME_SCALE + c, f, h, w) of (c, f, h, w), the latents of a film of which the first frame alone is given."""
+def states(latents: Array, *, ends: bool = False) -> Array:
+    """(FRAME_SCALE + c, f, h, w) of (c, f, h, w), the latents of a film of which the first frame is given.
+
+    `ends` says whether the last one is, too. The first latent frame stands for one frame, each other for FRAME_SCALE.
+    """
     given = np.zeros((FRAME_SCALE, *latents.shape[1:]), np.float32)
     given[:, 0] = 1
+    given[-1, -1] = 1 if ends else given[-1, -1]
     return np.concatenate([given, latents])
 
 

@@ -128,6 +128,7 @@ class Pipeline:
         max_sequence_length: int | None = None,
         latents: Array | None = None,
         image: Pixels | None = None,
+        last_image: Pixels | None = None,
         strength: float | None = None,
         reference: Pixels | Reference | Sequence[Pixels | Reference] = (),
         progress: Progress = silent,
@@ -153,6 +154,7 @@ class Pipeline:
             latents: (n, c, h, w), the noise to start from instead, of unit variance.
             image: (height, width, 3), one to change rather than to draw from nothing, or that films begin with where
                 the pipeline's do; its size is the default one.
+            last_image: the same of one that films end with, where they can.
             strength: of that change, above 0 and up to 1, the share of the steps that is taken; STRENGTH of
                 resolving.py if None.
             reference: a picture that the denoiser is told beside the text, or several, for all images: what `fit` makes
@@ -183,6 +185,7 @@ class Pipeline:
             max_sequence_length=max_sequence_length,
             latents=latents,
             image=image,
+            last_image=last_image,
             strength=strength,
             reference=reference,
         )
@@ -217,6 +220,7 @@ class Pipeline:
         max_sequence_length: int | None = None,
         latents: Array | None = None,
         image: Pixels | None = None,
+        last_image: Pixels | None = None,
         strength: float | None = None,
         reference: Pixels | Reference | Sequence[Pixels | Reference] = (),
     ) -> list[Drawing]:
@@ -236,6 +240,7 @@ class Pipeline:
             guidance_scale_2=guidance_scale_2,
             num_frames=num_frames,
             image=image,
+            last_image=last_image,
             strength=strength,
             references=references,
         )
@@ -250,7 +255,7 @@ class Pipeline:
         cleans = self._cleans(image, sources)
         starts = self._starts(sources, settings, latents)
         opening = None if image is None or not self._kind.masks else self._vae.open(image, 1)
-        conditions = self._conditioner.conditions(prompts, negatives, settings, references, image)
+        conditions = self._conditioner.conditions(prompts, negatives, settings, references, image, last_image)
         rows = [{name: value[index] for name, value in conditions.items()} for index in range(len(prompts))]
         turns = self.bundle.manifest.turns
         return [

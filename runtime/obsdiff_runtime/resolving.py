@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 
 from obsdiff_runtime.autoencoder import FRAME_SCALE, Autoencoder, Pixels, film_frames
-from obsdiff_runtime.bundle import ENCODER, Bundle
+from obsdiff_runtime.bundle import ENCODER, IMAGE_ENCODER, Bundle
 from obsdiff_runtime.choices import Choices
 from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.kinds import IS_DISTILLED, Kind, Settings
@@ -35,6 +35,11 @@ class Resolver:
         return self._kind.opens or self._kind.masks
 
     @property
+    def ends(self) -> bool:
+        """Whether films can end with a picture, too: not where an image encoder sees the one that they begin with."""
+        return self._kind.opens and IMAGE_ENCODER not in self._bundle.manifest.components
+
+    @property
     def size_step(self) -> int:
         """Height and width are multiples of this."""
         return self._vae.scale * self._kind.patch(self._config)
@@ -52,7 +57,7 @@ class Resolver:
         pictures: tuple[int, int | None] = (0, 0)
         if ENCODER in manifest.components:
             if self.opens:
-                pictures = (int(kind.opens), 1)
+                pictures = (int(kind.opens), 2 if self.ends else 1)
             elif kind.references is not None:
                 pictures = (kind.references.least, kind.references.most)
         return Choices(
@@ -76,6 +81,7 @@ class Resolver:
         guidance_scale_2: float | None = None,
         num_frames: int | None = None,
         image: Pixels | None = None,
+        last_image: Pixels | None = None,
         strength: float | None = None,
         references: Sequence[Reference] = (),
     ) -> Settings:
@@ -112,6 +118,8 @@ class Resolver:
         for name, axis, pixels in (("height", -2, settings.height), ("width", -1, settings.width)):
             self._check_size(name, axis, pixels)
         self._vae.check_tiles(settings.height, settings.width)
+        if last_image is not None:
+            self._check_last(image, last_image, settings)
         if image is None:
             if strength is not None:
                 raise ConfigError("strength says how much an image is changed, and there is no image")
@@ -155,6 +163,13 @@ class Resolver:
             if height % step or width % step or 0 in (height, width):
                 raise ConfigError(f"a reference of {width} x {height} pixels; its sides should be multiples of {step}")
         return tuple((height // step, width // step) for height, width in sizes)
+
+    def _check_last(self, image: Pixels | None, last_image: Pixels, settings: Settings) -> None:
+        if not self.ends:
+            raise ConfigError("no film of this pipeline ends with a picture; those of Wan 2.2 I2V do")
+        if image is None or settings.num_frames == 1:
+            raise ConfigError("a film that ends with a picture begins with another; give it both, and frames between")
+        _size_of(last_image, settings.height, settings.width, "last_image")
 
     def _later_scale(self, first: float | None, given: float | None) -> float | None:
         """The guidance scale of the denoisers behind the first, None where it is as the first one's."""
@@ -202,5 +217,5 @@ def _size_of(image: Pixels, height: int | None, width: int | None, name: str = "
         raise ConfigError(f"{name} should be (height, width, 3) of uint8, not {image.shape} of {image.dtype}")
     for side, asked, own in (("height", height, image.shape[0]), ("width", width, image.shape[1])):
         if asked not in (None, own):
-            raise ConfigError(f"{side} {asked} is not that of the image, {own}; resize it before")
+            raise ConfigError(f"{side} {asked} is not that of the {name}, {own}; resize it before")
     return int(image.shape[0]), int(image.shape[1])

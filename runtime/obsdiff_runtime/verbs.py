@@ -20,6 +20,7 @@ def generate(
     output: Path,
     *,
     image: Path | None = None,
+    last_image: Path | None = None,
     references: Sequence[Path] = (),
     own_size: bool = False,
     height: int | None = None,
@@ -39,6 +40,7 @@ def generate(
         output: the file; its name says the format. Folders above it are created. Of films see `films.WRITERS`.
         image: file of one to change, or that a film begins with, in any format that Pillow reads; see
             `pictures.read_picture`. What it is changed to has its own size by default, a film the bundle's.
+        last_image: likewise of one that a film ends with.
         references: files of pictures that the denoiser is told.
         own_size: see `Pipeline.fit`.
         height: in pixels.
@@ -66,9 +68,12 @@ def generate(
     if pipeline.resolver.opens:
         own = opened.manifest.defaults
         height, width = own.height if height is None else height, own.width if width is None else width
-    start = None if image is None else read_picture(image, pipeline.size_step, height, width)
+    start, end = (
+        None if path is None else read_picture(path, pipeline.size_step, height, width) for path in (image, last_image)
+    )
     told = [pipeline.fit(open_picture(path), own_size=own_size) for path in references]
-    images = pipeline(prompt, image=start, reference=told, height=height, width=width, progress=progress, **call)
+    shown: dict[str, Any] = {"image": start, "last_image": end, "reference": told}
+    images = pipeline(prompt, height=height, width=width, progress=progress, **shown, **call)
     output.parent.mkdir(parents=True, exist_ok=True)
     write(images.arrays[0])
     return images.seconds

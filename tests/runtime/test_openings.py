@@ -1,4 +1,4 @@
-"""Films that begin with a picture: the same picture, prompt and noise through diffusers and through the bundle."""
+"""Films that begin or end with a picture: the same one, prompt and noise through diffusers and through the bundle."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -31,19 +31,29 @@ def picture(height: int, width: int) -> Any:
 
 
 def both(
-    pair: tuple[Any, Path], *, output_type: str = "np", vae_tiling: int | bool = False, **options: Any
+    pair: tuple[Any, Path],
+    *,
+    output_type: str = "np",
+    vae_tiling: int | bool = False,
+    ends: bool = False,
+    **options: Any,
 ) -> tuple[Any, Images]:
-    """(n, frames, height, width, 3) of diffusers, in 0..1, or its latents, and what the runtime draws."""
+    """(n, frames, height, width, 3) of diffusers, in 0..1, or its latents, and what the runtime draws.
+
+    `ends`: films do, with a picture, too.
+    """
     theirs, folder = opener(pair[0]), pair[1]
     given = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": 32, "width": 48, "num_frames": 9}
     given |= {"negative_prompt": UNWANTED, "max_sequence_length": 512} | options
     image = picture(given["height"], given["width"])
+    last = 255 - image if ends else None
     with torch.no_grad(), no_ftfy():
         seeded = [torch.Generator().manual_seed(seed) for seed in (7, 8)]
         told = {"image": Image.fromarray(image), "generator": seeded, "output_type": output_type}
+        told |= {} if last is None else {"last_image": Image.fromarray(last)}
         expected = theirs(prompt=PROMPTS, **told, **given).frames
     ours = Pipeline(folder, threads=1, vae_tiling=vae_tiling)
-    return expected, ours(PROMPTS, image=image, seed=[7, 8], noise_source="torch", **given)
+    return expected, ours(PROMPTS, image=image, last_image=last, seed=[7, 8], noise_source="torch", **given)
 
 
 @pytest.mark.parametrize(
@@ -79,11 +89,21 @@ def test_the_same_picture_gives_the_same_latents(kind: str, make_pair: Callable[
     assert np.abs(other.latents - films.latents).max() > 1e-2 * scale
 
 
-def test_a_picture_is_read_in_tiles_as_diffusers_reads_it(wan22_i2v_pair: tuple[Any, Path]) -> None:
+@pytest.mark.parametrize("num_frames", [5, 9])
+def test_the_same_last_picture_gives_the_same_latents(num_frames: int, wan22_i2v_pair: tuple[Any, Path]) -> None:
+    expected, films = both(wan22_i2v_pair, output_type="latent", ends=True, num_frames=num_frames)
+    scale = float(expected.abs().max())
+    np.testing.assert_allclose(films.latents, expected.numpy(), atol=1e-4 * scale)
+    _, others = both(wan22_i2v_pair, output_type="latent", num_frames=num_frames)
+    assert np.abs(others.latents - films.latents).max() > 1e-2 * scale
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_picture_is_read_in_tiles_as_diffusers_reads_it(ends: bool, wan22_i2v_pair: tuple[Any, Path]) -> None:
     theirs = wan22_i2v_pair[0]
     use_tiles(theirs.vae, 16)
     try:
-        expected, films = both(wan22_i2v_pair, output_type="latent", vae_tiling=16, num_inference_steps=2)
+        expected, films = both(wan22_i2v_pair, output_type="latent", vae_tiling=16, num_inference_steps=2, ends=ends)
     finally:
         theirs.vae.disable_tiling()
     np.testing.assert_allclose(films.latents, expected.numpy(), atol=1e-4 * float(expected.abs().max()))
@@ -107,7 +127,12 @@ def test_what_opens_no_film_is_refused(wan22_i2v_pair: tuple[Any, Path], wan_pai
         ours("red", reference=picture(32, 32))
     with pytest.raises(ConfigError, match="height 48 is not that of the image, 32"):
         ours("red", image=picture(32, 32), height=48)
-    assert not Pipeline(wan_pair[1], threads=1).opens
+    with pytest.raises(ConfigError, match="height 32 is not that of the last_image, 48; resize it before"):
+        ours("red", image=picture(32, 32), last_image=picture(48, 32))
+    for given in ({"last_image": picture(32, 32)}, {"image": picture(32, 32), "num_frames": 1}):
+        with pytest.raises(ConfigError, match="a film that ends with a picture begins with another"):
+            ours("red", **{"last_image": picture(32, 32), **given})
+    assert not Pipeline(wan_pair[1], threads=1).resolver.opens
 
 
 def test_a_film_that_can_begin_with_a_picture_keeps_it(wan_ti2v_pair: tuple[Any, Path], monkeypatch: Any) -> None:
@@ -130,6 +155,15 @@ def test_a_film_that_can_begin_with_a_picture_keeps_it(wan_ti2v_pair: tuple[Any,
         ours("red", strength=0.5)
 
 
+@pytest.mark.parametrize("kind", ["wan", "wan_ti2v", "wan_i2v", "sd"])
+def test_films_of_others_end_with_no_picture(kind: str, make_pair: Callable[[str], tuple[Any, Path]]) -> None:
+    """diffusers leaves it out for TI2V, and fails for I2V of Wan 2.1, whose image encoder sees two pictures then."""
+    ours = Pipeline(make_pair(kind)[1], threads=1)
+    image = picture(32, 32) if ours.resolver.opens else None
+    with pytest.raises(ConfigError, match="no film of this pipeline ends with a picture"):
+        ours("red", image=image, last_image=picture(32, 32))
+
+
 def test_a_text_of_another_length_is_refused(make_pair: Callable[[str], tuple[Any, Path]]) -> None:
     with pytest.raises(ConfigError, match="max_sequence_length is fixed to 512 in this bundle's graph, not 8"):
         Pipeline(make_pair("wan_i2v")[1], threads=1)("red", image=picture(32, 32), max_sequence_length=8)
@@ -144,8 +178,13 @@ def test_the_commands_take_a_file(
     line = ["generate", folder, "red", "--steps", "2", "--num-frames", "5", "--threads", "1", "-q", "-o", str(path)]
     assert cli.run([*line, "--image", str(tmp_path / "photo.png"), "--seed", "3"]) == 0
     image = read_picture(tmp_path / "photo.png", 8, 32, 32)
-    expected = Pipeline(folder, threads=1)("red", image=image, seed=3, num_frames=5, num_inference_steps=2).arrays[0]
-    np.testing.assert_array_equal(np.load(path), expected)
+    ours, given = Pipeline(folder, threads=1), {"image": image, "seed": 3, "num_frames": 5, "num_inference_steps": 2}
+    np.testing.assert_array_equal(np.load(path), ours("red", **given).arrays[0])
+    Image.fromarray(picture(72, 40)).save(tmp_path / "end.png")
+    ends = ["--image", str(tmp_path / "photo.png"), "--last-image", str(tmp_path / "end.png")]
+    assert cli.run([*line, *ends, "--seed", "3"]) == 0
+    last = read_picture(tmp_path / "end.png", 8, 32, 32)
+    np.testing.assert_array_equal(np.load(path), ours("red", last_image=last, **given).arrays[0])
     assert cli.run(line) == 2
     assert "begin with a picture" in capsys.readouterr().err
     report = bench(folder, iterations=1, warmup=0, num_frames=5, num_inference_steps=2)

@@ -57,7 +57,7 @@ def check(pair: tuple[Any, Path], height: int, width: int, *frames: int) -> None
     theirs, folder = pair
     tiled, whole = Pipeline(folder, threads=1, vae_tiling=SIDE), Pipeline(folder, threads=1)
     scale = tiled._vae.scale
-    shape = (tiled._kind.channels(tiled._denoiser), *frames, height // scale, width // scale)
+    shape = (tiled._channels, *frames, height // scale, width // scale)
     latents = np.random.default_rng(3).standard_normal(shape).astype(np.float32)
     found = tiled.decode(latents)
     expected = in_diffusers(theirs, tiled._vae, latents, SIDE)
@@ -187,13 +187,13 @@ def test_what_no_engine_takes_is_refused_before_anything_runs(sd_pair: Any) -> N
     bundle = Bundle(root=opened.root, manifest=replace(opened.manifest, components=components, defaults=defaults))
     assert "in 4 steps at guidance 3, decoded in tiles of 32" in describe(bundle)
     for tiling in (False, True, 16):
-        Pipeline(bundle, backend="tensorrt", vae_tiling=tiling).resolve(height=96, width=96)
+        Pipeline(bundle, backend="tensorrt", vae_tiling=tiling).resolver.resolve(height=96, width=96)
     too_large = Pipeline(bundle, backend="tensorrt", vae_tiling=64)
-    too_large.resolve(height=32, width=32)
+    too_large.resolver.resolve(height=32, width=32)
     with pytest.raises(ConfigError, match="obsdiff build BUNDLE --vae-tile 64") as told:
-        too_large.resolve(height=48, width=40)
+        too_large.resolver.resolve(height=48, width=40)
     assert "does not take height 48, width 40: its profile takes height 2 to 32, width 2 to 32" in str(told.value)
-    Pipeline(bundle, vae_tiling=64).resolve(height=96, width=96)  # ONNX Runtime runs the graph
+    Pipeline(bundle, vae_tiling=64).resolver.resolve(height=96, width=96)  # ONNX Runtime runs the graph
     broken = replace(opened.manifest, defaults=replace(defaults, vae_tile=-4))
     with pytest.raises(ConfigError, match="tiles of -4 pixels do not overlap"):
         Pipeline(Bundle(root=opened.root, manifest=broken))

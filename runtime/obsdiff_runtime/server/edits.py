@@ -93,7 +93,7 @@ async def read_form(request: Request) -> tuple[ImageRequest, list[Upload]]:
 
 
 async def read_pictures(pipeline: Pipeline, uploads: Sequence[Upload], size: tuple[int, int] | None) -> dict[str, Any]:
-    """The pictures as `Pipeline.begin` takes them: references, or what a film begins with.
+    """The pictures as `Pipeline.begin` takes them: references, or what a film begins and ends with.
 
     Args:
         pipeline: that is to be told them.
@@ -118,4 +118,6 @@ async def read_pictures(pipeline: Pipeline, uploads: Sequence[Upload], size: tup
         found = [await asyncio.to_thread(read, upload) for upload in uploads]
     except (CompatibilityError, ConfigError) as error:
         raise Refused(400, str(error), param="image") from None
-    return {"image": found[0]} if pipeline.resolver.opens else {"reference": found}
+    if not pipeline.resolver.opens:
+        return {"reference": found}
+    return dict(zip(("image", "last_image"), found, strict=False))

@@ -80,6 +80,7 @@ class ServedModel:
             num_frames=call["num_frames"],
             references=call.get("reference", ()),
             image=call.get("image"),
+            last_image=call.get("last_image"),
         )
         self.bounds.check(
             {name: call[name] for name in ("prompt", "negative_prompt")},

@@ -45,7 +45,8 @@ function choose() {
 
 function askForPictures(most, film) {
   const edited = most > 1 ? `up to ${most} pictures to edit` : "picture to edit";
-  const what = film ? "picture that the film begins with" : edited;
+  const begins = "picture that the film begins with" + (most > 1 ? ", and one that it ends with" : "");
+  const what = film ? begins : edited;
   id("pictures-are").textContent = `${what}: choose, or drop here`;
   form.image.multiple = most > 1;
   pictures = pictures.slice(0, most);

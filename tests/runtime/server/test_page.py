@@ -186,7 +186,7 @@ def test_pictures_are_chosen_dropped_and_taken_away_again(
     browser.wait_for("document.querySelector('#drop .bad')")
     assert text(browser, "#drop .bad") == "5 pictures; at most 4 are taken"
     browser.run("form.model.value = 'model-3'; choose()")
-    assert browser.run("pictures.length") == 1, "a film begins with one"
+    assert browser.run("pictures.length") == 2, "a film begins with one and ends with one"
 
 
 def test_a_file_that_is_no_picture_is_blamed_on_the_pictures(every: Any, browser: Browser, tmp_path: Path) -> None:
@@ -200,23 +200,27 @@ def test_a_file_that_is_no_picture_is_blamed_on_the_pictures(every: Any, browser
     assert browser.run("document.querySelectorAll('figure').length") == 0
 
 
-def test_a_film_begins_with_a_picture_moves_and_is_downloaded(
+def test_a_film_begins_and_ends_with_a_picture_moves_and_is_downloaded(
     every: Any, browser: Browser, bundles: dict[str, Path], photos: list[Path], tmp_path: Path
 ) -> None:
     open_at(browser, every, "model-3")
     fill(browser, prompt="a ring", seed=7, num_frames=5, guidance_scale=3, guidance_scale_2=1)
     browser.run("form.requestSubmit()")
     assert text(browser, "#drop .bad") == "this model draws nothing without a picture; choose one"
-    browser.choose_files("form.image", photos[0])
-    browser.wait_for("pictures.length == 1")
+    assert text(browser, "#pictures-are").startswith("picture that the film begins with, and one that it ends with")
+    browser.choose_files("form.image", photos[0], photos[1])
+    browser.wait_for("pictures.length == 2")
     browser.run("form.requestSubmit()")
     browser.wait_for(f"{DONE} == 1")
     (tmp_path / "files").mkdir()
     file = browser.download("document.querySelector('.deeds a')", tmp_path / "files")
     assert file.name == "model-3-7-1.png"
-    ours, opening = Pipeline(bundles["model-3"], threads=1), resized(Image.open(photos[0]), 32, 32)
+    ours, (first, last) = (
+        Pipeline(bundles["model-3"], threads=1),
+        [resized(Image.open(each), 32, 32) for each in photos[:2]],
+    )
     scales = {"guidance_scale": 3.0, "guidance_scale_2": 1.0}
-    expected = ours("a ring", image=opening, seed=7, num_frames=5, **scales).arrays[0]
+    expected = ours("a ring", image=first, last_image=last, seed=7, num_frames=5, **scales).arrays[0]
     with Image.open(file) as film:
         for index, frame in enumerate(expected):
             film.seek(index)
