@@ -1,6 +1,5 @@
 """What a diffusers folder says of itself: its index and its configurations; which pipelines are known."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -11,6 +10,7 @@ from obsdiff import turns
 from obsdiff.checkpoint import DEFAULTS, INDEX
 from obsdiff.families import HELP, Family, sana
 from obsdiff.families.table import FAMILIES, family_of
+from obsdiff.manifest import read_json
 from obsdiff_runtime.errors import ModelError
 from obsdiff_runtime.kinds.table import KINDS
 
@@ -30,7 +30,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     """The content of a pipeline's model_index.json; ModelError where there is none."""
     if not (folder / INDEX).is_file():
         raise ModelError(f"{folder} is no diffusers pipeline: it holds no {INDEX}")
-    return read_object(folder / INDEX)
+    return read_json(folder / INDEX, ModelError)
 
 
 def read_family(folder: Path, index: Mapping[str, Any]) -> Family:
@@ -47,7 +47,7 @@ def read_family(folder: Path, index: Mapping[str, Any]) -> Family:
     if not found:
         raise ModelError(f"{folder}: this {index['_class_name']} has no denoiser ({' or '.join(places)})")
     file = folder / found[0][0] / "config.json"
-    family = family_of(found[0][1], read_object(file) if file.is_file() else None)
+    family = family_of(found[0][1], read_json(file, ModelError) if file.is_file() else None)
     if family.denoiser not in index:
         raise ModelError(f"{folder}: no family describes its {found[0][1]}; {HELP}")
     require_known_turns(index, family)
@@ -61,11 +61,11 @@ def read_configs(folder: Path, index: Mapping[str, Any]) -> dict[str, dict[str, 
     for name in index:
         for file in ("config.json", "scheduler_config.json"):
             if (folder / name / file).is_file():
-                configs[name] = read_object(folder / name / file)
+                configs[name] = read_json(folder / name / file, ModelError)
     if "vae" in index and "vae" not in configs and (folder / "vae_decoder" / "config.json").is_file():  # of a bundle
-        configs["vae"] = read_object(folder / "vae_decoder" / "config.json")
+        configs["vae"] = read_json(folder / "vae_decoder" / "config.json", ModelError)
     if (folder / DEFAULTS).is_file():
-        configs[DEFAULTS_KEY] = read_object(folder / DEFAULTS)
+        configs[DEFAULTS_KEY] = read_json(folder / DEFAULTS, ModelError)
     family = read_family(folder, index)
     denoisers = turns.names(index, family)
     for name in denoisers:
@@ -108,14 +108,3 @@ def require_known_pipeline(index: Mapping[str, Any], family: Family) -> None:
     only = KINDS[name].scheduler if name in KINDS else None
     if only is not None and index["scheduler"][1] != only:
         raise ModelError(f"{name} draws by {only} alone, not by {index['scheduler'][1]}; give it that one")
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """What a JSON file holds; ModelError where that is no object."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} is unreadable: {error}") from None
-    if not isinstance(data, dict):
-        raise ModelError(f"{path} is no JSON object")
-    return data

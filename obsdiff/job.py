@@ -14,13 +14,14 @@ from transformers.utils import logging as transformers_logging
 
 from obsdiff import allocation, costs, facts, glances, latencies, pictures, planning, ranks, turns
 from obsdiff.checkpoint import DEFAULTS, unsaved
-from obsdiff.configs import DEFAULTS_KEY, read_object, require_alike, require_known_pipeline, require_known_turns
+from obsdiff.configs import DEFAULTS_KEY, require_alike, require_known_pipeline, require_known_turns
 from obsdiff.defaults import Defaults, defaults_of, vae_scale
 from obsdiff.estimates import Streams, Workload
 from obsdiff.families import HELP, Family, generic, rows
 from obsdiff.families.table import family_of
 from obsdiff.latencies import Times
 from obsdiff.loading import LoadedPipeline, load_configs, load_pipeline, shipped_pipeline
+from obsdiff.manifest import read_json
 from obsdiff.methods.table import METHODS
 from obsdiff.planning import Plan
 from obsdiff.recipe import Recipe, Sampling, select
@@ -296,7 +297,7 @@ def given(pipeline: DiffusionPipeline) -> LoadedPipeline:
     configs["model_index"] = index
     folder = Path(str(pipeline.config.get("_name_or_path") or "in memory"))
     if (folder / DEFAULTS).is_file():
-        configs[DEFAULTS_KEY] = read_object(folder / DEFAULTS)
+        configs[DEFAULTS_KEY] = read_json(folder / DEFAULTS, ModelError)
     defaults = defaults_of(folder, configs)
     return LoadedPipeline(pipeline=pipeline, family=family, folder=folder, defaults=defaults)
 

@@ -15,13 +15,13 @@ from torch import nn
 
 from obsdiff import checkpoint, offloading, turns, weights
 from obsdiff.checkpoint import INDEX
-from obsdiff.configs import read_configs, read_family, read_index, read_object
+from obsdiff.configs import read_configs, read_family, read_index
 from obsdiff.defaults import Defaults, defaults_of
 from obsdiff.families import Family
 from obsdiff.families.table import family_of
 from obsdiff.folders import MANIFEST, is_variant
 from obsdiff.hub import fetch_configs, fetch_pipeline
-from obsdiff.manifest import PrunedManifest, read_manifest
+from obsdiff.manifest import PrunedManifest, read_json, read_manifest
 from obsdiff.weights import CONVERT
 from obsdiff_runtime.errors import ModelError, first_line
 
@@ -238,7 +238,7 @@ def _bare(path: Path) -> ModelConfigs:
     file = path if path.is_file() else path / "config.json"
     if not file.is_file():
         raise ModelError(f"{path} is neither a diffusers pipeline ({INDEX}) nor a denoiser (config.json)")
-    config = read_object(file)
+    config = read_json(file, ModelError)
     family = family_of(str(config.get("_class_name", "a model without _class_name")), config)
     return ModelConfigs(_empty(file, config), family, {family.denoiser: config})
 

@@ -14,7 +14,7 @@ from obsdiff.families.table import FAMILIES
 from obsdiff.folders import MANIFEST
 from obsdiff.groups import Group, Producer
 from obsdiff.shrinking import columns, places
-from obsdiff_runtime.errors import BundleError, CompatibilityError
+from obsdiff_runtime.errors import BundleError, CompatibilityError, ObsdiffError
 from obsdiff_runtime.version import __version__
 
 SCHEMA: Final = 1
@@ -172,16 +172,16 @@ def read_manifest(folder: Path) -> PrunedManifest:
     return manifest
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; BundleError where the file holds none."""
+def read_json(path: Path, error: type[ObsdiffError] = BundleError) -> dict[str, Any]:
+    """A JSON object; where the file holds none, such an error that names it."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise BundleError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{path} is unreadable: {error}") from None
+        raise error(f"{path} is missing") from None
+    except (OSError, ValueError, RecursionError) as reason:
+        raise error(f"{path} is unreadable: {reason}") from None
     if not isinstance(data, dict):
-        raise BundleError(f"{path} is no JSON object")
+        raise error(f"{path} is no JSON object")
     return data
 
 

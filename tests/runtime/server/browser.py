@@ -2,11 +2,14 @@
 
 import base64
 import json
+import shutil
+import tempfile
 import time
 from abc import ABC, abstractmethod
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 KEYS = {"Tab": "\ue004", "Enter": "\ue007"}
 """As WebDriver tells of them."""
@@ -77,6 +80,58 @@ class Browser(ABC):
 
     @abstractmethod
     def screenshot(self, path: Path) -> None: ...
+
+
+class Driven(Browser):
+    """One that is driven as WebDriver does, and is told what whoever looks at it likes when it begins."""
+
+    def __init__(self) -> None:
+        self._liked = {"dark": False, "still": False}
+        self._start()
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._running.close()
+
+    def press(self, key: str) -> None:
+        self._type(KEYS[key])
+
+    def write(self, text: str) -> None:
+        self._type(text)
+
+    def download(self, link: str, folder: Path) -> Path:
+        self.run(f"{link}.click()")
+        found = downloaded(self._downloads, unfinished=self._unfinished)
+        return Path(shutil.move(found, folder / found.name))
+
+    def _like(self, **liked: bool) -> None:
+        if liked != self._liked:
+            self._running.close()
+            self._liked = liked
+            self._start()
+
+    def _type(self, text: str) -> None:
+        strokes = [{"type": kind, "value": letter} for letter in text for kind in ("keyDown", "keyUp")]
+        self._act([{"type": "key", "id": "keyboard", "actions": strokes}])
+
+    def _place(self) -> Path:
+        """A folder of its own as long as it runs, with one for downloads."""
+        self._running = ExitStack()
+        folder = tempfile.TemporaryDirectory(prefix="obsdiff-browser-", ignore_cleanup_errors=True)
+        place = Path(self._running.enter_context(folder))
+        self._downloads = place / "downloads"
+        self._downloads.mkdir()
+        return place
+
+    _unfinished: ClassVar[str]
+    """How names of files end that are still coming."""
+
+    @abstractmethod
+    def _start(self) -> None:
+        """Begins with a `_place`."""
+
+    @abstractmethod
+    def _act(self, actions: list[dict[str, Any]]) -> None:
+        """What fingers do."""
 
 
 def downloaded(folder: Path, *, unfinished: str) -> Path:

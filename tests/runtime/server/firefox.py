@@ -6,35 +6,22 @@ import json
 import re
 import shutil
 import subprocess
-import tempfile
 import time
-from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from browser import KEYS, Browser, downloaded
+from browser import Driven
 from websockets.sync.client import connect
 
 FIREFOX = shutil.which("firefox-esr") or shutil.which("firefox")
 LONGEST = 1 << 26  # bytes of a message
 
 
-class Firefox(Browser):
-    def __init__(self) -> None:
-        self._complaints: list[str] = []
-        self._liked = {"dark": False, "still": False}
-        self._start()
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self._open.close()
+class Firefox(Driven):
+    _unfinished = ".part"
 
     def open(self, url: str, *, width: int = 1100, height: int = 900, dark: bool = False, still: bool = False) -> None:
-        liked = {"dark": dark, "still": still}
-        if liked != self._liked:  # Firefox is told when it begins
-            self.__exit__()
-            self._liked = liked
-            self._start()
+        self._like(dark=dark, still=still)
         self._call("browsingContext.setViewport", viewport={"width": width, "height": height}, devicePixelRatio=1)
         for address in ("about:blank", url):
             self._call("browsingContext.navigate", url=address, wait="complete")
@@ -47,31 +34,17 @@ class Firefox(Browser):
         found, self._complaints = self._complaints, []
         return found
 
-    def press(self, key: str) -> None:
-        self._type(KEYS[key])
-
-    def write(self, text: str) -> None:
-        self._type(text)
-
     def choose_files(self, field: str, *files: Path) -> None:
         element = {"sharedId": self._evaluate(field)["sharedId"]}
         self._call("input.setFiles", element=element, files=[str(file) for file in files])
-
-    def download(self, link: str, folder: Path) -> Path:
-        self.run(f"{link}.click()")
-        found = downloaded(self._downloads, unfinished=".part")
-        return Path(shutil.move(found, folder / found.name))
 
     def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self._call("browsingContext.captureScreenshot", origin="document")["data"]))
 
     def _start(self) -> None:
-        self._open = ExitStack()
-        folder = tempfile.TemporaryDirectory(prefix="obsdiff-firefox-", ignore_cleanup_errors=True)
-        place = Path(self._open.enter_context(folder))
-        profile, self._downloads = place / "profile", place / "downloads"
+        profile = self._place() / "profile"
         profile.mkdir()
-        self._downloads.mkdir()
+        self._complaints: list[str] = []
         settings = {
             "browser.download.dir": str(self._downloads),
             "browser.download.folderList": 2,
@@ -84,23 +57,21 @@ class Firefox(Browser):
         with log.open("w") as said:
             command = [str(FIREFOX), "--headless", "--remote-debugging-port=0", "--profile", str(profile)]
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
-        self._open.callback(process.wait)
-        self._open.callback(process.kill)
+        self._running.callback(process.wait)
+        self._running.callback(process.kill)
         end = time.monotonic() + 60
         while not (found := re.search(r"BiDi listening on (ws://\S+)", log.read_text())):
             assert time.monotonic() < end, log.read_text()
             time.sleep(0.05)
-        self._socket = self._open.enter_context(connect(f"{found[1]}/session", max_size=LONGEST, proxy=None))
+        self._socket = self._running.enter_context(connect(f"{found[1]}/session", max_size=LONGEST, proxy=None))
         self._numbers, self._context = itertools.count(), ""
         self._call("session.new", capabilities={})
         self._call("session.subscribe", events=["log.entryAdded"])
-        self._context = self._call("browsingContext.create", type="tab")[
-            "context"
-        ]  # it has the focus; the first has not
+        # unlike the first, another tab has the focus
+        self._context = self._call("browsingContext.create", type="tab")["context"]
 
-    def _type(self, text: str) -> None:
-        strokes = [{"type": kind, "value": letter} for letter in text for kind in ("keyDown", "keyUp")]
-        self._call("input.performActions", actions=[{"type": "key", "id": "keyboard", "actions": strokes}])
+    def _act(self, actions: list[dict[str, Any]]) -> None:
+        self._call("input.performActions", actions=actions)
 
     def _evaluate(self, script: str) -> Any:
         """The value as BiDi tells it."""

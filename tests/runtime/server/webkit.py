@@ -6,15 +6,12 @@ import os
 import shutil
 import socket
 import subprocess
-import tempfile
 import time
-from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import httpx
-from browser import KEYS, Browser, downloaded
+from browser import Driven
 
 WEBKIT = shutil.which("WebKitWebDriver") if shutil.which("Xvfb") else None
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
@@ -27,22 +24,13 @@ WATCHING = """(() => {
 })()"""
 
 
-class WebKit(Browser):
-    """Knows of complaints from when a page is loaded on."""
+class WebKit(Driven):
+    """Hears of errors from when a page is loaded on."""
 
-    def __init__(self) -> None:
-        self._liked = {"dark": False, "still": False}
-        self._start()
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self._open.close()
+    _unfinished = ".wkdownload"
 
     def open(self, url: str, *, width: int = 1100, height: int = 900, dark: bool = False, still: bool = False) -> None:
-        liked = {"dark": dark, "still": still}
-        if liked != self._liked:  # the browser is told when it begins
-            self.__exit__()
-            self._liked = liked
-            self._start()
+        self._like(dark=dark, still=still)
         self._call("POST", "url", url="about:blank")
         self._call("POST", "window/rect", width=width, height=height)
         around = self.run("[outerWidth - innerWidth, outerHeight - innerHeight]")
@@ -65,30 +53,15 @@ class WebKit(Browser):
         found: list[str] = self.run("window.complaints?.splice(0) ?? []")
         return found
 
-    def press(self, key: str) -> None:
-        self._type(KEYS[key])
-
-    def write(self, text: str) -> None:
-        self._type(text)
-
     def choose_files(self, field: str, *files: Path) -> None:
         element = self._call("POST", "execute/sync", script=f"return {field};", args=[])[ELEMENT]
         self._call("POST", f"element/{element}/value", text="\n".join(map(str, files)))
-
-    def download(self, link: str, folder: Path) -> Path:
-        self.run(f"{link}.click()")
-        found = downloaded(self._downloads, unfinished=".wkdownload")
-        return Path(shutil.move(found, folder / found.name))
 
     def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self._call("GET", "screenshot")))
 
     def _start(self) -> None:
-        self._open = ExitStack()
-        folder = tempfile.TemporaryDirectory(prefix="obsdiff-webkit-", ignore_cleanup_errors=True)
-        place = Path(self._open.enter_context(folder))
-        self._downloads = place / "downloads"
-        self._downloads.mkdir()
+        place = self._place()
         (place / "gtk-3.0").mkdir()
         (place / "gtk-3.0" / "settings.ini").write_text(
             f"[Settings]\ngtk-enable-animations={int(not self._liked['still'])}\n"
@@ -105,7 +78,7 @@ class WebKit(Browser):
         theme = "Adwaita:dark" if self._liked["dark"] else "Adwaita"
         own = {"DISPLAY": display, "GTK_THEME": theme, "XDG_CONFIG_HOME": str(place), "HOME": str(place)}
         self._run([str(WEBKIT), f"--port={port}"], env={**os.environ, **own})
-        self._client = self._open.enter_context(httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=90))
+        self._client = self._running.enter_context(httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=90))
         end = time.monotonic() + 30
         while True:
             with contextlib.suppress(httpx.ConnectError):
@@ -119,12 +92,11 @@ class WebKit(Browser):
 
     def _run(self, command: list[str], **options: Any) -> None:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options)
-        self._open.callback(process.wait)
-        self._open.callback(process.terminate)
+        self._running.callback(process.wait)
+        self._running.callback(process.terminate)
 
-    def _type(self, text: str) -> None:
-        strokes = [{"type": kind, "value": letter} for letter in text for kind in ("keyDown", "keyUp")]
-        self._call("POST", "actions", actions=[{"type": "key", "id": "keyboard", "actions": strokes}])
+    def _act(self, actions: list[dict[str, Any]]) -> None:
+        self._call("POST", "actions", actions=actions)
 
     def _call(self, method: str, what: str, **given: Any) -> Any:
         path = f"/session{self._session}/{what}".rstrip("/")
