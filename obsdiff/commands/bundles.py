@@ -40,6 +40,7 @@ def generate(run: Run) -> None:
         progress=run.progress,
         negative_prompt=given["negative_prompt"],
         strength=given["strength"],
+        eta=given["eta"],
         noise_source=given["noise"],
         num_inference_steps=settings.steps,
         guidance_scale=settings.guidance_scale,

@@ -83,6 +83,7 @@ def generate(given: Given, progress: Progress) -> None:
         progress=progress,
         negative_prompt=given["negative_prompt"],
         strength=given["strength"],
+        eta=given["eta"],
         noise_source=given["noise"],
         num_inference_steps=given["steps"],
         guidance_scale=given["guidance_scale"],

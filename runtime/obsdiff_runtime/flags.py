@@ -103,6 +103,7 @@ GENERATE: Final = (
         text="Leave references at their own sizes, instead of those that the model was trained on.",
         default=False,
     ),
+    Flag(name="--eta", kind=float, text="Noise that DDIM's or TCD's sampler adds at each step, up to 1.", default=0.0),
     Flag(
         name="--noise", kind=str, text="numpy, or torch: the noise that diffusers draws for the seed.", default="numpy"
     ),

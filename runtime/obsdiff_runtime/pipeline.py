@@ -130,6 +130,7 @@ class Pipeline:
         image: Pixels | None = None,
         last_image: Pixels | None = None,
         strength: float | None = None,
+        eta: float = 0.0,
         reference: Pixels | Reference | Sequence[Pixels | Reference] = (),
         progress: Progress = silent,
         on_step: OnStep | None = None,
@@ -157,6 +158,7 @@ class Pipeline:
             last_image: the same of one that films end with, where they can.
             strength: of that change, above 0 and up to 1, the share of the steps that is taken; STRENGTH of
                 resolving.py if None.
+            eta: how much noise the sampler adds at each step, from 0 to 1; of DDIM's and TCD's.
             reference: a picture that the denoiser is told beside the text, or several, for all images: what `fit` makes
                 of a file's, as diffusers does; or (height, width, 3), of any size in multiples of `size_step`.
             progress: told of each stage: "text", "denoise" step by step, "decode" image by image, or by latent frames.
@@ -187,6 +189,7 @@ class Pipeline:
             image=image,
             last_image=last_image,
             strength=strength,
+            eta=eta,
             reference=reference,
         )
         progress("text", 1, 1)
@@ -222,6 +225,7 @@ class Pipeline:
         image: Pixels | None = None,
         last_image: Pixels | None = None,
         strength: float | None = None,
+        eta: float = 0.0,
         reference: Pixels | Reference | Sequence[Pixels | Reference] = (),
     ) -> list[Drawing]:
         """The images of a call before their first step, for whoever takes the steps; see `__call__`, `step`, `decode`.
@@ -242,6 +246,7 @@ class Pipeline:
             image=image,
             last_image=last_image,
             strength=strength,
+            eta=eta,
             references=references,
         )
         if self._kind.references is not None and len(references) < self._kind.references.least:
@@ -346,6 +351,7 @@ class Pipeline:
             mu=None if shift is None else shift(tokens, settings.num_inference_steps),
             only=self._kind.scheduler,
             strength=settings.strength,
+            eta=settings.eta,
         )
 
 

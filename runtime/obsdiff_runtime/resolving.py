@@ -83,6 +83,7 @@ class Resolver:
         image: Pixels | None = None,
         last_image: Pixels | None = None,
         strength: float | None = None,
+        eta: float = 0.0,
         references: Sequence[Reference] = (),
     ) -> Settings:
         """What a call will use; the bundle's defaults where it is told nothing.
@@ -105,6 +106,7 @@ class Resolver:
             guided=self._kind.negatives and self._kind.usual_scale(scale) > 1,
             max_sequence_length=MAX_SEQUENCE_LENGTH if length is None else length,
             references=self._sides(references),
+            eta=eta,
         )
         if settings.num_inference_steps < 1:
             raise ConfigError(f"num_inference_steps should be at least 1, not {settings.num_inference_steps}")

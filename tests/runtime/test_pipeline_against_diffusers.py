@@ -447,25 +447,27 @@ def test_a_seed_of_diffusers_draws_the_same_image(pair: tuple[Any, Path], seed: 
 
 
 @pytest.mark.parametrize(
-    ("class_name", "options"),
+    ("class_name", "options", "eta"),
     [
-        ("EulerAncestralDiscreteScheduler", {}),
-        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-        ("UniPCMultistepScheduler", {}),
-        ("HeunDiscreteScheduler", {}),
-        ("LCMScheduler", {}),
-        ("TCDScheduler", {}),
+        ("EulerAncestralDiscreteScheduler", {}, 0.0),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, 0.0),
+        ("UniPCMultistepScheduler", {}, 0.0),
+        ("HeunDiscreteScheduler", {}, 0.0),
+        ("LCMScheduler", {}, 0.0),
+        ("TCDScheduler", {}, 0.0),
+        ("TCDScheduler", {}, 0.3),
+        ("DDIMScheduler", {}, 0.7),
     ],
 )
 def test_another_sampler_draws_what_diffusers_draws_by_it(
-    sd_pair: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch, class_name: str, options: dict[str, Any]
+    sd_pair: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch, class_name: str, options: dict[str, Any], eta: float
 ) -> None:
     """The noise of each step comes from the generator of the latents, after them."""
     theirs, folder = sd_pair
     scheduler = getattr(diffusers, class_name).from_config(theirs.scheduler.config, **options)
     monkeypatch.setattr(theirs, "scheduler", scheduler)
     monkeypatch.setattr(Bundle, "scheduler", lambda self: dict(scheduler.config) | {"_class_name": class_name})
-    given = {"num_inference_steps": 5, "guidance_scale": 3.0, "height": 32, "width": 32}
+    given = {"num_inference_steps": 5, "guidance_scale": 3.0, "height": 32, "width": 32, "eta": eta}
     with torch.no_grad():
         expected = theirs(PROMPTS, generator=torch.Generator().manual_seed(7), output_type="np", **given).images
     assert psnr(expected, Pipeline(folder, threads=1)(PROMPTS, seed=7, noise_source="torch", **given)) > 50

@@ -35,6 +35,7 @@ class Settings:
     guided: bool  # each image is run twice, the first time on its negative prompt
     skipped_steps: int = 0
     strength: float = 1.0  # share of its noise levels that the scheduler spaces the steps over
+    eta: float = 0.0  # how much noise the scheduler adds at each step
     guidance_scale_2: float | None = None  # of the denoisers behind the first, where some take turns
     references: tuple[Sides, ...] = ()  # pictures that the denoiser is told
     seen: tuple[Seen, ...] = ()  # the same, where the text encoder looks at them, too

@@ -10,7 +10,7 @@ from typing import Any, Final, Protocol
 
 from numpy.typing import NDArray
 
-from obsdiff_runtime.errors import CompatibilityError
+from obsdiff_runtime.errors import CompatibilityError, ConfigError
 from obsdiff_runtime.noise import Noise
 from obsdiff_runtime.schedulers.ddim import Ddim
 from obsdiff_runtime.schedulers.ddpm import Ddpm
@@ -72,6 +72,9 @@ SCHEDULERS: Final[dict[str, Callable[[Mapping[str, Any], int, int, Noise], Sched
     "TCDScheduler": Tcd,
 }
 
+NOISY: Final[dict[str, Callable[..., Scheduler]]] = {"DDIMScheduler": Ddim, "TCDScheduler": Tcd}
+"""Those that can add noise at each step, as much as eta says."""
+
 
 def make_scheduler(
     config: Mapping[str, Any],
@@ -83,6 +86,7 @@ def make_scheduler(
     mu: float | None = None,
     only: str | None = None,
     strength: float = 1.0,
+    eta: float = 0.0,
 ) -> Scheduler:
     """A scheduler ready for one call.
 
@@ -95,10 +99,11 @@ def make_scheduler(
         mu: of a shift that depends on the image's size, where the pipeline gives it; only with even_sigmas.
         only: the one class that the pipeline draws by; None where there are others.
         strength: share of the noise levels that the steps are spaced over, those of least noise; of LCMScheduler.
+        eta: how much noise is added at each step, of those in NOISY.
 
     Raises:
         CompatibilityError: a class or an option that is not supported; names it.
-        ConfigError: more steps than the schedule has.
+        ConfigError: more steps than the schedule has, or an eta that it does not take.
     """
     name = str(config.get("_class_name", ""))
     if name not in SCHEDULERS:
@@ -109,6 +114,12 @@ def make_scheduler(
     only = "FlowMatchEulerDiscreteScheduler" if even_sigmas else only
     if only not in (None, name):
         raise CompatibilityError(f"scheduler {name} is not supported with this pipeline; supported is {only}")
+    if eta:
+        if name not in NOISY:
+            raise ConfigError(f"eta is for {' and '.join(NOISY)}, and this pipeline draws by {name}; leave it out")
+        if not 0 < eta <= 1:
+            raise ConfigError(f"eta should be from 0 to 1, not {eta:g}")
+        return NOISY[name](config, steps, image_tokens, noise, eta=eta)
     if name == "LCMScheduler":
         return Lcm(config, steps, image_tokens, noise, strength=strength)
     if not even_sigmas:

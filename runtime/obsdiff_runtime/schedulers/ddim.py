@@ -1,5 +1,6 @@
 """Deterministic DDIM; diffusers' DDIMScheduler with eta 0."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -30,12 +31,19 @@ DEFAULTS: Final[dict[str, Any]] = {
 
 
 class Ddim:
-    """Song et al. 2021 (arXiv 2010.02502), eq. 12 with sigma 0."""
+    """Song et al. 2021 (arXiv 2010.02502), eq. 12.
+
+    Args:
+        eta: of eq. 16: with 0 no noise is added, with 1 as much as by DDPM.
+    """
 
     order = 1
     initial_sigma = 1.0
 
-    def __init__(self, config: Mapping[str, Any], steps: int, image_tokens: int, noise: Noise) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], steps: int, image_tokens: int, noise: Noise, *, eta: float = 0.0
+    ) -> None:
+        self._noise, self._eta = noise, eta
         refuse(config, "thresholding")
         given = options(config, DEFAULTS)
         choose(config, "prediction_type", given["prediction_type"], "epsilon", "v_prediction", "sample")
@@ -62,4 +70,8 @@ class Ddim:
         clean, noise = parted(output, sample, alpha, self._prediction_type)
         if self._clip is not None:
             clean = np.clip(clean, -self._clip, self._clip)
-        return noised(clean, noise, alpha_after)
+        if not self._eta:
+            return noised(clean, noise, alpha_after)
+        variance = self._eta**2 * (1 - alpha_after) / (1 - alpha) * (1 - alpha / alpha_after)
+        towards: Floats = math.sqrt(alpha_after) * clean + math.sqrt(1 - alpha_after - variance) * noise
+        return towards + math.sqrt(variance) * self._noise(sample.shape)

@@ -42,7 +42,7 @@ class _Distilled:
         if steps > most:
             left = "" if strength == 1 else f" that strength {strength:g} leaves of the {original}"
             raise ConfigError(f"{steps} steps are more than the {most}{left} that the denoiser was distilled from")
-        alphas = alphas_cumprod(given, rescale=given["rescale_betas_zero_snr"])
+        self._all_alphas = alphas = alphas_cumprod(given, rescale=given["rescale_betas_zero_snr"])
         timesteps = np.arange(most, 0, -1) * (int(given["num_train_timesteps"]) // original) - 1
         self.timesteps: NDArray[np.int64] = timesteps[np.linspace(0, most, steps, endpoint=False).astype(np.int64)]
         self._alphas = np.append(alphas[self.timesteps], alphas[0])  # (calls + 1,)
@@ -84,10 +84,22 @@ class Lcm(_Distilled):
 
 
 class Tcd(_Distilled):
-    """Zheng et al. 2024 (arXiv 2402.19159) with eta 0, as diffusers' pipelines call it: no noise is added."""
+    """Zheng et al. 2024 (arXiv 2402.19159): each step goes further than to the next, from where noise leads back.
 
-    def __init__(self, config: Mapping[str, Any], steps: int, image_tokens: int, noise: Noise) -> None:
+    Args:
+        eta: how much further, of the way to no noise at all: the paper's gamma. With 0 no noise is added.
+    """
+
+    def __init__(
+        self, config: Mapping[str, Any], steps: int, image_tokens: int, noise: Noise, *, eta: float = 0.0
+    ) -> None:
         super().__init__(config, steps, 1.0)
+        self._noise = noise if eta else None
+        self._further = self._all_alphas[np.floor((1 - eta) * np.append(self.timesteps[1:], 0)).astype(np.int64)]
 
     def step(self, output: Floats, index: int, sample: Floats) -> Floats:
-        return self.noised(*self._parted(output, sample, index), index + 1)
+        further = float(self._further[index])
+        reached = noised(*self._parted(output, sample, index), further)
+        if self._noise is None or index + 1 == len(self.timesteps):
+            return reached
+        return noised(reached, self._noise(sample.shape), float(self._alphas[index + 1]) / further)

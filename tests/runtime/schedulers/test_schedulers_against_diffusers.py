@@ -203,7 +203,7 @@ def is_stochastic(case: Case) -> bool:
     )
 
 
-def both(case: Case, steps: int, noise: Noise) -> tuple[Any, Scheduler]:
+def both(case: Case, steps: int, noise: Noise, eta: float = 0.0) -> tuple[Any, Scheduler]:
     """diffusers' scheduler and ours."""
     class_name, config = case
     theirs = getattr(diffusers, class_name)(**config)
@@ -216,7 +216,7 @@ def both(case: Case, steps: int, noise: Noise) -> tuple[Any, Scheduler]:
     else:
         theirs.set_timesteps(steps)
     config = dict(theirs.config) | {"_class_name": class_name}
-    return theirs, make_scheduler(config, steps, TOKENS, noise)
+    return theirs, make_scheduler(config, steps, TOKENS, noise, eta=eta)
 
 
 def needs_more_steps(case: Case, steps: int) -> bool:
@@ -234,11 +234,14 @@ def assert_close(ours: np.ndarray, theirs: torch.Tensor, before: np.ndarray | No
     np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-5, atol=max(1e-5 * max(1, np.abs(ours).max()), lost))
 
 
-def assert_steps_agree(case: Case, theirs: Any, ours: Scheduler, sample: np.ndarray, start: int) -> None:
+def assert_steps_agree(
+    case: Case, theirs: Any, ours: Scheduler, sample: np.ndarray, start: int, eta: float = 0.0
+) -> None:
     """From call `start` on; both are given the same sample at each."""
-    generator: dict[str, Any] = {"generator": torch.Generator().manual_seed(5)} if is_stochastic(case) else {}
-    if case[0] == TCD:
-        generator["eta"] = 0.0  # as pipelines have it by default
+    noisy = is_stochastic(case) or eta > 0
+    generator: dict[str, Any] = {"generator": torch.Generator().manual_seed(5)} if noisy else {}
+    if case[0] == TCD or eta:
+        generator["eta"] = eta  # which is not TCD's default, but that of pipelines
     for index, timestep in list(enumerate(theirs.timesteps[: len(ours.timesteps)]))[start:]:
         scaled = ours.scale(sample, index)
         if hasattr(theirs, "scale_model_input"):
@@ -247,6 +250,35 @@ def assert_steps_agree(case: Case, theirs: Any, ours: Scheduler, sample: np.ndar
         given = torch.from_numpy(output), timestep, torch.from_numpy(sample)
         before, sample = sample, ours.step(output, index, sample)
         assert_close(sample, theirs.step(*given, return_dict=False, **generator)[0], before)
+
+
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+@pytest.mark.parametrize("steps", [1, 7])
+@pytest.mark.parametrize(
+    "case",
+    [
+        (TCD, {}),
+        (TCD, {"prediction_type": "v_prediction", "num_train_timesteps": 500}),
+        ("DDIMScheduler", SD15 | {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
+        ("DDIMScheduler", {"clip_sample_range": 2.0, "prediction_type": "v_prediction"}),
+    ],
+    ids=name_of,
+)
+def test_each_step_that_adds_noise_equals_diffusers(case: Case, steps: int, eta: float) -> None:
+    theirs, ours = both(case, steps, stacked(noise_sources("torch", 5, 2)), eta)
+    sample = np.random.default_rng(3).standard_normal((2, 4, 6, 8), np.float32)
+    assert_steps_agree(case, theirs, ours, sample, 0, eta)
+
+
+def test_an_eta_that_makes_no_sense_is_refused() -> None:
+    for name, eta, said in (
+        (EULER, 0.5, "eta is for DDIMScheduler and TCDScheduler, and this pipeline draws by EulerDiscreteScheduler"),
+        (TCD, 1.5, "eta should be from 0 to 1, not 1.5"),
+        ("DDIMScheduler", -0.1, "eta should be from 0 to 1, not -0.1"),
+        (LCM, 0.5, "eta is for DDIMScheduler and TCDScheduler"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            make_scheduler({"_class_name": name}, 4, TOKENS, no_noise, eta=eta)
 
 
 @pytest.mark.parametrize("steps", [1, 7, 20])
