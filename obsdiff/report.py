@@ -26,7 +26,8 @@ def write_html(report: Report, images: Sequence[ImagePair], path: Path) -> None:
 
 def summary_table(report: Report) -> Table:
     """Dense, pruned and their ratio, for the terminal."""
-    title = f"{report.model}  {report.sparsity}  {report.method}"
+    what = f"{report.sparsity}  {report.method}" if report.layers else "dense"
+    title = f"{report.model}  {what}"
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     table.add_column("")
     for name in ("dense", "pruned", "pruned / dense"):

@@ -162,6 +162,11 @@ def test_the_table_has_a_line_for_size_speed_and_quality(make_report: MakeReport
         assert label in text
 
 
+def test_the_table_says_what_was_done_or_that_nothing_was(make_report: MakeReport) -> None:
+    assert str(summary_table(make_report()).title).endswith("2:4  obsdiff")
+    assert str(summary_table(make_report(sparsity="structured:0", layers=())).title).endswith("  dense")
+
+
 def test_numbers_are_worded_with_units() -> None:
     assert wording.size(0) == "0 B"
     assert wording.size(1536) == "1.5 KiB"
