@@ -18,10 +18,21 @@ Results = dict[str, list[Any]]
 """What each part gave in runs of its block on the same arguments, call by call."""
 
 
-def parts(block: nn.Module, name: str, linears: Sequence[LinearSpec]) -> dict[str, nn.Module]:
+class Part:
+    """A child module of a block, and all that lies inside of it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.inside = module, frozenset(module.modules()) - {module}
+
+    def holds(self, modules: Collection[nn.Module]) -> bool:
+        """Whether one of these is it, or lies in it."""
+        return self.module in modules or not self.inside.isdisjoint(modules)
+
+
+def parts(block: nn.Module, name: str, linears: Sequence[LinearSpec]) -> dict[str, Part]:
     """The parts of a block that hold some of its linears, by name."""
     found = {part for linear in linears if (part := part_of(name, linear)) is not None}
-    return {part: block.get_submodule(part) for part in sorted(found)}
+    return {part: Part(block.get_submodule(part)) for part in sorted(found)}
 
 
 def part_of(block: str, linear: LinearSpec) -> str | None:
@@ -44,9 +55,9 @@ class Replay:
         unsettled: modules of the block that later runs will find changed, or will look into.
     """
 
-    def __init__(self, parts: Mapping[str, nn.Module], results: Results, unsettled: Collection[nn.Module] = ()) -> None:
+    def __init__(self, parts: Mapping[str, Part], results: Results, unsettled: Collection[nn.Module] = ()) -> None:
         self._results, self._unsettled, self._adds = results, set(unsettled), True
-        self._parts = {name: part for name, part in parts.items() if self._unsettled.isdisjoint(part.modules())}
+        self._parts = {name: part for name, part in parts.items() if not part.holds(self._unsettled)}
         self._running = False
 
     @property
@@ -64,10 +75,10 @@ class Replay:
             for module in self._unsettled:
                 stack.callback(module.register_forward_pre_hook(self._unsettle).remove)
             for name, part in self._parts.items():
-                if set(watched).isdisjoint(list(part.modules())[1:]):
+                if part.inside.isdisjoint(watched):
                     known = iter(self._results.get(name, [])[:])
-                    answer = partial(self._answer, part.forward, known, name, returned)
-                    stack.enter_context(instead(part, "forward", answer))
+                    answer = partial(self._answer, part.module.forward, known, name, returned)
+                    stack.enter_context(instead(part.module, "forward", answer))
             yield
 
     def _answer(

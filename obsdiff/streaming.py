@@ -106,11 +106,14 @@ class _Side:
         self._parts = replays.parts(block, name, linears)
         self._results: list[replays.Results] = [{} for _ in range(calls)]
 
-    def replay(self, call: int, unsettled: Collection[str] = ()) -> Replay:
-        """For a run before these modules of the denoiser change; those of other blocks do not matter."""
-        inside = [name for name in unsettled if f"{name}.".startswith(f"{self._name}.")]
-        modules = [replays.within(self.block, self._name, name) for name in inside]
-        return Replay(self._parts, self._results[call], modules)
+    def modules(self, names: Collection[str]) -> list[nn.Module]:
+        """Modules of the denoiser, those that lie in the block."""
+        inside = [name for name in names if f"{name}.".startswith(f"{self._name}.")]
+        return [replays.within(self.block, self._name, name) for name in inside]
+
+    def replay(self, call: int, unsettled: Collection[nn.Module] = ()) -> Replay:
+        """For a run before these modules of the block change."""
+        return Replay(self._parts, self._results[call], unsettled)
 
     def past(self, call: int) -> None:
         """Lets go of what was kept for a call."""
@@ -215,8 +218,8 @@ class _Run:
         idle = later if self._family.described else []  # else tiers may not be in the order in which they run
         skipped = idle if behind else []
         want: glances.Wanted = "outputs" if behind else "result"
-        ahead = [*behind, *(linear.name for linear in skipped)]
-        unsettled = self._with_producers([*(linear.name for linear in (*tier, *idle)), *behind])
+        ahead = dense.modules([*behind, *(linear.name for linear in skipped)])
+        unsettled = pruned.modules(self._with_producers([*(linear.name for linear in (*tier, *idle)), *behind]))
         for place, (call, weight) in enumerate(zip(self._calls, self._weights, strict=True)):
             look = partial(glances.glance, name=name, linears=tier, streams=repair > 0, masks=call.masks)
             before, after = self._dense[place].arguments, self._pruned[place].arguments
