@@ -6,7 +6,6 @@ y        what it should compute: its output in the dense stream, (tokens, out), 
 """
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -60,32 +59,45 @@ class TierMoments:
         Raises:
             CalibrationError: linears that should share an input do not, or a value is not finite (names the layer).
         """
+        read: dict[str, Tensor] = {}
         for linear in self._linears:
             name, leader = linear.name, self._leaders[linear.reads]
             if pruned.sources[name] != pruned.sources[leader]:
                 raise CalibrationError(f"{name} and {leader} were taken to read the same input and do not")
             try:
-                self._count(linear, dense, pruned, weight, paired)
+                self._count(linear, dense, pruned, weight, paired, read)
             except CalibrationError as error:
                 raise CalibrationError(f"{name}: {error}") from None
 
-    def _count(self, linear: LinearSpec, dense: Glance, pruned: Glance, weight: float, paired: bool) -> None:
+    def _count(
+        self,
+        linear: LinearSpec,
+        dense: Glance,
+        pruned: Glance,
+        weight: float,
+        paired: bool,
+        read: dict[str, Tensor],
+    ) -> None:
+        """Adds what the linear reads to `read`, (tokens, in), unless another one has read it in this call."""
         name = linear.name
-        x, y, pushed = _wide(pruned.inputs[name]), _wide(dense.outputs[name]), None
+        x, y = pruned.inputs[name], dense.outputs[name]
+        whole = x.ndim == 3  # with masked tokens left out, rows are no longer of one length
+        mixes = self._guidance is not None and paired and whole and linear.tokens != "text"
+        weight *= 1 + self._share / 2 if mixes else 1
+        if linear.reads not in read:
+            read[linear.reads] = self._mixed(x, mixes).flatten(0, -2)
+            self._grams[linear.reads].add(read[linear.reads], weight)
+        rows, y = read[linear.reads], self._mixed(y, mixes)
+        self._targets[name].add(rows, y, weight)
         if name in dense.bases:
             gate = _wide(torch.as_tensor(dense.gates.get(name, 1.0), device=y.device))
-            pushed = gate * _wide(dense.bases[name] - pruned.bases[name])
-        whole = x.ndim == 3  # with masked tokens left out, rows are no longer of one length
-        if self._guidance is not None and paired and whole and linear.tokens != "text":
-            mix = partial(self._guidance.spread, share=self._share)
-            x, y, pushed = mix(x), mix(y), None if pushed is None else mix(pushed)
-            weight *= 1 + self._share / 2
-        rows = x.flatten(0, -2)  # (tokens, in)
-        if self._leaders[linear.reads] == name:
-            self._grams[linear.reads].add(rows, weight)
-        self._targets[name].add(rows, y, weight)
-        if pushed is not None:
+            pushed = self._mixed(gate * _wide(dense.bases[name] - pruned.bases[name]), mixes)
             self._targets[name].add_gap(rows, y, pushed, gate, weight)
+
+    def _mixed(self, value: Tensor, mixes: bool) -> Tensor:
+        """In float32 or wider, and with the guided combination where it counts, too."""
+        wide = _wide(value)
+        return self._guidance.spread(wide, self._share) if mixes and self._guidance is not None else wide
 
     def finish(self, repair: float) -> tuple[dict[str, Gram], dict[str, Target]]:
         """Grams by LinearSpec.reads, targets by linear, over the calls of all ranks.
