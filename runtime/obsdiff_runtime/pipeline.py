@@ -104,7 +104,7 @@ class Pipeline:
         tile = tile_side(vae_tiling, self.bundle.manifest.defaults.vae_tile, config)
         self._vae = Autoencoder(self.networks, config, tile)
         self._conditioner = Conditioner(self.networks, self._kind, self._vae)
-        self.resolver = Resolver(self.bundle, self._kind, self._vae)
+        self.resolver = Resolver(self.networks, self._kind, self._vae)
 
     @property
     def vae_tile(self) -> int | None:

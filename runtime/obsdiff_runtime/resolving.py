@@ -8,12 +8,13 @@ from typing import Any, Final
 import numpy as np
 
 from obsdiff_runtime.autoencoder import FRAME_SCALE, Autoencoder, Pixels, film_frames
-from obsdiff_runtime.bundle import ENCODER, IMAGE_ENCODER, Bundle
+from obsdiff_runtime.bundle import ENCODER, IMAGE_ENCODER
 from obsdiff_runtime.choices import Choices
 from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.kinds import IS_DISTILLED, Kind, Settings
 from obsdiff_runtime.kinds.scales import told_scale
 from obsdiff_runtime.labels import read_labels
+from obsdiff_runtime.networks import Networks
 from obsdiff_runtime.references import Reference, References, Sides
 from obsdiff_runtime.turns import require_taken
 
@@ -24,10 +25,11 @@ STRENGTH: Final = 0.8  # diffusers' default for Stable Diffusion
 class Resolver:
     """What calls of a bundle may ask for, and its defaults where they ask for nothing."""
 
-    def __init__(self, bundle: Bundle, kind: Kind, vae: Autoencoder) -> None:
-        self._bundle, self._kind, self._vae = bundle, kind, vae
-        self._config: dict[str, Any] = bundle.config(kind.denoiser)
-        self._distilled = bool(bundle.index().get(IS_DISTILLED))
+    def __init__(self, networks: Networks, kind: Kind, vae: Autoencoder) -> None:
+        self._networks, self._kind, self._vae = networks, kind, vae
+        self._bundle = networks.bundle
+        self._config: dict[str, Any] = self._bundle.config(kind.denoiser)
+        self._distilled = bool(self._bundle.index().get(IS_DISTILLED))
 
     @property
     def opens(self) -> bool:
@@ -37,7 +39,7 @@ class Resolver:
     @property
     def ends(self) -> bool:
         """Whether films can end with a picture, too: not where an image encoder sees the one that they begin with."""
-        return self._kind.opens and IMAGE_ENCODER not in self._bundle.manifest.components
+        return self._kind.opens and not self._networks.has(IMAGE_ENCODER)
 
     @property
     def size_step(self) -> int:
@@ -55,7 +57,7 @@ class Resolver:
         )
         fixed = [self._fixed_size(axis) for axis in (-2, -1)]
         pictures: tuple[int, int | None] = (0, 0)
-        if ENCODER in manifest.components:
+        if self._networks.has(ENCODER):
             if self.opens:
                 pictures = (int(kind.opens), 2 if self.ends else 1)
             elif kind.references is not None:

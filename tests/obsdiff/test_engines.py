@@ -14,7 +14,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import obsdiff
-from obsdiff import engines, verbs
+from obsdiff import engines, orders, verbs
 from obsdiff.cli import main
 from obsdiff.engines import build_engines
 from obsdiff.orders import Order, order_of, served
@@ -71,7 +71,7 @@ def builds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
 
     monkeypatch.setenv("OBSDIFF_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(build_module.process, "run", run)
-    monkeypatch.setattr(engines, "choose_builder", lambda name: FakeBuilder())
+    monkeypatch.setattr(orders, "choose_builder", lambda name: FakeBuilder())
     return seen
 
 

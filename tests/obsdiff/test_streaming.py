@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import obsdiff
 from kinds import EVERY, prompts_of
-from obsdiff import allocation, calibration, pointwise, pruning, stream_costs, streaming
+from obsdiff import allocation, calibration, pointwise, pruning, solving, stream_costs, streaming
 from obsdiff.core import permutation
 from obsdiff.families.table import family_of
 from obsdiff.groups import Group, Producer
@@ -326,7 +326,7 @@ def test_permutation_moves_channels_and_spares_error(kind: str, prune: Prune, mo
         orders.append(permute(*args, **options))
         return orders[-1]
 
-    monkeypatch.setattr(streaming, "permute", watched)
+    monkeypatch.setattr(solving, "permute", watched)
     moved = prune(kind, "2:4", method_options={"repair": 0})  # so that both have the same targets
     groups = moved.family.groups(moved.denoiser)
     assert len(orders) == len(groups)

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import obsdiff
-from obsdiff import engines, verbs
+from obsdiff import engines, orders, verbs
 from obsdiff.checkpoint import pruned_manifest
 from obsdiff.cli import main
 from obsdiff.settings import Settings
@@ -208,7 +208,7 @@ def test_a_build_that_dies_half_way_leaves_the_bundle_valid(bundle: Path, monkey
 
     monkeypatch.setattr(contest, "build", build)
     monkeypatch.setattr(engines, "build_one", build)
-    monkeypatch.setattr(engines, "choose_builder", lambda name: Any8())
+    monkeypatch.setattr(orders, "choose_builder", lambda name: Any8())
     with pytest.raises(BuildError):
         verbs.build(bundle)
     assert (bundle / "obsdiff.json").read_bytes() == before

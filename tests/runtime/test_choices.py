@@ -58,7 +58,7 @@ def test_guidance_is_no_choice_of_distilled_steps_and_pictures_none_without_an_e
     make_pair: MakePair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline = Pipeline(make_pair("flux2")[1], threads=1)
-    monkeypatch.setattr(pipeline, "_distilled", True)
+    monkeypatch.setattr(pipeline.resolver, "_distilled", True)
     monkeypatch.setattr(pipeline.networks, "has", lambda component: component != "vae_encoder")
     assert refuses(pipeline, guidance_scale=2.0)
     choices = pipeline.resolver.choices
