@@ -32,7 +32,7 @@ from obsdiff.trajectories import Call, Guidance
 from obsdiff_runtime.errors import CalibrationError
 from obsdiff_runtime.progress import Progress, silent
 
-MOMENT_CALLS: Final = 8
+MOMENT_CALLS: Final = 4
 """Recorded calls that the candidates are solved on, at most."""
 
 PROBES: Final = 4
