@@ -26,8 +26,7 @@ from obsdiff_runtime.errors import CalibrationError
 from obsdiff_runtime.progress import Progress, silent
 
 SHARE: Final = 5
-"""One of so many recorded calls is differentiated; one of three, or all, gain 3 % at 2:4, half of the steps alone lose a
-tenth."""
+"""One of so many recorded calls is differentiated. One of three gains 3 % at 2:4; half of the steps alone lose 10 %."""
 
 COST: Final = 3
 """Denoiser calls that one of them comes to: forwards, each block again, and backwards."""
