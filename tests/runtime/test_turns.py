@@ -70,14 +70,12 @@ def test_films_that_are_at_other_denoisers_do_not_share_a_run(wan22_pair: tuple[
     assert first.shapes != second.shapes
 
 
-def test_a_scale_of_the_bundle_holds_until_the_first_one_is_given(
-    wan22_pair: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_scale_of_the_bundle_holds_until_the_first_one_is_given(wan22_pair: tuple[Any, Path]) -> None:
     ours = Pipeline(wan22_pair[1], threads=1)
     assert ours.resolver.resolve().scale_of(first=False) == 3.0
     defaults = dataclasses.replace(ours.bundle.manifest.defaults, guidance_scale_2=2.0)
     manifest = dataclasses.replace(ours.bundle.manifest, defaults=defaults)
-    ours.bundle = Bundle(root=ours.bundle.root, manifest=manifest)
+    ours = Pipeline(Bundle(root=ours.bundle.root, manifest=manifest), threads=1)
     asked: list[dict[str, float]] = [{}, {"guidance_scale": 5.0}, {"guidance_scale_2": 1.0}]
     assert [ours.resolver.resolve(**each).scale_of(first=False) for each in asked] == [2.0, 5.0, 1.0]
     with pytest.raises(ConfigError, match="guidance_scale_2 should be a finite number"):

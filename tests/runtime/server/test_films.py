@@ -79,10 +79,10 @@ def test_a_film_that_can_begin_with_a_picture_begins_with_that_of_an_edit(
     assert (model["details"]["takes"]["pictures"]["least"], model["details"]["takes"]["pictures"]["most"]) == (0, 1)
 
 
-def test_a_film_begins_with_the_picture_of_an_edit(
+def test_a_film_begins_with_the_picture_of_an_edit_and_ends_with_a_second(
     wan22_i2v_pair: tuple[Any, Path], serving: Callable[..., Any]
 ) -> None:
-    """Scaled to the size that is drawn; there is none without a picture, nor with two."""
+    """Scaled to the size that is drawn; there is none without a picture, nor with three."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 72, 3), dtype=np.uint8))
     content = io.BytesIO()
     image.save(content, "png")
@@ -90,14 +90,15 @@ def test_a_film_begins_with_the_picture_of_an_edit(
     with serving(wan22_i2v_pair[1]) as running:
         form = {"prompt": "a ring", "seed": "7", "size": "48x32", "guidance_scale_2": "1"}
         answer = running.client.post("/v1/images/edits", data=form, files={"image": file})
-        several = running.client.post("/v1/images/edits", data=form, files=[("image[]", file)] * 2)
+        both = running.client.post("/v1/images/edits", data=form, files=[("image[]", file)] * 2)
+        several = running.client.post("/v1/images/edits", data=form, files=[("image[]", file)] * 3)
         large = running.client.post("/v1/images/edits", data={**form, "size": "65536x65536"}, files={"image": file})
         without = running.draw()
-    expected = Pipeline(wan22_i2v_pair[1], threads=1)(
-        "a ring", image=resized(image, 48, 32), seed=7, guidance_scale_2=1.0
-    ).arrays[0]
-    np.testing.assert_array_equal(frames(answer.json()["data"][0]["b64_json"]), expected)
+    ours, shown = Pipeline(wan22_i2v_pair[1], threads=1), resized(image, 48, 32)
+    for found, last in ((answer, None), (both, shown)):
+        expected = ours("a ring", image=shown, last_image=last, seed=7, guidance_scale_2=1.0).arrays[0]
+        np.testing.assert_array_equal(frames(found.json()["data"][0]["b64_json"]), expected)
     assert several.status_code == large.status_code == without.status_code == 400
     assert "size has 4294967296 pixels; at most 4096 are drawn here" in large.json()["error"]["message"]
-    assert several.json()["error"]["message"] == "image: 2 pictures; this model takes 1"
+    assert several.json()["error"]["message"] == "image: 3 pictures; this model takes 2"
     assert "begin with a picture" in without.json()["error"]["message"]
