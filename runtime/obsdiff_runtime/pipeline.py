@@ -27,7 +27,7 @@ from obsdiff_runtime.networks import Array, Networks
 from obsdiff_runtime.noise import Noise, noise_sources
 from obsdiff_runtime.progress import Progress, silent
 from obsdiff_runtime.references import STATES, Reference, reference_of
-from obsdiff_runtime.resolving import Resolver
+from obsdiff_runtime.resolving import Resolver, each_prompt
 from obsdiff_runtime.schedulers import Scheduler, make_scheduler
 
 if TYPE_CHECKING:
@@ -251,7 +251,7 @@ class Pipeline:
         )
         if self._kind.references is not None and len(references) < self._kind.references.least:
             raise ConfigError("this pipeline edits pictures and draws nothing without one; give it a reference picture")
-        prompts, negatives = _prompts(prompt, negative_prompt, num_images)
+        prompts, negatives = each_prompt(prompt, negative_prompt, num_images)
         if any(negatives) and not self._kind.negatives:
             raise ConfigError("this pipeline takes no negative prompt: its denoiser is told the guidance scale instead")
         if any(negatives) and self._kind.draws_classes:
@@ -370,25 +370,6 @@ class _Clock:
 
     def _now(self) -> float:
         return time.perf_counter() - sum(self._networks.load_seconds.values())
-
-
-def _prompts(
-    prompt: str | Sequence[str], negative_prompt: str | Sequence[str], num_images: int
-) -> tuple[list[str], list[str]]:
-    """(n,) each: every prompt num_images times in a row, and its negative one."""
-    if num_images < 1:
-        raise ConfigError(f"num_images should be at least 1, not {num_images}")
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    if not prompts:
-        raise ConfigError("there is no prompt")
-    negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
-    if len(negatives) != len(prompts):
-        raise ConfigError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one for each")
-    for text in (*prompts, *negatives):
-        if not isinstance(text, str):
-            raise ConfigError(f"a prompt should be text, not {type(text).__name__}")
-    repeated = range(num_images)
-    return [text for text in prompts for _ in repeated], [text for text in negatives for _ in repeated]
 
 
 def _kind_of(bundle: Bundle) -> Kind:

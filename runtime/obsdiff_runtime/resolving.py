@@ -215,6 +215,25 @@ class Resolver:
         return None
 
 
+def each_prompt(
+    prompt: str | Sequence[str], negative_prompt: str | Sequence[str], num_images: int
+) -> tuple[list[str], list[str]]:
+    """(n,) each: every prompt num_images times in a row, and its negative one."""
+    if num_images < 1:
+        raise ConfigError(f"num_images should be at least 1, not {num_images}")
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts:
+        raise ConfigError("there is no prompt")
+    negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
+    if len(negatives) != len(prompts):
+        raise ConfigError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one for each")
+    for text in (*prompts, *negatives):
+        if not isinstance(text, str):
+            raise ConfigError(f"a prompt should be text, not {type(text).__name__}")
+    repeated = range(num_images)
+    return [text for text in prompts for _ in repeated], [text for text in negatives for _ in repeated]
+
+
 def _size_of(image: Pixels, height: int | None, width: int | None, name: str = "image") -> tuple[int, int]:
     """(height, width) of an image; ConfigError if it is none, or is not of the size that is asked for."""
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
