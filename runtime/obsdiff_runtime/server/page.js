@@ -330,8 +330,9 @@ form.addEventListener("submit", async event => {
 // What a browser refuses by itself it points at, but not inside of what is closed.
 form.addEventListener("invalid", event => {
   const closed = event.target.closest("details:not([open])");
-  closed?.setAttribute("open", "");
-  if (closed) setTimeout(() => event.target.reportValidity());
+  if (!closed) return;
+  closed.open = true;
+  setTimeout(() => event.target.reportValidity());
 }, true);
 form.addEventListener("keydown", event => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();

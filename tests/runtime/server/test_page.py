@@ -383,7 +383,9 @@ def test_it_fits_a_phone_and_can_be_read_by_day_and_by_night(
     fill(browser, size="")
     browser.run("void draw(chosen(), 1, new AbortController().signal)")  # beside the error, which stays
     browser.wait_for(f"{DONE} == 1")
-    assert browser.run("document.documentElement.scrollWidth <= innerWidth")
+    wide = browser.run("document.documentElement.clientWidth")
+    assert wide <= 360 or isinstance(browser, WebKit)  # whose window is no narrower than its buttons
+    assert browser.run("document.documentElement.scrollWidth") <= wide
     for selector in ("label", "label .bad", "input", "figcaption span", "#draw", ".deeds a", "summary"):
         assert browser.run(CONTRAST.replace("SELECTOR", selector)) >= 4.5, selector
 
