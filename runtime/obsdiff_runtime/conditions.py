@@ -11,7 +11,6 @@ import numpy as np
 from obsdiff_runtime import openings
 from obsdiff_runtime.autoencoder import Autoencoder, Pixels, latent_frames
 from obsdiff_runtime.bundle import IMAGE_ENCODER
-from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.kinds import Conditions, Kind, Settings
 from obsdiff_runtime.kinds.scales import told_scale
 from obsdiff_runtime.networks import Networks
@@ -45,7 +44,7 @@ class Conditioner:
             last_image: the one that they end with.
 
         Raises:
-            ConfigError: there is no picture to begin with, or a prompt cannot be read.
+            ConfigError: a prompt cannot be read.
             RunError: what an encoder gave was not finite.
         """
         settings = replace(settings, seen=self._seen(references))
@@ -91,8 +90,6 @@ class Conditioner:
         """(n, r, ...): what the denoiser is told of the pictures that films begin and end with, all with the same."""
         if not (self._kind.opens or self._kind.masks) or settings.num_frames is None:
             return {}
-        if image is None and self._kind.opens:
-            raise ConfigError("films of this pipeline begin with a picture; give it one (image, or --image FILE)")
         frames, found = latent_frames(settings.num_frames), {}
         if self._kind.masks:
             found[openings.MASK] = openings.frame_mask(frames, given=image is not None)

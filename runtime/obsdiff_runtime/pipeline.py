@@ -251,12 +251,16 @@ class Pipeline:
         )
         if self._kind.references is not None and len(references) < self._kind.references.least:
             raise ConfigError("this pipeline edits pictures and draws nothing without one; give it a reference picture")
+        if image is None and self._kind.opens:
+            raise ConfigError("films of this pipeline begin with a picture; give it one (image, or --image FILE)")
         prompts, negatives = each_prompt(prompt, negative_prompt, num_images)
         if any(negatives) and not self._kind.negatives:
             raise ConfigError("this pipeline takes no negative prompt: its denoiser is told the guidance scale instead")
         if any(negatives) and self._kind.draws_classes:
             raise ConfigError("this pipeline takes no negative prompt: it is guided away from the picture of no class")
         sources = noise_sources(noise_source, seed, len(prompts))
+        # before any work is done, for they refuse what they cannot do
+        schedulers = [self._scheduler(settings, source) for source in sources]
         cleans = self._cleans(image, sources)
         starts = self._starts(sources, settings, latents)
         opening = None if image is None or not self._kind.masks else self._vae.open(image, 1)
@@ -264,8 +268,8 @@ class Pipeline:
         rows = [{name: value[index] for name, value in conditions.items()} for index in range(len(prompts))]
         turns = self.bundle.manifest.turns
         return [
-            Drawing(self._kind, settings, row, self._scheduler(settings, source), start, clean, turns, opening)
-            for row, source, start, clean in zip(rows, sources, starts, cleans, strict=True)
+            Drawing(self._kind, settings, row, scheduler, start, clean, turns, opening)
+            for row, scheduler, start, clean in zip(rows, schedulers, starts, cleans, strict=True)
         ]
 
     def step(self, drawings: Sequence[Drawing]) -> None:

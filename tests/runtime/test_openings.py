@@ -121,6 +121,7 @@ def test_what_opens_no_film_is_refused(wan22_i2v_pair: tuple[Any, Path], wan_pai
     ours = Pipeline(wan22_i2v_pair[1], threads=1)
     with pytest.raises(ConfigError, match=r"films of this pipeline begin with a picture; give it one \(image, or --im"):
         ours("red")
+    assert not ours.networks.load_seconds, "before anything is loaded"
     with pytest.raises(ConfigError, match="strength says how much an image is changed, and here a film begins with it"):
         ours("red", image=picture(32, 32), strength=0.5)
     with pytest.raises(ConfigError, match="begin with a picture, and no other is told; give it as the image"):

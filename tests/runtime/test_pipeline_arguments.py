@@ -54,6 +54,13 @@ def test_sessions_are_loaded_when_first_used(sd3_bundle: Path) -> None:
     assert fresh("red", **CHEAP).load_seconds == {}
 
 
+def test_what_the_sampler_refuses_is_said_before_anything_is_loaded(sd3_bundle: Path) -> None:
+    fresh = Pipeline(open_bundle(sd3_bundle, "sizes"), threads=1)
+    with pytest.raises(ConfigError, match="eta is for DDIMScheduler and TCDScheduler"):
+        fresh("red", eta=0.5)
+    assert fresh.networks.load_seconds == {}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
