@@ -9,8 +9,6 @@ from typing import Any
 import torch
 
 from obsdiff import adapters, checkpoint, turns
-from obsdiff.comparison import evaluate as evaluate
-from obsdiff.engines import build as build
 from obsdiff.folders import check_free
 from obsdiff.loading import load_configs
 from obsdiff.manifest import read_manifest

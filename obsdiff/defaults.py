@@ -67,23 +67,23 @@ def defaults_of(folder: Path | None, configs: Mapping[str, Mapping[str, Any]]) -
         where = folder / DEFAULTS if folder is not None else DEFAULTS
         raise ModelError(f"{where}: unknown key {min(unknown)}; there are {', '.join(values)}")
     values |= given
-    family = family_in(configs)
+    family = _family_in(configs)
     labels = read_labels(configs.get("model_index", {}), configs[family.denoiser]) if family is dit else None
     return Defaults(**values, labels=labels)
 
 
 def vae_scale(configs: Mapping[str, Mapping[str, Any]]) -> int:
     """Pixels per side of a latent pixel; the denoiser's family's where there is no VAE."""
-    return autoencoder.vae_scale(configs["vae"]) if "vae" in configs else family_in(configs).vae_scale
+    return autoencoder.vae_scale(configs["vae"]) if "vae" in configs else _family_in(configs).vae_scale
 
 
-def family_in(configs: Mapping[str, Mapping[str, Any]]) -> Family:
+def _family_in(configs: Mapping[str, Mapping[str, Any]]) -> Family:
     denoiser = next(configs[family.denoiser] for family in FAMILIES.values() if family.denoiser in configs)
     return family_of(str(denoiser["_class_name"]), denoiser)
 
 
 def _class_defaults(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    family = family_in(configs)
+    family = _family_in(configs)
     denoiser = configs[family.denoiser]
     index = configs.get("model_index", {})
     sprint = family is sana and denoiser.get("guidance_embeds")

@@ -1,4 +1,4 @@
-"""Engines of a bundle: what is asked for, building them, and what the manifest and the report say of them."""
+"""Engines of a bundle: building what orders.py says, and what the manifest and the report say of them."""
 
 import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -20,11 +20,7 @@ from obsdiff_export.profiles import Size, Sizes, profiles_for
 from obsdiff_export.proof import receipt
 from obsdiff_export.proof.judging import IGNORES
 from obsdiff_export.proof.receipt import Receipt
-from obsdiff_export.requested import (
-    Served,
-    in_tiles,
-    tables,
-)
+from obsdiff_export.requested import Served, in_tiles, tables
 from obsdiff_export.versus import Versus
 from obsdiff_runtime.autoencoder import tile_side
 from obsdiff_runtime.bundle import AUTOENCODER, DECODER, Bundle, EngineEntry, open_bundle, write_manifest
@@ -34,7 +30,6 @@ from obsdiff_runtime.shapes import Profile, Symbols, words
 
 HARDWARE: Final = (2, 4)
 """The pattern that sparse tensor cores take, whatever the model was pruned to: 2 of every 4 are zero."""
-
 
 CONTEST_SECONDS: Final = 3600.0
 """No further engine is built after this only to be timed."""

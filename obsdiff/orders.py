@@ -198,6 +198,7 @@ def _builds(asked: int | None) -> int:
 
 
 def range_of(size: Size) -> tuple[int, int, int]:
+    """Least, best and most of an axis."""
     return (size, size, size) if isinstance(size, int) else size
 
 

@@ -10,19 +10,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from obsdiff import (
-    card,
-    checkpoint,
-    delivery,
-    engines,
-    facts,
-    launch,
-    orders,
-    pictures,
-    pruning,
-    ranks,
-    turns,
-)
+from obsdiff import card, checkpoint, delivery, engines, facts, launch, orders, pictures, pruning, ranks, turns
 from obsdiff.adapting import lora as lora
 from obsdiff.bundling import (
     Delivery,

@@ -10,16 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from obsdiff import (
-    allocation,
-    costs,
-    gradients,
-    pruning,
-    sensitivities,
-    streaming,
-    trajectories,
-    unit_costs,
-)
+from obsdiff import allocation, costs, gradients, pruning, sensitivities, streaming, trajectories, unit_costs
 from obsdiff.assignments import Assignment
 from obsdiff.core.units import Removal
 from obsdiff.groups import Consumer, Group

@@ -105,9 +105,16 @@ class Kind:
         return guidance_scale + (1 - self.unguided)
 
 
+def packed_channels(config: Mapping[str, Any]) -> int:
+    """Of latents whose tokens the pipeline packs, from the denoiser's config."""
+    return int(config["in_channels"]) // PACKED**2
+
+
 def skipped_part(steps: int, strength: float) -> int:
+    """Steps that are left out, rounded down."""
     return int(steps - steps * strength)
 
 
 def skipped_whole(steps: int, strength: float) -> int:
+    """Steps that are left out, rounded up: those that are taken are whole ones."""
     return steps - int(steps * strength)

@@ -54,6 +54,7 @@ def encode_masked(
 
 
 def max_length(networks: Networks, tokenizer: str) -> int:
+    """Tokens that a tokenizer's own configuration says; BundleError where it does not."""
     length = networks.tokenizer(tokenizer).max_length
     if length is None:
         raise BundleError(f"{tokenizer}/tokenizer_config.json: model_max_length is missing; CLIP needs it")

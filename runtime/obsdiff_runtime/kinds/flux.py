@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
-from obsdiff_runtime.kinds import PACKED, Conditions, Kind, Settings, skipped_part
+from obsdiff_runtime.kinds import PACKED, Conditions, Kind, Settings, packed_channels, skipped_part
 from obsdiff_runtime.kinds.encoding import encode_t5, max_length
 from obsdiff_runtime.networks import Networks
 from obsdiff_runtime.references import KONTEXT
@@ -23,7 +23,7 @@ def encode(networks: Networks, prompts: Sequence[str], negative: bool, settings:
 FLUX: Final = Kind(
     encode=encode,
     patch=lambda config: PACKED,
-    channels=lambda config: int(config["in_channels"]) // PACKED**2,
+    channels=packed_channels,
     skipped=skipped_part,
     negatives=False,
     even_sigmas=True,

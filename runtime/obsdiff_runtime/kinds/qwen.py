@@ -8,7 +8,7 @@ import numpy as np
 
 from obsdiff_runtime import seeing
 from obsdiff_runtime.errors import ConfigError
-from obsdiff_runtime.kinds import PACKED, Conditions, Kind, Settings, skipped_part
+from obsdiff_runtime.kinds import PACKED, Conditions, Kind, Settings, packed_channels, skipped_part
 from obsdiff_runtime.kinds.encoding import encode_masked
 from obsdiff_runtime.networks import Array, Networks
 from obsdiff_runtime.references import QWEN_EDIT, QWEN_EDIT_PLUS
@@ -77,7 +77,7 @@ def _lengths_of_patches(latents: Array) -> Array:
 QWEN: Final = Kind(
     encode=encode,
     patch=lambda config: PACKED,
-    channels=lambda config: int(config["in_channels"]) // PACKED**2,
+    channels=packed_channels,
     skipped=skipped_part,
     even_sigmas=True,
     kept_lengths=_lengths_of_patches,

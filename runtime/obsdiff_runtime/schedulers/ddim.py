@@ -1,4 +1,4 @@
-"""Deterministic DDIM; diffusers' DDIMScheduler with eta 0."""
+"""DDIM, also with noise at each step; diffusers' DDIMScheduler."""
 
 import math
 from collections.abc import Mapping
