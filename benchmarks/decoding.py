@@ -2,6 +2,7 @@
 
     python benchmarks/decoding.py                                  a picture of 1024 x 1024, AutoencoderKL's widths
     python benchmarks/decoding.py --of wan --height 240 --width 416    a film of 5 frames, Wan 2.1's widths
+    python benchmarks/decoding.py --of ti2v --height 352 --width 640   the same of Wan 2.2 TI2V's
     python benchmarks/decoding.py --of qwen --tiles 0              Qwen-Image's; dc: AutoencoderDC's, of Sana
 
 Weights are random, of the published widths, in float32; ONNX Runtime decodes random latents on the CPU, each row in a
@@ -46,7 +47,24 @@ OF: Final[dict[str, tuple[str, str, dict[str, Any]]]] = {
     "dc": ("AutoencoderDC", "SanaPipeline", {}),
     "qwen": ("AutoencoderKLQwenImage", "QwenImagePipeline", {}),
     "wan": ("AutoencoderKLWan", "WanPipeline", {}),
+    "ti2v": (
+        "AutoencoderKLWan",
+        "WanPipeline",
+        {
+            "base_dim": 160,
+            "decoder_base_dim": 256,
+            "z_dim": 48,
+            "is_residual": True,
+            "in_channels": 12,
+            "out_channels": 12,
+            "patch_size": 2,
+            "scale_factor_spatial": 16,
+            "latents_mean": [0.0] * 48,
+            "latents_std": [1.0] * 48,
+        },
+    ),
 }
+FILMS: Final = ("wan", "ti2v")
 """Class, a pipeline that has it, and its configuration, by what `--of` calls it."""
 
 
@@ -66,7 +84,7 @@ class Run:
 def main(
     height: Annotated[int, typer.Option(help="In pixels.")] = 1024,
     width: Annotated[int, typer.Option(help="In pixels.")] = 1024,
-    of: Annotated[str, typer.Option(help="Autoencoder: kl, dc, qwen, or wan, which decodes a film.")] = "kl",
+    of: Annotated[str, typer.Option(help="Autoencoder: kl, dc, qwen, or wan or ti2v, which decode a film.")] = "kl",
     tiles: Annotated[str, typer.Option(help="Pixels a side, by commas; 0: whole.")] = "0,512,256",
     threads: Annotated[int, typer.Option(help="Of the host.")] = 2,
 ) -> None:
@@ -80,7 +98,7 @@ def main(
             plans = [other.submit(plan, of, height, width, side).result() for side in sides]
         for side, planned in zip(sides, plans, strict=True):
             ours, theirs = apart.Pipe()
-            worker = apart.Process(target=decode, args=(folder, height, width, of == "wan", side, threads, theirs))
+            worker = apart.Process(target=decode, args=(folder, height, width, of in FILMS, side, threads, theirs))
             worker.start()
             theirs.close()
             try:
@@ -141,9 +159,9 @@ def plan(of: str, height: int, width: int, side: int) -> str:
     name, _, config = OF[of]
     with torch.device("meta"):
         configs = {"vae": dict(getattr(diffusers, name)(**config).config), "model_index": {"vae": ["diffusers", name]}}
-    found = decoding(configs, height=height, width=width, num_frames=5 if of == "wan" else None, tile=side or None)
+    found = decoding(configs, height=height, width=width, num_frames=5 if of in FILMS else None, tile=side or None)
     assert found is not None
-    return f"{(found.tile_bytes if side else found.whole_bytes) / 2**30:.2f}"  # type: ignore[operator]
+    return f"{(found.tile_bytes if side else found.whole_bytes) / 2**30:.2f}"
 
 
 def decode(folder: Path, height: int, width: int, film: bool, side: int, threads: int, answer: Connection) -> None:

@@ -303,7 +303,8 @@ def served_by(job: Job, settings: Settings, pipeline: DiffusionPipeline | None =
     """
     if settings.vae_tile is not None and "vae" not in job.configs:
         raise ConfigError(f"--vae-tile {settings.vae_tile}: {job.model} has no autoencoder that decodes")
-    tile = tile_side(settings.vae_tile, None, job.configs.get("vae", {}))
+    vae = job.configs.get("vae", {})
+    tile = tile_side(settings.vae_tile, None, vae)
     sizes = orders.sizes_of(
         job.recipe.sampling,
         job.pipeline_class,
@@ -314,7 +315,7 @@ def served_by(job: Job, settings: Settings, pipeline: DiffusionPipeline | None =
         instruction_tokens=0 if pipeline is None else reading.instruction_tokens(pipeline),
         template_tokens=0 if pipeline is None else reading.template_tokens(pipeline),
     )
-    return orders.served(sizes, job.pipeline_class, job.configs[job.family.denoiser], tile)
+    return orders.served(sizes, job.pipeline_class, job.configs[job.family.denoiser], vae=vae, tile=tile)
 
 
 def counts_of(job: Job, denoisers: Mapping[str, nn.Module], bytes_on_disk: int | NotMeasured) -> Counts:

@@ -26,9 +26,8 @@ from obsdiff import costs
 from obsdiff.families.autoencoders import AUTOENCODERS, autoencoder
 from obsdiff.quantities import size as in_words
 from obsdiff_export.component import Component
-from obsdiff_runtime.autoencoder import latent_frames, tile_side, vae_scale
+from obsdiff_runtime.autoencoder import latent_frames, nearest_tile, tile_side, vae_scale
 from obsdiff_runtime.bundle import DECODER, NEXT_DECODER
-from obsdiff_runtime.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -59,22 +58,22 @@ class Decoding:
 
     Attributes:
         whole_bytes: undivided.
-        tile: pixels per side of tiles; None where there are none of this autoencoder.
+        tile: pixels per side of tiles.
         tile_bytes: in such tiles.
     """
 
     whole_bytes: int
-    tile: int | None
-    tile_bytes: int | None
+    tile: int
+    tile_bytes: int
 
     def notes(self, denoiser_bytes: int) -> tuple[str, ...]:
         """What a user should know beside a denoiser with weights of so many bytes; nothing where tiles are no help."""
-        if self.whole_bytes <= denoiser_bytes or (self.tile_bytes or 0) >= self.whole_bytes:
+        if self.whole_bytes <= denoiser_bytes or self.tile_bytes >= self.whole_bytes:
             return ()
-        told = f"decoding takes {in_words(self.whole_bytes)}, more than the denoiser's weights"
-        if self.tile_bytes is None:
-            return (told,)
-        return (f"{told}; in tiles (--vae-tile {self.tile} of generate, serve, bench) {in_words(self.tile_bytes)}",)
+        return (
+            f"decoding takes {in_words(self.whole_bytes)}, more than the denoiser's weights; in tiles (--vae-tile "
+            f"{self.tile} of generate, serve, bench) {in_words(self.tile_bytes)}",
+        )
 
 
 def decoding(
@@ -106,18 +105,10 @@ def decoding(
         log.warning("what decoding takes is not known: this %s does not run: %s", name, error)
         return None
     own = {**config, "_class_name": name}
-    side = tile_side(tile, None, own) if tile is not None else _usual(max(height, width), own)
-    sides = None if side is None else (min(side, height), min(side, width))
-    return Decoding(
-        whole_bytes=whole, tile=side, tile_bytes=None if sides is None else _bytes(components, *sides, *rest)
-    )
-
-
-def _usual(longest: int, config: Mapping[str, Any]) -> int | None:
-    try:
-        return tile_side(TILE if longest > TILE else TILE // 2, None, config)
-    except ConfigError:
-        return None
+    usual = nearest_tile(TILE if max(height, width) > TILE else TILE // 2, own)
+    side = tile_side(tile, usual, own) or usual
+    tile_bytes = _bytes(components, min(side, height), min(side, width), *rest)
+    return Decoding(whole_bytes=whole, tile=side, tile_bytes=tile_bytes)
 
 
 def _bytes(components: Mapping[str, Component], height: int, width: int, scale: int, frames: int) -> int:

@@ -106,7 +106,7 @@ def show_plan(plan: "Plan", *, verbose: bool = False) -> None:
     )
     if plan.decoding is not None:
         whole, tiled = plan.decoding.whole_bytes, plan.decoding.tile_bytes
-        tiles = "" if tiled in (None, whole) else f", {size(tiled)} in tiles of {plan.decoding.tile}"
+        tiles = "" if tiled == whole else f", {size(tiled)} in tiles of {plan.decoding.tile}"
         console.print(f"{'decoding':<12}{size(whole)}{tiles}, by ONNX Runtime on a CPU; estimates", highlight=False)
     for note in plan.notes:
         console.print(f"[yellow]note[/] {note}", highlight=False)

@@ -302,7 +302,7 @@ def _served_by(opened: Bundle, denoiser: str, tile: int | None) -> Served:
     table: Sizes = {name: tuple(size) if isinstance(size, list) else size for name, size in sizes.items()}
     decoder = opened.config(DECODER) if DECODER in opened.manifest.components else {}
     side = tile_side(tile, opened.manifest.defaults.vae_tile, decoder)
-    return served(table, opened.manifest.pipeline_class, opened.config(denoiser), side)
+    return served(table, opened.manifest.pipeline_class, opened.config(denoiser), vae=decoder, tile=side)
 
 
 def _listed(opened: Bundle, found: Engines, tile: int | None) -> tuple[EngineEntry, ...]:

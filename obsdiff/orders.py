@@ -23,6 +23,7 @@ from obsdiff_export.requested import (
     tables,
 )
 from obsdiff_export.versus import BUILDS
+from obsdiff_runtime.autoencoder import pixel_patch
 from obsdiff_runtime.errors import ConfigError, SparsityProofError
 from obsdiff_runtime.kinds.table import KINDS
 from obsdiff_runtime.references import TOKENS
@@ -147,13 +148,16 @@ def sizes_of(
     }
 
 
-def served(sizes: Sizes, pipeline: str, config: Mapping[str, Any], tile: int | None = None) -> Served:
+def served(
+    sizes: Sizes, pipeline: str, config: Mapping[str, Any], *, vae: Mapping[str, Any], tile: int | None = None
+) -> Served:
     """What engines are for.
 
     Args:
         sizes: from `sizes_of`.
         pipeline: diffusers class; of one that the runtime does not know, only whole latent pixels are asked for.
         config: of the denoiser.
+        vae: configuration of the autoencoder.
         tile: see `Served`.
     """
     batch, kind = sizes["batch"], KINDS.get(pipeline)
@@ -167,6 +171,7 @@ def served(sizes: Sizes, pipeline: str, config: Mapping[str, Any], tile: int | N
         step=scale * (1 if kind is None else only or kind.patch(config)),
         largest=None if largest is None else largest * scale,
         tile=tile,
+        read_times=pixel_patch(vae),
     )
 
 

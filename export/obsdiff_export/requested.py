@@ -58,6 +58,7 @@ class Served:
         step: sizes in pixels must be multiples of it.
         largest: pixels per side that the denoiser can draw, None where there is no limit.
         tile: pixels per side of the tiles that pictures go through the autoencoder in; None where they go whole.
+        read_times: how many times as high and wide those are that they are read in.
     """
 
     sizes: Sizes
@@ -66,6 +67,7 @@ class Served:
     step: int
     largest: int | None
     tile: int | None = None
+    read_times: int = 1
 
     def size(self) -> tuple[int, int]:
         """(width, height) in pixels."""
@@ -107,11 +109,11 @@ def in_tiles(table: Sizes, served: Served) -> Sizes:
     """A table for networks that are given one tile at a time: any part of a tile, timed at a whole one."""
     if served.tile is None:
         return table
-    side = served.tile // served.scale
     sizes: dict[str, Size] = {"batch": 1}
     for name in ("height", "width"):
-        most = min(side, _ends(table[name])[2])
-        sizes |= {name: (1, most, most), f"image_{name}": (served.scale, most * served.scale, most * served.scale)}
+        most = _ends(table[name])[2]
+        made, read = (min(times * served.tile // served.scale, most) for times in (1, served.read_times))
+        sizes |= {name: (1, made, made), f"image_{name}": (served.scale, read * served.scale, read * served.scale)}
     return {**table, **sizes}
 
 

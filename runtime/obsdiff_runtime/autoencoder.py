@@ -33,9 +33,14 @@ OVERLAP_OF_OTHERS: Final = 4
 def vae_scale(config: Mapping[str, Any]) -> int:
     """Pixels per side of a latent pixel, from an autoencoder's configuration; VAE_SCALE where it does not say."""
     if "temperal_downsample" in config:  # of video autoencoders, spelled so: those of Qwen-Image and Wan
-        return int(2 ** len(config["temperal_downsample"]) * (config.get("patch_size") or 1))
+        return int(2 ** len(config["temperal_downsample"]) * pixel_patch(config))
     levels = config.get("block_out_channels") or config.get("encoder_block_out_channels")
     return VAE_SCALE if levels is None else int(2 ** (len(levels) - 1) * _patch(config))
+
+
+def pixel_patch(config: Mapping[str, Any]) -> int:
+    """Pixels per side of what counts as one: an autoencoder of films can take patches of them, as Wan 2.2 TI2V's."""
+    return int(config.get("patch_size") or 1) if "temperal_downsample" in config else 1
 
 
 def _patch(config: Mapping[str, Any]) -> int:
@@ -94,24 +99,28 @@ def tile_side(asked: bool | int | None, own: int | None, config: Mapping[str, An
         config: of the autoencoder.
 
     Raises:
-        ConfigError: there is no tile of so many; says which are near. Or tiles of this autoencoder are not known.
+        ConfigError: there is no tile of so many; says which are near.
     """
     scale, parts = vae_scale(config), _overlap(config)
     side = own if asked is None or isinstance(asked, bool) else asked
-    if (asked or side is not None) and "temperal_downsample" in config and config.get("patch_size"):
-        raise ConfigError("an autoencoder of films whose pixels are patches is not run in tiles (Wan 2.2 TI2V)")
     if side is None:
         if not asked:
             return None
         trained = config.get("sample_size") or VAE_SCALE
         usual = TILE.get(config.get("_class_name", ""), trained if isinstance(trained, int) else trained[0])
-        return max(int(usual) // scale, parts) * scale
+        return nearest_tile(int(usual), config)
     if side % scale:
-        below = max(side // scale, parts) * scale
+        below = nearest_tile(side, config)
         raise ConfigError(f"tiles of {side} pixels: should be a multiple of {scale}; near are {below}, {below + scale}")
     if side < parts * scale:
         raise ConfigError(f"tiles of {side} pixels do not overlap; give {parts * scale} or more")
     return side
+
+
+def nearest_tile(side: int, config: Mapping[str, Any]) -> int:
+    """Pixels per side of the largest tile that is no larger; of the least one where there is none."""
+    scale = vae_scale(config)
+    return max(side // scale, _overlap(config)) * scale
 
 
 def tile_overlap(side: int, config: Mapping[str, Any]) -> int:
@@ -183,7 +192,7 @@ class Autoencoder:
         latents = sample if sample.ndim == 4 else sample[:, None]
         _, frames, height, width = latents.shape
         cut = self._cut(height, width)
-        seams = [Seams() for _ in range(frames)]
+        seams = [Seams(pixel_patch(self._config)) for _ in range(frames)]
         shape = (frames * FRAME_SCALE - FRAME_SCALE + 1, height * self.scale, width * self.scale, 3)
         found: Pixels = np.empty(shape, np.uint8)
         for done, tile in enumerate(cut):
@@ -211,12 +220,12 @@ class Autoencoder:
                     f"these: obsdiff build BUNDLE --vae-tile {self.tile}"
                 )
 
-    def _cut(self, height: int, width: int) -> list[Tile]:
-        """Of latents of that size."""
+    def _cut(self, height: int, width: int, times: int = 1) -> list[Tile]:
+        """Of latents of that size, in tiles so many times as high and wide."""
         if self.tile is None:
             return list(tiles(height, width, max(height, width), 0))
-        overlap = tile_overlap(self.tile, self._config)
-        return list(tiles(height, width, self.tile // self.scale, overlap // self.scale))
+        side, overlap = (times * pixels // self.scale for pixels in (self.tile, tile_overlap(self.tile, self._config)))
+        return list(tiles(height, width, side, overlap))
 
     def _decoded(self, latents: Array) -> Iterator[Array]:
         """(c, f, h, w) -> (3, n, height, width) for each latent frame in turn: one frame, and then FRAME_SCALE."""
@@ -268,13 +277,14 @@ class Autoencoder:
     def _parameters(self, picture: Pixels, frames: int, last: Pixels | None = None) -> list[Array]:
         """What the encoder makes of a picture, (channels, h, w), and of each further latent frame of a film behind it.
 
-        As in `decode` a tile goes through all frames before the next one begins.
+        As in `decode` a tile goes through all frames before the next one begins. Diffusers counts patches of pixels
+        here, so that tiles are larger than in `decode`.
         """
         pixels, ending = _signed(picture), None if last is None else _signed(last)
         height, width = (side // self.scale for side in pixels.shape[-2:])
         patch, seams = _patch(self._config), [Seams() for _ in range(frames)]
         rows: list[list[list[Array]]] = [[] for _ in range(frames)]
-        for tile in self._cut(height, width):
+        for tile in self._cut(height, width, pixel_patch(self._config)):
             high, wide = tile.covers(self.scale)
             for frame, made in enumerate(
                 self._encoded(pixels[:, :, high, wide], frames, None if ending is None else ending[:, :, high, wide])

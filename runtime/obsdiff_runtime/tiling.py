@@ -2,7 +2,7 @@
 
 Tiles are cut and blended as diffusers does it: they begin a stride apart, the last ones end where the plane does, and
 each goes over into the next within their overlap, in equal steps. What is made of a plane can have `scale` pixels a
-side for each of its own, as a picture has for latents.
+side for each of its own, as a picture has for latents, and `patch` of them a side are blended alike.
 
 Shapes: h w height and width of a tile.
 """
@@ -73,6 +73,7 @@ def tiles(height: int, width: int, side: int, overlap: int) -> Iterator[Tile]:
 class Seams:
     """What was made of tiles and reaches into those behind them."""
 
+    patch: int = 1
     _above: dict[int, Array] = field(default_factory=dict)
     _left: Array = field(default_factory=lambda: np.zeros(0, np.float32))
 
@@ -85,9 +86,9 @@ class Seams:
         """
         high, wide = map(_length, tile.settles(made.shape[-1] // _length(tile.width)))
         if tile.row:
-            made = _blended(self._above[tile.column], made, axis=-2)
+            made = _blended(self._above[tile.column], made, -2, self.patch)
         if tile.column:
-            made = _blended(self._left, made, axis=-1)
+            made = _blended(self._left, made, -1, self.patch)
         self._above[tile.column] = made[..., high:, :].copy()
         self._left = made[..., wide:].copy()
         return made[..., :high, :wide]
@@ -101,9 +102,10 @@ def _length(part: slice) -> int:
     return int(part.stop - part.start)
 
 
-def _blended(before: Array, made: Array, axis: int) -> Array:
+def _blended(before: Array, made: Array, axis: int, patch: int) -> Array:
     """`made`, which goes over from `before` along an axis, as far as that reaches."""
     reach = before.shape[axis]
-    share = (np.arange(reach, dtype=made.dtype) / reach).reshape(-1, *(1,) * (-1 - axis))
+    steps = np.arange(reach, dtype=made.dtype) // patch * patch / reach
+    share = steps.reshape(-1, *(1,) * (-1 - axis))
     within, behind = np.split(made, [reach], axis)
     return np.concatenate([before * (1 - share) + within * share, behind], axis)

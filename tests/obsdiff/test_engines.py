@@ -22,6 +22,7 @@ from obsdiff.settings import Settings, given_as
 from obsdiff_export import build as build_module
 from obsdiff_export import contest
 from obsdiff_export.builders.request import Answer
+from obsdiff_export.requested import in_tiles
 from obsdiff_runtime.bundle import ComponentEntry, Defaults, Manifest, TensorEntry, open_bundle, write_manifest
 from obsdiff_runtime.errors import CompatibilityError, ConfigError, SparsityProofError
 
@@ -144,6 +145,15 @@ def test_decoders_of_tiles_take_one_tile_at_a_time_or_a_part_of_it(bundle: Path,
         obsdiff.build(bundle, vae_tile=300)
 
 
+def test_pictures_are_read_in_larger_tiles_where_pixels_are_patches() -> None:
+    """As diffusers has it of Wan 2.2 TI2V: up to the size of the picture."""
+    vae = {"temperal_downsample": [False, True, True], "patch_size": 2}
+    what = served({**LATENTS, "width": 160}, "StableDiffusion3Pipeline", CONFIG, vae=vae, tile=512)
+    table = in_tiles(what.sizes, what)
+    assert (table["height"], table["width"]) == ((1, 64, 64), (1, 64, 64))
+    assert (table["image_height"], table["image_width"]) == ((8, 512, 512), (8, 1024, 1024))
+
+
 def test_receipts_of_build_hold_the_verdict_of_every_linear(bundle: Path, builds: SimpleNamespace) -> None:
     built = obsdiff.build(bundle, require_sparse=True)
     built.hold()
@@ -261,7 +271,7 @@ def test_orders_are_for_every_component(builds: SimpleNamespace, bundle: Path) -
     assert isinstance(order, Order)
     assert (order.targets, order.cache) == (("8.6", "8.9"), None)
     graphs = {name: bundle / name / "model.onnx" for name in ("transformer", "vae_decoder")}
-    what = served(LATENTS, "StableDiffusion3Pipeline", CONFIG)
+    what = served(LATENTS, "StableDiffusion3Pipeline", CONFIG, vae={})
     assert (what.rows, what.scale, what.step, what.largest) == (2, 8, 16, 3072)
     found = build_engines(graphs, bundle, what, order, denoisers={"transformer": None})
     assert list(found.built) == ["transformer", "vae_decoder"]

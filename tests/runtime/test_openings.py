@@ -98,15 +98,26 @@ def test_the_same_last_picture_gives_the_same_latents(num_frames: int, wan22_i2v
     assert np.abs(others.latents - films.latents).max() > 1e-2 * scale
 
 
-@pytest.mark.parametrize("ends", [False, True])
-def test_a_picture_is_read_in_tiles_as_diffusers_reads_it(ends: bool, wan22_i2v_pair: tuple[Any, Path]) -> None:
-    theirs = wan22_i2v_pair[0]
-    use_tiles(theirs.vae, 16)
+@pytest.mark.parametrize(
+    ("kind", "side", "options"),
+    [
+        ("wan22_i2v", 16, {"ends": False}),
+        ("wan22_i2v", 16, {"ends": True}),
+        ("wan_ti2v", 32, {"height": 72, "width": 104}),  # read in tiles twice as large
+    ],
+)
+def test_a_picture_is_read_in_tiles_as_diffusers_reads_it(
+    kind: str, side: int, options: dict[str, Any], make_pair: Callable[[str], tuple[Any, Path]]
+) -> None:
+    pair = make_pair(kind)
+    given = {"output_type": "latent", "num_inference_steps": 2, **options}
+    use_tiles(pair[0].vae, side)
     try:
-        expected, films = both(wan22_i2v_pair, output_type="latent", vae_tiling=16, num_inference_steps=2, ends=ends)
+        expected, films = both(pair, vae_tiling=side, **given)
     finally:
-        theirs.vae.disable_tiling()
+        pair[0].vae.disable_tiling()
     np.testing.assert_allclose(films.latents, expected.numpy(), atol=1e-4 * float(expected.abs().max()))
+    assert not np.array_equal(films.latents, both(pair, **given)[1].latents)
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 96), (97, 41), (20, 30)])

@@ -97,12 +97,14 @@ def test_pictures_are_read_in_tiles(name: str, height: int, width: int, make_pai
     assert error < 1e-4
 
 
+@pytest.mark.parametrize("name", ["wan", "wan_ti2v"])
 @pytest.mark.parametrize(("height", "width", "frames"), [(32, 32, 2), (80, 56, 3), (16, 72, 1)])
-def test_films_in_tiles(wan_pair: Any, height: int, width: int, frames: int) -> None:
-    check(wan_pair, height, width, frames)
+def test_films_in_tiles(name: str, height: int, width: int, frames: int, make_pair: Callable[[str], Any]) -> None:
+    """Pixels of `wan_ti2v` are patches, which are blended alike."""
+    check(make_pair(name), height, width, frames)
 
 
-@pytest.mark.parametrize("name", [*NAMES, "wan"])
+@pytest.mark.parametrize("name", [*NAMES, "wan", "wan_ti2v"])
 def test_diffusers_own_tiles_are_the_default(name: str, make_pair: Callable[[str], Any]) -> None:
     theirs, folder = make_pair(name)
     config = json.loads((folder / "vae_decoder" / "config.json").read_text())

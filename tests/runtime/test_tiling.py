@@ -35,6 +35,19 @@ def test_what_is_made_of_each_pixel_alone_is_made_whole(
     np.testing.assert_allclose(joined(np.ones((1, height, width)), *sides, scale), 1, atol=1e-15)
 
 
+@given(SIZES, SIZES, SIDES, st.integers(1, 3), st.integers(0, 99))
+def test_a_patch_is_blended_as_a_pixel_is(
+    height: int, width: int, sides: tuple[int, int], patch: int, seed: int
+) -> None:
+    """What is made of tiles depends on the tile: here it is noise."""
+    noise, pixels, patches = np.random.default_rng(seed), Seams(), Seams(patch)
+    for tile in tiles(height, width, *sides):
+        made = noise.standard_normal((1, *tile.size))
+        small = pixels.settled(tile, made)
+        large = patches.settled(tile, made.repeat(patch, 1).repeat(patch, 2))
+        np.testing.assert_allclose(large, small.repeat(patch, 1).repeat(patch, 2), atol=1e-15)
+
+
 @given(SIZES, SIZES, SIDES)
 def test_tiles_are_no_larger_than_asked_and_overlap_as_asked(height: int, width: int, sides: tuple[int, int]) -> None:
     side, overlap = sides

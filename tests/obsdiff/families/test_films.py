@@ -25,7 +25,7 @@ from obsdiff.recipe import Sampling, select
 from obsdiff.resolving import resolve
 from obsdiff.settings import Settings
 from obsdiff.shrinking import shrink
-from obsdiff_runtime.autoencoder import cached, tile_side
+from obsdiff_runtime.autoencoder import cached
 from obsdiff_runtime.benchmark.runner import Request
 from obsdiff_runtime.bundle import DECODER, NEXT_DECODER, open_bundle
 from obsdiff_runtime.errors import ConfigError, ModelError
@@ -212,15 +212,6 @@ def test_another_autoencoder_is_refused(build_pipeline: Build) -> None:
     vae.register_to_config(temperal_downsample=[False, True])
     with pytest.raises(ModelError, match="another number of frames than 4"):
         films.decoders(vae, height=32, width=32)
-
-
-def test_patches_are_not_decoded_in_tiles() -> None:
-    """diffusers blends the tiles before their patches are put together."""
-    config = {"_class_name": "AutoencoderKLWan", "temperal_downsample": [False, True, True], "patch_size": 2}
-    assert tile_side(None, None, config) is None
-    for asked in (True, 256):
-        with pytest.raises(ConfigError, match="an autoencoder of films whose pixels are patches is not run in tiles"):
-            tile_side(asked, None, config)
 
 
 @pytest.mark.parametrize(
