@@ -15,6 +15,7 @@ from obsdiff.measurements import NotMeasured, Report
 from obsdiff.sampling import in_steps
 from obsdiff.sparsity import NM, Unstructured, parse
 from obsdiff.templates import environment
+from obsdiff_runtime import openings
 
 Kind = Literal["checkpoint", "bundle"]
 
@@ -32,11 +33,16 @@ def write_card(report: Report, folder: Path, kind: Kind, *, base_model: str | No
         base_model: id of the dense model on the Hub; None where it is not from there.
     """
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    (folder / "README.md").write_text(render(report, index, kind, base_model=base_model), encoding="utf-8")
+    config = folder / "transformer" / "config.json"
+    ends = config.is_file() and openings.ends(json.loads(config.read_text(encoding="utf-8")))
+    text = render(report, index, kind, base_model=base_model, ends=ends)
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def render(report: Report, index: Mapping[str, Any], kind: Kind, *, base_model: str | None = None) -> str:
-    """The card; `index` is the content of the folder's model_index.json."""
+def render(
+    report: Report, index: Mapping[str, Any], kind: Kind, *, base_model: str | None = None, ends: bool = False
+) -> str:
+    """The card; `index` is the content of the folder's model_index.json, `ends` whether films end with a picture."""
     templates = environment(escape=False)
     templates.filters["cell"] = _cell
     evaluation = report.evaluation
@@ -51,7 +57,7 @@ def render(report: Report, index: Mapping[str, Any], kind: Kind, *, base_model: 
         engine_sparsity=wording.engine_sparsity(report),
         sampling=None if isinstance(evaluation, NotMeasured) else evaluation.sampling,
         prompts=0 if isinstance(evaluation, NotMeasured) else len(evaluation.per_prompt),
-        code=_code(report, index, kind),
+        code=_code(report, index, kind, ends),
         limits=_limits(report, kind),
         size=wording.size,
         small=wording.small,
@@ -86,7 +92,7 @@ def _front_matter(report: Report, index: Mapping[str, Any], kind: Kind, base_mod
     return yaml.safe_dump(data | dict(report.licence), sort_keys=False, allow_unicode=True)
 
 
-def _code(report: Report, index: Mapping[str, Any], kind: Kind) -> str:
+def _code(report: Report, index: Mapping[str, Any], kind: Kind, ends: bool) -> str:
     """A few lines that draw a picture, or a film, from the folder, the way it was compared."""
     evaluation = report.evaluation
     prompt, options = "0" if _draws_classes(index) else "a prompt", ""
@@ -110,6 +116,9 @@ def _code(report: Report, index: Mapping[str, Any], kind: Kind) -> str:
                 first += "\nfrom obsdiff_runtime.pictures import read_picture"
                 load += '\npicture = read_picture("picture.png", pipeline.size_step)'
                 quoted += ", image=picture"
+                if ends:
+                    load += '\nlast = read_picture("last.png", pipeline.size_step)'
+                    quoted += ", last_image=last"
             drawn = f'films.write(pipeline({quoted}, seed=1).arrays[0], "film.webp")'
             return f"{first}\n{load}\n{drawn}"
         return f'{first}\n{load}\npipeline({quoted}, seed=1).pil()[0].save("picture.png")'
@@ -124,6 +133,7 @@ def _code(report: Report, index: Mapping[str, Any], kind: Kind) -> str:
     if _draws_films(index):
         first = f"from diffusers.utils import export_to_video{', load_image' if _begins(index) else ''}\n{first}"
         quoted = f'load_image("picture.png"), {quoted}' if _begins(index) else quoted
+        quoted += ', last_image=load_image("last.png")' if ends else ""
         return f'{first}\n{load}\nexport_to_video(pipeline({quoted}{options}).frames[0], "film.mp4")'
     return f'{first}\n{load}\npipeline({quoted}{options}).images[0].save("picture.png")'
 

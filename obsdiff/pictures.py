@@ -1,6 +1,7 @@
 """Pictures in torch: what calibration and comparison tell a denoiser beside the prompts, and what its films begin with.
 
-Prompt i is told picture i of the folder, which begins again behind its last. A picture is cropped to the shape of what
+Prompt i is told picture i of the folder, which begins again behind its last, or pictures 2 i and 2 i + 1 where its film
+ends with one, too. A picture is cropped to the shape of what
 is drawn and scaled to its size, so that it has as many tokens as that. A text encoder that looks at pictures looks at
 the same, at the size that diffusers gives it.
 """
@@ -55,8 +56,8 @@ def encode(
     if sampling.references and sampling.num_frames == 1 and references.masks_frames(pipeline.config):
         raise ConfigError("--num-frames 1: nothing is drawn of a film whose only frame is given; give 5 or more")
     length = sampling.max_sequence_length
-    own = [sampling.references[row % len(sampling.references)] for row in rows if sampling.references]
-    pictures = {file: _fitted(Path(file), sampling) for file in dict.fromkeys(own)}
+    own = _own(sampling.references, rows, 2 if references.ends(pipeline) else 1)
+    pictures = {file: _fitted(Path(file), sampling) for files in own for file in files}
     kind = references.of(type(pipeline).__name__)
     if kind is None or kind.seen is None:
         options = {} if length is None else {"max_sequence_length": length}
@@ -64,7 +65,7 @@ def encode(
     else:
         longest = family.text_tokens({}, length) + kind.seen_tokens(sampling.width, sampling.height)
         told = []
-        for index, file in enumerate(own):
+        for index, (file,) in enumerate(own):
             seen = Reference(pixels=np.asarray(pictures[file])).looked_at(kind.seen)
             with seeing.looking(pipeline, [Image.fromarray(seen)]):
                 each = (prompts[index : index + 1], negative[index : index + 1])
@@ -73,12 +74,20 @@ def encode(
     return text | _read(pipeline, sampling, pictures, own)
 
 
+def _own(files: Sequence[str], rows: range, each: int) -> list[tuple[str, ...]]:
+    """The pictures of each row, so many of them."""
+    return [tuple(files[(each * row + place) % len(files)] for place in range(each)) for row in rows if files]
+
+
 def _fitted(file: Path, sampling: Sampling) -> Image.Image:
     return ImageOps.fit(open_picture(file), (sampling.width, sampling.height), Image.Resampling.LANCZOS)
 
 
 def _read(
-    pipeline: DiffusionPipeline, sampling: Sampling, pictures: Mapping[str, Image.Image], own: Sequence[str]
+    pipeline: DiffusionPipeline,
+    sampling: Sampling,
+    pictures: Mapping[str, Image.Image],
+    own: Sequence[tuple[str, ...]],
 ) -> dict[str, Tensor]:
     """What networks make of the pictures of each row, by name."""
     if not own:
@@ -87,16 +96,21 @@ def _read(
     vae = untyped.vae
     if vae is None:
         raise ConfigError("--references: the pipeline has no VAE to read pictures with")
-    found: dict[str, dict[str, Tensor]] = {}
+    found: dict[tuple[str, ...], dict[str, Tensor]] = {}
     opens = references.opens(type(pipeline).__name__) or references.masks_frames(pipeline.config)
     encoder = getattr(untyped, "image_encoder", None) if opens else None
     readers = [vae, *([] if encoder is None else [encoder])]
     with offloading.borrowed(readers, pipeline.device):
-        for file, image in pictures.items():
-            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
-            told = pixels.to(vae.device, vae.dtype)
-            found[file] = _beginning(untyped, image, told, sampling) if opens else _reference(untyped, told)
-    return {name: torch.cat([found[file][name] for file in own]) for name in found[own[0]]}
+        for files in dict.fromkeys(own):
+            images = [pictures[file] for file in files]
+            told = [_signed(image).to(vae.device, vae.dtype) for image in images]
+            found[files] = _beginning(untyped, images, told, sampling) if opens else _reference(untyped, *told)
+    return {name: torch.cat([found[files][name] for files in own]) for name in found[own[0]]}
+
+
+def _signed(image: Image.Image) -> Tensor:
+    """(1, 3, height, width), in -1..1."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
 
 
 def _reference(pipeline: Any, pixels: Tensor) -> dict[str, Tensor]:
@@ -106,19 +120,24 @@ def _reference(pipeline: Any, pixels: Tensor) -> dict[str, Tensor]:
     return {ARGUMENT: latents[:, :, 0] if films else latents}
 
 
-def _beginning(pipeline: Any, image: Image.Image, pixels: Tensor, sampling: Sampling) -> dict[str, Tensor]:
+def _beginning(
+    pipeline: Any, images: Sequence[Image.Image], pixels: Sequence[Tensor], sampling: Sampling
+) -> dict[str, Tensor]:
     """What films are told of a picture that they begin with, (1, 3, height, width): (1, channels, frames, h, w).
 
-    And what an image encoder sees in it, (1, tokens, width), where the denoiser is told that. Where its latents stand
-    in place of the first ones, they are all.
+    And of the one that they end with, where there are two. And what an image encoder sees, (1, tokens, width) or (1, 2,
+    tokens, width), where the denoiser is told that. Where latents stand in place of the first ones, they are all.
     """
     size = (sampling.height, sampling.width, sampling.num_frames)
     channels, unread = pipeline.vae.config.z_dim, torch.zeros(())
     where = (torch.float32, pipeline.vae.device)
-    _, states, *_ = opener(pipeline).prepare_latents(pixels, 1, channels, *size, *where, latents=unread)
+    first, *last = pixels
+    ends = {"last_image": last[0]} if last else {}
+    _, states, *_ = opener(pipeline).prepare_latents(first, 1, channels, *size, *where, latents=unread, **ends)
     if not references.sees(pipeline.transformer.config):
         return {ARGUMENT: states}
-    return {ARGUMENT: states, SEEN: pipeline.encode_image(image, pipeline.vae.device)}
+    seen = pipeline.encode_image(list(images), pipeline.vae.device)
+    return {ARGUMENT: states, SEEN: seen[None] if last else seen}
 
 
 def opener(pipeline: Any) -> WanImageToVideoPipeline:
@@ -158,9 +177,10 @@ def draw_opened(pipeline: Any, *, image: Tensor | Image.Image, image_embeds: Ten
         return noise, states, mask
 
     unread = Image.new("RGB", (16, 16))
+    seen = None if image_embeds is None else image_embeds.flatten(0, -3)
     with (
         instead(pipeline, "prepare_latents", prepared),
-        instead(pipeline, "encode_image", lambda *_: _OfEach(image_embeds)),
+        instead(pipeline, "encode_image", lambda *_: _OfEach(seen)),
     ):
         return pipeline(image=unread, **told)
 
@@ -211,12 +231,12 @@ def draw_edited(pipeline: Any, *, image: Any = None, **told: Any) -> Any:
         return drawer(**told)
 
 
-def example(pipeline_class: str, height: int, width: int) -> dict[str, Any]:
+def example(pipeline: DiffusionPipeline, height: int, width: int) -> dict[str, Any]:
     """What calls of a pipeline that draws nothing without a picture are told of one: a grey one of the drawn size."""
-    grey = Image.new("RGB", (width, height), (127,) * 3)
-    if references.opens(pipeline_class):
-        return {ARGUMENT: grey}
-    return {} if _why_needed(pipeline_class) is None else {ARGUMENT: [grey]}
+    grey, name = Image.new("RGB", (width, height), (127,) * 3), type(pipeline).__name__
+    if references.opens(name):
+        return {ARGUMENT: grey, **({"last_image": grey} if references.ends(pipeline) else {})}
+    return {} if _why_needed(name) is None else {ARGUMENT: [grey]}
 
 
 def _why_needed(pipeline_class: str) -> str | None:

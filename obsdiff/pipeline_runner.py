@@ -219,7 +219,7 @@ class PipelineRunner:
         told |= {"num_videos_per_prompt" if films else "num_images_per_prompt": request.num_images}
         for name in ("num_frames", "guidance_scale_2"):
             told |= {} if getattr(request, name) is None else {name: getattr(request, name)}
-        told |= pictures.example(type(pipeline).__name__, request.height, request.width)
+        told |= pictures.example(pipeline, request.height, request.width)
         laps: dict[str, list[tuple[Mark, Mark]]] = {}
         steps: list[Mark] = []
 

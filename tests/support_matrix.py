@@ -35,6 +35,7 @@ FAMILIES: Final = {
     "wan22": "`wan`: Wan 2.2 A14B, text to film",
     "wan_ti2v": "`wan`: Wan 2.2 TI2V 5B, text or picture to film",
     "wan_i2v": "`wan`: Wan 2.1 I2V, picture to film",
+    "wan_flf2v": "`wan`: Wan 2.1 FLF2V, two pictures to film",
     "wan22_i2v": "`wan`: Wan 2.2 I2V A14B, picture to film",
     "chroma": "no family: Chroma",
 }

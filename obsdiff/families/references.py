@@ -9,10 +9,12 @@ from dataclasses import replace
 from typing import Any, Final
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from obsdiff.families import Family, parts
 from obsdiff_export.component import Component
+from obsdiff_runtime import openings
 from obsdiff_runtime.kinds.table import KINDS
 from obsdiff_runtime.openings import MASK
 from obsdiff_runtime.references import PLACES, STATES, TOKENS, References
@@ -31,6 +33,12 @@ def opens(pipeline_class: str) -> bool:
     """Whether films of a pipeline begin with a picture."""
     kind = KINDS.get(pipeline_class)
     return kind is not None and kind.opens
+
+
+def ends(pipeline: DiffusionPipeline) -> bool:
+    """Whether films of a pipeline begin and end with a picture."""
+    denoiser: Any = getattr(pipeline, "transformer", None)
+    return opens(type(pipeline).__name__) and denoiser is not None and openings.ends(denoiser.config)
 
 
 def masks_frames(index: Mapping[str, Any]) -> bool:

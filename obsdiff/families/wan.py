@@ -20,8 +20,8 @@ draws, where nothing else is said.
 
 Of Wan 2.2 A14B's pipelines two denoisers take turns (turns.py). Where films begin with a picture, the denoiser is told
 latents of a film that shows it first and then nothing, and which frames are given, behind the channels of what is drawn
-(openings.py). Wan 2.1's is also told what CLIP sees in it: diffusers puts those tokens in front of the text, which it
-takes to have TEXT_TOKENS.
+(openings.py). Wan 2.1's is also told what CLIP sees in it, and FLF2V's what it sees in the picture that the film ends
+with: diffusers puts those tokens in front of the text, which it takes to have TEXT_TOKENS.
 
 TI2V 5B's pipeline tells its denoiser a timestep for each token. Without a picture all are the same, and here it is told
 one; with a picture, whose latents stand in place of the first frame, those of its tokens are 0. A graph is told one
@@ -47,7 +47,7 @@ from obsdiff.instead import instead
 from obsdiff_export.component import Component
 from obsdiff_runtime.autoencoder import FRAME_SCALE
 from obsdiff_runtime.errors import ConfigError, ModelError
-from obsdiff_runtime.openings import MASK, SEEN, STATES
+from obsdiff_runtime.openings import MASK, SEEN, STATES, ends
 
 name: str = "wan"
 denoiser: str = "transformer"
@@ -94,7 +94,9 @@ def tokens(
     """See `Family.tokens`: "image", one token per patch of all FRAMES of the latents, "text", and "picture"."""
     frames, rows, columns = config["patch_size"]
     image = (FRAMES // frames) * (height // vae_scale // rows) * (width // vae_scale // columns)
-    told = {"text": TEXT_TOKENS, "picture": SEEN_TOKENS} if references.sees(config) else {"text": text_tokens}
+    told = {"text": text_tokens}
+    if references.sees(config):
+        told = {"text": TEXT_TOKENS, "picture": SEEN_TOKENS * (2 if ends(config) else 1)}
     return {"image": image, **told}
 
 
@@ -161,7 +163,8 @@ def example(
     if told:
         found[STATES] = parts.noise(batch, told, *size, dtype=dtype)
     if references.sees(config):
-        found[SEEN] = parts.noise(batch, SEEN_TOKENS, config.image_dim, dtype=dtype)
+        pictures = (2,) if ends(config) else ()
+        found[SEEN] = parts.noise(batch, *pictures, SEEN_TOKENS, config.image_dim, dtype=dtype)
     return found
 
 
@@ -170,6 +173,8 @@ def arguments(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
     told = dict(inputs)
     if STATES in told:
         told["hidden_states"] = torch.cat([told["hidden_states"], told.pop(STATES)], dim=1)
+    if SEEN in told:
+        told[SEEN] = told[SEEN].flatten(0, -3)  # rows of both pictures, where a film ends with one
     if MASK in told:
         frames = told["timestep"][:, None] * told.pop(MASK)  # (b, frames)
         told["timestep"] = frames.repeat_interleave(_frame_tokens(told["hidden_states"]), dim=1)
@@ -357,10 +362,10 @@ def _require_known(config: Any) -> None:
             f"this WanTransformer3DModel is told {told} channels beside the {drawn} that it draws, and obsdiff knows "
             "those that are told a text, or how a film begins"
         )
-    if config.get("pos_embed_seq_len"):
+    if ends(config) and (not references.sees(config) or config.pos_embed_seq_len != 2 * SEEN_TOKENS):
         raise ModelError(
-            "this WanTransformer3DModel is told how a film ends, too (first and last frame to video), and obsdiff "
-            "knows those that are told how it begins"
+            f"this WanTransformer3DModel has places for {config.pos_embed_seq_len} tokens of what an image encoder "
+            f"sees, and obsdiff knows those that have {2 * SEEN_TOKENS}, of the first and the last frame of a film"
         )
 
 

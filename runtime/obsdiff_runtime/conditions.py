@@ -95,10 +95,13 @@ class Conditioner:
             found[openings.MASK] = openings.frame_mask(frames, given=image is not None)
         elif image is not None:
             latents = self._vae.open(image, frames, last_image)
-            found[openings.STATES] = openings.states(latents, ends=last_image is not None)
+            found[openings.STATES] = openings.states(latents, closed=last_image is not None)
         if image is not None and self._networks.has(IMAGE_ENCODER):
-            pixels = openings.pixel_values(image, self._networks.bundle.json(openings.PROCESSOR))
-            found[openings.SEEN] = self._networks.run(IMAGE_ENCODER, {"pixel_values": pixels}, ["states"])["states"][0]
+            processor = self._networks.bundle.json(openings.PROCESSOR)
+            shown = [openings.pixel_values(each, processor) for each in (image, last_image) if each is not None]
+            told = {"pixel_values": np.concatenate(shown)}
+            seen = self._networks.run(IMAGE_ENCODER, told, ["states"])["states"]  # (pictures, tokens, width)
+            found[openings.SEEN] = seen[0] if last_image is None else seen
         rows = (films, 2 if settings.guided else 1)
         return {name: np.broadcast_to(value, (*rows, *value.shape)) for name, value in found.items()}
 

@@ -15,7 +15,8 @@ STATES: Final = "opening_states"
 """Input of the denoiser, (rows, FRAME_SCALE + c, f, h, w): which frames are given, and latents of a film of them."""
 
 SEEN: Final = "encoder_hidden_states_image"
-"""Likewise where there is an image encoder, (rows, tokens, width): what that makes of the picture."""
+"""Likewise where there is an image encoder: what that makes of the picture, (rows, tokens, width), or of the first and
+the last one, (rows, 2, tokens, width), where `ends` says so."""
 
 MASK: Final = "frame_mask"
 """Input of a denoiser that is told a timestep for each frame, (rows, f): 1 where a frame is drawn, and 0 where it is
@@ -25,14 +26,19 @@ PROCESSOR: Final = "image_processor/preprocessor_config.json"
 """In a bundle: what an image encoder's pictures are made into."""
 
 
-def states(latents: Array, *, ends: bool = False) -> Array:
+def ends(config: Mapping[str, Any]) -> bool:
+    """Whether a denoiser of that configuration counts on a picture that the film ends with, too."""
+    return bool(config.get("pos_embed_seq_len"))
+
+
+def states(latents: Array, *, closed: bool = False) -> Array:
     """(FRAME_SCALE + c, f, h, w) of (c, f, h, w), the latents of a film of which the first frame is given.
 
-    `ends` says whether the last one is, too. The first latent frame stands for one frame, each other for FRAME_SCALE.
+    `closed` says whether the last one is, too. The first latent frame stands for one frame, each other for FRAME_SCALE.
     """
     given = np.zeros((FRAME_SCALE, *latents.shape[1:]), np.float32)
     given[:, 0] = 1
-    given[-1, -1] = 1 if ends else given[-1, -1]
+    given[-1, -1] = 1 if closed else given[-1, -1]
     return np.concatenate([given, latents])
 
 

@@ -253,6 +253,10 @@ class Pipeline:
             raise ConfigError("this pipeline edits pictures and draws nothing without one; give it a reference picture")
         if image is None and self._kind.opens:
             raise ConfigError("films of this pipeline begin with a picture; give it one (image, or --image FILE)")
+        if last_image is None and self.resolver.must_end:
+            raise ConfigError(
+                "films of this pipeline end with a picture, too; give it one (last_image, or --last-image FILE)"
+            )
         prompts, negatives = each_prompt(prompt, negative_prompt, num_images)
         if any(negatives) and not self._kind.negatives:
             raise ConfigError("this pipeline takes no negative prompt: its denoiser is told the guidance scale instead")
@@ -294,7 +298,7 @@ class Pipeline:
         kind, defaults = self._kind.references, self.bundle.manifest.defaults
         grey = np.full((height or defaults.height, width or defaults.width, 3), 127, np.uint8)
         if self._kind.opens:
-            return {"image": grey}
+            return {"image": grey, **({"last_image": grey} if self.resolver.must_end else {})}
         return {} if kind is None or not kind.least else {"reference": [grey] * kind.least}
 
     @property

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from obsdiff_runtime import openings
 from obsdiff_runtime.autoencoder import FRAME_SCALE, Autoencoder, Pixels, film_frames
 from obsdiff_runtime.bundle import ENCODER, IMAGE_ENCODER
 from obsdiff_runtime.choices import Choices
@@ -39,7 +40,12 @@ class Resolver:
     @property
     def ends(self) -> bool:
         """Whether films can end with a picture, too: not where an image encoder sees the one that they begin with."""
-        return self._kind.opens and not self._networks.has(IMAGE_ENCODER)
+        return self.must_end or (self._kind.opens and not self._networks.has(IMAGE_ENCODER))
+
+    @property
+    def must_end(self) -> bool:
+        """Whether films have to."""
+        return self._kind.opens and openings.ends(self._config)
 
     @property
     def size_step(self) -> int:
@@ -59,7 +65,7 @@ class Resolver:
         pictures: tuple[int, int | None] = (0, 0)
         if self._networks.has(ENCODER):
             if self.opens:
-                pictures = (int(kind.opens), 2 if self.ends else 1)
+                pictures = (kind.opens + self.must_end, 2 if self.ends else 1)
             elif kind.references is not None:
                 pictures = (kind.references.least, kind.references.most)
         return Choices(
@@ -170,7 +176,7 @@ class Resolver:
 
     def _check_last(self, image: Pixels | None, last_image: Pixels, settings: Settings) -> None:
         if not self.ends:
-            raise ConfigError("no film of this pipeline ends with a picture; those of Wan 2.2 I2V do")
+            raise ConfigError("no film of this pipeline ends with a picture; those of Wan 2.2 I2V can")
         if image is None or settings.num_frames == 1:
             raise ConfigError("a film that ends with a picture begins with another; give it both, and frames between")
         _size_of(last_image, settings.height, settings.width, "last_image")

@@ -33,7 +33,7 @@ from obsdiff_runtime.benchmark.runner import Request
 from obsdiff_runtime.errors import ConfigError, ModelError
 
 PROMPTS = ["a red dog", "a cat", "a star"]
-KINDS = ("wan_i2v", "wan22_i2v")
+KINDS = ("wan_i2v", "wan_flf2v", "wan22_i2v")
 ALL = (*KINDS, "wan_ti2v")
 CONFIGS = Path(__file__).parent / "configs"
 SIZES: dict[str, Any] = {"height": 32, "width": 48, "num_frames": 9}
@@ -62,6 +62,7 @@ def test_calibration_draws_what_diffusers_draws_of_prompt_and_picture(
     """Of a batch whose prompts have pictures of their own, beside diffusers given them one at a time."""
     pipeline = build_pipeline(kind)
     files = (str(picture_folder / "a.jpg"), str(picture_folder / "b.png"))
+    shown = [fitted(Path(file), SIZES["width"], SIZES["height"]) for file in files]
     given: dict[str, Any] = {"num_inference_steps": steps_of(kind), "guidance_scale": 3.0, **SIZES}
     asked = Sampling(batch_size=3, seed=0, max_sequence_length=512, references=files, **given)
     prompts = calibration.encode(pipeline, wan, PROMPTS, asked)
@@ -70,7 +71,7 @@ def test_calibration_draws_what_diffusers_draws_of_prompt_and_picture(
         theirs = opener(pipeline)
         alone = [
             theirs(
-                image=fitted(Path(files[row % 2]), SIZES["width"], SIZES["height"]),
+                **({"image": shown[0], "last_image": shown[1]} if kind == "wan_flf2v" else {"image": shown[row % 2]}),
                 prompt=prompt,
                 generator=torch.Generator().manual_seed(row),
                 output_type="latent",
@@ -159,27 +160,30 @@ def test_the_two_encoders_read_a_film_of_any_length_as_the_autoencoder_does(buil
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("cut", "kind"), [("wan22_i2v",) * 2, ("wan_ti2v",) * 2], indirect=["cut"])
+@pytest.mark.parametrize(
+    ("cut", "kind"), [(kind, kind) for kind in ("wan22_i2v", "wan_flf2v", "wan_ti2v")], indirect=["cut"]
+)
 def test_a_pruned_folder_is_compared_on_pictures(
     cut: Any, kind: str, picture_folder: Path, build_pipeline: Build, tmp_path: Path
 ) -> None:
     """Its card says how to draw."""
     build_pipeline(kind, num_layers=1).save_pretrained(tmp_path / "dense")
     obsdiff.save(cut[0], tmp_path / "pruned")
-    settings = Settings(eval_prompts=1, references=str(picture_folder), steps=4, max_sequence_length=8, **SIZES)
+    settings = Settings(eval_prompts=1, references=str(picture_folder), steps=4, **SIZES)
     report = verbs.evaluate(tmp_path / "pruned", str(tmp_path / "dense"), settings).reports[0]
     assert isinstance(report.evaluation, Evaluation)
     assert all(0 < error < 10 for error in report.evaluation.velocity_error_per_step)
     if kind == "wan_ti2v":  # by diffusers' class that draws films of a text
         return
-    for kind, call in {
-        "checkpoint": 'pipeline(load_image("picture.png"), "',
-        "bundle": ", image=picture, seed=1)",
+    ends = kind == "wan_flf2v"
+    for place, calls in {
+        "checkpoint": ('pipeline(load_image("picture.png"), "', ', last_image=load_image("last.png")'),
+        "bundle": (", image=picture", ", last_image=last, seed=1)"),
     }.items():
-        write_card(report, tmp_path / "pruned", kind)
+        write_card(report, tmp_path / "pruned", place)
         text = (tmp_path / "pruned" / "README.md").read_text()
         assert "pipeline_tag: image-to-video" in text
-        assert call in text
+        assert [call in text for call in calls] == [True, ends]
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -266,8 +270,11 @@ def test_a_call_that_begins_with_a_picture_is_of_the_step_of_what_it_draws(
 
 
 @torch.no_grad()
-def test_a_pipeline_in_torch_sees_a_picture_when_it_is_measured(build_pipeline: Build, tmp_path: Path) -> None:
-    build_pipeline("wan_i2v", num_layers=1).save_pretrained(tmp_path / "dense")
+@pytest.mark.parametrize("kind", ["wan_i2v", "wan_flf2v"])
+def test_a_pipeline_in_torch_sees_a_picture_when_it_is_measured(
+    kind: str, build_pipeline: Build, tmp_path: Path
+) -> None:
+    build_pipeline(kind, num_layers=1).save_pretrained(tmp_path / "dense")
     runner = PipelineRunner(tmp_path / "dense", threads=1)
     told: Any = {"prompt": "a cat", "num_inference_steps": 1, "guidance_scale": 1.0, "max_sequence_length": 512}
     request = Request(num_images=1, seed=3, **told, **SIZES)
@@ -309,7 +316,8 @@ def test_a_plan_counts_what_a_denoiser_is_told_of_a_picture(name: str, added: bo
         ({"in_channels": 9, "sees": False}, "told 5 channels beside the 4 that it draws"),
         ({"added_kv_proj_dim": None}, "told 8 channels beside"),
         ({"in_channels": 4}, "told 0 channels beside"),
-        ({"pos_embed_seq_len": 514}, r"told how a film ends, too \(first and last frame to video\)"),
+        ({"pos_embed_seq_len": 513}, "has places for 513 tokens of what an image encoder sees, and obsdiff knows"),
+        ({"pos_embed_seq_len": 514, "sees": False}, "has places for 514 tokens"),
     ],
 )
 def test_a_denoiser_that_is_told_other_things_is_refused(

@@ -121,6 +121,11 @@ def wan22_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
 
 
 @pytest.fixture(scope="session")
+def wan_flf2v_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    return _pair("wan_flf2v", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
 def wan22_i2v_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return _pair("wan22_i2v", tmp_path_factory)
 

@@ -11,7 +11,8 @@ from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.pipeline import Pipeline
 
 MakePair = Callable[[str], tuple[Any, Path]]
-KINDS = ("sd3", "flux", "flux2", "kontext", "sana_sprint", "qwen_edit", "dit", "wan", "wan22", "wan22_i2v", "wan_ti2v")
+WAN = ("wan", "wan22", "wan22_i2v", "wan_ti2v", "wan_flf2v")
+KINDS = ("sd3", "flux", "flux2", "kontext", "sana_sprint", "qwen_edit", "dit", *WAN)
 
 
 def refuses(pipeline: Pipeline, **given: Any) -> bool:
@@ -49,6 +50,8 @@ def test_what_is_no_choice_is_refused_and_what_is_one_makes_a_difference(kind: s
     name = "image" if pipeline.resolver.opens else "reference"
     few: dict[str, Any] = {"image": None} if pipeline.resolver.opens else {"reference": []}
     assert refuses(pipeline, **few) == (least > 0)
+    if pipeline.resolver.opens:
+        assert refuses(pipeline, last_image=None) == (least > 1)
     assert refuses(pipeline, **{name: [grey] if name == "reference" else grey}) == (most == 0)
     if name == "reference":
         assert refuses(pipeline, reference=[grey] * 2) == (most in (0, 1))

@@ -22,7 +22,9 @@ from obsdiff_runtime.pipeline import Images, Pipeline
 
 PROMPTS = ["a large red circle above a small blue square", "a small green triangle"]
 UNWANTED = ["two yellow stars", ""]
-KINDS = ("wan_i2v", "wan22_i2v", "wan_ti2v")
+KINDS = ("wan_i2v", "wan_flf2v", "wan22_i2v", "wan_ti2v")
+END = ("wan_flf2v",)
+"""Whose films end with a picture."""
 
 
 def picture(height: int, width: int) -> Any:
@@ -63,7 +65,7 @@ def both(
         for kind in KINDS
         for options in (
             {},
-            {"num_frames": 1, "guidance_scale": 1.0},
+            {"num_frames": 5 if kind in END else 1, "guidance_scale": 1.0},
             {"num_frames": 25, "height": 48, "width": 16, "num_inference_steps": 2},
         )
     ],
@@ -71,7 +73,7 @@ def both(
 def test_the_same_picture_gives_the_same_film(
     kind: str, options: dict[str, Any], make_pair: Callable[[str], tuple[Any, Path]]
 ) -> None:
-    expected, films = both(make_pair(kind), **options)
+    expected, films = both(make_pair(kind), ends=kind in END, **options)
     assert films.arrays.shape == expected.shape
     assert expected.std() > 0.02
     assert -10 * np.log10(np.mean((expected - films.arrays / 255) ** 2)) > 58  # that of rounding to 256 values is 58.9
@@ -81,12 +83,15 @@ def test_the_same_picture_gives_the_same_film(
 def test_the_same_picture_gives_the_same_latents(kind: str, make_pair: Callable[[str], tuple[Any, Path]]) -> None:
     """Latents tell more than the pixels of a small random decoder; another picture gives others."""
     pair = make_pair(kind)
-    expected, films = both(pair, output_type="latent")
+    expected, films = both(pair, output_type="latent", ends=kind in END)
     scale = float(expected.abs().max())
     np.testing.assert_allclose(films.latents, expected.numpy(), atol=1e-4 * scale)
     same = {"seed": [7, 8], "noise_source": "torch", "num_frames": 9, "negative_prompt": UNWANTED}
-    other = Pipeline(pair[1], threads=1)(PROMPTS, image=255 - picture(32, 48), **same)
-    assert np.abs(other.latents - films.latents).max() > 1e-2 * scale
+    image = picture(32, 48)
+    last = 255 - image if kind in END else None
+    for other in ((255 - image, last), *([(image, image)] if kind in END else [])):
+        drawn = Pipeline(pair[1], threads=1)(PROMPTS, image=other[0], last_image=other[1], **same)
+        assert np.abs(drawn.latents - films.latents).max() > 1e-2 * scale
 
 
 @pytest.mark.parametrize("num_frames", [5, 9])
@@ -103,7 +108,7 @@ def test_the_same_last_picture_gives_the_same_latents(num_frames: int, wan22_i2v
     [
         ("wan22_i2v", 16, {"ends": False}),
         ("wan22_i2v", 16, {"ends": True}),
-        ("wan_ti2v", 32, {"height": 72, "width": 104}),  # read in tiles twice as large
+        ("wan_ti2v", 32, {"height": 80, "width": 112}),  # read in tiles twice as large
     ],
 )
 def test_a_picture_is_read_in_tiles_as_diffusers_reads_it(
@@ -128,7 +133,9 @@ def test_an_image_encoder_is_told_what_transformers_tells_it(height: int, width:
     np.testing.assert_allclose(pixel_values(image, processor.to_dict()), expected, atol=1e-6)
 
 
-def test_what_opens_no_film_is_refused(wan22_i2v_pair: tuple[Any, Path], wan_pair: tuple[Any, Path]) -> None:
+def test_what_opens_no_film_is_refused(
+    wan22_i2v_pair: tuple[Any, Path], wan_flf2v_pair: tuple[Any, Path], wan_pair: tuple[Any, Path]
+) -> None:
     ours = Pipeline(wan22_i2v_pair[1], threads=1)
     with pytest.raises(ConfigError, match=r"films of this pipeline begin with a picture; give it one \(image, or --im"):
         ours("red")
@@ -141,6 +148,11 @@ def test_what_opens_no_film_is_refused(wan22_i2v_pair: tuple[Any, Path], wan_pai
         ours("red", image=picture(32, 32), height=48)
     with pytest.raises(ConfigError, match="height 32 is not that of the last_image, 48; resize it before"):
         ours("red", image=picture(32, 32), last_image=picture(48, 32))
+    ends = Pipeline(wan_flf2v_pair[1], threads=1)
+    assert ends.resolver.choices.pictures == (2, 2)
+    with pytest.raises(ConfigError, match=r"films of this pipeline end with a picture, too; give it one \(last_image"):
+        ends("red", image=picture(32, 32))
+    assert not ends.networks.load_seconds, "before anything is loaded"
     for given in ({"last_image": picture(32, 32)}, {"image": picture(32, 32), "num_frames": 1}):
         with pytest.raises(ConfigError, match="a film that ends with a picture begins with another"):
             ours("red", **{"last_image": picture(32, 32), **given})

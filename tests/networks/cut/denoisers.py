@@ -249,6 +249,16 @@ def wan_transformer(**changes: Any) -> Any:
 
 
 @seeded
+def wan_flf2v_transformer() -> Any:
+    """One that is told what is seen in two pictures. Its places of that are zeros as diffusers makes them."""
+    import torch
+
+    found = wan_transformer(**OPENING, image_dim=16, added_kv_proj_dim=24, pos_embed_seq_len=514)
+    torch.nn.init.normal_(found.condition_embedder.image_embedder.pos_embed)
+    return found
+
+
+@seeded
 def wan22_transformer(**changes: Any) -> Any:
     """One like the other in all but its weights."""
     import torch

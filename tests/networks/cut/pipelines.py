@@ -19,6 +19,7 @@ from networks.cut.denoisers import (
     sd3_transformer,
     unet,
     wan22_transformer,
+    wan_flf2v_transformer,
     wan_transformer,
     zimage_transformer,
 )
@@ -341,6 +342,13 @@ def wan_i2v_pipeline() -> Any:
     return WanImageToVideoPipeline(**parts, image_encoder=clip_vision(), image_processor=processor)
 
 
+def wan_flf2v_pipeline() -> Any:
+    """Likewise, of films that end with a picture, too."""
+    pipeline = wan_i2v_pipeline()
+    pipeline.register_modules(transformer=wan_flf2v_transformer())
+    return pipeline
+
+
 def wan22_i2v_pipeline() -> Any:
     """Likewise, by two denoisers in turn, without an image encoder."""
     from diffusers import WanImageToVideoPipeline
@@ -392,6 +400,7 @@ OTHERS: dict[str, Callable[[], Any]] = {
     "wan22": wan22_pipeline,
     "wan_ti2v": wan_ti2v_pipeline,
     "wan_i2v": wan_i2v_pipeline,
+    "wan_flf2v": wan_flf2v_pipeline,
     "wan22_i2v": wan22_i2v_pipeline,
 }
 """Pipelines whose calls are others, each with a file of tests: class_conditional, references, turns, openings."""
@@ -400,6 +409,7 @@ LIKE = {
     "qwen_edit": "qwen",
     "qwen_edit_first": "qwen_edit",
     **{name: "wan" for name in ("wan22", "wan_ti2v", "wan_i2v", "wan22_i2v")},
+    "wan_flf2v": "wan_i2v",
 }
 """Pipelines that share all networks with another but for those in OWN, or the denoiser's graph."""
 OWN = {

@@ -233,6 +233,13 @@ def wan_i2v_transformer(*, sees: bool = True, **changes: Any) -> WanTransformer3
     return wan_transformer(**{"in_channels": 12, **config, **changes})
 
 
+def wan_flf2v_transformer(**changes: Any) -> WanTransformer3DModel:
+    """One whose films end with a picture, too. Its places of what is seen are zeros as diffusers makes them."""
+    found = wan_i2v_transformer(**{"pos_embed_seq_len": 514, **changes})
+    nn.init.normal_(found.condition_embedder.image_embedder.pos_embed)
+    return found
+
+
 def dit_transformer(**changes: Any) -> DiTTransformer2DModel:
     """Three blocks of 4 heads of 8 and 128 neurons; it also gives a variance. It draws 16 x 16 latents alone."""
     config: dict[str, Any] = {
@@ -283,6 +290,7 @@ DENOISERS: dict[str, Callable[..., nn.Module]] = {
     "hunyuan": hunyuan_transformer,
     "wan": wan_transformer,
     "wan_i2v": wan_i2v_transformer,
+    "wan_flf2v": wan_flf2v_transformer,
     "wan22_i2v": partial(wan_i2v_transformer, sees=False),
     "dit": dit_transformer,
     "zimage": zimage_transformer,

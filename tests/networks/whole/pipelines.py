@@ -63,6 +63,7 @@ from networks.whole.denoisers import (
     sd15_unet,
     sd35_transformer,
     sdxl_unet,
+    wan_flf2v_transformer,
     wan_i2v_transformer,
     wan_transformer,
     zimage_transformer,
@@ -288,9 +289,10 @@ def wan22_pipeline(patch: int | None = None, **changes: Any) -> WanPipeline:
     return pipeline
 
 
-def wan_i2v_pipeline(**changes: Any) -> WanImageToVideoPipeline:
-    """Films that begin with a picture, in which an image encoder sees as many tokens as CLIP's."""
-    parts = {**wan_pipeline().components, "transformer": wan_i2v_transformer(**changes).eval()}
+def wan_i2v_pipeline(*, ends: bool = False, **changes: Any) -> WanImageToVideoPipeline:
+    """Films that begin with a picture, and may end with one; an image encoder sees as many tokens as CLIP's."""
+    parts = wan_pipeline().components
+    parts["transformer"] = (wan_flf2v_transformer if ends else wan_i2v_transformer)(**changes).eval()
     torch.manual_seed(2)
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=2
@@ -351,6 +353,7 @@ PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "wan22": wan22_pipeline,
     "wan_ti2v": partial(wan_pipeline, patch=2),
     "wan_i2v": wan_i2v_pipeline,
+    "wan_flf2v": partial(wan_i2v_pipeline, ends=True),
     "wan22_i2v": wan22_i2v_pipeline,
     "dit": dit_pipeline,
     "zimage": zimage_pipeline,
