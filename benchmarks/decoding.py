@@ -2,7 +2,7 @@
 
     python benchmarks/decoding.py                                  a picture of 1024 x 1024, AutoencoderKL's widths
     python benchmarks/decoding.py --of wan --height 240 --width 416    a film of 5 frames, Wan 2.1's widths
-    python benchmarks/decoding.py --of ti2v --height 352 --width 640   the same of Wan 2.2 TI2V's
+    python benchmarks/decoding.py --of ti2v --height 240 --width 416   the same of Wan 2.2 TI2V's
     python benchmarks/decoding.py --of qwen --tiles 0              Qwen-Image's; dc: AutoencoderDC's, of Sana
 
 Weights are random, of the published widths, in float32; ONNX Runtime decodes random latents on the CPU, each row in a

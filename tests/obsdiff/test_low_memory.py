@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+from networks.whole.denoisers import ONE_LEVEL
 from obsdiff import checkpoint, verbs, weights
 from obsdiff.delivery import dtype_of
 from obsdiff.loading import load_pipeline
@@ -95,10 +96,12 @@ def test_tied_weights_need_one_name_in_the_files(sd3_t5_folder: Path) -> None:
     assert encoder.get_parameter("shared.weight") is encoder.get_parameter("encoder.embed_tokens.weight")
 
 
-def test_precision_is_as_stored_unless_it_is_asked_for(sd15_folder: Path, tmp_path: Path) -> None:
+def test_precision_is_as_stored_unless_it_is_asked_for(
+    build_pipeline: Callable[..., DiffusionPipeline], tmp_path: Path
+) -> None:
     """Also of an encoder whose files name tensors otherwise, which is loaded as usual."""
     half = tmp_path / "half"
-    load_pipeline(sd15_folder, dtype=torch.float16).pipeline.save_pretrained(half)
+    build_pipeline("sd15", **ONE_LEVEL).to(torch.float16).save_pretrained(half)
     _change(half / "text_encoder" / "model.safetensors", _rename)
     found = verbs.export(half, tmp_path / "out", low_memory=True, **SMALL)
     components = {item.name: item for item in found.report.components}  # type: ignore[union-attr]

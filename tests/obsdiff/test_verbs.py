@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import obsdiff
+from networks.whole.denoisers import ONE_LEVEL
 from obsdiff import engines, orders, verbs
 from obsdiff.checkpoint import pruned_manifest
 from obsdiff.cli import main
@@ -217,16 +218,19 @@ def test_a_build_that_dies_half_way_leaves_the_bundle_valid(bundle: Path, monkey
 
 
 @pytest.mark.slow
-def test_a_stable_diffusion_unet_goes_the_whole_way(sd15_folder: Path, tmp_path: Path, prompts_file: str) -> None:
+def test_a_stable_diffusion_unet_goes_the_whole_way(
+    build_pipeline: Callable[..., DiffusionPipeline], tmp_path: Path, prompts_file: str
+) -> None:
+    build_pipeline("sd15", **ONE_LEVEL).save_pretrained(tmp_path / "dense")
     settings = Settings(
-        model=str(sd15_folder), sparsity="structured:0.5+2:4", prompts_file=prompts_file, **TINY, **WHOLE
+        model=str(tmp_path / "dense"), sparsity="structured:0.5+2:4", prompts_file=prompts_file, **TINY, **WHOLE
     )
     exported = verbs.export(settings, tmp_path / "out")
     assert exported.report.pruned.parameters < exported.report.dense.parameters
     json.dumps(exported.to_json(), allow_nan=False)
     result = without_torch("generate", "out", "a red circle", "-o", "a.png", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"out", "a.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "out", "a.png"}
 
 
 def test_eval_compares_a_folder_with_its_dense_model(half: Path, sd3_t5_folder: Path, tmp_path: Path) -> None:

@@ -28,16 +28,17 @@ def sd3_transformer() -> Any:
 
 @seeded
 @cut
-def unet(**options: Any) -> Any:
+def unet(*, levels: int = 1, **options: Any) -> Any:
+    """Of one level, which is soon exported, or of two."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
         sample_size=16,
-        block_out_channels=(8, 16),
+        block_out_channels=(8, 16)[:levels],
         layers_per_block=1,
         norm_num_groups=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D")[:levels],
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")[-levels:],
         attention_head_dim=4,
         **options,
     ).eval()

@@ -67,7 +67,7 @@ def sd_pipeline() -> Any:
 
     tokenizer = clip_tokenizer()
     return StableDiffusionPipeline(
-        unet=unet(cross_attention_dim=12),
+        unet=unet(levels=2, cross_attention_dim=12),
         scheduler=PNDMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
         ),

@@ -45,6 +45,16 @@ def sd35_transformer(**changes: Any) -> SD3Transformer2DModel:
     return sd3_transformer(**{"dual_attention_layers": (0, 1), "qk_norm": "rms_norm", **changes})
 
 
+ONE_LEVEL: dict[str, Any] = {
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+    "block_out_channels": (16,),
+    "transformer_layers_per_block": 1,
+    "attention_head_dim": 4,
+}
+"""Changes of a UNet that is soon exported."""
+
+
 def sd15_unet(**changes: Any) -> UNet2DConditionModel:
     config: dict[str, Any] = {
         "sample_size": 16,

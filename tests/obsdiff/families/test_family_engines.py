@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
+from networks.whole.denoisers import ONE_LEVEL
 from obsdiff.families import references
 from obsdiff.families.table import FAMILIES
 from obsdiff_export.build import BUILDERS, build
@@ -24,13 +25,7 @@ pytestmark = [
     pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX is not installed"),
 ]
 
-ONE_LEVEL = {
-    "down_block_types": ("CrossAttnDownBlock2D",),
-    "up_block_types": ("CrossAttnUpBlock2D",),
-    "block_out_channels": (16,),
-    "transformer_layers_per_block": 1,
-    "attention_head_dim": 4,
-}
+WAN_OPENING = ("wan_i2v", "wan_flf2v", "wan22_i2v")
 FEWER: dict[str, dict[str, Any]] = {
     "sd3": {"num_layers": 2},
     **{kind: ONE_LEVEL for kind in ("sd15", "sdxl")},
@@ -38,7 +33,7 @@ FEWER: dict[str, dict[str, Any]] = {
     "zimage": {"n_layers": 1},
     **{
         kind: {"num_layers": 1}
-        for kind in ("pixart", "sana", "sana_sprint", "qwen", "lumina2", "dit", "wan", "wan_ti2v")
+        for kind in ("pixart", "sana", "sana_sprint", "qwen", "lumina2", "dit", "wan", "wan_ti2v", *WAN_OPENING)
     },
     **{kind: {"num_layers": 1, "num_single_layers": 1} for kind in ("flux", "flux2")},
 }
@@ -73,6 +68,9 @@ SIZES = {
         ("dit", "dit", "transformer_blocks.0.attn1.to_q.weight", "transformer_blocks.0.attn1.to_k.weight"),
         ("wan", "wan", "blocks.0.attn2.to_k.weight", "blocks.0.attn2.to_v.weight"),
         ("wan_ti2v", "wan", "blocks.0.attn2.to_k.weight", "blocks.0.attn2.to_v.weight"),
+        ("wan_i2v", "wan", "blocks.0.attn2.add_k_proj.weight", "blocks.0.attn2.add_v_proj.weight"),
+        ("wan_flf2v", "wan", "blocks.0.attn2.add_k_proj.weight", "blocks.0.attn2.add_v_proj.weight"),
+        ("wan22_i2v", "wan", "blocks.0.attn2.to_k.weight", "blocks.0.attn2.to_v.weight"),
         ("flux", "flux", "single_transformer_blocks.0.attn.to_q.weight", "single_transformer_blocks.0.proj_mlp.weight"),
     ],
 )
