@@ -29,7 +29,7 @@ from obsdiff.weights import main_dtype
 from obsdiff_runtime.autoencoder import film_frames, tile_side
 from obsdiff_runtime.benchmark.runner import DeviceMemory, Drawn, Loaded, Request, Subject
 from obsdiff_runtime.bundle import Defaults
-from obsdiff_runtime.errors import CompatibilityError, ConfigError, first_line
+from obsdiff_runtime.errors import CompatibilityError, ConfigError, first_line, require_count
 from obsdiff_runtime.kinds import EXAMPLE
 from obsdiff_runtime.kinds.table import KINDS
 from obsdiff_runtime.turns import require_taken
@@ -115,8 +115,8 @@ class PipelineRunner:
         """
         if dtype is not None and dtype not in DTYPES:
             raise ConfigError(f"--dtype {dtype}: torch candidates take {', '.join(DTYPES)}")
-        if threads is not None and threads < 1:
-            raise ConfigError(f"threads should be at least 1, not {threads}")
+        if threads is not None:
+            require_count("threads", threads)
         self._model: str | Path = shipped_pipeline() if model is None else model
         self._kind = COMPILED if compiled else DIFFUSERS
         self._device = torch.device(ranks.device_of(device))

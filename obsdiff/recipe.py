@@ -15,7 +15,7 @@ from obsdiff.groups import Group, LinearSpec
 from obsdiff.settings import Settings
 from obsdiff.sparsity import Sparsity
 from obsdiff_runtime.autoencoder import latent_frames
-from obsdiff_runtime.errors import ConfigError
+from obsdiff_runtime.errors import ConfigError, require_count
 from obsdiff_runtime.labels import Labels
 
 ASSETS = Path(__file__).parent / "assets"
@@ -202,8 +202,8 @@ def calibration_prompts(
         ConfigError: there are not so many, or the file that is named holds none, or what is no class.
     """
     wanted = settings.num_samples
-    if wanted is not None and wanted < 1:
-        raise ConfigError(f"--num-samples {wanted}: calibration needs at least one prompt")
+    if wanted is not None:
+        require_count("--num-samples", wanted)
     if settings.prompts_file is not None:
         prompts = read_prompts(settings.prompts_file)[:wanted]
         require_classes(prompts, labels)
@@ -227,6 +227,8 @@ def evaluation_prompts(settings: Settings, kind: str | None, labels: Labels | No
     wanted = settings.eval_prompts
     if wanted is not None and wanted < 0:
         raise ConfigError(f"--eval-prompts {wanted}: must not be negative; 0 compares nothing")
+    if wanted:
+        require_count("--eval-prompts", wanted)
     if settings.eval_prompts_file is not None:
         prompts = read_prompts(settings.eval_prompts_file, "--eval-prompts-file")[:wanted]
         require_classes(prompts, labels)

@@ -82,6 +82,9 @@ class SparsityProofError(ObsdiffError):
 
 
 INTERRUPTED: Final = 130
+MOST: Final = 100_000
+"""More steps, tokens, images or threads than that nobody means."""
+
 SMALLER: Final = "lower --height, --width or the number of images"
 
 
@@ -115,6 +118,14 @@ def failure(error: BaseException, *, smaller: str = SMALLER, again: str = "") ->
     if isinstance(error, OSError) and error.errno is not None:
         return Failure(exit_code=ObsdiffError.exit_code, sentence=f"{error.filename or 'disk'}: {error.strerror}")
     return None
+
+
+def require_count(name: str, value: int) -> None:
+    """Raises ConfigError unless there can be so many of what is called so: 1 to MOST."""
+    if value < 1:
+        raise ConfigError(f"{name} should be at least 1, not {value}")
+    if value > MOST:
+        raise ConfigError(f"{name} should be at most {MOST}, not {value}")
 
 
 def first_line(error: BaseException) -> str:

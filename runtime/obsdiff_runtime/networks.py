@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from obsdiff_runtime.backends import Backend, Session, backend
 from obsdiff_runtime.backends.trt import TensorRt
 from obsdiff_runtime.bundle import Bundle
-from obsdiff_runtime.errors import ConfigError, RunError
+from obsdiff_runtime.errors import RunError, require_count
 from obsdiff_runtime.shapes import Profile
 from obsdiff_runtime.text import PromptTokenizer
 
@@ -27,8 +27,8 @@ class Networks:
     """
 
     def __init__(self, bundle: Bundle, executor: str | Backend, threads: int | None) -> None:
-        if threads is not None and threads < 1:
-            raise ConfigError(f"threads should be at least 1, not {threads}")
+        if threads is not None:
+            require_count("threads", threads)
         self.bundle = bundle
         self.load_seconds: dict[str, float] = {}
         self.observer: Observer | None = None

@@ -11,7 +11,7 @@ from obsdiff_runtime import openings
 from obsdiff_runtime.autoencoder import FRAME_SCALE, Autoencoder, Pixels, film_frames
 from obsdiff_runtime.bundle import ENCODER, IMAGE_ENCODER
 from obsdiff_runtime.choices import Choices
-from obsdiff_runtime.errors import ConfigError
+from obsdiff_runtime.errors import ConfigError, require_count
 from obsdiff_runtime.kinds import IS_DISTILLED, Kind, Settings
 from obsdiff_runtime.kinds.scales import told_scale
 from obsdiff_runtime.labels import read_labels
@@ -116,10 +116,8 @@ class Resolver:
             references=self._sides(references),
             eta=eta,
         )
-        if settings.num_inference_steps < 1:
-            raise ConfigError(f"num_inference_steps should be at least 1, not {settings.num_inference_steps}")
-        if settings.max_sequence_length < 1:
-            raise ConfigError(f"max_sequence_length should be at least 1, not {settings.max_sequence_length}")
+        require_count("num_inference_steps", settings.num_inference_steps)
+        require_count("max_sequence_length", settings.max_sequence_length)
         for name in ("guidance_scale", "guidance_scale_2"):
             if not np.isfinite(getattr(settings, name) or 0):
                 raise ConfigError(f"{name} should be a finite number, not {getattr(settings, name)}")
@@ -225,8 +223,7 @@ def each_prompt(
     prompt: str | Sequence[str], negative_prompt: str | Sequence[str], num_images: int
 ) -> tuple[list[str], list[str]]:
     """(n,) each: every prompt num_images times in a row, and its negative one."""
-    if num_images < 1:
-        raise ConfigError(f"num_images should be at least 1, not {num_images}")
+    require_count("num_images", num_images)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts:
         raise ConfigError("there is no prompt")

@@ -7,7 +7,15 @@ import pytest
 from obsdiff.defaults import Defaults
 from obsdiff.families.table import FAMILIES
 from obsdiff.groups import Consumer, Group, LinearSpec, Producer
-from obsdiff.recipe import Recipe, parse_blocks, parse_bytes, read_prompts, select
+from obsdiff.recipe import (
+    Recipe,
+    calibration_prompts,
+    evaluation_prompts,
+    parse_blocks,
+    parse_bytes,
+    read_prompts,
+    select,
+)
 from obsdiff.resolving import resolve
 from obsdiff.settings import Settings
 from obsdiff.sparsity import parse
@@ -88,6 +96,15 @@ def test_an_empty_or_missing_prompts_file_is_an_error(tmp_path: Path) -> None:
     for name, message in (("empty", "holds no prompt"), ("binary", "not UTF-8"), ("none", "No such file")):
         with pytest.raises(ConfigError, match=message):
             read_prompts(tmp_path / f"{name}.txt")
+
+
+@pytest.mark.parametrize("wanted", [-1, 0, 2**40])
+def test_no_prompts_and_more_than_anybody_has_are_an_error_at_once(wanted: int) -> None:
+    with pytest.raises(ConfigError, match=rf"--num-samples should be at (least 1|most 100000), not {wanted}"):
+        calibration_prompts(Settings(num_samples=wanted), "shapes")
+    if wanted:  # 0 compares nothing
+        with pytest.raises(ConfigError, match="--eval-prompts"):
+            evaluation_prompts(Settings(eval_prompts=wanted), "shapes")
 
 
 def test_the_digest_changes_with_anything_that_changes_the_result() -> None:

@@ -68,9 +68,12 @@ def test_what_the_sampler_refuses_is_said_before_anything_is_loaded(sd3_bundle: 
         ({"width": 0}, "width should be a multiple of 4, not 0; near are 4, 8"),
         ({"width": 64}, "width should be at most 32 for this model, not 64"),
         ({"num_inference_steps": 0}, "num_inference_steps should be at least 1"),
+        ({"num_inference_steps": 2**40}, "num_inference_steps should be at most 100000, not 1099511627776"),
         ({"guidance_scale": float("nan")}, "guidance_scale should be a finite number"),
         ({"max_sequence_length": 0}, "max_sequence_length should be at least 1"),
+        ({"max_sequence_length": 2**40}, "max_sequence_length should be at most 100000"),
         ({"num_images": 0}, "num_images should be at least 1"),
+        ({"num_images": 2**40}, "num_images should be at most 100000"),
         ({"seed": -1}, "seed should not be negative"),
         ({"seed": [1, 2]}, "2 seeds for 1 images"),
         ({"noise_source": "jax"}, "no noise 'jax'; there is numpy, torch"),
@@ -99,6 +102,8 @@ def test_no_threads_and_an_unknown_backend_are_errors(sd3_bundle: Path) -> None:
     opened = open_bundle(sd3_bundle, "sizes")
     with pytest.raises(ConfigError, match="threads should be at least 1"):
         Pipeline(opened, threads=0)
+    with pytest.raises(ConfigError, match="threads should be at most 100000"):
+        Pipeline(opened, threads=2**40)
     with pytest.raises(ConfigError, match="no backend 'cuda'"):
         Pipeline(opened, backend="cuda")
 

@@ -15,7 +15,7 @@ from obsdiff_runtime.benchmark.rounds import Entry
 from obsdiff_runtime.benchmark.runner import DEFAULT_BACKEND, BundleRunner, Request, Runner, open_runner
 from obsdiff_runtime.benchmark.text import table as table
 from obsdiff_runtime.bundle import Bundle
-from obsdiff_runtime.errors import ConfigError
+from obsdiff_runtime.errors import ConfigError, require_count
 from obsdiff_runtime.gpus import find_gpus
 from obsdiff_runtime.nvml import GpuVitals
 from obsdiff_runtime.progress import Progress, silent
@@ -117,8 +117,7 @@ def _check(iterations: int, warmup: int, num_images: int, candidates: tuple[obje
     if not candidates:
         raise ConfigError("there is nothing to measure; name a bundle")
     check_rounds(iterations, warmup)
-    if num_images < 1:
-        raise ConfigError(f"num_images should be at least 1, not {num_images}")
+    require_count("num_images", num_images)
 
 
 def _runner(
