@@ -285,27 +285,37 @@ def test_a_pipeline_in_torch_sees_a_picture_when_it_is_measured(
     assert len(drawn.components["image_encoder"]) == 1
 
 
-@pytest.mark.parametrize(("name", "added"), [("wan22_i2v_a14b", False), ("wan21_i2v_14b", True)])
-def test_a_plan_counts_what_a_denoiser_is_told_of_a_picture(name: str, added: bool, tmp_path: Path) -> None:
-    """Widths as in the configurations that diffusers' script writes; beside text to film's 14 B, what pictures take."""
+@pytest.mark.parametrize(
+    ("name", "pictures"),
+    [("wan22_i2v_a14b", 0), ("wan21_i2v_14b", 1), ("wan21_i2v_14b", 2)],
+    ids=["A14B", "I2V", "FLF2V"],
+)
+def test_a_plan_counts_what_a_denoiser_is_told_of_pictures(name: str, pictures: int, tmp_path: Path) -> None:
+    """Widths as in the configurations that diffusers' script writes; beside text to film's 14 B, what pictures take.
+
+    `pictures`: that an image encoder looks at.
+    """
     config = json.loads((CONFIGS / f"{name}.json").read_text())
+    config |= {"pos_embed_seq_len": 514} if pictures == 2 else {}
     index: dict[str, Any] = {"_class_name": "WanImageToVideoPipeline", "scheduler": [None, None]}
-    names = ("transformer",) if added else ("transformer", "transformer_2")
+    names = ("transformer",) if pictures else ("transformer", "transformer_2")
     for each in names:
         index[each] = ["diffusers", "WanTransformer3DModel"]
         (tmp_path / each).mkdir()
         (tmp_path / each / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model_index.json").write_text(json.dumps(index | ({} if added else {"boundary_ratio": 0.9})))
+    (tmp_path / "model_index.json").write_text(json.dumps(index | ({} if pictures else {"boundary_ratio": 0.9})))
     plan = verbs.plan(Settings(model=str(tmp_path), sparsity="ffn:0.25", method="obsdiff"))
     width, seen, text, image = 5120, 257, 512, 21 * 30 * 52
     picture = 20 * 4 * width  # of the first convolution: four frames given or not, and 16 channels
-    if added:
+    if pictures:
         picture += 40 * (2 * (width + 1) * width + width)  # keys, values, and the norm of keys
         picture += 2 * 1280 + (1280 + 1) * 1280 + (1280 + 1) * width + 2 * width  # of what the encoder sees
+    if pictures == 2:
+        picture += 2 * seen * 1280  # where each of its tokens stands
     parameters = 14_288_491_584 + picture
     assert plan.parameters_before == len(names) * parameters
     neurons = 13824
-    products = 40 * ((6 * width**2 + 2 * width * neurons) * image + 2 * width**2 * (text + (seen if added else 0)))
+    products = 40 * ((6 * width**2 + 2 * width * neurons) * image + 2 * width**2 * (text + pictures * seen))
     assert products < plan.macs_before / len(names) < 1.01 * products
     assert any("--references FOLDER" in note for note in plan.notes)
 
