@@ -128,7 +128,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         (prune("--max-sequence-length", "9999"), "--max-sequence-length 9999: must be at most 512"),
         (prune("--seed", "99999999999999999999"), "--seed 99999999999999999999: must be at most"),
         (prune("--gram-budget", "1.2.3GB"), "--gram-budget 1.2.3GB: expected a size such as 8GiB"),
-        (prune("--num-samples", "0"), "needs at least one prompt"),
+        (prune("--num-samples", "0"), "--num-samples should be at least 1, not 0"),
         (prune("--steps", "0"), "--steps 0: must be at least 1"),
         (prune("--batch-size", "0"), "--batch-size 0: must be at least 1"),
         (prune("--damp", "nan"), "--damp nan: must be positive"),
