@@ -62,6 +62,8 @@ def export(run: Run) -> None:
 
         from obsdiff.report import summary_table
         from obsdiff.wording import engine_sparsity, notes
+        from obsdiff_runtime.bundle import open_bundle
+        from obsdiff_runtime.verbs import drawing
 
         console = Console()
         console.print(summary_table(exported.report))
@@ -70,8 +72,7 @@ def export(run: Run) -> None:
         for note in notes(exported.report):
             console.print(f"[yellow]note[/] {note}", highlight=False)
         console.print(f"report  {output / 'report.html'}", style="dim")
-        drawn = "a.png" if exported.report.recipe["sampling"]["num_frames"] is None else "a.webp"
-        console.print(f"next    obsdiff generate {output} '...' -o {drawn}", style="dim")
+        console.print(f"next    obsdiff generate {drawing(open_bundle(output, 'sizes'))}", style="dim", highlight=False)
 
     run.print_result(exported.to_json(), show)
     exported.hold()

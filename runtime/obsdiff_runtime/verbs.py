@@ -4,11 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from obsdiff_runtime import films
+from obsdiff_runtime import films, openings
 from obsdiff_runtime.autoencoder import Pixels
 from obsdiff_runtime.bundle import Bundle, open_bundle
 from obsdiff_runtime.decoding import encode
 from obsdiff_runtime.errors import ConfigError
+from obsdiff_runtime.kinds.table import kind_of
 from obsdiff_runtime.progress import Progress, silent
 from obsdiff_runtime.shapes import words
 from obsdiff_runtime.turns import turns_in_words
@@ -99,6 +100,17 @@ def contents(bundle: Bundle) -> dict[str, Any]:
     manifest: dict[str, Any] = encode(bundle.manifest)
     files = manifest.pop("files")
     return {"kind": "bundle", "path": str(bundle.root), "files": len(files), "bytes": bundle.total_bytes(), **manifest}
+
+
+def drawing(bundle: Bundle) -> str:
+    """Arguments of `generate` that draw from it, with those files that it draws nothing without."""
+    manifest = bundle.manifest
+    kind = kind_of(manifest.pipeline_class)
+    files = ["--reference FILE"] * (0 if kind.references is None else kind.references.least)
+    if kind.opens:
+        files = ["--image FILE", *(["--last-image FILE"] if openings.ends(bundle.config(kind.denoiser)) else [])]
+    output = "a.png" if manifest.defaults.num_frames is None else "a.webp"
+    return " ".join([str(bundle.root), "'...'", *files, "-o", output])
 
 
 def describe(bundle: Bundle) -> str:

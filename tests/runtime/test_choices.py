@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from obsdiff_runtime.bundle import open_bundle
 from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.pipeline import Pipeline
+from obsdiff_runtime.verbs import drawing
 
 MakePair = Callable[[str], tuple[Any, Path]]
 WAN = ("wan", "wan22", "wan22_i2v", "wan_ti2v", "wan_flf2v")
@@ -55,6 +57,21 @@ def test_what_is_no_choice_is_refused_and_what_is_one_makes_a_difference(kind: s
     assert refuses(pipeline, **{name: [grey] if name == "reference" else grey}) == (most == 0)
     if name == "reference":
         assert refuses(pipeline, reference=[grey] * 2) == (most in (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("sd3", "'...' -o a.png"),
+        ("kontext", "'...' -o a.png"),
+        ("qwen_edit", "'...' --reference FILE -o a.png"),
+        ("wan22_i2v", "'...' --image FILE -o a.webp"),
+        ("wan_flf2v", "'...' --image FILE --last-image FILE -o a.webp"),
+    ],
+)
+def test_a_command_that_draws_names_the_files_that_it_wants(kind: str, expected: str, make_pair: MakePair) -> None:
+    folder = make_pair(kind)[1]
+    assert drawing(open_bundle(folder, "sizes")) == f"{folder} {expected}"
 
 
 def test_guidance_is_no_choice_of_distilled_steps_and_pictures_none_without_an_encoder(
