@@ -64,8 +64,10 @@ OF: Final[dict[str, tuple[str, str, dict[str, Any]]]] = {
         },
     ),
 }
-FILMS: Final = ("wan", "ti2v")
 """Class, a pipeline that has it, and its configuration, by what `--of` calls it."""
+
+FILMS: Final = ("wan", "ti2v")
+"""Those that decode a film."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,8 @@
 """Pictures in torch: what calibration and comparison tell a denoiser beside the prompts, and what its films begin with.
 
 Prompt i is told picture i of the folder, which begins again behind its last, or pictures 2 i and 2 i + 1 where its film
-ends with one, too. A picture is cropped to the shape of what
-is drawn and scaled to its size, so that it has as many tokens as that. A text encoder that looks at pictures looks at
-the same, at the size that diffusers gives it.
+ends with one, too. A picture is cropped to the shape of what is drawn and scaled to its size, so that it has as many
+tokens as that. A text encoder that looks at pictures looks at the same, at the size that diffusers gives it.
 """
 
 import math

@@ -16,7 +16,7 @@ from PIL import Image
 
 from obsdiff.families.autoencoders import PATCH, use_tiles
 from obsdiff_runtime import cli
-from obsdiff_runtime.autoencoder import Autoencoder, tile_overlap, tile_side
+from obsdiff_runtime.autoencoder import Autoencoder, nearest_tile, tile_overlap, tile_side
 from obsdiff_runtime.benchmark import bench, table
 from obsdiff_runtime.bundle import Bundle, EngineEntry, open_bundle
 from obsdiff_runtime.errors import ConfigError, ResourceError
@@ -121,6 +121,18 @@ def test_diffusers_own_tiles_are_the_default(name: str, make_pair: Callable[[str
     finally:
         theirs.vae.disable_tiling()
     assert (side, tile_overlap(side, config)) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "side", "expected"),
+    [
+        ({"block_out_channels": [8] * 4}, 300, 296),
+        ({"block_out_channels": [8] * 4}, 20, 32),  # smaller ones do not overlap
+        ({"_class_name": "AutoencoderDC", "encoder_block_out_channels": [8] * 7}, 256, 512),
+    ],
+)
+def test_the_nearest_tile_is_one(config: dict[str, Any], side: int, expected: int) -> None:
+    assert nearest_tile(side, config) == expected == tile_side(expected, None, config)
 
 
 def test_a_tile_goes_through_all_frames_before_the_next_one(wan_pair: Any) -> None:

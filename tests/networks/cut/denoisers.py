@@ -251,7 +251,7 @@ def wan_transformer(**changes: Any) -> Any:
 
 @seeded
 def wan_flf2v_transformer() -> Any:
-    """One that is told what is seen in two pictures. Its places of that are zeros as diffusers makes them."""
+    """One that is told what is seen in two pictures; places of that are random, where diffusers makes zeros."""
     import torch
 
     found = wan_transformer(**OPENING, image_dim=16, added_kv_proj_dim=24, pos_embed_seq_len=514)

@@ -244,7 +244,7 @@ def wan_i2v_transformer(*, sees: bool = True, **changes: Any) -> WanTransformer3
 
 
 def wan_flf2v_transformer(**changes: Any) -> WanTransformer3DModel:
-    """One whose films end with a picture, too. Its places of what is seen are zeros as diffusers makes them."""
+    """One whose films end with a picture, too; places of what is seen are random, where diffusers makes zeros."""
     found = wan_i2v_transformer(**{"pos_embed_seq_len": 514, **changes})
     nn.init.normal_(found.condition_embedder.image_embedder.pos_embed)
     return found
