@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from obsdiff.families import Family, parts
 from obsdiff_export.component import Component
-from obsdiff_runtime import openings
 from obsdiff_runtime.kinds.table import KINDS
 from obsdiff_runtime.openings import MASK
 from obsdiff_runtime.references import PLACES, STATES, TOKENS, References
@@ -37,8 +36,8 @@ def opens(pipeline_class: str) -> bool:
 
 def ends(pipeline: DiffusionPipeline) -> bool:
     """Whether films of a pipeline begin and end with a picture."""
-    denoiser: Any = getattr(pipeline, "transformer", None)
-    return opens(type(pipeline).__name__) and denoiser is not None and openings.ends(denoiser.config)
+    kind, denoiser = KINDS.get(type(pipeline).__name__), getattr(pipeline, "transformer", None)
+    return kind is not None and denoiser is not None and kind.ends(denoiser.config)
 
 
 def masks_frames(index: Mapping[str, Any]) -> bool:

@@ -7,7 +7,6 @@ from typing import Any, Final
 
 import numpy as np
 
-from obsdiff_runtime import openings
 from obsdiff_runtime.autoencoder import FRAME_SCALE, Autoencoder, Pixels, film_frames
 from obsdiff_runtime.bundle import ENCODER, IMAGE_ENCODER
 from obsdiff_runtime.choices import Choices
@@ -45,7 +44,7 @@ class Resolver:
     @property
     def must_end(self) -> bool:
         """Whether films have to."""
-        return self._kind.opens and openings.ends(self._config)
+        return self._kind.ends(self._config)
 
     @property
     def size_step(self) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from obsdiff_runtime import films, openings
+from obsdiff_runtime import films
 from obsdiff_runtime.autoencoder import Pixels
 from obsdiff_runtime.bundle import Bundle, open_bundle
 from obsdiff_runtime.decoding import encode
@@ -108,7 +108,7 @@ def drawing(bundle: Bundle) -> str:
     kind = kind_of(manifest.pipeline_class)
     files = ["--reference FILE"] * (0 if kind.references is None else kind.references.least)
     if kind.opens:
-        files = ["--image FILE", *(["--last-image FILE"] if openings.ends(bundle.config(kind.denoiser)) else [])]
+        files = ["--image FILE", *(["--last-image FILE"] if kind.ends(bundle.config(kind.denoiser)) else [])]
     output = "a.png" if manifest.defaults.num_frames is None else "a.webp"
     return " ".join([str(bundle.root), "'...'", *files, "-o", output])
 

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from numpy.typing import NDArray
 
+from obsdiff_runtime import openings
 from obsdiff_runtime.networks import Array, Networks
 from obsdiff_runtime.references import References, Sides
 from obsdiff_runtime.seeing import Seen
@@ -99,6 +100,10 @@ class Kind:
     references: References | None = None
     opens: bool = False
     masks: bool = False
+
+    def ends(self, config: Mapping[str, Any]) -> bool:
+        """Whether films have to end with a picture, too, from the denoiser's config."""
+        return self.opens and openings.ends(config)
 
     def usual_scale(self, guidance_scale: float) -> float:
         """The pipeline's scale as most count it: 1 is what the prompt alone gives."""
