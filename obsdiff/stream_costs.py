@@ -27,9 +27,6 @@ SKIP_COPIES: Final = 2
 WIDE_PRODUCTS: Final = 8
 """Products of float64 around a solve, counted twice: the best dense weight, and losses."""
 
-EIGENVECTORS: Final = 4
-"""Factors and inverses of a gram that take as long as its eigenvectors; measured on a CPU from 768 to 3072 channels."""
-
 PASSING_COPIES: Final = 3
 """Matrices of a gram's size beside those of `estimates.SOLVER_COPIES`; measured, as no tensor shows them."""
 
@@ -262,9 +259,9 @@ def check_budget(linears: Sequence[LinearSpec], budget_bytes: int | None) -> Non
 
 
 def _solver_operations(tier: Sequence[LinearSpec]) -> float:
-    """8/3 d^3 for each factor and inverse, 2 out d^2 for each product; those in float64 count twice."""
-    rounds = 2 * len(LEAN.penalties) * LEAN.iterations + LEAN.refits
-    factors = sum((2 + EIGENVECTORS) * 8 / 3 * width**3 for width in estimates.gram_widths(tier).values())
+    """d^3 / 3 for a factor, d^3 for an inverse, 2 out d^2 for a product; what is in float64 counts twice."""
+    rounds = len(LEAN.penalties) * LEAN.iterations + LEAN.refits
+    factors = sum((2 / 3 + len(LEAN.penalties)) * width**3 for width in estimates.gram_widths(tier).values())
     products = sum(2 * (rounds + WIDE_PRODUCTS) * linear.out_features * linear.in_features**2 for linear in tier)
     return factors + products
 

@@ -10,6 +10,7 @@ number, hence the error, small where a few channels carry most of the energy.
 
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 import torch
@@ -28,20 +29,33 @@ DEAD: Final = 1e-12
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Factor:
-    """A damped gram and the factor of its inverse.
+    """A damped gram, factorised.
 
     Attributes:
         gram: (d, d), float64: H, symmetric positive definite.
-        upper: (d, d), float64: U, upper triangular, H^-1 = U^T U.
+        lower: (d, d), float64: L, lower triangular, L L^T = J S H S J, with J the reversal and S the scaling of H to a
+            unit diagonal.
         dead: (d,), bool: channels that were silent; their row and column of H are those of the identity, and the
             weights that read them are to be set to zero.
         damping: lambda as a fraction of the mean diagonal of the live channels, after retries.
     """
 
     gram: Tensor
-    upper: Tensor
+    lower: Tensor
     dead: Tensor
     damping: float
+
+    @cached_property
+    def upper(self) -> Tensor:
+        """U, (d, d), float64: S H S = R R^T with R = J L J, hence U = R^-1 S. H^-1 itself is never formed."""
+        eye = torch.eye(len(self.gram), dtype=self.gram.dtype, device=self.gram.device)
+        upper = torch.linalg.solve_triangular(self.lower.flip(0, 1), eye, upper=True)
+        return upper.mul_(self.gram.diagonal().rsqrt())
+
+    def solve(self, right: Tensor) -> Tensor:
+        """H^-1 times (d, n), float64."""
+        scale = self.gram.diagonal().rsqrt()[:, None]
+        return scale * torch.cholesky_solve((scale * right).flip(0), self.lower).flip(0)
 
     def inverse(self) -> Tensor:
         """H^-1, (d, d), float64."""
@@ -75,9 +89,9 @@ def factorise(gram: Tensor, damp: float = 0.01) -> Factor:
 
     for factor in RETRIES if damp > 0 else RETRIES[:1]:
         damped.diagonal().copy_((diagonal + factor * damp * mean).masked_fill(dead, 1.0))
-        upper = _inverse_factor(damped)
-        if upper is not None:
-            return Factor(gram=damped, upper=upper, dead=dead, damping=factor * damp)
+        lower = _reversed_factor(damped)
+        if lower is not None:
+            return Factor(gram=damped, lower=lower, dead=dead, damping=factor * damp)
         log.warning("a gram of %d channels is not positive definite at damping %g", len(gram), factor * damp)
     raise CalibrationError(
         f"the gram is not positive definite, not even with {factor * damp:g} times its mean diagonal added"
@@ -162,22 +176,11 @@ def relative_loss(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
     return max(lost, 0.0) / energy if energy > 0 else 0.0
 
 
-def _inverse_factor(gram: Tensor) -> Tensor | None:
-    """U with gram^-1 = U^T U, or None where gram is not positive definite.
-
-    With J the reversal and S the scaling to a unit diagonal, J S H S J = L L^T gives S H S = R R^T with R = J L J upper
-    triangular, hence U = R^-1 S. One Cholesky and one triangular inverse; H^-1 itself is never formed, and at most
-    three matrices of H's size live beside it.
-    """
+def _reversed_factor(gram: Tensor) -> Tensor | None:
+    """L with L L^T = J S H S J, or None where H is not positive definite."""
     scale = gram.diagonal().rsqrt()
-    factor = (gram * scale[:, None]).mul_(scale).flip(0, 1)
-    factor, failed = torch.linalg.cholesky_ex(factor)
-    if int(failed) or not _finite(factor):
-        return None
-    factor = factor.flip(0, 1)
-    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    upper = torch.linalg.solve_triangular(factor, eye, upper=True).mul_(scale)
-    return upper if _finite(upper) else None
+    lower, failed = torch.linalg.cholesky_ex((gram * scale[:, None]).mul_(scale).flip(0, 1))
+    return None if int(failed) or not _finite(lower) else lower
 
 
 def _finite(matrix: Tensor) -> bool:

@@ -36,6 +36,9 @@ FAINT: Final = 1e-3
 NOTHING: Final = 1e-30
 """A layer whose gradients' energy is no larger does not reach the network's output."""
 
+SINGULAR: Final = 1e-12
+"""An eigenvalue no larger than this share of the largest is nothing but rounding of float64."""
+
 _PROBES: Final[WeakValueDictionary[tuple[int, int, torch.device], Tensor]] = WeakValueDictionary()
 
 
@@ -63,7 +66,7 @@ class Metric:
 
     Attributes:
         scale: (out,), float64: T, at most 1.
-        basis: (out, k), float32, orthonormal columns: Q.
+        basis: (out, k), float32: Q, whose columns are orthonormal, but for zeros where too few tokens were seen.
         strengths: (k,), float64, at least 0: what each direction costs beside `rest`.
         rest: what any direction costs, above 0.
     """
@@ -177,19 +180,17 @@ def _strongest(image: Tensor, scale: Tensor, probe: Tensor | None) -> tuple[Tens
         values, vectors = torch.linalg.eigh((image + image.mT) / 2 / scale[:, None] / scale)
         return values.flip(0).clamp_min(0), vectors.flip(1)
     seen = image / scale[:, None]  # C P', with P' = T P
-    wide = probe.double() * scale[:, None]
-    shift = 1e-9 * torch.linalg.matrix_norm(seen)
-    seen = seen + shift * wide
-    middle = wide.mT @ seen
-    lower, failed = torch.linalg.cholesky_ex((middle + middle.mT) / 2)
-    if int(failed):  # fewer tokens than columns: what is missing costs nothing
-        values, vectors = torch.linalg.eigh((middle + middle.mT) / 2)
-        small = values <= 1e-12 * values[-1]
-        half = seen @ (vectors * values.clamp_min(torch.finfo(values.dtype).tiny).rsqrt().masked_fill(small, 0))
-    else:
-        half = torch.linalg.solve_triangular(lower, seen.mT, upper=False).mT
-    vectors, values, _ = torch.linalg.svd(half, full_matrices=False)
-    return (values.square() - shift).clamp_min_(0), vectors
+    middle = (probe.double() * scale[:, None]).mT @ seen
+    values, vectors = torch.linalg.eigh((middle + middle.mT) / 2)
+    half = seen @ (vectors * _inverse_roots(values))  # C is about half half^T
+    values, vectors = (found.flip(-1) for found in torch.linalg.eigh(half.mT @ half))
+    return values.clamp_min(0), half @ (vectors * _inverse_roots(values))
+
+
+def _inverse_roots(values: Tensor) -> Tensor:
+    """values^-1/2, 0 where only rounding keeps a value from being 0: fewer tokens than columns."""
+    nothing = values <= SINGULAR * values.max()
+    return values.masked_fill(nothing, 1).rsqrt().masked_fill(nothing, 0)
 
 
 class Stack:
@@ -222,13 +223,11 @@ class Stack:
             found[part] += basis @ (strengths * (basis.mT @ rows[part]))
         return found
 
-    def resolve(self, rows: Tensor, spectrum: Tensor, penalty: float) -> Tensor:
-        """X with C X diag(spectrum) + penalty X = rows, (out, in)."""
-        found = torch.empty_like(rows)
+    def eased(self, rows: Tensor) -> Tensor:
+        """K times (out, n): rest C^-1, which leaves what costs least as it is and takes from the rest."""
+        found = rows.clone()
         for part, rest, basis, strengths in self._layers:
-            base = 1 / (rest * spectrum + penalty)
-            found[part] = rows[part] * base
-            found[part] += basis @ ((basis.mT @ rows[part]) * (1 / ((rest + strengths) * spectrum + penalty) - base))
+            found[part] -= basis @ (strengths / (rest + strengths) * (basis.mT @ rows[part]))
         return found
 
 

@@ -100,7 +100,7 @@ def _wanted(layer: Layer, factor: Factor) -> Tensor:
     if cross is None:
         return weight
     right = cross + weight @ (factor.gram - _gram(layer))
-    return linalg.solve(factor.gram, right.mT).mT
+    return factor.solve(right.mT).mT
 
 
 def _finished(layer: Layer, best: Tensor, weight: Tensor, keep: Tensor) -> Pruned:

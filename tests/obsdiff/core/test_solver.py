@@ -107,7 +107,9 @@ def test_small_layers_come_close_to_the_best_of_all_supports() -> None:
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_stacked_layers_are_solved_as_if_alone(pattern: Pattern) -> None:
+def test_stacked_layers_are_solved_as_if_alone(pattern: Pattern, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for when they stop, which they do together."""
+    monkeypatch.setattr(admm, "SETTLED", -1)
     weight, factor = layer(rows=48)
     stacked = solve(weight, factor, pattern, rows=[32, 16], effort=FAST)
     alone = [solve(part, factor, pattern, effort=FAST) for part in weight.split([32, 16])]
