@@ -20,7 +20,7 @@ from obsdiff.sparsity import Pattern, parse
 SIZES = ("1536x6144", "2432x9728", "3072x12288")
 """out x in: what SD3-medium, SD3.5-large and FLUX read from their neurons."""
 
-SOLVERS = ("plain", "sweep", "full", "lean", "fast")
+SOLVERS = ("plain", "sweep", "full", "lean", "weighed", "fast")
 AGREEING = "512x1536"
 
 
@@ -50,7 +50,7 @@ def _agreement(size: str, device: str, pattern: Pattern) -> dict[str, float]:
     """The same layer solved here and there: seconds of both, and how far apart the results are."""
     weight, factor = solver.layer(*_parse(size), torch.device("cpu"), 0)
     moved = dataclasses.replace(
-        factor, gram=factor.gram.to(device), upper=factor.upper.to(device), dead=factor.dead.to(device)
+        factor, gram=factor.gram.to(device), lower=factor.lower.to(device), dead=factor.dead.to(device)
     )
     found: dict[str, float] = {}
     for name, effort in (("sweep", SWEPT), ("lean", LEAN)):

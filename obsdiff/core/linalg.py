@@ -49,7 +49,7 @@ class Factor:
     def upper(self) -> Tensor:
         """U, (d, d), float64: S H S = R R^T with R = J L J, hence U = R^-1 S. H^-1 itself is never formed."""
         eye = torch.eye(len(self.gram), dtype=self.gram.dtype, device=self.gram.device)
-        upper = torch.linalg.solve_triangular(self.lower.flip(0, 1), eye, upper=True)
+        upper: Tensor = torch.linalg.solve_triangular(self.lower.flip(0, 1), eye, upper=True)
         return upper.mul_(self.gram.diagonal().rsqrt())
 
     def solve(self, right: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ def test_of_a_wide_output_the_strongest_directions_are_found_without_its_matrix(
     assert found.basis.shape == (96, 12)
     seen = (vectors[:, -4:].mT @ found.basis.double()).square().sum(dim=1)
     assert float(seen.min()) > 0.98  # the four strongest lie in what was found
-    assert found.strengths[:4].double() == pytest.approx(0.9 * strengths.flip(0)[:4], rel=0.1)
+    assert found.strengths[:4].double() == pytest.approx((1 - metric.RIDGE) * strengths.flip(0)[:4], rel=0.1)
 
 
 def test_fewer_tokens_than_columns_are_enough() -> None:
@@ -140,6 +140,25 @@ def problem(out: int = 24, width: int = 32) -> tuple[Tensor, linalg.Factor, Metr
     x = seeded(600, width, seed=7) @ seeded(width, width, seed=8)
     gram = (x.mT @ x / 600).double()
     return seeded(out, width, seed=9), linalg.factorise(gram), of(gradients(1000, out, falling=1.5))
+
+
+def test_a_step_of_admm_minimises_what_it_says() -> None:
+    """The second step, for the first one stays where it is: in float64, all weights in one system of equations."""
+    weight, factor, costs = problem(10, 12)
+    gram, scale = linalg.unit_diagonal(factor.gram, torch.float64)
+    stack, rho = Stack([costs], [10], gram), 0.3
+    target = weight.double() / scale * stack.scale
+    inner = matrix(costs) / costs.scale[:, None] / costs.scale
+    first = target.masked_fill(~admm.project(target, NM(2, 4)), 0)
+    drawn = 2 * first - target  # D - V, where V = W* - D
+    least = costs.rest * torch.eye(10, dtype=torch.float64)
+    both = torch.kron(inner, gram + rho * torch.eye(12, dtype=torch.float64))
+    right = inner @ target @ gram + rho * (least @ drawn + (inner - least) @ target)
+    free = torch.linalg.solve(both, right.flatten()).view(10, 12)
+    keep, start = admm.support(target, gram, NM(2, 4), stack=stack, penalties=[rho], iterations=2)
+    wanted = free + target - first  # W + V
+    assert torch.equal(keep, admm.project(wanted, NM(2, 4)))
+    assert torch.allclose(start, wanted.masked_fill(~keep, 0), atol=1e-6)
 
 
 def cost(found: Tensor, target: Tensor, factor: linalg.Factor, costs: Metric) -> float:
