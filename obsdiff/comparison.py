@@ -25,7 +25,7 @@ from obsdiff.results import LayerResult
 from obsdiff.settings import Settings
 from obsdiff.spread import Spread, spread_of
 from obsdiff.weights import main_dtype
-from obsdiff_runtime.errors import ConfigError
+from obsdiff_runtime.errors import ConfigError, require_file
 from obsdiff_runtime.progress import Progress, silent
 
 SHOWN: Final = 12
@@ -105,8 +105,8 @@ def evaluate(
     folders = (Path(pruned),) if isinstance(pruned, Path | str) else tuple(Path(folder) for folder in pruned)
     if not folders or len(set(folders)) < len(folders):
         raise ConfigError("name at least one pruned folder, and each once")
-    if html is not None and html.is_dir():
-        raise ConfigError(f"--html {html}: is a folder; name a file")
+    if html is not None:
+        require_file("--html", html)
     dense = load_model(dataclasses.replace(settings, model=against))
     computable(dense)
     called = judges_of(settings, obeys=obedience_of(dense.defaults), device=dense.pipeline.device, judges=judges)

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Final
 
 import tomllib
 
-from obsdiff_runtime.errors import ConfigError
+from obsdiff_runtime.errors import ConfigError, require_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +224,12 @@ def given_as(settings: Settings | None, more: Mapping[str, Any]) -> Settings:
 
 
 def save(settings: Settings, path: Path) -> None:
-    """Writes what was given as a TOML or YAML file that `--config` reads back."""
+    """Writes what was given as a TOML or YAML file that `--config` reads back.
+
+    Raises:
+        ConfigError: there can be no such file.
+    """
+    require_file("--save-config", path)
     given = {key: value for key, value in dataclasses.asdict(settings).items() if value is not None}
     if path.suffix in (".yaml", ".yml"):
         import yaml

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from obsdiff.command import Run, option, options, verb
-from obsdiff_runtime.errors import ConfigError
+from obsdiff_runtime.errors import ConfigError, require_file
 from obsdiff_runtime.flags import BACKEND, ROUNDS, THREADS, TILING
 from obsdiff_runtime.server.options import read_tiling
 
@@ -46,6 +46,8 @@ def bench(run: Run) -> None:
     named = given["candidates"] or []
     if not named:
         raise ConfigError("name what to measure: a bundle's folder, or diffusers: for the shipped pipeline in torch")
+    if given["html"] is not None:
+        require_file("--html", given["html"])
     texts = [*named, *([] if given["against"] is None else [given["against"]])]
     terms = Terms(
         backend=given["backend"],

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from obsdiff.command import Run, option, verb
+from obsdiff_runtime.errors import require_file
 
 
 @verb(
@@ -44,8 +45,11 @@ def whatif(run: Run) -> None:
 
     names = ("minutes", "shapes_only", "gpu", "backend", "threads")
     options = {name: run.options[name] for name in names}
-    found = whatif_run.run(run.settings, **options, progress=run.progress)
     output, html = run.options["output"], run.options["html"]
+    for flag, path in (("--output", output), ("--html", html)):
+        if path is not None:
+            require_file(flag, path)
+    found = whatif_run.run(run.settings, **options, progress=run.progress)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         found.table.save(output)

@@ -20,8 +20,10 @@ what `failure` knows: an interruption, memory or a disk that is full, a file tha
 """
 
 import errno
+import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Final
 
 
@@ -126,6 +128,17 @@ def require_count(name: str, value: int) -> None:
         raise ConfigError(f"{name} should be at least 1, not {value}")
     if value > MOST:
         raise ConfigError(f"{name} should be at most {MOST}, not {value}")
+
+
+def require_file(flag: str, path: Path) -> None:
+    """Raises ConfigError unless a file can be written at `path`: to be called before the work whose result it holds."""
+    if path.is_dir():
+        raise ConfigError(f"{flag} {path}: is a folder; name a file")
+    above = next(each for each in path.absolute().parents if each.exists())
+    if not above.is_dir():
+        raise ConfigError(f"{flag} {path}: {above} is a file; choose another folder")
+    if not os.access(path if path.exists() else above, os.W_OK):
+        raise ConfigError(f"{flag} {path}: may not be written")
 
 
 def first_line(error: BaseException) -> str:

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO, Final
 import numpy as np
 
 from obsdiff_runtime.autoencoder import Pixels
-from obsdiff_runtime.errors import ConfigError
+from obsdiff_runtime.errors import ConfigError, require_file
 
 FPS: Final = 16.0
 """Frames a second; Wan 2.1's and 2.2 A14B's."""
@@ -27,7 +27,9 @@ def check(output: Path, fps: float) -> None:
     if output.suffix.lower() not in WRITERS:
         known = ", ".join(filter(None, WRITERS))
         raise ConfigError(f"-o {output}: no film has such a file; use {known}, or a folder for a file a frame")
-    if not output.suffix and output.exists():
+    if output.suffix:
+        require_file("-o", output)
+    elif output.exists():
         raise ConfigError(f"-o {output}: is there already, and a film's frames want a folder of their own")
 
 

@@ -8,7 +8,7 @@ from obsdiff_runtime import films
 from obsdiff_runtime.autoencoder import Pixels
 from obsdiff_runtime.bundle import Bundle, open_bundle
 from obsdiff_runtime.decoding import encode
-from obsdiff_runtime.errors import ConfigError
+from obsdiff_runtime.errors import ConfigError, require_file
 from obsdiff_runtime.kinds.table import kind_of
 from obsdiff_runtime.progress import Progress, silent
 from obsdiff_runtime.shapes import words
@@ -92,6 +92,7 @@ def _writer(bundle: Bundle, output: Path, fps: float | None) -> Callable[[Pixels
         raise ConfigError(f"--fps {fps:g}: this bundle draws pictures; leave it out")
     if output.suffix.lower() not in Image.registered_extensions():
         raise ConfigError(f"-o {output}: no image format of that name; use .png or .jpg")
+    require_file("-o", output)
     return lambda picture: Image.fromarray(picture).save(output)
 
 

@@ -104,6 +104,28 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verbs, "load_model", load)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["eval", "sd3", "--against", "sd3", "--html"],
+        ["bench", "diffusers:sd3", "--html"],
+        ["whatif", "sd3", "--html"],
+        ["whatif", "sd3", "--output"],
+        ["plan", "sd3", "--sparsity", "2:4", "--save-config"],
+    ],
+    ids=lambda arguments: f"{arguments[0]} {arguments[-1]}",
+)
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(
+    arguments: list[str], fails: Fails, no_work: None, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "folder").mkdir()
+    flag = arguments[-1]
+    assert f"{flag} folder: is a folder; name a file" in fails(*arguments, "folder", code=2)
+    assert "prompts.txt is a file; choose another folder" in fails(*arguments, "prompts.txt/page.html", code=2)
+    monkeypatch.setattr(os, "access", lambda _, mode: mode != os.W_OK)
+    assert f"{flag} new/page.html: may not be written" in fails(*arguments, "new/page.html", code=2)
+
+
 @pytest.mark.usefixtures("no_work")
 @pytest.mark.parametrize(
     ("arguments", "message"),

@@ -124,6 +124,7 @@ def test_inspect_tells_what_is_in_a_bundle(
         (["generate", "{bundle}", "x", "--step", "2"], 2, "unrecognized arguments: --step 2"),
         (["generate", "{bundle}", "x", "--steps", "0"], 2, "num_inference_steps should be at least 1"),
         (["generate", "{bundle}", "x", "-o", "a.docx"], 2, "-o a.docx: no image format of that name"),
+        (["generate", "{bundle}", "x", "-o", "folder.png"], 2, "-o folder.png: is a folder; name a file"),
         (["generate", "{bundle}", "x", "--image", "none.png"], 2, "none.png: no image that can be read"),
         (["generate", "{bundle}", "x", "--backend", "onnx"], 2, "no backend 'onnx'"),
         (["generate", "{bundle}", "x", "--noise", "white"], 2, "no noise 'white'"),
@@ -144,6 +145,7 @@ def test_a_wrong_argument_is_one_line_and_an_exit_code(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
     found, out, err = obsdiff_runtime(
         *(str(sd3_bundle) if each == "{bundle}" else each for each in arguments),
     )
