@@ -31,7 +31,8 @@ from obsdiff.sparsity import NM, Pattern
 from obsdiff_runtime.errors import CalibrationError
 
 PENALTIES: Final = (0.1, 0.2, 0.4, 0.8, 1.6)
-"""Rising penalties. Over-relaxation, and swaps after the refit, gained nothing."""
+"""Rising penalties. Over-relaxation, a start from the OBS support, and swaps after the refit gained nothing; eight
+iterations each in place of five take 4 % from the loss."""
 
 SETTLED: Final = 3e-4
 """A penalty is done with when at most this share of the weights changed sides in an iteration."""
@@ -43,7 +44,6 @@ def support(
     pattern: Pattern,
     *,
     stack: Stack | None = None,
-    start: Tensor | None = None,
     rows: Sequence[int] | None = None,
     penalties: Sequence[float] = PENALTIES,
     iterations: int = 5,
@@ -55,7 +55,6 @@ def support(
         gram: (in, in), in target's dtype: H, of unit diagonal, positive definite. Float32 is enough.
         pattern: what is removed. Unstructured: floor(out * in * ratio) weights of each layer, anywhere in it.
         stack: C; None is the identity.
-        start: (out, in), bool: a support to start from; None starts from W* itself, which was as good.
         rows: how many rows each of the layers stacked in `target` has; None: it is one layer.
         penalties: values of rho, in turn, rising.
         iterations: at each penalty, at most.
@@ -70,9 +69,8 @@ def support(
     check_groups(target.shape[1], pattern)
     costs = Stack([None], [len(target)], target) if stack is None else stack
     with full_precision():
-        free = target  # W
-        chosen = target if start is None else target.masked_fill(~start, 0)  # D
-        keep = torch.ones_like(target, dtype=torch.bool) if start is None else start
+        free = chosen = target  # W, D
+        keep = torch.ones_like(target, dtype=torch.bool)
         dual = torch.zeros_like(target)  # V
         for place, penalty in enumerate(penalties):
             dual *= penalties[place - 1] / penalty if place else 1.0
