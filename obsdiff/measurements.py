@@ -7,13 +7,11 @@ Nothing is ever borrowed from elsewhere.
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from obsdiff.evaluation import Evaluation
 from obsdiff.results import LayerResult, QuantizedLinear
-from obsdiff_runtime.timing import Comparison, Latency, Timings
-
-Verdict = Literal["faster", "slower", "no different", "unknown"]
+from obsdiff_runtime.timing import Comparison, Latency, Outcome, Timings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,12 +96,8 @@ class LatencyPair:
         )
 
     @property
-    def verdict(self) -> Verdict:
-        """Faster or slower only where the 95 % interval of the ratio leaves 1 out."""
-        low, high = self.comparison.low, self.comparison.high
-        if low is None or high is None:
-            return "unknown"
-        return "faster" if low > 1 else "slower" if high < 1 else "no different"
+    def verdict(self) -> Outcome:
+        return self.comparison.outcome
 
 
 @dataclass(frozen=True, kw_only=True)

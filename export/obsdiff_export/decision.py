@@ -3,13 +3,9 @@
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Literal
 
-from obsdiff_runtime.timing import Comparison
-
-FLOOR: Final = 0.03
-"""A gain smaller than this counts as noise between builds, however sure the timing is: 3.5 % between builds of one
-network was reported on a Jetson board."""
+from obsdiff_runtime.timing import LEAST, Comparison
 
 Outcome = Literal["faster", "no different", "slower", "not measured"]
 
@@ -35,7 +31,7 @@ class Decision:
     why: str
 
 
-def decide(comparison: Comparison, *, noise: float | None, floor: float = FLOOR) -> Decision:
+def decide(comparison: Comparison, *, noise: float | None, floor: float = LEAST) -> Decision:
     """The engine with the flag is faster if timing is sure of it and the gain is more than builds differ by.
 
     Args:
@@ -65,7 +61,7 @@ def decide(comparison: Comparison, *, noise: float | None, floor: float = FLOOR)
     )
 
 
-def not_measured(reason: str, *, sparse: bool = True, floor: float = FLOOR) -> Decision:
+def not_measured(reason: str, *, sparse: bool = True, floor: float = LEAST) -> Decision:
     """Nothing is known; the engine that was asked for is shipped, or the only one there is."""
     which = "with" if sparse else "without"
     why = f"not measured: {reason}; the engine {which} the sparse flag is shipped"

@@ -14,14 +14,13 @@ from typing import Final, Literal, Protocol
 
 import numpy as np
 
-from obsdiff_export.decision import FLOOR
 from obsdiff_export.forcing import write_linear
 from obsdiff_export.latency_table import SPARSE, Entry
 from obsdiff_export.linears import Shape
 from obsdiff_runtime.backends.ort import open_graph, versions
 from obsdiff_runtime.errors import ObsdiffError
 from obsdiff_runtime.progress import silent
-from obsdiff_runtime.timing import Comparison, compare, interleaved, machine
+from obsdiff_runtime.timing import LEAST, Comparison, compare, interleaved, machine
 
 FEWEST: Final = 9
 """Rounds of a product, at least: the fewest from which an interval of the median can be given, with some to spare."""
@@ -135,13 +134,13 @@ def measure(measurer: Measurer, products: Sequence[tuple[Shape, Variant]], *, se
 
 
 def is_faster(comparison: Comparison) -> bool:
-    """Whether the timing is sure of a gain, and it is more than counts as noise between builds (decision.FLOOR)."""
-    return comparison.low is not None and comparison.low > 1 and comparison.speedup > 1 + FLOOR
+    """Whether the timing is sure of a gain, and it is more than counts as noise between builds (timing.LEAST)."""
+    return comparison.low is not None and comparison.low > 1 and comparison.speedup > 1 + LEAST
 
 
 def is_no_faster(comparison: Comparison) -> bool:
     """Whether the timing is sure that there is no gain which counts."""
-    return comparison.high is not None and comparison.high < 1 + FLOOR
+    return comparison.high is not None and comparison.high < 1 + LEAST
 
 
 class OnnxRuntimeCpu:

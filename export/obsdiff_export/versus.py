@@ -16,13 +16,13 @@ from typing import Any, Final, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 
-from obsdiff_export.decision import FLOOR, Decision, between_builds, decide, not_measured, spread
+from obsdiff_export.decision import Decision, between_builds, decide, not_measured, spread
 from obsdiff_export.proof.judging import IGNORES
 from obsdiff_runtime.backends.trt import RTX, TENSORRT
 from obsdiff_runtime.decoding import encode
 from obsdiff_runtime.errors import ConfigError, ObsdiffError
 from obsdiff_runtime.progress import Progress, silent
-from obsdiff_runtime.timing import Comparison, compare, interleaved
+from obsdiff_runtime.timing import LEAST, Comparison, compare, interleaved
 
 Variant = Literal["sparse", "pruned", "dense"]
 
@@ -142,7 +142,7 @@ def compare_engines(
     variants: Sequence[Variant] = VARIANTS,
     builds: int = BUILDS,
     budget_seconds: float | None = None,
-    floor: float = FLOOR,
+    floor: float = LEAST,
     now: Callable[[], float] = time.monotonic,
     progress: Progress = silent,
 ) -> Versus[E]:

@@ -155,7 +155,7 @@ def _step(step: Step) -> Cells:
         return step.name, milliseconds(step.ms), "", ""
     low, high = comparison.low, comparison.high
     interval = "too few rounds" if low is None or high is None else f"{low:.2f} to {high:.2f}"
-    if low is not None and high is not None and low <= 1 <= high:
+    if comparison.outcome == "no different":
         interval += ", no difference beyond noise"
     return step.name, milliseconds(step.ms), f"{comparison.speedup:.2f}x", interval
 

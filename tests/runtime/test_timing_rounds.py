@@ -69,6 +69,15 @@ def test_the_same_thing_twice_is_no_difference(clock: Clock) -> None:
     assert comparison.low < 1 < comparison.high  # type: ignore[operator]
 
 
+def test_a_difference_no_larger_than_between_two_loads_of_a_network_is_none() -> None:
+    """Also one that is certain: of two sessions of one graph, the one opened later is 2 % faster."""
+    for share, outcome in ((1.02, "no different"), (0.98, "no different"), (1.04, "faster"), (0.96, "slower")):
+        found = compare("later", [1.0] * 40, "first", [share] * 40)
+        assert found.low == found.high == share
+        assert found.outcome == outcome
+        assert ("no difference beyond noise" in found.verdict) == (outcome == "no different")
+
+
 def test_a_real_difference_is_stated_with_its_interval() -> None:
     draw = np.random.default_rng(0).normal(1, 0.05, (2, 40))
     found = compare("pruned", list(draw[0]), "dense", list(1.5 * draw[1]))

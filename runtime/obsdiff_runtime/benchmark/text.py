@@ -97,7 +97,7 @@ def speedup_in_words(found: Comparison) -> str:
     """1.31x [1.25, 1.40] faster"""
     if found.low is None or found.high is None:
         return f"{found.speedup:.2f}x too few rounds"
-    word = "noise" if found.low <= 1 <= found.high else "faster" if found.speedup > 1 else "slower"
+    word = "noise" if found.outcome == "no different" else found.outcome
     return f"{found.speedup:.2f}x [{found.low:.2f}, {found.high:.2f}] {word}"
 
 
