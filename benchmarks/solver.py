@@ -12,7 +12,7 @@ sweep       obsdiff.core.support.sweep: the same with lazy blocks
 full        obsdiff.core.solver.solve: ADMM and sweep, both refitted, the better of each row or layer
 lean        the same without the sweep: no loop over columns
 weighed     lean, with a metric of the outputs as gradients give it; `loss` counts all directions alike
-fast        a third of its products
+fast        half of its products
 """
 
 import ctypes

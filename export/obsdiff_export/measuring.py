@@ -134,8 +134,8 @@ def measure(measurer: Measurer, products: Sequence[tuple[Shape, Variant]], *, se
 
 
 def is_faster(comparison: Comparison) -> bool:
-    """Whether the timing is sure of a gain, and it is more than counts as noise between builds (timing.LEAST)."""
-    return comparison.low is not None and comparison.low > 1 and comparison.speedup > 1 + LEAST
+    """Whether the timing is sure of a gain, and it is more than counts as noise between builds."""
+    return comparison.outcome == "faster"
 
 
 def is_no_faster(comparison: Comparison) -> bool:

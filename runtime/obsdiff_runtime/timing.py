@@ -22,9 +22,9 @@ from obsdiff_runtime.quantiles import Interval, interval
 from obsdiff_runtime.version import __version__
 
 LEAST: Final = 0.03
-"""A smaller difference counts as none, however sure the timing is of it: of two sessions of one graph that ONNX Runtime
-opens on a CPU the one opened later is 2 % faster, whichever is named first, and builds of one network by TensorRT
-differed by 3.5 % on a Jetson board."""
+"""A difference no larger counts as none, however sure the timing is of it: of two sessions of one graph that ONNX
+Runtime opens on a CPU the one opened later is 2 % faster, whichever is named first, and builds of one network by
+TensorRT differed by 3.5 % on a Jetson board."""
 
 Outcome = Literal["faster", "slower", "no different", "unknown"]
 
@@ -66,12 +66,12 @@ class Comparison:
 
     @property
     def outcome(self) -> Outcome:
-        """Faster or slower only where the interval leaves 1 out, and by LEAST at least."""
+        """Faster or slower only where the interval leaves 1 out, and by more than LEAST."""
         if self.low is None or self.high is None:
             return "unknown"
-        if self.low > 1 and self.speedup >= 1 + LEAST:
+        if self.low > 1 and self.speedup > 1 + LEAST:
             return "faster"
-        return "slower" if self.high < 1 and self.speedup <= 1 / (1 + LEAST) else "no different"
+        return "slower" if self.high < 1 and self.speedup < 1 / (1 + LEAST) else "no different"
 
 
 @dataclass(frozen=True, kw_only=True)
