@@ -25,6 +25,7 @@ from obsdiff.families import Family
 from obsdiff.groups import Group, LinearSpec
 from obsdiff.latencies import Times
 from obsdiff.methods import Method, Options
+from obsdiff.parking import STAYING, Lot
 from obsdiff.recipe import Recipe, select
 from obsdiff.residuals import block_modules
 from obsdiff.results import Journal, PackageResult, Sensitivity
@@ -72,6 +73,7 @@ def measured(
     calls: Sequence[Call],
     metrics: Mapping[str, Metric],
     *,
+    lot: Lot = STAYING,
     journal: Journal | None,
     progress: Progress,
 ) -> Assignment:
@@ -85,6 +87,7 @@ def measured(
         options: of the method.
         calls: recorded, those of this rank; see trajectories.
         metrics: what errors of a linear's output cost, by name; see gradients.
+        lot: takes what blocks gave; see parking.
         journal: keeps what was measured, so that a run that goes on prunes what it began.
         progress: told of the measuring.
 
@@ -116,6 +119,7 @@ def measured(
             weights=trajectories.weights(calls, recipe),
             probes=probes,
             guidance=Guidance.of(family, denoiser, recipe.sampling),
+            lot=lot,
             progress=progress,
         )
         known = PackageResult(errors=errors)

@@ -131,7 +131,7 @@ def _calibration(plan: "Plan") -> str:
         f"blocks twice, dense and pruned: {streams.block_calls} block calls, in all the work of "
         f"{streams.denoiser_calls:.0f} denoiser calls; {backwards}"
         f"{streams.grams} grams, at most {size(streams.moment_bytes)} at a time; "
-        f"{size(streams.stream_bytes)} of hidden states"
+        f"{size(streams.waiting_bytes)} of hidden states, which wait on the disk"
     )
 
 

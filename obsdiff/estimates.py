@@ -130,11 +130,13 @@ class Estimates:
         memory_bytes: peak where the pruning runs: weights, grams, workspaces, and the larger of activations and solver
             with the pruned weights that are not yet in the model; without the interpreter and its libraries.
         checkpoint_bytes: the pruned denoiser on disk, in the dtype it has now.
+        scratch_bytes: on a disk meanwhile, or in the host's memory where a GPU prunes.
         calibration_seconds, solver_seconds: at the device's matrix-product speed.
     """
 
     memory_bytes: int
     checkpoint_bytes: int
+    scratch_bytes: int = 0
     calibration_seconds: float
     solver_seconds: float
 

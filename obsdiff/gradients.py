@@ -17,6 +17,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unfl
 from obsdiff import glances, offloading, pausing, pointwise, ranks
 from obsdiff.core.metric import GradientMoments, Metric
 from obsdiff.groups import LinearSpec
+from obsdiff.parking import STAYING, Lot
 from obsdiff.residuals import block_modules
 from obsdiff.results import Journal, PackageResult
 from obsdiff.sampling import velocity_of
@@ -43,6 +44,7 @@ def measure(
     calls: Sequence[Call],
     *,
     weights: Sequence[float],
+    lot: Lot = STAYING,
     journal: Journal | None = None,
     progress: Progress = silent,
 ) -> dict[str, Metric]:
@@ -53,6 +55,7 @@ def measure(
         linears: all of the denoiser's.
         calls: recorded, those of this rank; see trajectories.
         weights: of each call's tokens.
+        lot: takes what blocks are called with until they are run again.
         journal: keeps what was measured, so that a run that goes on prunes as it began.
         progress: told call by call.
 
@@ -64,7 +67,7 @@ def measure(
     """
     known = journal.read("gradients") if journal is not None else None
     if known is None:
-        known = PackageResult(weights=_measured(denoiser, linears, calls, weights, progress))
+        known = PackageResult(weights=_measured(denoiser, linears, calls, weights, lot, progress))
         if journal is not None:
             journal.write("gradients", known)
     found: dict[str, dict[str, Tensor]] = {}
@@ -79,6 +82,7 @@ def _measured(
     linears: Sequence[LinearSpec],
     calls: Sequence[Call],
     weights: Sequence[float],
+    lot: Lot,
     progress: Progress,
 ) -> dict[str, Tensor]:
     """The tensors of all metrics, by linear and part."""
@@ -88,7 +92,7 @@ def _measured(
     }
     blocks = [denoiser.get_submodule(name) for name in block_modules(linears)]
     chosen = spaced(calls, count(ranks.total(len(calls))))
-    with _frozen(denoiser), _rerun(blocks):
+    with _frozen(denoiser), _rerun(blocks, lot):
         for done, index in enumerate(chosen):
             progress("differentiate", done, len(chosen), calls[index].prompts)
             with _watched(denoiser, sums, weights[index]):
@@ -153,13 +157,13 @@ def _watched(denoiser: nn.Module, sums: dict[str, GradientMoments], weight: floa
 
 
 @contextmanager
-def _rerun(blocks: Sequence[nn.Module]) -> Iterator[None]:
+def _rerun(blocks: Sequence[nn.Module], lot: Lot) -> Iterator[None]:
     """Until the end, these blocks keep no activations: each is run again when its gradient is taken."""
 
     def run(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         leaves, layout = tree_flatten((args, kwargs))
         told: list[TreeSpec] = []
-        return tree_unflatten(list(_Rerun.apply(block, layout, told, *leaves)), told[0])  # type: ignore[no-untyped-call]
+        return tree_unflatten(list(_Rerun.apply(block, lot, layout, told, *leaves)), told[0])  # type: ignore[no-untyped-call]
 
     try:
         for block in blocks:
@@ -174,10 +178,10 @@ class _Rerun(torch.autograd.Function):
     """A block's call. Unlike torch's own checkpoints it has the block's weights on the device all the way back."""
 
     @staticmethod
-    def forward(ctx: Any, block: nn.Module, layout: TreeSpec, told: list[TreeSpec], *leaves: Any) -> tuple[Any, ...]:
-        ctx.block, ctx.layout = block, layout
-        ctx.leaves = [offloading.waiting(block, leaf) for leaf in leaves]
-        ctx.places = [leaf.device if isinstance(leaf, Tensor) else None for leaf in leaves]
+    def forward(
+        ctx: Any, block: nn.Module, lot: Lot, layout: TreeSpec, told: list[TreeSpec], *leaves: Any
+    ) -> tuple[Any, ...]:
+        ctx.block, ctx.layout, ctx.leaves = block, layout, lot.keep(list(leaves))
         with offloading.on_device(block):
             outputs, given = tree_flatten(pausing.run(block, tree_unflatten(leaves, layout)))
         told.append(given)
@@ -185,11 +189,12 @@ class _Rerun(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
-        needed = ctx.needs_input_grad[3:]
+        needed = ctx.needs_input_grad[4:]
         leaves = [
-            leaf.detach().to(place).requires_grad_(need) if isinstance(leaf, Tensor) else leaf
-            for leaf, place, need in zip(ctx.leaves, ctx.places, needed, strict=True)
+            leaf.detach().requires_grad_(need) if isinstance(leaf, Tensor) else leaf
+            for leaf, need in zip(ctx.leaves.tree(), needed, strict=True)
         ]
+        ctx.leaves.drop()
         with torch.enable_grad(), offloading.on_device(ctx.block):
             outputs, _ = tree_flatten(pausing.run(ctx.block, tree_unflatten(leaves, ctx.layout)))
             reached = [
@@ -200,4 +205,4 @@ class _Rerun(torch.autograd.Function):
             if reached:
                 torch.autograd.backward([output for output, _ in reached], [gradient for _, gradient in reached])
         found = [leaf.grad if isinstance(leaf, Tensor) and leaf.requires_grad else None for leaf in leaves]
-        return (None, None, None, *found)
+        return (None, None, None, None, *found)

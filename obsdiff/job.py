@@ -12,7 +12,7 @@ from diffusers.utils.logging import disable_progress_bar
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from obsdiff import allocation, costs, facts, glances, latencies, pictures, planning, ranks, turns
+from obsdiff import allocation, costs, facts, glances, latencies, parking, pictures, planning, ranks, turns
 from obsdiff.checkpoint import DEFAULTS, unsaved
 from obsdiff.configs import DEFAULTS_KEY, require_alike, require_known_pipeline, require_known_turns
 from obsdiff.defaults import Defaults, defaults_of, vae_scale
@@ -26,7 +26,7 @@ from obsdiff.methods.table import METHODS
 from obsdiff.planning import Plan
 from obsdiff.recipe import Recipe, Sampling, select
 from obsdiff.resolving import resolve
-from obsdiff.resources import require_disk, require_memory
+from obsdiff.resources import free_bytes, require_disk, require_memory
 from obsdiff.settings import Settings
 from obsdiff.weights import main_dtype
 from obsdiff_export.stored import is_stored
@@ -355,15 +355,14 @@ def require(job: Job, output: Path, *, copies: int) -> int:
     Raises:
         ResourceError: memory or disk are too small for the plan.
     """
-    planned = job.plan()
-    weights = planned.estimates.checkpoint_bytes
-    streams = METHODS[job.recipe.method].streams
-    advice = (
-        "lower --draws, --kept-steps or --num-samples"
-        if streams
-        else "raise --packages or lower --gram-budget and --batch-size"
-    )
-    require_memory(planned.estimates.memory_bytes + (copies - 1) * weights, advice=advice)
+    estimates = job.plan().estimates
+    weights, scratch = estimates.checkpoint_bytes, estimates.scratch_bytes
+    on_disk = scratch <= parking.ROOM * (free_bytes(output) - copies * weights)
+    if not METHODS[job.recipe.method].streams:
+        advice = "raise --packages or lower --gram-budget and --batch-size"
+    else:
+        advice = "lower --batch-size" if on_disk else parking.ADVICE
+    require_memory(estimates.memory_bytes + (copies - 1) * weights + (0 if on_disk else scratch), advice=advice)
     require_disk(output, copies * weights)
     return weights
 

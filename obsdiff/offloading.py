@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from obsdiff.families import Family
 from obsdiff.residuals import block_modules
 
-HOST: Final = torch.device("cpu")
 _PLACE: Final = "_obsdiff_gpu"
 _LENT: Final = "_obsdiff_lent"
 
@@ -63,9 +62,9 @@ def on_device(block: nn.Module) -> Iterator[None]:
         block.__dict__[_PLACE] = device
 
 
-def waiting(block: nn.Module, value: Any) -> Any:
-    """What is kept for a later run of a block: in the host's memory, if the block lies there."""
-    return value.to(HOST) if isinstance(value, Tensor) and _PLACE in block.__dict__ else value
+def is_away(block: nn.Module) -> bool:
+    """Whether it lies in the host's memory now, placed by `place`."""
+    return _PLACE in block.__dict__
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from greenlet import getcurrent, greenlet
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from obsdiff_runtime.errors import ModelError
 
@@ -24,17 +25,32 @@ class PausedPass:
         block: the module it waits at; None once the call is over.
         arguments: what the block would be called with.
         output: what the call returned; None before.
+        results: what parts of the block gave, until it goes on; see replays.
     """
 
     def __init__(self, denoiser: nn.Module, arguments: Arguments) -> None:
         self.output: Any = None
+        self.results: dict[str, list[Any]] = {}
         args, kwargs = arguments
         self._greenlet = greenlet(lambda: denoiser(*args, **kwargs))
         self._take(self._greenlet.switch())
 
     def resume(self, output: Any) -> None:
         """Goes on to the next block, with the result of the one it waited at."""
+        self.results.clear()
         self._take(self._greenlet.switch(output))
+
+    def tensors(self) -> list[Tensor]:
+        """What it goes on with, as far as its frames show, and its results; of some the same memory."""
+        found = [self.arguments, self.results]
+        frame = self._greenlet.gr_frame
+        while frame is not None:
+            shown = frame.f_locals
+            found.extend(shown.values())
+            if isinstance(shown, dict):  # a copy, before Python 3.13, which would outlive what it shows
+                shown.clear()
+            frame = frame.f_back
+        return [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
 
     def _take(self, handed: Any) -> None:
         self.block: nn.Module | None = None

@@ -208,7 +208,7 @@ def together(plans: Mapping[str, Plan]) -> Plan:
             ),
             **{
                 kind: max(getattr(each, kind) for each in streams)
-                for kind in ("moment_bytes", "stream_bytes", "gradient_bytes", "metric_bytes")
+                for kind in ("moment_bytes", "waiting_bytes", "call_bytes", "gradient_bytes", "metric_bytes")
             },
         )
         if streams
@@ -219,6 +219,7 @@ def together(plans: Mapping[str, Plan]) -> Plan:
             estimated[0],
             **_sums(estimated, "checkpoint_bytes", "calibration_seconds", "solver_seconds"),
             memory_bytes=max(each.memory_bytes for each in estimated),
+            scratch_bytes=max(each.scratch_bytes for each in estimated),
         ),
         turns=dict(plans),
     )

@@ -7,6 +7,7 @@ unstructured pattern follows, on what is left.
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from obsdiff import (
     allocation,
     calibration,
     gradients,
+    parking,
     pointwise,
     ranks,
     stream_costs,
@@ -37,7 +39,9 @@ from obsdiff.methods import Layer, Method, Options
 from obsdiff.methods.result import cast
 from obsdiff.methods.table import METHODS
 from obsdiff.packages import split_packages
+from obsdiff.parking import Lot
 from obsdiff.recipe import Recipe, select
+from obsdiff.residuals import block_modules
 from obsdiff.results import Journal, LayerResult, PackageResult, Sensitivity, Within, merged
 from obsdiff.shrinking import shrink
 from obsdiff.sparsity import NM, Pattern
@@ -103,6 +107,7 @@ def prune(
     *,
     stored: torch.dtype = torch.float32,
     journal: Journal | None = None,
+    scratch: Path | None = None,
     progress: Progress = silent,
 ) -> Pruned:
     """Prunes `pipeline` in place; where ranks have joined (ranks.py), all of them call this and get the same.
@@ -116,6 +121,7 @@ def prune(
         stored: dtype the weights will be saved in; results are rounded to it at once, so that later layers and the
             pattern check see the weights as stored.
         journal: finished packages, read and written.
+        scratch: folder on whose disk hidden states may lie meanwhile; None: where the system has such files.
         progress: told of calibration and solving.
 
     Raises:
@@ -127,7 +133,8 @@ def prune(
     with by_frames(pipeline):
         for each in reversed(turns.families(pipeline, family)):
             own = journal if journal is None or each is family else Within(journal, each.denoiser)
-            found = (_prune(pipeline, each, recipe, stored=stored, journal=own, progress=progress), *found)
+            pruned = _prune(pipeline, each, recipe, stored=stored, journal=own, scratch=scratch, progress=progress)
+            found = (pruned, *found)
     return replace(found[0], behind=found[1:])
 
 
@@ -138,12 +145,13 @@ def _prune(
     *,
     stored: torch.dtype,
     journal: Journal | None,
+    scratch: Path | None,
     progress: Progress,
 ) -> Pruned:
     """One denoiser; see `prune`."""
     method = METHODS[recipe.method]
     denoiser: nn.Module = getattr(pipeline, family.denoiser)
-    run = _Run(pipeline, family, recipe, method, stored, ranks.shared(journal), progress)
+    run = _Run(pipeline, family, recipe, method, stored, ranks.shared(journal), scratch, progress)
     units = {group.name: group.units for group in family.groups(denoiser)}
     if method.streams:
         found = run.streamed()
@@ -180,6 +188,7 @@ class _Run:
         method: Method,
         stored: torch.dtype,
         journal: Journal | None,
+        scratch: Path | None,
         progress: Progress,
     ) -> None:
         self._pipeline = pipeline
@@ -188,6 +197,7 @@ class _Run:
         self._method = method
         self._stored = stored
         self._journal = journal
+        self._scratch = scratch
         self._progress = progress
         effort = solver.SWEPT if not recipe.joint else solver.FAST if recipe.fast else solver.LEAN
         self._options = Options(damp=recipe.damp, block=recipe.block_columns, effort=effort)
@@ -203,18 +213,28 @@ class _Run:
             return self._left_dense(assignment)
         stream_costs.check_budget(self._solved(assignment), self._recipe.gram_budget_bytes)
         calls = streaming.record(self._pipeline, self._family, self._recipe, self._progress)
-        metrics = self._metrics(calls)
-        how = (self._method, self._options)
-        seen = (calls, metrics)
-        if self._recipe.allocation != "uniform":
-            assignment = allocation.measured(*subject, *how, *seen, journal=self._journal, progress=self._progress)
-        self.sensitivities = assignment.sensitivities
-        pruned = streaming.prune(
-            *subject, *how, *seen, assignment, stored=self._stored, journal=self._journal, progress=self._progress
-        )
+        blocks = [self._denoiser.get_submodule(name) for name in block_modules(self._family.linears(self._denoiser))]
+        with parking.lot(self._denoiser, blocks, [call.arguments for call in calls], self._scratch) as lot:
+            how = (self._method, self._options)
+            seen = (calls, self._metrics(calls, lot))
+            if self._recipe.allocation != "uniform":
+                assignment = allocation.measured(
+                    *subject, *how, *seen, lot=lot, journal=self._journal, progress=self._progress
+                )
+            self.sensitivities = assignment.sensitivities
+            pruned = streaming.prune(
+                *subject,
+                *how,
+                *seen,
+                assignment,
+                lot=lot,
+                stored=self._stored,
+                journal=self._journal,
+                progress=self._progress,
+            )
         return merged([self._left_dense(assignment), pruned])
 
-    def _metrics(self, calls: Sequence[Call]) -> dict[str, Metric]:
+    def _metrics(self, calls: Sequence[Call], lot: Lot) -> dict[str, Metric]:
         if not self._recipe.metric:
             return {}
         return gradients.measure(
@@ -222,6 +242,7 @@ class _Run:
             self._family.linears(self._denoiser),
             calls,
             weights=trajectories.weights(calls, self._recipe),
+            lot=lot,
             journal=self._journal,
             progress=self._progress,
         )

@@ -21,7 +21,7 @@ from obsdiff.recipe import (
 )
 from obsdiff.settings import Settings
 from obsdiff.sparsity import Sparsity, Unstructured, parse
-from obsdiff_runtime.autoencoder import film_frames
+from obsdiff_runtime.autoencoder import film_frames, latent_frames
 from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.turns import require_taken
 
@@ -47,6 +47,12 @@ MOST_DRAWS: Final = 3
 
 FEW_STEPS: Final = 8
 """The denoiser computes at so many at least, or at all there are: of few steps none can be spared."""
+
+MOST_BATCHED: Final = 4
+"""Prompts of a denoiser call."""
+
+BATCH_PIXELS: Final = 1024 * 1024
+"""Of a call's pictures, or latent frames: more rows of large ones take memory and save no time."""
 
 MOST_TEXT_TOKENS: Final = 512
 """Of T5: diffusers' own limit."""
@@ -155,16 +161,20 @@ def sampling(settings: Settings, defaults: Defaults) -> Sampling:
         raise ConfigError(f"--guidance-scale {guidance:g}: this pipeline's steps are distilled; give 1 or leave it out")
     if settings.max_sequence_length is not None and defaults.max_sequence_length is None:
         raise ConfigError(f"--max-sequence-length {settings.max_sequence_length}: this pipeline has no such length")
+    height = _at_least("--height", 1, settings.height, defaults.height)
+    width = _at_least("--width", 1, settings.width, defaults.width)
+    num_frames = film_frames(settings.num_frames, defaults.num_frames, "--num-frames")
+    large = height * width * (1 if num_frames is None else latent_frames(num_frames))
     return Sampling(
         num_inference_steps=_at_least("--steps", 1, settings.steps, defaults.num_inference_steps),
         guidance_scale=guidance,
         guidance_scale_2=_guidance_behind(settings.guidance_scale_2, guidance, defaults),
-        height=_at_least("--height", 1, settings.height, defaults.height),
-        width=_at_least("--width", 1, settings.width, defaults.width),
+        height=height,
+        width=width,
         max_sequence_length=_text_tokens(settings.max_sequence_length, defaults.max_sequence_length),
-        batch_size=_at_least("--batch-size", 1, settings.batch_size, 4),
+        batch_size=_at_least("--batch-size", 1, settings.batch_size, min(max(BATCH_PIXELS // large, 1), MOST_BATCHED)),
         seed=_at_least("--seed", 0, settings.seed, 0, most=LARGEST_SEED),
-        num_frames=film_frames(settings.num_frames, defaults.num_frames, "--num-frames"),
+        num_frames=num_frames,
         references=_references(settings.references, defaults),
     )
 

@@ -24,6 +24,7 @@ from obsdiff.groups import Group, LinearSpec
 from obsdiff.methods import Layer, Method, Options
 from obsdiff.methods import Pruned as PrunedLayer
 from obsdiff.padding import Masks
+from obsdiff.parking import STAYING, Kept, Lot
 from obsdiff.pausing import PausedPass
 from obsdiff.residuals import block_modules
 from obsdiff.sampling import velocity_of
@@ -95,6 +96,7 @@ def measure(
     weights: Sequence[float],
     probes: int,
     guidance: Guidance | None = None,
+    lot: Lot = STAYING,
     progress: Progress = silent,
 ) -> dict[str, float]:
     """The error of each candidate, by its key.
@@ -110,6 +112,7 @@ def measure(
         weights: of each call's tokens.
         probes: how many calls of all ranks a candidate is measured on, at least 1.
         guidance: by which the sampler combines the rows of a call: it is the combination's error that makes pictures.
+        lot: takes what the dense blocks gave until a candidate is measured.
         progress: told block by block.
 
     Raises:
@@ -126,7 +129,8 @@ def measure(
     errors: dict[str, float] = {}
     blocks = [denoiser.get_submodule(name) for name in names]
     with pausing.gated(blocks):
-        dense = [_Probe(denoiser, blocks, names, calls[index], guidance) for index in spaced(calls, probes, EARLY)]
+        probed = spaced(calls, probes, EARLY)
+        dense = [_Probe(denoiser, blocks, names, calls[index], guidance, lot) for index in probed]
         count = ranks.total(len(dense))
         chosen = spaced(calls, MOMENT_CALLS)
         stream = [PausedPass(denoiser, calls[index].arguments) for index in chosen]
@@ -150,6 +154,8 @@ def measure(
                 errors[candidate.key] = error
             if not by_block.keys() & ahead.keys():
                 break
+        for probe in dense:
+            probe.drop()
         progress("measure sensitivities", len(blocks), len(blocks))
     return errors
 
@@ -164,15 +170,17 @@ class _Probe:
         names: Sequence[str],
         call: Call,
         guidance: Guidance | None,
+        lot: Lot,
     ) -> None:
         self._denoiser, self._blocks, self._call = denoiser, blocks, call
         self._guidance = guidance if call.paired else None
-        self._outputs: dict[int, Any] = {}  # in the order in which the blocks run
+        self._outputs: dict[int, Kept] = {}  # in the order in which the blocks run
         waiting, ahead = PausedPass(denoiser, call.arguments), dict(enumerate(blocks))
         while ahead:
             index = pausing.next_block(waiting, ahead, names)
-            self._outputs[index] = pausing.run(ahead.pop(index), waiting.arguments)
-            waiting.resume(self._outputs[index])
+            output = pausing.run(ahead.pop(index), waiting.arguments)
+            self._outputs[index] = lot.keep(output)
+            waiting.resume(output)
         self._dense = self._velocity(waiting)
         self._energy = self._dense.square().sum(1)  # (rows,)
         if not bool((self._energy > 0).all()):
@@ -182,11 +190,16 @@ class _Probe:
         """With the weights of block `index` as they are now, mean over rows."""
         waiting = PausedPass(self._denoiser, self._call.arguments)
         reached = False
-        for place, output in self._outputs.items():
+        for place, known in self._outputs.items():
             reached = reached or place == index
-            waiting.resume(pausing.run(self._blocks[place], waiting.arguments) if reached else output)
+            waiting.resume(pausing.run(self._blocks[place], waiting.arguments) if reached else known.tree())
         change = (self._velocity(waiting) - self._dense).square().sum(1)
         return float((change / self._energy).mean())
+
+    def drop(self) -> None:
+        """Lets go of what the blocks gave."""
+        for known in self._outputs.values():
+            known.drop()
 
     def _velocity(self, ended: PausedPass) -> Tensor:
         """(rows, numbers) in float64; of rows that are guided, their combination."""

@@ -79,7 +79,7 @@ class Settings:
         str | None,
         "folder of pictures that FLUX.1 Kontext, FLUX.2 and Qwen-Image-Edit are told, or films begin with, by turns",
     ] = None
-    batch_size: Annotated[int | None, "prompts per batch; default: 4"] = None
+    batch_size: Annotated[int | None, "prompts per batch; default: 4, fewer of large pictures: 1 of 1024 x 1024"] = None
     seed: Annotated[int | None, "each prompt's noise is seeded by this plus its index; default: 0"] = None
     time_weights: Annotated[
         str | None,

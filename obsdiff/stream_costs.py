@@ -14,9 +14,10 @@ from obsdiff.core.solver import LEAN
 from obsdiff.estimates import Estimates, Streams, Workload
 from obsdiff.groups import LinearSpec
 from obsdiff.residuals import block_modules
+from obsdiff.sensitivities import PROBES
 
-STREAM_COPIES: Final = 3
-"""Of a kept call's hidden states: one in each stream, and what the call was recorded with."""
+STREAM_COPIES: Final = 2
+"""Of a kept call's hidden states: one in each stream."""
 
 PART_COPIES: Final = 2
 """Of what a part of a block gave that is not run again: one in each stream."""
@@ -45,9 +46,11 @@ class StreamPlan:
         block_calls: runs of a block: for each kept call one of the dense and one of the pruned block for each tier that
             is solved for, as far as it must go, and one past it.
         moment_bytes: of the largest tier: grams, and the products with what the linears should compute.
-        stream_bytes: what is held of all kept calls at a block: hidden states, and what parts of it gave.
+        waiting_bytes: most that waits at once, in a file or a host's memory: of all kept calls at a block hidden states
+            and what parts of it gave, or what every block was called with or gave; see parking.
+        call_bytes: held of it in memory: one call's, and the texts that the calls were recorded with.
         gradient_calls: what differentiating some of the kept calls comes to in whole denoiser calls.
-        gradient_bytes: held while that is done: sums of gradients, and one call's activations.
+        gradient_bytes: held while that is done: sums of gradients, and one block's activations in one call.
         metric_bytes: of what it leaves.
         denoiser_calls: of the trajectories, of the gradients, and what the blocks' runs come to in whole ones.
     """
@@ -58,7 +61,8 @@ class StreamPlan:
     kept_calls: int
     block_calls: int
     moment_bytes: int
-    stream_bytes: int
+    waiting_bytes: int
+    call_bytes: int
     gradient_calls: int
     gradient_bytes: int
     metric_bytes: int
@@ -88,6 +92,8 @@ def plan_streams(
     blocks = walks(everything, solved, replay=streams.replay)
     kept = max((PART_COPIES * block.kept_entries(positions) for block in blocks), default=0)
     held = _hidden(everything, positions) + kept
+    called = sum(_called(everything, positions).values())
+    waiting = (PROBES if streams.measuring_calls else bool(streams.metric)) * workload.rows * called
     rows = round(workload.evaluations * workload.kept_share)
     work = sum(block.work(positions) for block in blocks) / max(sum(block.whole(positions) for block in blocks), 1)
     differentiated = gradients.COST * gradients.count(workload.kept_calls) if streams.metric else 0
@@ -98,7 +104,8 @@ def plan_streams(
         kept_calls=workload.kept_calls,
         block_calls=workload.kept_calls * sum(block.runs for block in blocks),
         moment_bytes=max((moment_bytes(tier) for tier in tiers), default=0),
-        stream_bytes=element * rows * held,
+        waiting_bytes=element * max(rows * held, waiting),
+        call_bytes=element * (workload.rows * held + rows * _texts(everything, positions)),
         gradient_calls=differentiated,
         gradient_bytes=_gradient_bytes(everything, workload.rows, positions, element) if streams.metric else 0,
         metric_bytes=sum(metric.metric_bytes(each.out_features) for each in everything) if streams.metric else 0,
@@ -136,7 +143,7 @@ def estimate_streams(
         denoiser,
         replace(workload, calibrates=False),
         packages=[solved],
-        gram_bytes=found.moment_bytes + found.stream_bytes,
+        gram_bytes=found.moment_bytes + found.call_bytes,
         positions=positions,
         macs=macs,
         parameters_after=parameters_after,
@@ -165,6 +172,7 @@ def estimate_streams(
         plain,
         memory_bytes=max(plain.memory_bytes + walking + found.metric_bytes, still + found.gradient_bytes),
         calibration_seconds=(networks + products) / workload.flops_per_second + modules * estimates.MODULE_SECONDS,
+        scratch_bytes=found.waiting_bytes,
         solver_seconds=sum(_solver_operations(tier) for tier in _tiers(solved)) / workload.flops_per_second,
     )
 
@@ -267,16 +275,30 @@ def _solver_operations(tier: Sequence[LinearSpec]) -> float:
 
 
 def _gradient_bytes(linears: Sequence[LinearSpec], rows: int, positions: Mapping[str, int], element: int) -> int:
-    """Of the sums; of what every block was called with, for one call; of what the largest block computes from it."""
+    """Of the sums; of what the largest block is called with, for one call, and of what it computes from it."""
     sums = sum(metric.sum_bytes(linear.out_features) for linear in linears)
+    held = _called(linears, positions)
+    for linear in linears:
+        entries = positions[linear.name] * (linear.in_features + linear.out_features)
+        held[linear.block] += estimates.ACTIVATION_COPIES * entries
+    return sums + element * rows * max(held.values(), default=0)
+
+
+def _called(linears: Sequence[LinearSpec], positions: Mapping[str, int]) -> dict[int, int]:
+    """Entries of a row that each block is called with, which is about what it gives, by its index."""
     read: dict[tuple[int, str], int] = {}
-    computed: dict[int, int] = {}
     for linear in linears:
         read.setdefault((linear.block, linear.tokens), positions[linear.name] * linear.in_features)
-        entries = positions[linear.name] * (linear.in_features + linear.out_features)
-        computed[linear.block] = computed.get(linear.block, 0) + entries
-    held = sum(read.values()) + estimates.ACTIVATION_COPIES * max(computed.values(), default=0)
-    return sums + element * rows * held
+    found: dict[int, int] = {}
+    for (block, _), entries in read.items():
+        found[block] = found.get(block, 0) + entries
+    return found
+
+
+def _texts(linears: Sequence[LinearSpec], positions: Mapping[str, int]) -> int:
+    """Entries of a row's text, as blocks read it: about what the denoiser does."""
+    sizes = {linear.tokens: positions[linear.name] * linear.in_features for linear in reversed(linears)}
+    return sizes.get("text", 0)
 
 
 def _block_bytes(denoiser: nn.Module, linears: Sequence[LinearSpec]) -> int:

@@ -21,6 +21,7 @@ from obsdiff.core.metric import Metric
 from obsdiff.families import Family
 from obsdiff.groups import LinearSpec
 from obsdiff.methods import Layer, Method, Options
+from obsdiff.parking import Lot
 from obsdiff.pausing import PausedPass
 from obsdiff.recipe import Recipe
 from obsdiff.replays import Replay
@@ -59,13 +60,14 @@ def prune(
     metrics: Mapping[str, Metric],
     assignment: Assignment,
     *,
+    lot: Lot,
     stored: torch.dtype,
     journal: Journal | None,
     progress: Progress,
 ) -> PackageResult:
     """Prunes the denoiser in place along recorded calls; removed units are zero columns, not yet cut.
 
-    `metrics` is what errors of a linear's output cost, by name; see gradients.
+    `metrics` is what errors of a linear's output cost, by name (see gradients); `lot` takes the calls that wait.
 
     Returns:
         what was done, without the weights: the denoiser has them.
@@ -74,7 +76,7 @@ def prune(
         CalibrationError: statistics that cannot be used; names the layer.
         ModelError: the denoiser does not run its blocks once each, in order.
     """
-    run = _Run(denoiser, family, recipe, method, options, assignment, calls, metrics, stored)
+    run = _Run(denoiser, family, recipe, method, options, assignment, calls, metrics, lot, stored)
     results: list[PackageResult] = []
     with torch.no_grad(), pausing.gated([denoiser.get_submodule(name) for name in run.blocks]):
         run.start()
@@ -92,32 +94,26 @@ def prune(
 
 
 class _Side:
-    """A block as one of the streams runs it, and what its parts gave, call by call.
+    """A block as one of the streams runs it.
 
     Args:
         block: dense, or being pruned.
         name: of it in the denoiser.
         linears: parts that hold one of them need not run again.
-        calls: how many there are.
     """
 
-    def __init__(self, block: nn.Module, name: str, linears: Sequence[LinearSpec], calls: int) -> None:
+    def __init__(self, block: nn.Module, name: str, linears: Sequence[LinearSpec]) -> None:
         self.block, self._name = block, name
         self._parts = replays.parts(block, name, linears)
-        self._results: list[replays.Results] = [{} for _ in range(calls)]
 
     def modules(self, names: Collection[str]) -> list[nn.Module]:
         """Modules of the denoiser, those that lie in the block."""
         inside = [name for name in names if f"{name}.".startswith(f"{self._name}.")]
         return [replays.within(self.block, self._name, name) for name in inside]
 
-    def replay(self, call: int, unsettled: Collection[nn.Module] = ()) -> Replay:
-        """For a run before these modules of the block change."""
-        return Replay(self._parts, self._results[call], unsettled)
-
-    def past(self, call: int) -> None:
-        """Lets go of what was kept for a call."""
-        self._results[call].clear()
+    def replay(self, waiting: PausedPass, unsettled: Collection[nn.Module] = ()) -> Replay:
+        """For a run of a pass's call before these modules of the block change."""
+        return Replay(self._parts, waiting.results, unsettled)
 
 
 class _Run:
@@ -133,10 +129,11 @@ class _Run:
         assignment: Assignment,
         calls: Sequence[Call],
         metrics: Mapping[str, Metric],
+        lot: Lot,
         stored: torch.dtype,
     ) -> None:
         self._denoiser, self._family = denoiser, family
-        self._calls, self._metrics = calls, metrics
+        self._calls, self._metrics, self._lot = calls, metrics, lot
         self._linears = family.linears(denoiser)
         self.blocks = block_modules(self._linears)
         self._weights = trajectories.weights(calls, recipe)
@@ -148,8 +145,13 @@ class _Run:
         )
 
     def start(self) -> None:
-        self._dense = [PausedPass(self._denoiser, call.arguments) for call in self._calls]
-        self._pruned = [PausedPass(self._denoiser, call.arguments) for call in self._calls]
+        self._dense: list[PausedPass] = []
+        self._pruned: list[PausedPass] = []
+        for call in self._calls:
+            twins = [PausedPass(self._denoiser, call.arguments) for _ in range(2)]
+            self._lot.take(twins)
+            for stream, waiting in zip((self._dense, self._pruned), twins, strict=True):
+                stream.append(waiting)
         self._ahead = {index: self._denoiser.get_submodule(name) for index, name in enumerate(self.blocks)}
 
     def next(self) -> tuple[int, str]:
@@ -174,13 +176,16 @@ class _Run:
         linears = [linear for linear in self._linears if linear.block == index and self._solver.changes(linear.name)]
         if known is None and linears:
             return self._solve(block, name, linears)
-        for waiting in self._dense:
-            waiting.resume(pausing.run(block, waiting.arguments))
+        self._move(self._dense, block)
         known = known or PackageResult()
         self._write(known.weights)
-        for waiting in self._pruned:
-            waiting.resume(pausing.run(block, waiting.arguments))
+        self._move(self._pruned, block)
         return known
+
+    def _move(self, stream: Sequence[PausedPass], block: nn.Module) -> None:
+        for waiting in stream:
+            with self._lot.here(waiting):
+                waiting.resume(pausing.run(block, waiting.arguments))
 
     def finish(self) -> None:
         for stream in (self._dense, self._pruned):
@@ -189,18 +194,18 @@ class _Run:
     def _solve(self, block: nn.Module, name: str, linears: Sequence[LinearSpec]) -> PackageResult:
         """Prunes a block tier by tier, and moves both streams past it."""
         replayed = linears if self._recipe.replay else ()
-        dense, pruned = (_Side(each, name, replayed, len(self._calls)) for each in (copy.deepcopy(block), block))
+        dense, pruned = (_Side(each, name, replayed) for each in (copy.deepcopy(block), block))
         found: list[PackageResult] = []
         tiers = [list(tier) for _, tier in groupby(sorted(linears, key=_tier_of), key=_tier_of)]
         for place, tier in enumerate(tiers):
             behind = [linear.name for each in tiers[place + 1 :] for linear in each]
             found.append(self._tier(tier, behind, name, dense, pruned))
             self._write(found[-1].weights)
-        for place, waiting in enumerate(self._pruned):
-            with pruned.replay(place).on():
-                output = pausing.run(block, waiting.arguments)
-            pruned.past(place)
-            waiting.resume(output)
+        for waiting in self._pruned:
+            with self._lot.here(waiting):
+                with pruned.replay(waiting).on():
+                    output = pausing.run(block, waiting.arguments)
+                waiting.resume(output)
         return merged(found)
 
     def _tier(
@@ -220,17 +225,16 @@ class _Run:
         want: glances.Wanted = "outputs" if behind else "result"
         ahead = dense.modules([*behind, *(linear.name for linear in skipped)])
         unsettled = pruned.modules(self._with_producers([*(linear.name for linear in (*tier, *idle)), *behind]))
-        for place, (call, weight) in enumerate(zip(self._calls, self._weights, strict=True)):
+        for call, weight, before, after in zip(self._calls, self._weights, self._dense, self._pruned, strict=True):
             look = partial(glances.glance, name=name, linears=tier, streams=repair > 0, masks=call.masks)
-            before, after = self._dense[place].arguments, self._pruned[place].arguments
-            again = dense.replay(place, ahead)
-            wanted, output = look(dense.block, arguments=before, want=want, idle=skipped, replay=again)
-            again = pruned.replay(place, unsettled)
-            seen, _ = look(pruned.block, arguments=after, want="inputs", idle=idle, replay=again)
-            sums.add(wanted, seen, weight, paired=call.paired)
-            if not behind:
-                dense.past(place)
-                self._dense[place].resume(output)
+            with self._lot.here(before, after):
+                again = dense.replay(before, ahead)
+                wanted, output = look(dense.block, arguments=before.arguments, want=want, idle=skipped, replay=again)
+                again = pruned.replay(after, unsettled)
+                seen, _ = look(pruned.block, arguments=after.arguments, want="inputs", idle=idle, replay=again)
+                sums.add(wanted, seen, weight, paired=call.paired)
+                if not behind:
+                    before.resume(output)
         grams, targets = sums.finish(repair)
         layers = {
             linear.name: Layer(

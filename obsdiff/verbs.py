@@ -60,6 +60,7 @@ from obsdiff.precision import Quantized, fitting, format_of, note, quantizable, 
 from obsdiff.pruning import Pruned
 from obsdiff.recipe import evaluation_prompts, prompts_digest
 from obsdiff.resolving import resolve
+from obsdiff.resources import existing_folder
 from obsdiff.settings import ENGINES, Settings, given_as
 from obsdiff.sparsity import parse
 from obsdiff_export.onnx import checked_opset
@@ -321,7 +322,13 @@ def _prune(loaded: LoadedPipeline, job: Job, stored: torch.dtype, journal: Folde
     """Prunes with all ranks that there are, and goes on with the first."""
     with ranks.joined(loaded.pipeline.device) as place:
         pruned = pruning.prune(
-            loaded.pipeline, loaded.family, job.recipe, stored=stored, journal=journal, progress=progress
+            loaded.pipeline,
+            loaded.family,
+            job.recipe,
+            stored=stored,
+            journal=journal,
+            scratch=existing_folder(journal.folder),
+            progress=progress,
         )
     if place.rank:
         raise launch.Finished
