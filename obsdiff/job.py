@@ -349,11 +349,11 @@ def require_same_config(dense: LoadedPipeline, pruned: LoadedPipeline) -> None:
         )
 
 
-def require(job: Job, output: Path, *, copies: int) -> int:
+def require(job: Job, settings: Settings, output: Path, *, copies: int) -> int:
     """The bytes of the pruned denoiser's checkpoint.
 
     Raises:
-        ResourceError: memory or disk are too small for the plan.
+        ResourceError: the host's memory or the disk are too small for the plan; what a GPU holds shows at work.
     """
     estimates = job.plan().estimates
     weights, scratch = estimates.checkpoint_bytes, estimates.scratch_bytes
@@ -362,7 +362,11 @@ def require(job: Job, output: Path, *, copies: int) -> int:
         advice = "raise --packages or lower --gram-budget and --batch-size"
     else:
         advice = "lower --batch-size" if on_disk else parking.ADVICE
-    require_memory(estimates.memory_bytes + (copies - 1) * weights + (0 if on_disk else scratch), advice=advice)
+    if torch.device(ranks.device_of(settings.device)).type == "cpu":
+        needed = estimates.memory_bytes + (copies - 1) * weights
+    else:
+        needed = copies * weights if settings.offload else 0
+    require_memory(needed + (0 if on_disk else scratch), advice=advice)
     require_disk(output, copies * weights)
     return weights
 

@@ -177,7 +177,7 @@ def prune_to_folder(
         require_offloadable(settings, job.recipe)
     if METHODS[job.recipe.method].calibrates:
         pictures.require(job.pipeline_class, job.recipe.sampling)
-    weights = require(job, output, copies=1)
+    weights = require(job, settings, output, copies=1)
     loaded = load_model(settings, offload=True)
     require_disk_for(loaded, output, 2 * weights)
     restore, stored = remember_dtypes(loaded.pipeline), computable(loaded)
@@ -251,7 +251,7 @@ def export(
         raise ConfigError("--fail-if: nothing is measured without prompts to compare on; raise --eval-prompts")
     if format is not None or (settings.sparsity and (held_out or METHODS[job.recipe.method].calibrates)):
         pictures.require(job.pipeline_class, job.recipe.sampling)
-    weights = 0 if settings.low_memory else require(job, output, copies=3)
+    weights = 0 if settings.low_memory else require(job, settings, output, copies=3)
     journal = FolderJournal(output, job.recipe.digest(), resume=resume)
     stages = Stages()
     with stages("load"):

@@ -111,8 +111,9 @@ def failure(error: BaseException, *, smaller: str = SMALLER, again: str = "") ->
         return Failure(exit_code=code, sentence=str(error))
     if isinstance(error, KeyboardInterrupt):
         return Failure(exit_code=INTERRUPTED, sentence=f"interrupted{again}")
-    if isinstance(error, MemoryError):
-        return Failure(exit_code=ResourceError.exit_code, sentence=f"out of memory; {smaller}")
+    if _is_out_of_memory(error):
+        where = " on the GPU" if "CUDA" in str(error) else ""
+        return Failure(exit_code=ResourceError.exit_code, sentence=f"out of memory{where}; {smaller}{again}")
     if _is_full(error):
         return Failure(exit_code=ResourceError.exit_code, sentence=f"the disk is full: {error}{again}")
     if isinstance(error, BrokenPipeError):
@@ -145,6 +146,13 @@ def first_line(error: BaseException) -> str:
     """What a library's error says in one line without its full stop; its class where it says nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Python's error, or torch's: of a GPU a class of its own, of the host a RuntimeError that says so."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    said = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return bool(kinds & {"MemoryError", "OutOfMemoryError"}) or said
 
 
 def _is_full(error: BaseException | None) -> bool:

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from obsdiff import resources, verbs
@@ -231,8 +232,8 @@ def test_a_disk_that_holds_the_denoiser_but_not_the_rest_is_found_before_calibra
 @pytest.mark.parametrize(
     ("command", "advice"),
     [
-        (prune(), "lower --draws, --kept-steps"),
-        (export(), "lower --draws, --kept-steps"),
+        (prune(), "lower --batch-size"),
+        (export(), "lower --batch-size"),
         (prune("--method", "obsdiff"), "raise --packages"),
     ],
 )
@@ -243,14 +244,41 @@ def test_too_little_memory_is_found_before_the_work(
     assert f"are available; {advice}" in fails(*command, code=4)
 
 
-def test_memory_that_runs_out_at_work_names_the_flags_that_count(fails: Fails, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("no_work")
+def test_a_host_need_not_hold_what_its_gpu_does(fails: Fails, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    with pytest.raises(AssertionError, match="the work had begun"):
+        fails(*prune("--device", "cuda"), code=4)
+    assert "are available" in fails(*prune("--device", "cuda", "--offload"), code=4)
+
+
+@pytest.mark.usefixtures("no_work")
+def test_hidden_states_that_no_disk_holds_count_as_memory(fails: Fails, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources.psutil, "virtual_memory", lambda: SimpleNamespace(available=400 * 10**6))
+    monkeypatch.setattr(resources.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**12))
+    with pytest.raises(AssertionError, match="the work had begun"):
+        fails(*prune("--draws", "2000"), code=4)
+    monkeypatch.setattr(resources.shutil, "disk_usage", lambda _: SimpleNamespace(free=50 * 10**6))
+    line = fails(*prune("--draws", "2000"), code=4)
+    assert "are available; lower --draws, --kept-steps or --num-samples" in line
+
+
+@pytest.mark.parametrize("where", ["python", "host", "gpu"])
+def test_memory_that_runs_out_at_work_names_the_flags_that_count(
+    where: str, fails: Fails, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: Any, **__: Any) -> None:
-        raise MemoryError
+        if where == "host":
+            torch.empty(10**14)
+        raise (
+            MemoryError if where == "python" else torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        )
 
     monkeypatch.setattr(verbs, "load_model", full)
     line = fails(*prune(), code=4)
-    assert "out of memory; lower --batch-size, and --draws or --kept-steps; " in line
+    assert f"out of memory{' on the GPU' if where == 'gpu' else ''}; lower --batch-size; " in line
     assert "raise --packages" in line
+    assert "--offload" in line
 
 
 @pytest.mark.usefixtures("no_work")
