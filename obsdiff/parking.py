@@ -262,13 +262,9 @@ def lot(
     Raises:
         ResourceError: there is room nowhere.
     """
-    with pausing.gated(blocks):
-        tensors = PausedPass(denoiser, calls[0]).tensors()
-    told = {_address(leaf) for leaf in tree_leaves(calls[0]) if isinstance(leaf, Tensor)}
-    held = {_address(each): each.untyped_storage() for each in tensors if _address(each) not in told}
-    expected = (2 * len(calls) + len(blocks)) * sum(storage.nbytes() for storage in held.values())
-    gpu = next((storage.device for storage in held.values() if storage.device.type == "cuda"), None)
+    held, gpu = _held(denoiser, blocks, calls[0])
     offloaded = any(offloading.is_away(block) for block in blocks)
+    expected = (2 * len(calls) + len(blocks)) * held
     found = store(expected, gpu, folder or Path(tempfile.gettempdir()), offloaded=offloaded)
     try:
         yield Lot(found)
@@ -299,6 +295,17 @@ def store(expected: int, gpu: torch.device | None, folder: Path, *, offloaded: b
     raise ResourceError(
         f"about {gigabytes(expected)} of hidden states fit neither in memory nor on the disk of {folder}; {ADVICE}"
     )
+
+
+@torch.no_grad()
+def _held(denoiser: nn.Module, blocks: Sequence[nn.Module], call: Arguments) -> tuple[int, torch.device | None]:
+    """Bytes that a pass holds at its first block beside what it was told, and the GPU where they are."""
+    with pausing.gated(blocks):
+        tensors = PausedPass(denoiser, call).tensors()
+    told = {_address(leaf) for leaf in tree_leaves(call) if isinstance(leaf, Tensor)}
+    found = {_address(each): each.untyped_storage() for each in tensors if _address(each) not in told}
+    gpu = next((storage.device for storage in found.values() if storage.device.type == "cuda"), None)
+    return sum(storage.nbytes() for storage in found.values()), gpu
 
 
 def _free_on(gpu: torch.device) -> int:
