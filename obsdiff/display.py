@@ -98,8 +98,10 @@ def show_plan(plan: "Plan", *, verbose: bool = False) -> None:
         console.print(f"{'linears':<12}{len(patterned)} get the pattern {patterned[0].pattern}", highlight=False)
     console.print(f"{'calibration':<12}{_calibration(plan)}", highlight=False)
     estimates = plan.estimates
+    host = estimates.host_bytes
+    memory = f"of the GPU's memory and {size(host)} of its host's" if host else "of memory"
     console.print(
-        f"{'estimates':<12}{size(estimates.memory_bytes)} of memory, {size(estimates.checkpoint_bytes)} checkpoint, "
+        f"{'estimates':<12}{size(estimates.memory_bytes)} {memory}, {size(estimates.checkpoint_bytes)} checkpoint, "
         f"{seconds(estimates.calibration_seconds)} calibration and {seconds(estimates.solver_seconds)} solving "
         "on this machine; estimates, not measurements",
         highlight=False,
@@ -121,6 +123,7 @@ def _calibration(plan: "Plan") -> str:
     if streams is None:
         grams = ", ".join(f"{package.grams} ({size(package.gram_bytes)})" for package in plan.packages)
         return f"{plan.denoiser_calls} denoiser calls; grams by package: {grams or 'none'}"
+    where = "in the host's memory" if plan.estimates.host_bytes else "on the disk"
     backwards = (
         f"gradients, the work of {streams.gradient_calls}, which hold {size(streams.gradient_bytes)}; "
         if streams.gradient_calls
@@ -131,7 +134,7 @@ def _calibration(plan: "Plan") -> str:
         f"blocks twice, dense and pruned: {streams.block_calls} block calls, in all the work of "
         f"{streams.denoiser_calls:.0f} denoiser calls; {backwards}"
         f"{streams.grams} grams, at most {size(streams.moment_bytes)} at a time; "
-        f"{size(streams.waiting_bytes)} of hidden states, which wait on the disk"
+        f"{size(streams.waiting_bytes)} of hidden states, which wait {where}"
     )
 
 

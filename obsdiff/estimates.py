@@ -131,12 +131,15 @@ class Estimates:
             with the pruned weights that are not yet in the model; without the interpreter and its libraries.
         checkpoint_bytes: the pruned denoiser on disk, in the dtype it has now.
         scratch_bytes: on a disk meanwhile, or in the host's memory where a GPU prunes.
+        host_bytes: of a model that is offloaded: what the host holds beside the GPU, whose memory `memory_bytes` is
+            then; 0 of others.
         calibration_seconds, solver_seconds: at the device's matrix-product speed.
     """
 
     memory_bytes: int
     checkpoint_bytes: int
     scratch_bytes: int = 0
+    host_bytes: int = 0
     calibration_seconds: float
     solver_seconds: float
 

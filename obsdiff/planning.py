@@ -225,6 +225,22 @@ def together(plans: Mapping[str, Plan]) -> Plan:
     )
 
 
+def offloaded(plan: Plan, denoisers: Mapping[nn.Module, Family]) -> Plan:
+    """The plan where blocks lie in the host's memory and visit the GPU one at a time; see offloading."""
+    sizes = [stream_costs.block_bytes(denoiser, family.linears(denoiser)) for denoiser, family in denoisers.items()]
+    blocks = [size for each in sizes for size in each]
+    estimates = plan.estimates
+    away = sum(blocks) - max(blocks)
+    return replace(
+        plan,
+        estimates=replace(
+            estimates,
+            memory_bytes=estimates.memory_bytes - away,
+            host_bytes=sum(blocks) + estimates.scratch_bytes,
+        ),
+    )
+
+
 def _sums(parts: Sequence[object], *names: str) -> dict[str, Any]:
     return {name: sum(getattr(part, name) for part in parts) for name in names}
 

@@ -166,7 +166,8 @@ def estimate_streams(
             2 * rows * min(positions[each.name], streams.tokens) * each.in_features**2
             for each in {linear.reads: linear for linear in tier}.values()
         )
-    walking = _block_bytes(denoiser, everything) + _solved_bytes(solved) + _passing_bytes(solved)
+    copied = max(block_bytes(denoiser, everything), default=0)  # a dense one runs beside the pruned one
+    walking = copied + _solved_bytes(solved) + _passing_bytes(solved)
     still = estimates.WORKSPACE_BYTES + costs.weight_bytes(denoiser) + workload.other_bytes
     return replace(
         plain,
@@ -301,10 +302,9 @@ def _texts(linears: Sequence[LinearSpec], positions: Mapping[str, int]) -> int:
     return sizes.get("text", 0)
 
 
-def _block_bytes(denoiser: nn.Module, linears: Sequence[LinearSpec]) -> int:
-    """Of the largest block: a dense copy of it runs beside the pruned one."""
-    blocks = (denoiser.get_submodule(name) for name in block_modules(linears))
-    return max((sum(each.numel() * each.element_size() for each in block.parameters()) for block in blocks), default=0)
+def block_bytes(denoiser: nn.Module, linears: Sequence[LinearSpec]) -> list[int]:
+    """What the weights of each block take."""
+    return [costs.weight_bytes(denoiser.get_submodule(name)) for name in block_modules(linears)]
 
 
 def _solved_bytes(solved: Sequence[LinearSpec]) -> int:

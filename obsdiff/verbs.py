@@ -55,7 +55,7 @@ from obsdiff.manifest import GroupCut, LinearRecord, PrunedManifest
 from obsdiff.measurements import NotMeasured, Report
 from obsdiff.methods.table import METHODS
 from obsdiff.orders import Order, order_of
-from obsdiff.planning import Plan
+from obsdiff.planning import Plan, offloaded
 from obsdiff.precision import Quantized, fitting, format_of, note, quantizable, quantize_turns, separate
 from obsdiff.pruning import Pruned
 from obsdiff.recipe import evaluation_prompts, prompts_digest
@@ -107,6 +107,8 @@ def plan(settings: Settings, *, before: Path | None = None, force: bool = False)
     if settings.offload:
         require_offloadable(settings, job.recipe)
     planned, sampled = job.plan(), job.recipe.sampling
+    if settings.offload:
+        planned = offloaded(planned, {each.denoiser: each.family for each in job.turns})
     found = decoding(
         job.configs,
         height=sampled.height,

@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from obsdiff import offloading, pruning, verbs
+from obsdiff.display import show_plan
 from obsdiff.families.table import family_of
 from obsdiff.job import given, open_job, require_offloadable
 from obsdiff.pruning import Pruned
@@ -101,6 +102,20 @@ def test_only_pruning_to_a_folder_follows_it(build_pipeline: Build, sd3_folder: 
         verbs.prune(build_pipeline("sd3"), prompts=["a cat"], **asked)
     with pytest.raises(ConfigError, match="this run is on the CPU"):
         verbs.plan(Settings(model=str(sd3_folder), **asked), before=tmp_path / "out")
+
+
+def test_a_plan_says_what_the_gpu_and_what_its_host_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    config = Path(__file__).parent / "configs" / "sd3_medium.json"
+    asked: dict[str, Any] = {"model": str(config), "sparsity": "2:4", "device": "cuda", "height": 512, "width": 512}
+    whole = verbs.plan(Settings(**asked, method_options={"replay": 0}))
+    away = verbs.plan(Settings(**asked, offload=True))
+    block = 2 * 12 * 1536**2 + 2 * 6 * 1536**2  # linears of two streams, and those that make scales and shifts
+    blocks = 4 * 24 * block
+    assert away.estimates.host_bytes - away.estimates.scratch_bytes == pytest.approx(blocks, rel=0.02)
+    saved = whole.estimates.memory_bytes - away.estimates.memory_bytes
+    assert saved == pytest.approx(blocks * 23 / 24, rel=0.02)
+    show_plan(away)
+    assert "of the GPU's memory and" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.gpu
