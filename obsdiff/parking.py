@@ -94,25 +94,29 @@ class File:
 
 
 class Host:
-    """The memory of a GPU's host."""
+    """The memory of a GPU's host; pinned, as copies are several times faster then."""
 
     def __init__(self) -> None:
-        self._kept: dict[int, Tensor] = {}
-        self._next = 0
+        self._buffers: list[Tensor] = []
+        self._gaps: dict[int, list[int]] = {}  # places of buffers by size: to pin one takes long
 
     def put(self, values: Tensor) -> int:
-        self._next += 1
-        self._kept[self._next] = values.to("cpu", copy=True)
-        return self._next
+        gaps = self._gaps.get(len(values))
+        if not gaps:
+            pinned = torch.cuda.is_available()
+            self._buffers.append(torch.empty(len(values), dtype=torch.uint8, pin_memory=pinned))
+        place = gaps.pop() if gaps else len(self._buffers) - 1
+        self._buffers[place].copy_(values)
+        return place
 
     def get(self, place: int, values: Tensor) -> None:
-        values.copy_(self._kept[place])
+        values.copy_(self._buffers[place])
 
     def free(self, place: int, count: int) -> None:
-        del self._kept[place]
+        self._gaps.setdefault(count, []).append(place)
 
     def close(self) -> None:
-        self._kept.clear()
+        self._buffers.clear()
 
 
 @dataclass(frozen=True, kw_only=True)

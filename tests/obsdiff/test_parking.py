@@ -151,6 +151,21 @@ def test_a_tree_comes_back(make: Callable[[Path], Store | None], tmp_path: Path)
         store.close()
 
 
+@pytest.mark.parametrize("make", [lambda _: Host(), File], ids=["host", "file"])
+def test_room_that_is_free_is_taken_again(make: Callable[[Path], Store], tmp_path: Path) -> None:
+    store = make(tmp_path)
+    one, two = (torch.full((100,), value, dtype=torch.uint8) for value in (1, 2))
+    first, second = store.put(one), store.put(one)
+    store.free(first, 100)
+    assert store.put(two) == first
+    assert store.put(torch.zeros(60, dtype=torch.uint8)) not in (first, second)
+    for place, value in ((first, 2), (second, 1)):
+        found = torch.empty(100, dtype=torch.uint8)
+        store.get(place, found)
+        assert found.unique().tolist() == [value]
+    store.close()
+
+
 def test_a_full_disk_says_what_to_lower(file: File, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Full:
         def seek(self, place: int) -> None:

@@ -59,6 +59,14 @@ def test_of_few_steps_the_denoiser_computes_all(steps: int, computed: int, recip
     assert recipe(steps=steps).trajectory_steps == computed
 
 
+@pytest.mark.parametrize(
+    ("side", "batch"), [(64, 4), (512, 4), (640, 2), (768, 1), (1024, 1), (2048, 1)], ids=lambda value: str(value)
+)
+def test_a_call_has_fewer_large_pictures(side: int, batch: int, recipe: Callable[..., Recipe]) -> None:
+    assert recipe(height=side, width=side).sampling.batch_size == batch
+    assert recipe(height=side, width=side, batch_size=3).sampling.batch_size == 3
+
+
 def test_a_model_that_does_not_fit_the_gpu_holds_no_more_than_it_must(recipe: Callable[..., Recipe]) -> None:
     assert recipe().replay
     assert not recipe(offload=True).replay
