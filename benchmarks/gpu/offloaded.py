@@ -4,7 +4,9 @@ Random weights, which cost the time and memory of trained ones and say nothing o
 """
 
 import json
+import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from gpu import pruning as whole
 from gpu.rows import Options, Sheet
 from obsdiff import offloading, pruning
 from obsdiff.job import given
+from obsdiff.parking import File, Host
 
 CONFIG = Path(__file__).resolve().parents[2] / "tests/obsdiff/configs/flux1_dev.json"
 TINY = {
@@ -37,6 +40,7 @@ ASKED: dict[str, Any] = {"sparsity": "2:4", "batch_size": 2, "draws": 1, "trajec
 
 
 def run(sheet: Sheet, options: Options) -> None:
+    waiting(sheet, options)
     with sheet.case(model="FLUX.1-dev's shapes", sparsity="2:4", memory="24 GB") as row:
         started = time.perf_counter()
         pipeline = made(options)
@@ -59,6 +63,22 @@ def run(sheet: Sheet, options: Options) -> None:
             row.figures |= clock.seconds()
             if options.device == "cuda":
                 row.figures["peak_bytes"] = torch.cuda.max_memory_reserved()
+
+
+def waiting(sheet: Sheet, options: Options) -> None:
+    """How fast hidden states come and go; see parking."""
+    count = 2**16 if options.tiny else 2**28
+    values = torch.zeros(count, dtype=torch.uint8, device=options.device)
+    for name, store in (("host", Host()), ("file", File(Path(tempfile.gettempdir())))):
+        with sheet.case(store=name, bytes=count) as row:
+            store.free(store.put(values), count)  # the first time its room is made
+            for figure, move in (("put_bytes_per_second", store.put), ("get_bytes_per_second", partial(store.get, 0))):
+                started = time.perf_counter()
+                move(values)
+                if options.device == "cuda":
+                    torch.cuda.synchronize()
+                row.figures[figure] = count / (time.perf_counter() - started)
+        store.close()
 
 
 def made(options: Options) -> DiffusionPipeline:
