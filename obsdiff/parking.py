@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from obsdiff import offloading, pausing
 from obsdiff.pausing import Arguments, PausedPass
+from obsdiff.quantities import size
 from obsdiff.resources import free_bytes, gigabytes
 from obsdiff_runtime.errors import ResourceError
 
@@ -70,7 +71,7 @@ class File:
                 left = left[self._file.write(left) :]
         except OSError as error:
             raise ResourceError(
-                f"{self._folder}: {error.strerror} after {gigabytes(place)} of hidden states; {ADVICE}"
+                f"{self._folder}: {error.strerror} for {size(self.bytes)} of hidden states; free some, or {ADVICE}"
             ) from error
         return place
 

@@ -107,8 +107,9 @@ def failure(error: BaseException, *, smaller: str = SMALLER, again: str = "") ->
         again: how to go on after an interruption, put behind the sentence.
     """
     if isinstance(error, ObsdiffError):
-        code = ResourceError.exit_code if _is_full(error) else error.exit_code
-        return Failure(exit_code=code, sentence=str(error))
+        full = _is_full(error)
+        code = ResourceError.exit_code if full else error.exit_code
+        return Failure(exit_code=code, sentence=f"{error}{again}" if full else str(error))
     if isinstance(error, KeyboardInterrupt):
         return Failure(exit_code=INTERRUPTED, sentence=f"interrupted{again}")
     if _is_out_of_memory(error):
