@@ -246,7 +246,7 @@ def load(settings: Settings, *, offload: bool = False, low_memory: bool = False)
 
 def require_offloadable(settings: Settings, recipe: Recipe) -> None:
     """Raises ConfigError where --offload has no use, or cannot serve what is asked for."""
-    if torch.device(ranks.device_of(settings.device)).type == "cpu":
+    if _on_cpu(settings):
         raise ConfigError("--offload is for GPUs, and this run is on the CPU")
     if not METHODS[recipe.method].streams:
         raise ConfigError(f"--offload goes from block to block, and --method {recipe.method} does not; take streamed")
@@ -257,6 +257,11 @@ def require_offloadable(settings: Settings, recipe: Recipe) -> None:
             f"--offload cannot measure where sparsity costs least, as {recipe.sparsity} asks for; "
             "add --allocation uniform"
         )
+
+
+def _on_cpu(settings: Settings) -> bool:
+    """Of a name that is no device's it is not known yet."""
+    return ranks.device_of(settings.device).partition(":")[0] == "cpu"
 
 
 def require_nothing_computed(settings: Settings) -> None:
@@ -362,7 +367,7 @@ def require(job: Job, settings: Settings, output: Path, *, copies: int) -> int:
         advice = "raise --packages or lower --gram-budget and --batch-size"
     else:
         advice = "lower --batch-size" if on_disk else parking.ADVICE
-    if torch.device(ranks.device_of(settings.device)).type == "cpu":
+    if _on_cpu(settings):
         needed = estimates.memory_bytes + (copies - 1) * weights
     else:
         needed = copies * weights if settings.offload else 0
