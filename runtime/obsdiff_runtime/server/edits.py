@@ -101,13 +101,14 @@ async def read_pictures(pipeline: Pipeline, uploads: Sequence[Upload], size: tup
         size: (width, height) in pixels that is to be drawn; the bundle's own if None.
 
     Raises:
-        Refused: one is no picture, or too large; there are too many, or this bundle is told none.
+        Refused: one is no picture, or too large; there are too few or too many, or this bundle is told none.
     """
     own = pipeline.bundle.manifest.defaults
     width, height = size or (own.width, own.height)
-    most = pipeline.resolver.choices.pictures[1]
-    if most and len(uploads) > most:
-        raise Refused(400, f"image: {len(uploads)} pictures; this model takes {most}", param="image")
+    least, most = pipeline.resolver.choices.pictures
+    if len(uploads) < least or (most and len(uploads) > most):
+        given = "1 picture" if len(uploads) == 1 else f"{len(uploads)} pictures"
+        raise Refused(400, f"image: {given}; this model takes {most or f'{least} or more'}", param="image")
 
     def read(upload: Upload) -> Pixels | Reference:
         image = open_picture(io.BytesIO(upload.content), upload.name, formats=FORMATS, most_pixels=MOST_PIXELS)

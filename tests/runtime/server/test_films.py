@@ -102,3 +102,26 @@ def test_a_film_begins_with_the_picture_of_an_edit_and_ends_with_a_second(
     assert "size has 4294967296 pixels; at most 4096 are drawn here" in large.json()["error"]["message"]
     assert several.json()["error"]["message"] == "image: 3 pictures; this model takes 2"
     assert "begin with a picture" in without.json()["error"]["message"]
+
+
+def test_a_film_that_must_end_with_a_picture_wants_two(
+    wan_flf2v_pair: tuple[Any, Path], serving: Callable[..., Any]
+) -> None:
+    pictures = [np.random.default_rng(seed).integers(0, 255, (32, 48, 3), dtype=np.uint8) for seed in (0, 1)]
+    files = []
+    for pixels in pictures:
+        content = io.BytesIO()
+        Image.fromarray(pixels).save(content, "png")
+        files.append(("image[]", ("photo.png", content.getvalue())))
+    with serving(wan_flf2v_pair[1]) as running:
+        form = {"prompt": "a ring", "seed": "7", "size": "48x32"}
+        both = running.client.post("/v1/images/edits", data=form, files=files)
+        one = running.client.post("/v1/images/edits", data=form, files=files[:1])
+        (model,) = running.client.get("/v1/models").json()["data"]
+    image, last = (resized(Image.fromarray(pixels), 48, 32) for pixels in pictures)
+    expected = Pipeline(wan_flf2v_pair[1], threads=1)("a ring", image=image, last_image=last, seed=7).arrays[0]
+    np.testing.assert_array_equal(frames(both.json()["data"][0]["b64_json"]), expected)
+    assert one.status_code == 400
+    assert one.json()["error"]["message"] == "image: 1 picture; this model takes 2"
+    assert one.json()["error"]["param"] == "image"
+    assert (model["details"]["takes"]["pictures"]["least"], model["details"]["takes"]["pictures"]["most"]) == (2, 2)
