@@ -311,7 +311,8 @@ form.addEventListener("submit", async event => {
   forgive();
   const {pictures: taken} = chosen().details.takes;
   if (taken && pictures.length < taken.least) {
-    blame("image", "this model draws nothing without a picture; choose one");
+    const few = `this model draws nothing without ${taken.least} pictures; ${pictures.length} chosen`;
+    blame("image", taken.least > 1 ? few : "this model draws nothing without a picture; choose one");
     return;
   }
   underWay = new AbortController();

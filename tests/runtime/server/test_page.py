@@ -207,6 +207,10 @@ def test_a_film_begins_and_ends_with_a_picture_moves_and_is_downloaded(
     fill(browser, prompt="a ring", seed=7, num_frames=5, guidance_scale=3, guidance_scale_2=1)
     browser.run("form.requestSubmit()")
     assert text(browser, "#drop .bad") == "this model draws nothing without a picture; choose one"
+    browser.run("chosen().details.takes.pictures.least = 2")  # as of Wan's FLF2V
+    browser.run("form.requestSubmit()")
+    assert text(browser, "#drop .bad") == "this model draws nothing without 2 pictures; 0 chosen"
+    browser.run("chosen().details.takes.pictures.least = 1")
     assert text(browser, "#pictures-are").startswith("picture that the film begins with, and one that it ends with")
     browser.choose_files("form.image", photos[0], photos[1])
     browser.wait_for("pictures.length == 2")
