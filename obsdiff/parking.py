@@ -135,7 +135,7 @@ class _Parked:
 
 @dataclass
 class _Spot:
-    """A pass's.
+    """Of a pass.
 
     Attributes:
         shared: addresses of memory that is another's too; it stays.
