@@ -7,6 +7,7 @@ so that any architecture can be streamed block by block without being taken apar
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import CO_OPTIMIZED
 from typing import Any
 
 from greenlet import getcurrent, greenlet
@@ -47,8 +48,8 @@ class PausedPass:
         while frame is not None:
             shown = frame.f_locals
             found.extend(shown.values())
-            if isinstance(shown, dict):  # a copy, before Python 3.13, which would outlive what it shows
-                shown.clear()
+            if isinstance(shown, dict) and frame.f_code.co_flags & CO_OPTIMIZED:
+                shown.clear()  # of a function it is a copy, before Python 3.13, which would outlive what it shows
             frame = frame.f_back
         return [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
 

@@ -191,7 +191,7 @@ def test_each_is_fitted_as_if_the_other_were_dense(cut: tuple[Pruned, Any], buil
     pruned, _ = cut
     pipeline = build_pipeline("wan22", num_layers=1)
     alone = pruning._prune(
-        pipeline, wan, pruned.recipe, stored=torch.float32, journal=None, progress=lambda *_, **__: None
+        pipeline, wan, pruned.recipe, stored=torch.float32, journal=None, scratch=None, progress=lambda *_, **__: None
     )
     found = pruned.denoiser.state_dict()
     assert all(torch.equal(weight, found[name]) for name, weight in alone.denoiser.state_dict().items())
