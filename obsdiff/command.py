@@ -206,7 +206,9 @@ def _smaller(values: Mapping[str, Any]) -> str:
     if "packages" not in values:
         return "lower --batch-size, --height or --width"
     away = "" if values.get("offload") else "; a model may stay in a GPU's host: obsdiff prune --offload"
-    return f"lower --batch-size; with a method that does not stream, raise --packages{away}"
+    return (
+        "lower --batch-size, and --draws or --kept-steps; with a method that does not stream, raise --packages" + away
+    )
 
 
 def _again(values: Mapping[str, Any]) -> str:

@@ -366,7 +366,7 @@ def require(job: Job, settings: Settings, output: Path, *, copies: int) -> int:
     if not METHODS[job.recipe.method].streams:
         advice = "raise --packages or lower --gram-budget and --batch-size"
     else:
-        advice = "lower --batch-size" if on_disk else parking.ADVICE
+        advice = "lower --batch-size, --height or --width" if on_disk else parking.ADVICE
     if _on_cpu(settings):
         needed = estimates.memory_bytes + (copies - 1) * weights
     else:

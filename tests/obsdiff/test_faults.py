@@ -232,8 +232,8 @@ def test_a_disk_that_holds_the_denoiser_but_not_the_rest_is_found_before_calibra
 @pytest.mark.parametrize(
     ("command", "advice"),
     [
-        (prune(), "lower --batch-size"),
-        (export(), "lower --batch-size"),
+        (prune(), "lower --batch-size, --height or --width"),
+        (export(), "lower --batch-size, --height or --width"),
         (prune("--method", "obsdiff"), "raise --packages"),
     ],
 )
@@ -276,7 +276,8 @@ def test_memory_that_runs_out_at_work_names_the_flags_that_count(
 
     monkeypatch.setattr(verbs, "load_model", full)
     line = fails(*prune(), code=4)
-    assert f"out of memory{' on the GPU' if where == 'gpu' else ''}; lower --batch-size; " in line
+    place = " on the GPU" if where == "gpu" else ""
+    assert f"out of memory{place}; lower --batch-size, and --draws or --kept-steps; " in line
     assert "raise --packages" in line
     assert "--offload" in line
 
