@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from obsdiff.calibration import calibrate
     from obsdiff.settings import Settings
     from obsdiff.shrinking import shrink
-    from obsdiff.verbs import build, evaluate, export, load, lora, plan, prune, save
+    from obsdiff.verbs import build, convert, evaluate, export, load, lora, plan, prune, save
 
 _HOMES = {
     "Settings": "settings",
     "build": "verbs",
     "calibrate": "calibration",
+    "convert": "verbs",
     "evaluate": "verbs",
     "export": "verbs",
     "load": "verbs",
@@ -38,6 +39,7 @@ __all__ = [
     "__version__",
     "build",
     "calibrate",
+    "convert",
     "evaluate",
     "export",
     "load",

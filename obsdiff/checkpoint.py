@@ -79,7 +79,7 @@ def save_into(
     pruned |= {name: (getattr(pipeline, name), its) for name, its in behind.items()}
     for name, component in _components(pipeline):
         if name not in pruned:
-            _save_component(component, folder / name, source / name if source is not None else None)
+            save_component(component, folder / name, source / name if source is not None else None)
     for name, (module, its) in pruned.items():
         target = folder / name
         module.save_pretrained(target, safe_serialization=True)  # type: ignore[operator]
@@ -254,7 +254,8 @@ def _components(pipeline: DiffusionPipeline) -> list[tuple[str, Any]]:
     return [(name, component) for name, component in pipeline.components.items() if component is not None]
 
 
-def _save_component(component: Any, target: Path, source: Path | None) -> None:
+def save_component(component: Any, target: Path, source: Path | None = None) -> None:
+    """Writes one; where the folder it was loaded from is given and holds its files, these are copied."""
     files, others = folders.component_files(source) if source is not None and source.is_dir() else ([], [])
     if not files and (not others or isinstance(component, nn.Module)):
         component.save_pretrained(target)

@@ -17,6 +17,7 @@ from obsdiff_runtime.version import __version__
 VERBS: Final[tuple[Verb, ...]] = (
     models.export,
     models.prune,
+    models.convert,
     models.lora,
     models.plan,
     engines.build,

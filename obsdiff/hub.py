@@ -2,7 +2,7 @@
 
 import contextlib
 import errno
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,23 @@ from obsdiff.weights import CONVERT
 from obsdiff_runtime.errors import ModelError, ResourceError, first_line
 
 
-def fetch_pipeline(model: str, *, revision: str | None, variant: str | None, local_files_only: bool) -> Path:
-    """The folder that a pipeline was fetched to; ModelError where it cannot be, ResourceError of a full disk."""
+def fetch_pipeline(
+    model: str, *, revision: str | None, variant: str | None, local_files_only: bool, without: Collection[str] = ()
+) -> Path:
+    """The folder that a pipeline was fetched to, without the components that the caller has.
+
+    Raises:
+        ModelError: it cannot be fetched.
+        ResourceError: the disk is full.
+    """
     try:
         folder = DiffusionPipeline.download(
-            model, revision=revision, variant=variant, use_safetensors=True, local_files_only=local_files_only
+            model,
+            revision=revision,
+            variant=variant,
+            use_safetensors=True,
+            local_files_only=local_files_only,
+            **dict.fromkeys(without),
         )
         _fetch_extras(model, read_index(Path(folder)), revision, local_files_only)
     except (OSError, ValueError) as error:

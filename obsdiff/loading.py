@@ -106,7 +106,7 @@ def load_pipeline(
         BundleError: it is a pruned checkpoint that is incomplete or altered.
         CompatibilityError: it is a pruned checkpoint of a newer schema.
     """
-    folder = _local(model)
+    folder = local_path(model)
     if folder is None:
         folder = fetch_pipeline(str(model), revision=revision, variant=variant, local_files_only=local_files_only)
     index = read_index(folder)
@@ -150,7 +150,7 @@ def load_configs(model: str | Path, *, revision: str | None = None, local_files_
         ModelError: there is no such model, it has no denoiser, or its family is unknown.
         BundleError: it is a pruned checkpoint whose cuts do not fit.
     """
-    path = _local(model)
+    path = local_path(model)
     if path is None:
         path = fetch_configs(str(model), revision=revision, local_files_only=local_files_only)
     if path.is_file() or not (path / INDEX).is_file():
@@ -211,7 +211,7 @@ def _stored_dtype(folder: Path, variant: str | None) -> torch.dtype:
     return dtype
 
 
-def _local(model: str | Path) -> Path | None:
+def local_path(model: str | Path) -> Path | None:
     """The path, where it exists; None where the name can only mean a model on the Hub.
 
     Raises:
@@ -223,10 +223,12 @@ def _local(model: str | Path) -> Path | None:
         raise ModelError("the model's name is empty; name a diffusers folder or a model on the Hub")
     if path.is_dir() or (path.suffix == ".json" and path.is_file()):
         return path
+    if path.is_file() and path.suffix != ".safetensors":
+        raise ModelError(f"{model} is a file; name a diffusers folder or a model on the Hub")
     if path.is_file():
         raise ModelError(
-            f"{model} is a single file; load it once with from_single_file() of its diffusers pipeline, "
-            "save_pretrained() it to a folder, and name that"
+            f"{model} is a single file; make a folder of it with obsdiff convert {model} --base MODEL -o FOLDER, "
+            "MODEL being what it was made from, and name that"
         )
     if text.count("/") > 1 or text.startswith((".", "/", "~")) or "\\" in text:
         raise ModelError(f"{text}: there is no such folder")

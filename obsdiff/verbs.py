@@ -62,6 +62,7 @@ from obsdiff.recipe import evaluation_prompts, prompts_digest
 from obsdiff.resolving import resolve
 from obsdiff.resources import existing_folder
 from obsdiff.settings import ENGINES, Settings, given_as
+from obsdiff.single_files import convert as convert
 from obsdiff.sparsity import parse
 from obsdiff_export.onnx import checked_opset
 from obsdiff_export.parity import require_onnxruntime

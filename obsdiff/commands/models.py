@@ -1,4 +1,4 @@
-"""Verbs on a model: export, prune, plan, eval."""
+"""Verbs on a model: export, prune, convert, lora, plan, eval."""
 
 import shlex
 import sys
@@ -105,6 +105,37 @@ def prune(run: Run) -> None:
         console.print(f"next    obsdiff export {output} --trt -o {output}-bundle", style="dim")
 
     run.print_result({"folder": str(output), **result.to_json()}, show)
+
+
+@verb(
+    "convert",
+    ("revision",),
+    file=(Annotated[Path, typer.Argument(help="A model as one safetensors file.")], ...),
+    base=option(
+        str, "--base", text="What it was made from, a diffusers folder or Hub id: gives what it lacks.", default=...
+    ),
+    output=OUTPUT["output"],
+)
+def convert(run: Run) -> None:
+    """A model that is a single file, such as a fine-tune, becomes a diffusers folder."""
+    from obsdiff import verbs
+
+    output: Path = run.options["output"]
+    found = verbs.convert(run.options["file"], run.options["base"], output, revision=run.settings.revision)
+
+    def show() -> None:
+        from rich.console import Console
+
+        console = Console(highlight=False)
+        console.print(f"{output}: {', '.join(found.taken)} of the file, in {found.dtype}", soft_wrap=True)
+        console.print(f"the rest is the base's: {', '.join(found.copied)}", soft_wrap=True)
+        if found.told:
+            console.print(f"[yellow]note[/] the file sets {' and '.join(found.told)} of the scheduler")
+        if found.left_out:
+            console.print(f"[yellow]note[/] tensors of the file that belong to none of these: {found.left_out}")
+        console.print(f"next    obsdiff export {output} --sparsity 2:4 --trt -o {output}-bundle", style="dim")
+
+    run.print_result(found.to_json(), show)
 
 
 @verb(

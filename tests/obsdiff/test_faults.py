@@ -134,7 +134,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(
         (prune(model="./nowhere"), "./nowhere: there is no such folder"),
         (prune(model="no-one/nothing"), "is neither a folder here nor a model that can be fetched"),
         (prune(model="~/no-such-folder"), "~/no-such-folder: there is no such folder"),
-        (prune(model="prompts.txt"), "is a single file"),
+        (prune(model="prompts.txt"), "is a file; name a diffusers folder"),
         (prune(sparsity="3:2"), "3:2 means 3 zeros in every 2 weights"),
         (prune(sparsity="2:0"), "2:0"),
         (prune(sparsity="much"), "much"),

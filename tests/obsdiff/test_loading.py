@@ -105,7 +105,7 @@ def test_a_folder_without_an_index_is_no_pipeline(tmp_path: Path) -> None:
 
 def test_a_single_file_is_an_error_that_says_how_to_convert_it(tmp_path: Path) -> None:
     (tmp_path / "sd.safetensors").touch()
-    with pytest.raises(ModelError, match="from_single_file"):
+    with pytest.raises(ModelError, match=r"obsdiff convert .*sd.safetensors --base MODEL -o FOLDER"):
         load_pipeline(tmp_path / "sd.safetensors")
 
 

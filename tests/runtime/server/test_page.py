@@ -95,8 +95,9 @@ def fill(browser: Browser, **fields: Any) -> None:
 
 def shown(browser: Browser, index: int = 0) -> np.ndarray:
     """(height, width, 3) of a picture of the shelf, as the browser decoded it."""
-    browser.wait_for(f"document.querySelectorAll('figure img')[{index}].naturalWidth")
-    script = f"firstFrame(document.querySelectorAll('figure img')[{index}])"
+    image = f"document.querySelectorAll('figure img')[{index}]"
+    browser.wait_for(f"{image}.complete && {image}.naturalWidth")  # until then a preview of it is drawn
+    script = f"firstFrame({image})"
     content = base64.b64decode(browser.run(script).partition(",")[2])
     return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
 
