@@ -143,7 +143,7 @@ def assemble(
 
 @contextmanager
 def _without_progress_bars() -> Iterator[None]:
-    """A library does not print: the bars that diffusers and transformers draw while loading are off inside."""
+    """A library does not print: the bars that diffusers and transformers draw over files are off inside."""
     enabled = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
     for library in enabled:
         library.disable_progress_bar()
@@ -258,7 +258,8 @@ def save_component(component: Any, target: Path, source: Path | None = None) -> 
     """Writes one; where the folder it was loaded from is given and holds its files, these are copied."""
     files, others = folders.component_files(source) if source is not None and source.is_dir() else ([], [])
     if not files and (not others or isinstance(component, nn.Module)):
-        component.save_pretrained(target)
+        with _without_progress_bars():
+            component.save_pretrained(target)
         if (target / "config.json").is_file():
             _without_origin(target / "config.json")
         return
