@@ -31,7 +31,7 @@ from obsdiff.hub import fetch_configs, fetch_pipeline
 from obsdiff.loading import local_path
 from obsdiff.manifest import read_json
 from obsdiff.resources import require_disk, require_memory
-from obsdiff.weights import CONVERT
+from obsdiff.weights import CONVERT, main_dtype
 from obsdiff_runtime.errors import ConfigError, ModelError, first_line
 
 _DENOISER: Final = ("model.diffusion_model.", "diffusion_model.")
@@ -59,9 +59,9 @@ class Converted:
 
     Attributes:
         output: the folder.
-        taken: components that came from the file, the denoiser first.
+        taken: components that came from the file, the denoiser first, or from two files.
         copied: those that came from the base.
-        dtype: of the denoiser's weights.
+        dtype: of the denoiser's weights, of two of the first's.
         told: settings of the scheduler that the file asks for.
         left_out: tensors of the file that belong to none of its components, moving averages among them.
     """
@@ -77,62 +77,78 @@ class Converted:
         return {**asdict(self), "output": str(self.output)}
 
 
-def convert(file: Path | str, base: Path | str, output: Path | str, *, revision: str | None = None) -> Converted:
+def convert(
+    file: Path | str,
+    base: Path | str,
+    output: Path | str,
+    *,
+    second: Path | str | None = None,
+    revision: str | None = None,
+) -> Converted:
     """Writes a diffusers folder of a model that is a single file.
 
     Args:
-        file: safetensors, in diffusers' names or in those of a layout that diffusers reads.
+        file: safetensors, in diffusers' names or in those of a layout that diffusers reads; where denoisers take turns
+            that of the first, of high noise.
         base: the model that it was made from: a diffusers folder, or the id of a model on the Hub, of which only what
             the file lacks is fetched.
         output: folder to create.
+        second: the file of the denoiser that takes its turn behind the first, of low noise.
         revision: of the base on the Hub.
 
     Raises:
         ModelError: it is no such file, a LoRA, or quantised, or does not fit the base; or there is no such base.
-        ConfigError: the output exists, or the base is pruned, or has two denoisers.
+        ConfigError: the output exists, the base is pruned, or there are as many denoisers as there are files not.
         ResourceError: memory or disk are too small.
     """
-    path, output = Path(file).expanduser(), Path(output)
-    names = _names(path)
+    output = Path(output)
+    files = [Path(each).expanduser() for each in (file, second) if each is not None]
+    held = [_names(path) for path in files]
     check_free(output, force=False)
     here = local_path(base)
     described = here or fetch_configs(str(base), revision=revision, local_files_only=False)
     index = read_index(described)
-    family = read_family(described, index)
+    denoisers = turns.names(index, read_family(described, index))
     if checkpoint.pruned_manifest(described) is not None:
-        raise ConfigError(f"--base {base}: it is pruned; name the dense model that {path.name} was made from")
-    if len(turns.names(index, family)) > 1:
-        raise ConfigError(f"--base {base}: its denoisers take turns, and one file holds one of them only")
-    prefixes = _prefixes(names, index, family.denoiser)
+        raise ConfigError(f"--base {base}: it is pruned; name the dense model that {files[0].name} was made from")
+    if len(files) != len(denoisers):
+        each = "give a file of each, with --second that of low noise" if second is None else "leave --second out"
+        raise ConfigError(f"--base {base} has {' and '.join(denoisers)}: {each}")
+    places = {
+        component: (path, names, prefix)
+        for path, names, denoiser in zip(files, held, denoisers, strict=True)
+        for component, prefix in _prefixes(names, index, denoiser).items()
+    }
     folder = here or fetch_pipeline(
-        str(base), revision=revision, variant=None, local_files_only=False, without=tuple(prefixes)
+        str(base), revision=revision, variant=None, local_files_only=False, without=tuple(places)
     )
-    size = path.stat().st_size
-    require_memory(size, advice="the whole file is read; close what else is running")
-    require_disk(output, size)
+    sizes = [path.stat().st_size for path in files]
+    require_memory(max(sizes), advice="a whole file is read; close what else is running")
+    require_disk(output, sum(sizes))
     present = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None]
-    copied = tuple(name for name in present if name not in prefixes)
+    copied = tuple(name for name in present if name not in places)
     with new_folder(output) as partial:
-        for name in copied:
-            _copy(folder / name, partial / name)
-        for name, prefix in prefixes.items():
-            with _named(path, name, base):
-                module = _network(path, names, prefix, index[name], folder / name)
-            checkpoint.save_component(module, partial / name)
-            if name == family.denoiser:
-                dtype = str(next(module.parameters()).dtype).removeprefix("torch.")
+        for component in copied:
+            _copy(folder / component, partial / component)
+        for component, (path, names, prefix) in places.items():
+            with _named(path, component, base):
+                module = _network(path, names, prefix, index[component], folder / component)
+            checkpoint.save_component(module, partial / component)
+            if component == denoisers[0]:
+                dtype = str(main_dtype(module)).removeprefix("torch.")
             del module  # before there is the next
-        told = _tell(partial / "scheduler" / "scheduler_config.json", names)
-        for each in (INDEX, DEFAULTS):
-            if (folder / each).is_file():
-                shutil.copyfile(folder / each, partial / each)
+        told = _tell(partial / "scheduler" / "scheduler_config.json", held[0])
+        for name in (INDEX, DEFAULTS):
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, partial / name)
+    known = tuple(prefix for _, _, prefix in places.values())
     return Converted(
         output=output,
-        taken=tuple(prefixes),
+        taken=tuple(places),
         copied=copied,
         dtype=dtype,
         told=told,
-        left_out=sum(name not in _TOLD and not name.startswith(tuple(prefixes.values())) for name in names),
+        left_out=sum(name not in _TOLD and not name.startswith(known) for names in held for name in names),
     )
 
 

@@ -110,7 +110,11 @@ def prune(run: Run) -> None:
 @verb(
     "convert",
     ("revision",),
-    file=(Annotated[Path, typer.Argument(help="A model as one safetensors file.")], ...),
+    file=(
+        Annotated[Path, typer.Argument(help="A model as one safetensors file; of two denoisers that of high noise.")],
+        ...,
+    ),
+    second=option(Path | None, "--second", text="The file of the second of two denoisers, of low noise."),
     base=option(
         str, "--base", text="What it was made from, a diffusers folder or Hub id: gives what it lacks.", default=...
     ),
@@ -121,13 +125,19 @@ def convert(run: Run) -> None:
     from obsdiff import verbs
 
     output: Path = run.options["output"]
-    found = verbs.convert(run.options["file"], run.options["base"], output, revision=run.settings.revision)
+    found = verbs.convert(
+        run.options["file"],
+        run.options["base"],
+        output,
+        second=run.options["second"],
+        revision=run.settings.revision,
+    )
 
     def show() -> None:
         from rich.console import Console
 
         console = Console(highlight=False)
-        console.print(f"{output}: {', '.join(found.taken)} of the file, in {found.dtype}", soft_wrap=True)
+        console.print(f"{output}: {', '.join(found.taken)} as given, in {found.dtype}", soft_wrap=True)
         console.print(f"the rest is the base's: {', '.join(found.copied)}", soft_wrap=True)
         if found.told:
             console.print(f"[yellow]note[/] the file sets {' and '.join(found.told)} of the scheduler")

@@ -102,6 +102,22 @@ def diffusers_names(module: nn.Module, prefix: str) -> dict[str, Tensor]:
     return {prefix + name: tensor for name, tensor in module.state_dict().items()}
 
 
+def test_denoisers_that_take_turns_come_from_a_file_each(build_pipeline: Any, tmp_path: Path) -> None:
+    pipeline = build_pipeline("wan22")
+    names = ("transformer", "transformer_2")
+    first, second = (
+        written(diffusers_names(getattr(pipeline, name), "model.diffusion_model."), tmp_path / f"{name}.safetensors")
+        for name in names
+    )
+    assert differing(pipeline.transformer, pipeline.transformer_2)
+    base = base_of("wan22", tmp_path / "base")
+    found = obsdiff.convert(first, base, tmp_path / "out", second=second)
+    assert (found.taken, found.left_out) == (names, 0)
+    loaded = load_pipeline(tmp_path / "out").pipeline
+    for name in names:
+        assert not differing(getattr(loaded, name), getattr(pipeline, name))
+
+
 @pytest.mark.parametrize("layout", [layouts.mmdit, diffusers_names])
 @pytest.mark.parametrize(
     ("stored", "computed"),
@@ -257,7 +273,7 @@ def test_the_command_says_what_came_from_where(build_pipeline: Any, tmp_path: Pa
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
-    assert lines[0] == f"{tmp_path / 'out'}: unet, vae, text_encoder of the file, in float32"
+    assert lines[0] == f"{tmp_path / 'out'}: unet, vae, text_encoder as given, in float32"
     assert lines[1] == "the rest is the base's: scheduler, tokenizer"
     assert lines[2:4] == [
         "note the file sets prediction_type of the scheduler",
@@ -268,13 +284,16 @@ def test_the_command_says_what_came_from_where(build_pipeline: Any, tmp_path: Pa
     assert "exists; choose another folder" in again.stderr
 
 
-def test_the_base_must_be_dense_and_have_one_denoiser(build_pipeline: Any, tmp_path: Path) -> None:
+def test_the_base_must_be_dense_and_have_as_many_denoisers(build_pipeline: Any, tmp_path: Path) -> None:
     file = written({"a.weight": torch.ones(2)}, tmp_path / "x.safetensors")
     with pytest.raises(ModelError, match="no such folder"):
         obsdiff.convert(file, tmp_path / "base", tmp_path / "out")
     build_pipeline("wan22").save_pretrained(tmp_path / "two")
-    with pytest.raises(ConfigError, match="denoisers take turns, and one file holds one of them"):
+    with pytest.raises(ConfigError, match="has transformer and transformer_2: give a file of each, with --second"):
         obsdiff.convert(file, tmp_path / "two", tmp_path / "out")
+    build_pipeline("wan").save_pretrained(tmp_path / "one")
+    with pytest.raises(ConfigError, match="has transformer: leave --second out"):
+        obsdiff.convert(file, tmp_path / "one", tmp_path / "out", second=file)
     how = {"steps": 2, "height": 32, "width": 32, "num_samples": 2, "method": "magnitude"}
     obsdiff.save(obsdiff.prune(build_pipeline("sd15"), sparsity="2:4", prompts=["a"], **how), tmp_path / "pruned")
     with pytest.raises(ConfigError, match="it is pruned; name the dense model that x"):
