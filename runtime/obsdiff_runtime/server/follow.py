@@ -5,6 +5,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Final
 
+import anyio
 from fastapi import Request
 
 from obsdiff_runtime.errors import CancelledError
@@ -64,5 +65,5 @@ class Follower:
                 self._looked = self._loop.time()
                 if await self._request.is_disconnected():
                     raise CancelledError("the client is gone")
-            with contextlib.suppress(TimeoutError):
-                return await asyncio.wait_for(self._events.get(), LOOK_EVERY_S)
+            with anyio.move_on_after(LOOK_EVERY_S):  # asyncio.wait_for may swallow that the task is cancelled
+                return await self._events.get()

@@ -1,9 +1,10 @@
 """Requests that are too large or too slow end before anything reads them."""
 
-import asyncio
 import json
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any, Final
+
+import anyio
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -39,7 +40,8 @@ class BoundedBodies:
             return
         most = MAX_FORM_BYTES if scope["path"] in self._forms else self._max_bytes
         try:
-            body = await asyncio.wait_for(_body(receive, most), self._seconds)
+            with anyio.fail_after(self._seconds):
+                body = await _body(receive, most)
         except TimeoutError:
             await _refuse(send, 408, f"the body of the request did not come within {self._seconds:g} s")
             return
