@@ -1,9 +1,10 @@
 """A process that serves bundles until it is told to stop.
 
 The first SIGTERM or SIGINT drains: new requests are refused with 503 and /ready says so, those that were accepted are
-answered, and then the process ends. A second one ends it at once.
+answered, and then the process ends. A second one ends it at once, with 128 and its number as exit code.
 """
 
+import os
 import socket
 import threading
 import time
@@ -70,8 +71,7 @@ def serve(bundles: Sequence[str], options: Options, ready: Callable[[str], None]
     class Draining(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             if server.draining:
-                self.should_exit = self.force_exit = True
-                return
+                os._exit(128 + sig)  # uvicorn would wait until connections are closed
             server.drain()
             threading.Thread(target=self._end_when_idle, daemon=True).start()
 

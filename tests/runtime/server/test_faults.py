@@ -202,7 +202,7 @@ def test_a_second_signal_ends_it_at_once(process: Process) -> None:
         process.process.send_signal(signal.SIGINT)
         wait_until(lambda: httpx.get(f"{process.url}/ready").status_code == 503)
         process.process.send_signal(signal.SIGINT)
-        process.process.wait(30)
+        assert process.process.wait(5) == 130
         with pytest.raises((httpx.TransportError, AssertionError)):
             assert answer.result().status_code == 200
 
