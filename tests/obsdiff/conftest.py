@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -22,6 +23,7 @@ from torch import nn
 
 from networks.whole.denoisers import DENOISERS
 from networks.whole.pipelines import PIPELINES, UNDESCRIBED, dit_pipeline, sd3_pipeline, sd15_pipeline
+from obsdiff import hub
 from obsdiff.families import flux
 from obsdiff.families.table import family_of
 from obsdiff.sampling import velocity_of
@@ -60,6 +62,29 @@ def build_undescribed() -> Callable[[str], DiffusionPipeline]:
         return pipeline
 
     return build
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], list[dict[str, Any]]]:
+    """stand_in(folder): the Hub knows one model, whatever it is called; gives what diffusers is asked to fetch."""
+
+    def begin(folder: Path) -> list[dict[str, Any]]:
+        asked: list[dict[str, Any]] = []
+
+        def download(model: str, **options: Any) -> str:
+            asked.append({"model": model, **options})
+            return str(folder)
+
+        def hf_hub_download(model: str, name: str, **_: Any) -> str:
+            if not (folder / name).exists():
+                raise huggingface_hub.errors.EntryNotFoundError(name)
+            return str(folder / name)
+
+        monkeypatch.setattr(DiffusionPipeline, "download", download)
+        monkeypatch.setattr(hub, "hf_hub_download", hf_hub_download)
+        return asked
+
+    return begin
 
 
 @pytest.fixture

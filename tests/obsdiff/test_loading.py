@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
@@ -14,7 +13,7 @@ from diffusers.pipelines import pipeline_loading_utils
 from torch import Tensor, nn
 
 import obsdiff
-from obsdiff import checkpoint, hub
+from obsdiff import checkpoint
 from obsdiff.defaults import Defaults, defaults_of, vae_scale
 from obsdiff.families import guided, usual_scale
 from obsdiff.families.table import FAMILIES, family_of
@@ -295,22 +294,11 @@ def test_configurations_of_a_pruned_checkpoint_include_its_cuts(pruned: Path) ->
     assert units[HEADS] == 2
 
 
-def test_a_name_on_the_hub_is_fetched_and_loaded_from_the_cache(pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def download(model: str, **options: Any) -> str:
-        asked.append((model, options["revision"], options["use_safetensors"]))
-        return str(pruned)
-
-    def hf_hub_download(model: str, name: str, **options: Any) -> str:
-        if not (pruned / name).exists():
-            raise huggingface_hub.errors.EntryNotFoundError(name)
-        return str(pruned / name)
-
-    monkeypatch.setattr(DiffusionPipeline, "download", download)
-    monkeypatch.setattr(hub, "hf_hub_download", hf_hub_download)
+def test_a_name_on_the_hub_is_fetched_and_loaded_from_the_cache(pruned: Path, stand_in: Callable[..., Any]) -> None:
+    asked = stand_in(pruned)
     assert load_pipeline("someone/sd3", revision="main").manifest is not None
-    assert asked == [("someone/sd3", "main", True)]
+    (fetched,) = asked
+    assert (fetched["model"], fetched["revision"], fetched["use_safetensors"]) == ("someone/sd3", "main", True)
     assert load_configs("someone/sd3").family.name == "sd3"
 
 

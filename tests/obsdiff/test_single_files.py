@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -16,7 +15,6 @@ from typer.testing import CliRunner
 import obsdiff
 from networks import layouts
 from networks.whole.pipelines import PIPELINES
-from obsdiff import hub
 from obsdiff.cli import app
 from obsdiff.loading import load_configs, load_pipeline
 from obsdiff_runtime.errors import ConfigError, ModelError
@@ -228,30 +226,19 @@ def test_what_is_no_file_of_weights_is_refused(name: str | None, content: bytes,
 
 
 def test_of_a_base_on_the_hub_only_what_is_lacking_is_fetched(
-    build_pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    build_pipeline: Any, stand_in: Callable[..., Any], tmp_path: Path
 ) -> None:
     pipeline = build_pipeline("sd15")
     file = written(layouts.unet(pipeline.unet) | layouts.autoencoder(pipeline.vae), tmp_path / "tuned.safetensors")
-    base, asked = base_of("sd15", tmp_path / "base"), {}
+    base = base_of("sd15", tmp_path / "base")
     for name in ("unet", "vae"):
         (base / name / "diffusion_pytorch_model.safetensors").unlink()
-
-    def download(model: str, **options: Any) -> str:
-        asked.update({"model": model, **options})
-        return str(base)
-
-    def hf_hub_download(model: str, name: str, **options: Any) -> str:
-        if not (base / name).exists():
-            raise huggingface_hub.errors.EntryNotFoundError(name)
-        return str(base / name)
-
-    monkeypatch.setattr(DiffusionPipeline, "download", download)
-    monkeypatch.setattr(hub, "hf_hub_download", hf_hub_download)
+    asked = stand_in(base)
     obsdiff.convert(file, "someone/sd15", tmp_path / "out", revision="main")
-    assert asked["model"] == "someone/sd15"
-    assert asked["revision"] == "main"
-    assert asked["unet"] is asked["vae"] is None
-    assert "text_encoder" not in asked
+    (fetched,) = asked
+    assert (fetched["model"], fetched["revision"]) == ("someone/sd15", "main")
+    assert fetched["unet"] is fetched["vae"] is None
+    assert "text_encoder" not in fetched
     assert not differing(load_pipeline(tmp_path / "out").pipeline.unet, pipeline.unet)
 
 
