@@ -83,9 +83,9 @@ def prune(
         for done in range(len(run.blocks)):
             index, name = run.next()
             progress("prune blocks", done, len(run.blocks), name)
-            result = journal.read(f"block-{index}") if journal is not None else None
-            result = run.block(index, name, result)
-            if journal is not None:
+            known = journal.read(f"block-{index}") if journal is not None else None
+            result = run.block(index, name, known)
+            if journal is not None and known is None:
                 journal.write(f"block-{index}", result)
             results.append(replace(result, weights={}))
         run.finish()

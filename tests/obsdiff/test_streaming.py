@@ -277,8 +277,11 @@ def test_a_journal_on_disk_serves_as_well(prune: Prune, tmp_path: Path) -> None:
     files = sorted(path.name for path in journal.folder.glob("block-*.safetensors"))
     assert files == [f"block-{index}.safetensors" for index in range(3)]
     (journal.folder / "block-2.json").unlink()  # half-written when the run was killed
+    before = {name: (journal.folder / name).stat().st_mtime_ns for name in files}
     again = prune("sd3", "2:4", journal=FolderJournal(tmp_path / "out", "digest", resume=True), dtype=torch.float16)
     assert not changed(first.denoiser, again.denoiser)
+    written = [name for name in files if (journal.folder / name).stat().st_mtime_ns != before[name]]
+    assert written == ["block-2.safetensors"], "what is known is not written again"
 
 
 @pytest.mark.parametrize("kind", EVERY)
