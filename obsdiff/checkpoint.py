@@ -83,7 +83,7 @@ def save_into(
     for name, (module, its) in pruned.items():
         target = folder / name
         module.save_pretrained(target, safe_serialization=True)  # type: ignore[operator]
-        _without_origin(target / "config.json")
+        rewrite_config(target / "config.json")
         _write_json(target / MANIFEST, its.model_dump(mode="json"))
         _check_loads(target)
     save_index(pipeline, folder)
@@ -94,7 +94,7 @@ def save_into(
 def save_index(pipeline: DiffusionPipeline, folder: Path) -> None:
     """Writes model_index.json."""
     pipeline.save_config(folder)
-    _without_origin(folder / INDEX, **unsaved(pipeline))
+    rewrite_config(folder / INDEX, **unsaved(pipeline))
 
 
 def unsaved(pipeline: Any) -> dict[str, Any]:
@@ -261,15 +261,13 @@ def save_component(component: Any, target: Path, source: Path | None = None) -> 
         with _without_progress_bars():
             component.save_pretrained(target)
         if (target / "config.json").is_file():
-            _without_origin(target / "config.json")
+            rewrite_config(target / "config.json")
         return
-    target.mkdir()
-    for path in [*files, *others]:
-        folders.copy(path, target / path.name)
+    folders.copy_all([*files, *others], target)
 
 
-def _without_origin(path: Path, **more: Any) -> None:
-    """Rewrites a config with `more`, and without the place it came from: so the same model gives the same bytes."""
+def rewrite_config(path: Path, **more: Any) -> None:
+    """Writes a config again with `more`, and without the place it came from: so the same model gives the same bytes."""
     config = json.loads(path.read_text(encoding="utf-8"))
     config.pop("_name_or_path", None)
     _write_json(path, {**config, **more}, sort=True)

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -100,6 +100,13 @@ def component_files(folder: Path) -> tuple[list[Path], list[Path]]:
     files = [path for path in folder.iterdir() if path.is_file() and not is_variant(path)]
     weights = [path for path in files if path.suffix == ".safetensors"]
     return weights, [path for path in files if path.suffix not in _WEIGHT_SUFFIXES]
+
+
+def copy_all(files: Sequence[Path], target: Path) -> None:
+    """Copies files into a new folder."""
+    target.mkdir()
+    for path in files:
+        copy(path, target / path.name)
 
 
 def is_variant(path: Path) -> bool:

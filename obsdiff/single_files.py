@@ -6,7 +6,6 @@ model that it was made from, its base.
 """
 
 import inspect
-import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,7 +31,7 @@ from obsdiff.loading import local_path
 from obsdiff.manifest import read_json
 from obsdiff.resources import require_disk, require_memory
 from obsdiff.weights import CONVERT, main_dtype
-from obsdiff_runtime.errors import ConfigError, ModelError, first_line
+from obsdiff_runtime.errors import ConfigError, ModelError, failure, first_line
 
 _DENOISER: Final = ("model.diffusion_model.", "diffusion_model.")
 _AUTOENCODER: Final = ("first_stage_model.", "vae.")
@@ -43,7 +42,7 @@ _CLIP: Final = (
 _T5: Final = ("text_encoders.t5xxl.",)
 _ENCODERS: Final = (*_CLIP[0], *_CLIP[1], *_T5)
 
-_ADAPTERS: Final = ("lora_", ".lora.", "lora_unet_")
+_ADAPTERS: Final = ("lora_", ".lora.")
 _SCALED: Final = (".scale_weight", ".weight_scale", ".comfy_quant", ".absmax", "scaled_fp8")
 _NARROW: Final = (torch.float8_e4m3fn, torch.float8_e5m2)
 _TOLD: Final[Mapping[str, Mapping[str, Any]]] = {
@@ -98,7 +97,7 @@ def convert(
 
     Raises:
         ModelError: it is no such file, a LoRA, or quantised, or does not fit the base; or there is no such base.
-        ConfigError: the output exists, the base is pruned, or there are as many denoisers as there are files not.
+        ConfigError: the output exists, the base is pruned, or it has more denoisers than there are files, or fewer.
         ResourceError: memory or disk are too small.
     """
     output = Path(output)
@@ -218,8 +217,8 @@ def _network(path: Path, names: Sequence[str], prefix: str, entry: Sequence[str]
         with init_empty_weights(include_buffers=False):
             module: nn.Module = getattr(diffusers, kind).from_config(read_json(config / "config.json", ModelError))
         if own.keys() == module.state_dict().keys():
-            cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in own.items()}
-            module.load_state_dict(cast, strict=True, assign=True)
+            wide = {name: tensor.to(dtype) if tensor.dtype in _NARROW else tensor for name, tensor in own.items()}
+            module.load_state_dict(wide, strict=True, assign=True)
             return module
     if kind == "UNet2DConditionModel":
         tensors = {_DENOISER[0] + name: tensor for name, tensor in own.items()}
@@ -248,6 +247,8 @@ def _named(path: Path, component: str, base: Path | str) -> Iterator[None]:
     try:
         yield
     except (SingleFileComponentError, LookupError, ValueError, RuntimeError, AttributeError, OSError) as error:
+        if failure(error) is not None:  # of memory or a disk, which says itself what is wrong
+            raise
         what = first_line(error).partition(". If you want")[0]  # diffusers' advice is for who calls it
         raise ModelError(
             f"{path} holds no {component} of {base}; is that what it was made from? diffusers says: {what}"
@@ -261,20 +262,17 @@ def _copy(source: Path, target: Path) -> None:
     files, others = folders.component_files(source)
     if not files and (source / "config.json").is_file():  # it is a network
         raise ModelError(f"{source} holds no weights as safetensors, or of a variant only; {CONVERT}")
-    target.mkdir()
-    for path in [*files, *others]:
-        folders.copy(path, target / path.name)
+    folders.copy_all([*files, *others], target)
 
 
 def _tell(config: Path, names: Sequence[str]) -> tuple[str, ...]:
     """Writes into a scheduler's configuration what the file says of it; which settings those are."""
     changes = {key: value for name in names for key, value in _TOLD.get(name, {}).items()}
     if changes:
-        data = read_json(config, ModelError)
-        scheduler = data["_class_name"]
+        scheduler = read_json(config, ModelError)["_class_name"]
         known = inspect.signature(getattr(diffusers, scheduler).__init__).parameters
         unknown = sorted(changes.keys() - known.keys())
         if unknown:
             raise ModelError(f"the file asks for {unknown[0]}, and the base's {scheduler} has none; take another base")
-        config.write_text(json.dumps({**data, **changes}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        checkpoint.rewrite_config(config, **changes)
     return tuple(changes)

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import obsdiff
 from networks import layouts
 from networks.whole.pipelines import PIPELINES
+from obsdiff import single_files
 from obsdiff.cli import app
 from obsdiff.loading import load_configs, load_pipeline
 from obsdiff_runtime.errors import ConfigError, ModelError
@@ -133,6 +134,32 @@ def test_weights_keep_their_precision_and_those_of_eight_bits_are_widened(
     assert found.dtype == computed
     wanted = pipeline.transformer.to(stored).to(getattr(torch, computed))
     assert not differing(load_pipeline(tmp_path / "out").pipeline.transformer, wanted)
+
+
+def test_weights_that_are_stored_wider_than_others_stay_so(build_pipeline: Any, tmp_path: Path) -> None:
+    module = build_pipeline("wan").transformer
+    for name, parameter in module.named_parameters():
+        if "norm" not in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    file = written(diffusers_names(module, ""), tmp_path / "tuned.safetensors")
+    found = obsdiff.convert(file, base_of("wan", tmp_path / "base"), tmp_path / "out")
+    assert found.dtype == "bfloat16"
+    stored = load_file(tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16, torch.float32}
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in module.state_dict().items())
+
+
+def test_memory_that_runs_out_is_not_taken_for_another_model(
+    build_pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] can't allocate memory: you tried to allocate 8 bytes")
+
+    file = written(layouts.unet(build_pipeline("sd15").unet), tmp_path / "tuned.safetensors")
+    monkeypatch.setattr(single_files, "load_single_file_sub_model", full)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        obsdiff.convert(file, base_of("sd15", tmp_path / "base"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_it_is_pruned_like_any_folder(build_pipeline: Any, tmp_path: Path) -> None:
