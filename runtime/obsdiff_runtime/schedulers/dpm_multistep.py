@@ -11,8 +11,8 @@ from obsdiff_runtime.noise import Noise
 from obsdiff_runtime.schedulers.flow_match_euler import DEFAULTS as FLOW
 from obsdiff_runtime.schedulers.flow_match_euler import dynamic_shift, shifted
 from obsdiff_runtime.schedulers.multistep import Multistep, multistep_timesteps
-from obsdiff_runtime.schedulers.schedule import Floats, choose, options, refuse
-from obsdiff_runtime.schedulers.sigma_space import final_sigma, respaced, sigmas_at, timesteps_at, train_sigmas
+from obsdiff_runtime.schedulers.schedule import Floats, choose, options, refuse, respaced
+from obsdiff_runtime.schedulers.sigma_space import final_sigma, sigmas_at, timesteps_at, train_sigmas
 
 DEFAULTS: Final[dict[str, Any]] = {
     "num_train_timesteps": 1000,
@@ -39,7 +39,7 @@ class DpmMultistep(Multistep):
     """Lu et al. 2022 (arXiv 2211.01095), the multistep solver and its SDE."""
 
     def __init__(self, config: Mapping[str, Any], steps: int, image_tokens: int, noise: Noise) -> None:
-        refuse(config, "thresholding", "use_beta_sigmas", "variance_type")
+        refuse(config, "thresholding", "variance_type")
         given = options(config, DEFAULTS)
         choose(config, "solver_order", given["solver_order"], 1, 2, 3)
         choose(config, "algorithm_type", given["algorithm_type"], "dpmsolver++", "sde-dpmsolver++")
@@ -100,7 +100,7 @@ def _flow(
     config: Mapping[str, Any], given: Mapping[str, Any], trained: Floats, steps: int, image_tokens: int
 ) -> tuple[Floats, Floats]:
     """Timesteps and sigmas, (steps,) each, of a rectified flow."""
-    refuse(config, "use_karras_sigmas", "use_exponential_sigmas", "use_lu_lambdas")
+    refuse(config, "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
     train, shift = given["num_train_timesteps"], given["flow_shift"]
     if given["use_dynamic_shifting"]:
         choose(config, "time_shift_type", config.get("time_shift_type", "exponential"), "exponential")

@@ -6,11 +6,10 @@ from typing import Any, Final
 import numpy as np
 
 from obsdiff_runtime.noise import Noise
-from obsdiff_runtime.schedulers.schedule import Floats, choose, options, refuse, spaced_timesteps
+from obsdiff_runtime.schedulers.schedule import Floats, choose, options, respaced, spaced_timesteps
 from obsdiff_runtime.schedulers.sigma_space import (
     SigmaSpace,
     final_sigma,
-    respaced,
     sigmas_at,
     timesteps_at,
     train_sigmas,
@@ -30,7 +29,6 @@ class Euler(SigmaSpace):
     """Karras et al. 2022 (arXiv 2206.00364), algorithm 1 without its noise."""
 
     def __init__(self, config: Mapping[str, Any], steps: int, image_tokens: int, noise: Noise) -> None:
-        refuse(config, "use_beta_sigmas")
         given = options(config, DEFAULTS)
         choose(config, "prediction_type", given["prediction_type"], "epsilon", "v_prediction", "sample")
         choose(config, "interpolation_type", given["interpolation_type"], "linear", "log_linear")

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.noise import Noise
-from obsdiff_runtime.schedulers.schedule import Floats, choose, exponential, karras, options, refuse
+from obsdiff_runtime.schedulers.schedule import Floats, choose, options, respaced
 
 DEFAULTS: Final[dict[str, Any]] = {
     "num_train_timesteps": 1000,
@@ -23,6 +23,7 @@ DEFAULTS: Final[dict[str, Any]] = {
     "shift_terminal": None,
     "use_karras_sigmas": False,
     "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
     "time_shift_type": "exponential",
     "stochastic_sampling": False,
 }
@@ -49,7 +50,6 @@ class FlowMatchEuler:
         even_sigmas: bool = False,
         mu: float | None = None,
     ) -> None:
-        refuse(config, "use_beta_sigmas")
         given = options(config, DEFAULTS)
         choose(config, "time_shift_type", given["time_shift_type"], "exponential", "linear")
         even = np.linspace(1, 1 / steps, steps).astype(np.float32) if even_sigmas else None
@@ -86,7 +86,10 @@ def flow_sigmas(
         _levels(given, steps) if levels is None else levels,
         dynamic_shift(given, image_tokens, mu) if given["use_dynamic_shifting"] else given["shift"],
     )
-    return _respaced(given, sigmas, steps).astype(np.float32)
+    if given["shift_terminal"]:
+        sigmas = stretched(sigmas, given["shift_terminal"])
+    spaced = respaced(given, sigmas, steps)
+    return (sigmas if spaced is None else spaced).astype(np.float32)
 
 
 def _levels(given: Mapping[str, Any], steps: int) -> Floats:
@@ -96,16 +99,6 @@ def _levels(given: Mapping[str, Any], steps: int) -> Floats:
     if not given["use_dynamic_shifting"]:
         ends = shifted(ends, given["shift"]).astype(np.float32)  # diffusers shifts the ends, then everything again
     return np.asarray(np.linspace(float(ends[0]) * train, float(ends[1]) * train, steps) / train)
-
-
-def _respaced(given: Mapping[str, Any], sigmas: Floats, steps: int) -> Floats:
-    if given["shift_terminal"]:
-        sigmas = stretched(sigmas, given["shift_terminal"])
-    if given["use_karras_sigmas"]:
-        return karras(sigmas, steps)
-    if given["use_exponential_sigmas"]:
-        return exponential(sigmas, steps)
-    return np.asarray(sigmas)
 
 
 def shifted(sigmas: Floats, shift: float) -> Floats:

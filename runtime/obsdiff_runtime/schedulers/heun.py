@@ -6,8 +6,8 @@ from typing import Any, Final
 import numpy as np
 
 from obsdiff_runtime.noise import Noise
-from obsdiff_runtime.schedulers.schedule import Floats, choose, options, refuse, spaced_timesteps
-from obsdiff_runtime.schedulers.sigma_space import SigmaSpace, respaced, sigmas_at, timesteps_at, train_sigmas
+from obsdiff_runtime.schedulers.schedule import Floats, choose, options, respaced, spaced_timesteps
+from obsdiff_runtime.schedulers.sigma_space import SigmaSpace, sigmas_at, timesteps_at, train_sigmas
 
 DEFAULTS: Final[dict[str, Any]] = {
     "prediction_type": "epsilon",
@@ -39,7 +39,6 @@ class Heun(SigmaSpace):
     order = 2
 
     def __init__(self, config: Mapping[str, Any], steps: int, image_tokens: int, noise: Noise) -> None:
-        refuse(config, "use_beta_sigmas")
         given = options(config, DEFAULTS)
         choose(config, "prediction_type", given["prediction_type"], "epsilon", "v_prediction", "sample")
         self._clip = float(given["clip_sample_range"]) if given["clip_sample"] else None

@@ -11,6 +11,8 @@ from obsdiff_runtime.errors import CompatibilityError, ConfigError
 
 Floats = NDArray[np.floating[Any]]
 KARRAS_RHO: Final = 7.0
+BETA: Final = 0.6
+_TERMS: Final = 53  # halves of a double
 
 
 def options(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,19 +115,51 @@ def spaced_timesteps(config: Mapping[str, Any], steps: int, spacing: str) -> Flo
     return np.round(np.arange(train, 0, -train / steps)) - 1
 
 
-def karras(sigmas: Floats, steps: int, low: float | None = None, high: float | None = None) -> Floats:
-    """(steps,), Karras et al. 2022 (arXiv 2206.00364), eq. 5, between the last and the first of `sigmas`."""
-    low, high = _ends(sigmas, low, high)
-    ramp = np.linspace(0, 1, steps)
-    ends = low ** (1 / KARRAS_RHO), high ** (1 / KARRAS_RHO)
-    return np.asarray((ends[1] + ramp * (ends[0] - ends[1])) ** KARRAS_RHO)
+def respaced(config: Mapping[str, Any], sigmas: Floats, steps: int) -> Floats | None:
+    """(steps,), between the ends of `sigmas`, or sigma_max and sigma_min, by use_karras_sigmas and its like, if set."""
+    low, high = (
+        float(sigmas[place]) if config.get(end) is None else float(config[end])
+        for end, place in (("sigma_min", -1), ("sigma_max", 0))
+    )
+    for option, spread in (
+        ("use_karras_sigmas", _karras),
+        ("use_exponential_sigmas", _exponential),
+        ("use_beta_sigmas", _beta),
+    ):
+        if config.get(option):
+            return spread(high, low, steps)
+    return None
 
 
-def exponential(sigmas: Floats, steps: int, low: float | None = None, high: float | None = None) -> Floats:
-    """(steps,), evenly spaced in the logarithm between the last and the first of `sigmas`."""
-    low, high = _ends(sigmas, low, high)
+def _karras(high: float, low: float, steps: int) -> Floats:
+    """Karras et al. 2022 (arXiv 2206.00364), eq. 5."""
+    roots = np.linspace(high ** (1 / KARRAS_RHO), low ** (1 / KARRAS_RHO), steps)
+    return np.asarray(roots**KARRAS_RHO)
+
+
+def _exponential(high: float, low: float, steps: int) -> Floats:
+    """Evenly spaced in the logarithm."""
     return np.exp(np.linspace(math.log(high), math.log(low), steps))
 
 
-def _ends(sigmas: Floats, low: float | None, high: float | None) -> tuple[float, float]:
-    return float(sigmas[-1]) if low is None else low, float(sigmas[0]) if high is None else high
+def _beta(high: float, low: float, steps: int) -> Floats:
+    """Lee et al. 2024 (arXiv 2407.12173): even quantiles of a symmetric beta distribution, so denser at both ends."""
+    shares = np.linspace(1, 0, steps)
+    below = _beta_quantile(np.minimum(shares, 1 - shares))
+    return low + (high - low) * np.where(shares > 0.5, 1 - below, below)
+
+
+def _beta_quantile(shares: Floats) -> Floats:
+    """Where the beta distribution of BETA and BETA has these shares of itself below, which are at most a half.
+
+    By bisection of the incomplete beta function as a power series (Abramowitz and Stegun, 26.5.4 and 15.1.1).
+    """
+    powers = np.arange(_TERMS)
+    weights = np.cumprod(np.append(1, (powers[1:] - BETA) / powers[1:])) / (BETA + powers)
+    whole = math.gamma(BETA) ** 2 / math.gamma(2 * BETA)
+    low, high = np.zeros_like(shares), np.full_like(shares, 0.5)
+    for _ in range(_TERMS):
+        middle = (low + high) / 2
+        less = middle**BETA * (middle[:, None] ** powers @ weights) / whole < shares
+        low, high = np.where(less, middle, low), np.where(less, high, middle)
+    return np.asarray(low)

@@ -7,7 +7,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from obsdiff_runtime.schedulers.schedule import Floats, alphas_cumprod, choose, exponential, karras
+from obsdiff_runtime.schedulers.schedule import Floats, alphas_cumprod, choose
 
 LEAST_ALPHA: Final = 2.0**-24
 
@@ -70,16 +70,6 @@ def timesteps_at(sigmas: Floats, trained: Floats) -> Floats:
     below = np.clip(np.searchsorted(logs, told, side="right") - 1, 0, len(logs) - 2)
     share = np.clip((logs[below] - told) / (logs[below] - logs[below + 1]), 0, 1)
     return np.asarray((1 - share) * below + share * (below + 1))
-
-
-def respaced(config: Mapping[str, Any], sigmas: Floats, steps: int) -> Floats | None:
-    """(steps,), between the ends of `sigmas`, if use_karras_sigmas or use_exponential_sigmas is set; None if not."""
-    low, high = config.get("sigma_min"), config.get("sigma_max")
-    if config.get("use_karras_sigmas"):
-        return karras(sigmas, steps, low, high)
-    if config.get("use_exponential_sigmas"):
-        return exponential(sigmas, steps, low, high)
-    return None
 
 
 def final_sigma(config: Mapping[str, Any], kind: str, lowest: float) -> float:

@@ -12,8 +12,8 @@ from obsdiff_runtime.noise import Noise
 from obsdiff_runtime.schedulers.flow_match_euler import DEFAULTS as FLOW
 from obsdiff_runtime.schedulers.flow_match_euler import dynamic_shift, shifted, stretched
 from obsdiff_runtime.schedulers.multistep import Multistep, multistep_timesteps
-from obsdiff_runtime.schedulers.schedule import Floats, choose, karras, options, refuse
-from obsdiff_runtime.schedulers.sigma_space import final_sigma, respaced, sigmas_at, timesteps_at, train_sigmas
+from obsdiff_runtime.schedulers.schedule import Floats, choose, options, refuse, respaced
+from obsdiff_runtime.schedulers.sigma_space import final_sigma, sigmas_at, timesteps_at, train_sigmas
 
 DEFAULTS: Final[dict[str, Any]] = {
     "num_train_timesteps": 1000,
@@ -42,7 +42,7 @@ class UniPc(Multistep):
     """
 
     def __init__(self, config: Mapping[str, Any], steps: int, image_tokens: int, noise: Noise) -> None:
-        refuse(config, "thresholding", "use_beta_sigmas", "solver_p")
+        refuse(config, "thresholding", "solver_p")
         given = options(config, DEFAULTS)
         choose(config, "solver_type", given["solver_type"], "bh1", "bh2")
         choose(config, "solver_order", given["solver_order"], 1, 2, 3)
@@ -124,11 +124,11 @@ def _flow(
     config: Mapping[str, Any], given: Mapping[str, Any], steps: int, image_tokens: int
 ) -> tuple[Floats, Floats, float]:
     """Timesteps and sigmas, (steps,) each, of a rectified flow, and the lowest sigma."""
-    refuse(config, "use_exponential_sigmas")
+    refuse(config, "use_exponential_sigmas", "use_beta_sigmas")
     train = given["num_train_timesteps"]
-    if given["use_karras_sigmas"]:
-        trained = train_sigmas(config, rescale=given["rescale_betas_zero_snr"])
-        spaced = karras(trained[::-1], steps, config.get("sigma_min"), config.get("sigma_max"))
+    trained = train_sigmas(config, rescale=given["rescale_betas_zero_snr"])
+    spaced = respaced(config, trained[::-1], steps)
+    if spaced is not None:
         sigmas: Floats = spaced / (spaced + 1)
     else:
         dynamic = given["use_dynamic_shifting"]

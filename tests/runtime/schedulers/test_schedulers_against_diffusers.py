@@ -59,6 +59,8 @@ CASES: list[Case] = [
     (FLOW, {"shift": 2.0, "shift_terminal": 0.1}),
     (FLOW, {"shift": 3.0, "use_karras_sigmas": True}),
     (FLOW, {"shift": 3.0, "use_exponential_sigmas": True}),
+    (FLOW, {"shift": 3.0, "use_beta_sigmas": True}),
+    (FLOW, {"use_dynamic_shifting": True, "use_beta_sigmas": True}),
     (FLOW, {"shift": 3.0, "invert_sigmas": True}),
     (FLOW, {"shift": 3.0, "stochastic_sampling": True}),
     (FLOW, {"invert_sigmas": True, "stochastic_sampling": True}),
@@ -73,6 +75,7 @@ CASES: list[Case] = [
     (EULER, SD15 | {"use_karras_sigmas": True}),
     (EULER, SD15 | {"use_karras_sigmas": True, "sigma_min": 0.05, "sigma_max": 12.0}),
     (EULER, SD15 | {"use_exponential_sigmas": True, "timestep_spacing": "leading"}),
+    (EULER, SD15 | {"use_beta_sigmas": True, "sigma_min": 0.05, "sigma_max": 12.0}),
     (EULER, SD15 | {"interpolation_type": "log_linear"}),
     (EULER, SD15 | {"final_sigmas_type": "sigma_min"}),
     (EULER, SD15 | {"timestep_type": "continuous", "prediction_type": "v_prediction"}),
@@ -119,6 +122,7 @@ CASES: list[Case] = [
     (HEUN, {}),
     (HEUN, SD15 | {"use_karras_sigmas": True}),
     (HEUN, SD15 | {"use_exponential_sigmas": True}),
+    (HEUN, SD15 | {"use_beta_sigmas": True}),
     (HEUN, SD15 | {"clip_sample": True, "clip_sample_range": 0.5}),
     *[
         (name, SD15 | {"timestep_spacing": spacing, "prediction_type": prediction, "steps_offset": 1})
@@ -135,7 +139,7 @@ CASES: list[Case] = [
     ],
     *[
         (DPM, betas | {option: True})
-        for option in ("use_karras_sigmas", "use_exponential_sigmas", "use_lu_lambdas")
+        for option in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
         for betas in (SD15, COSINE)
     ],
     *[(DPM, COSINE | {"lambda_min_clipped": -5.1, "timestep_spacing": spacing}) for spacing in SPACINGS],
@@ -162,6 +166,7 @@ CASES: list[Case] = [
     (UNIPC, SD15 | {"use_karras_sigmas": True}),
     (UNIPC, SD15 | {"use_karras_sigmas": True, "sigma_min": 0.05, "sigma_max": 12.0, "final_sigmas_type": "sigma_min"}),
     (UNIPC, SD15 | {"use_exponential_sigmas": True}),
+    (UNIPC, SD15 | {"use_beta_sigmas": True}),
     *[(UNIPC, OF_FLOWS | {"flow_shift": 3.0, "solver_order": order}) for order in (1, 2, 3)],
     (UNIPC, OF_FLOWS | {"flow_shift": 5.0, "shift_terminal": 0.1}),
     (UNIPC, OF_FLOWS | {"use_dynamic_shifting": True}),
@@ -428,8 +433,6 @@ def test_an_unknown_scheduler_lists_the_known() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"_class_name": FLOW, "use_beta_sigmas": True}, "use_beta_sigmas=True"),
-        ({"_class_name": EULER, "use_beta_sigmas": True}, "use_beta_sigmas=True"),
         ({"_class_name": EULER, "prediction_type": "flow"}, "prediction_type='flow'"),
         ({"_class_name": "DDIMScheduler", "thresholding": True}, "thresholding=True"),
         ({"_class_name": "DDPMScheduler", "variance_type": "learned"}, "variance_type='learned'"),
@@ -444,6 +447,7 @@ def test_an_unknown_scheduler_lists_the_known() -> None:
         ({"_class_name": DPM, "prediction_type": "flow_prediction"}, "flow_prediction needs use_flow_sigmas"),
         ({"_class_name": SCM, "prediction_type": "epsilon"}, "prediction_type='epsilon'"),
         ({"_class_name": UNIPC, "thresholding": True}, "thresholding=True"),
+        ({"_class_name": UNIPC, "use_beta_sigmas": True} | OF_FLOWS, "use_beta_sigmas=True"),
         ({"_class_name": UNIPC, "lower_order_final": False}, "set final_sigmas_type=sigma_min"),
         ({"_class_name": UNIPC, "predict_x0": False}, "set final_sigmas_type=sigma_min"),
         ({"_class_name": UNIPC, "predict_x0": False} | OF_FLOWS, "flow_prediction needs predict_x0"),
