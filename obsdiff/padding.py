@@ -4,13 +4,15 @@ rows    of a denoiser call
 """
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
 
 from obsdiff.families import Family
 from obsdiff_runtime.errors import CalibrationError, ModelError
+
+_TEXT: Final = "encoder_hidden_states"
 
 Masks = Mapping[str, Tensor]
 """By sequence, as LinearSpec.tokens names it: the tokens that a call looks at, (rows, tokens), bool. Of a sequence that
@@ -20,8 +22,8 @@ is not in it, it looks at all."""
 def masks(family: Family, denoiser: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
     """The masks of a denoiser call, by its arguments' names.
 
-    Where text and image are one sequence, a row's padding is taken to stand behind both. A text that comes without its
-    padding has as many tokens as `Family.tokens` says.
+    Where text and image are one sequence, a row's padding is taken to stand behind both, unless the argument masks that
+    sequence, text first. A text that comes without its padding has as many tokens as `Family.tokens` says.
 
     Raises:
         ModelError: the argument holds something else than a token's 0 or 1.
@@ -39,6 +41,8 @@ def masks(family: Family, denoiser: nn.Module, arguments: Mapping[str, Any]) -> 
     if isinstance(mask, list):
         lengths = torch.tensor([tokens(len(text))["text"] for text in mask])
         found = {"text": torch.arange(int(lengths.max())) < lengths[:, None]}
+    elif mask.ndim == 2 and mask.shape[1] > (text := arguments[_TEXT].shape[1]):
+        return {"text": mask[:, :text].bool(), "joint": mask.bool()}
     elif mask.ndim == 2:
         found = {"text": mask.bool()}
         lengths = found["text"].sum(dim=1)

@@ -17,10 +17,9 @@ from diffusers import DiffusionPipeline, QwenImagePipeline, WanImageToVideoPipel
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torch.nn.functional import pixel_unshuffle
 
 from obsdiff import offloading
-from obsdiff.families import Family, references, seeing
+from obsdiff.families import Family, parts, references, seeing
 from obsdiff.families.autoencoders import draws_films
 from obsdiff.instead import instead
 from obsdiff.recipe import Sampling
@@ -212,7 +211,7 @@ def draw_edited(pipeline: Any, *, image: Any = None, **told: Any) -> Any:
     networks = {name: part for name, part in pipeline.components.items() if name != "processor"}
     drawer = QwenImagePipeline(**networks)
     drawer.set_progress_bar_config(**pipeline._progress_bar_config)
-    tokens = pixel_unshuffle(image, PACKED).flatten(2).transpose(1, 2)  # (rows, tokens, channels * 4)
+    tokens = parts.packed(image)
     shape = (1, image.shape[-2] // PACKED, image.shape[-1] // PACKED)
 
     def tell(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -254,7 +254,7 @@ class _Answers:
 def _together(negative: Call, positive: Call) -> list[Call]:
     """Two calls of a step as one of twice the rows, the negative prompts first, as other pipelines make it.
 
-    As they are where their texts are not of one length.
+    As they are where their texts are not of one length. Places of tokens, (tokens, axes), are those of all rows.
     """
     args, kwargs = positive.arguments
     others, more = negative.arguments
@@ -266,7 +266,8 @@ def _together(negative: Call, positive: Call) -> list[Call]:
         return torch.cat([without, given]) if isinstance(given, Tensor) and given.ndim else given
 
     joined = tuple(both(*pair) for pair in zip(others, args, strict=True))
-    named = {name: both(more[name], value) for name, value in kwargs.items()}
+    shared = {name for name, value in kwargs.items() if name.endswith("_ids") and value.ndim == 2}
+    named = {name: value if name in shared else both(more[name], value) for name, value in kwargs.items()}
     return [replace(positive, arguments=(joined, named), paired=True)]
 
 

@@ -14,6 +14,7 @@ EVERY: Final = (
     "sd15",
     "sdxl",
     "flux",
+    "chroma",
     "flux2",
     "pixart",
     "pixart_sigma",
@@ -51,6 +52,17 @@ def no_ftfy() -> Iterator[None]:
         stand_in = SimpleNamespace(fix_text=lambda text: text)
         patch.setattr(pipeline_wan_i2v, "ftfy", stand_in, raising=False)
         yield
+
+
+def masking(pipeline: Any) -> Any:
+    """A Chroma pipeline that masks padded text out, as the model was trained: told numbers, attention adds them."""
+    prepare = pipeline._prepare_attention_mask
+
+    def booleans(*, attention_mask: Any = None, **told: Any) -> Any:
+        return prepare(attention_mask=None if attention_mask is None else attention_mask.bool(), **told)
+
+    pipeline._prepare_attention_mask = booleans
+    return pipeline
 
 
 @contextmanager

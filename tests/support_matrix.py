@@ -20,6 +20,7 @@ FAMILIES: Final = {
     "sd3": "`sd3`: SD3, SD3.5",
     "flux": "`flux`: FLUX.1",
     "kontext": "`flux`: FLUX.1 Kontext",
+    "chroma": "`chroma`: Chroma",
     "flux2": "`flux2`: FLUX.2-klein, FLUX.2-dev",
     "pixart": "`pixart`: PixArt-alpha, PixArt-sigma",
     "auraflow": "`auraflow`: AuraFlow",
@@ -37,7 +38,7 @@ FAMILIES: Final = {
     "wan_i2v": "`wan`: Wan 2.1 I2V, picture to film",
     "wan_flf2v": "`wan`: Wan 2.1 FLF2V, two pictures to film",
     "wan22_i2v": "`wan`: Wan 2.2 I2V A14B, picture to film",
-    "chroma": "no family: Chroma",
+    "cogview3": "no family: CogView3-Plus",
 }
 STAGES: Final = {
     "weights": "2:4, unstructured",

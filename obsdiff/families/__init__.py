@@ -30,8 +30,9 @@ class Family(Protocol):
         negative_first: whether rows of negative prompts stand before the others in one call of the denoiser.
         described: whether the denoiser's units, inputs and outputs are known; of `generic` only its linears are.
         text_mask: argument of the denoiser's forward, (rows, text tokens), 1 for text and 0 for padding that no image
-            token looks at; or the text itself, row by row without padding. None: it looks at all of it. Where there is
-            one, a "joint" sequence has no padding between a row's text and its image; see `padding.masks`.
+            token looks at; or (rows, joint tokens), text first; or the text itself, row by row without padding. None:
+            it looks at all of it. But for the second, a "joint" sequence has no padding between a row's text and its
+            image; see `padding.masks`.
     """
 
     name: str

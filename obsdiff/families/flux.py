@@ -28,7 +28,6 @@ from typing import Any, Final
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from obsdiff.families import layers, parts, reading, references
 from obsdiff.groups import Consumer, Group, LinearSpec, Producer, Size, Write
@@ -135,9 +134,8 @@ def arguments(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
     """See `Family.arguments`: latents as tokens, their places, and the timestep in the denoiser's unit."""
     latents, text = inputs["hidden_states"], inputs["encoder_hidden_states"]
     rows, columns = latents.shape[-2] // PATCH, latents.shape[-1] // PATCH
-    tokens = pixel_unshuffle(latents, PATCH).flatten(2).transpose(1, 2)  # (b, tokens, channels * 4)
     return {
-        **references.joined(inputs, tokens, _places(rows, columns, latents.device)),
+        **references.joined(inputs, parts.packed(latents), _places(rows, columns, latents.device)),
         "timestep": inputs["timestep"] / _TIMESTEPS,
         "txt_ids": torch.zeros(text.shape[1], 3, device=text.device),
     }
@@ -165,11 +163,10 @@ class _Flat(parts.Flat):
             reference_places=reference_places,
         )
         found = self.source(**arguments(inputs), guidance=guidance, return_dict=False)[0]  # (b, tokens, channels * 4)
-        rows, columns = hidden_states.shape[-2] // PATCH, hidden_states.shape[-1] // PATCH
         if reference_states is not None:
+            rows, columns = hidden_states.shape[-2] // PATCH, hidden_states.shape[-1] // PATCH
             found = found[:, : rows * columns]
-        velocity: Tensor = pixel_shuffle(found.transpose(1, 2).unflatten(2, (rows, columns)), PATCH)
-        return velocity
+        return parts.unpacked(found, *hidden_states.shape[-2:])
 
 
 def component(denoiser: nn.Module, *, height: int, width: int, vae_scale: int = 8) -> Component:
@@ -220,12 +217,13 @@ def _parallel(denoiser: nn.Module, prefix: str, block: int) -> tuple[Group, Grou
     start = layers.size(denoiser.get_submodule(out), "in_features") - units
     count = layers.size(denoiser.get_submodule(f"{prefix}.attn"), "heads")
     split = "_tp_packed_row_blocks"  # how many columns of proj_out are heads and neurons, for tensor parallelism
+    splits = hasattr(denoiser.get_submodule(out), split)  # not Chroma's
     heads = layers.heads(
         denoiser,
         f"{prefix}.attn",
         block=block,
         consumers=(Consumer(name=out),),
-        sizes=(Size(module=out, attribute=split, index=0, factor=start // count),),
+        sizes=(Size(module=out, attribute=split, index=0, factor=start // count),) if splits else (),
     )
     neurons = layers.neurons_between(
         f"{prefix}.mlp",
@@ -233,7 +231,10 @@ def _parallel(denoiser: nn.Module, prefix: str, block: int) -> tuple[Group, Grou
         Consumer(name=out, start=start),
         units=units,
         block=block,
-        sizes=(Size(module=prefix, attribute="mlp_hidden_dim"), Size(module=out, attribute=split, index=1)),
+        sizes=(
+            Size(module=prefix, attribute="mlp_hidden_dim"),
+            *((Size(module=out, attribute=split, index=1),) if splits else ()),
+        ),
     )
     return heads, neurons
 

@@ -19,6 +19,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from obsdiff_export.component import Component
 from obsdiff_runtime.autoencoder import VAE_SCALE as VAE_SCALE
+from obsdiff_runtime.kinds import PACKED
 
 Size = tuple[int, int]
 
@@ -94,6 +95,17 @@ def unpatched(tokens: Tensor, rows: int, columns: int, side: int) -> Tensor:
     grid = torch.unflatten(tokens.transpose(1, 2), 2, (rows, columns))
     pixels = torch.unflatten(grid, 1, (side**2, -1)).transpose(1, 2)
     return pixel_shuffle(pixels.flatten(1, 2), side)
+
+
+def packed(latents: Tensor) -> Tensor:
+    """(b, channels, h, w) -> (b, h / 2 * w / 2, channels * 4): a token's pixels behind each of its channels."""
+    return pixel_unshuffle(latents, PACKED).flatten(2).transpose(1, 2)
+
+
+def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
+    """What `packed` made of latents of that size."""
+    grid = torch.unflatten(tokens.transpose(1, 2), 2, (height // PACKED, width // PACKED))
+    return pixel_shuffle(grid, PACKED)
 
 
 def timesteps(batch: int, *, dtype: torch.dtype) -> Tensor:

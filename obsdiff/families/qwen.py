@@ -33,7 +33,7 @@ from typing import Any, Final
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
-from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle
+from torch.nn.functional import pad
 
 from obsdiff.families import layers, parts, reading, references
 from obsdiff.families.rotations import Places, rotating
@@ -158,7 +158,7 @@ def arguments(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
 def _tokens(latents: Tensor) -> tuple[tuple[int, int], Tensor]:
     """Rows and columns of the tokens of latents (b, channels, h, w), and these, (b, tokens, channels * 4)."""
     shape = latents.shape[-2] // PATCH, latents.shape[-1] // PATCH
-    return shape, pixel_unshuffle(latents, PATCH).flatten(2).transpose(1, 2)
+    return shape, parts.packed(latents)
 
 
 def _shapes(places: Tensor) -> list[tuple[int, int, int]]:
@@ -202,8 +202,7 @@ class _Flat(parts.Flat):
             text, image = block(image, text, None, time, places, told, which)
         time = time.chunk(2)[0] if model.zero_cond_t else time
         found = model.proj_out(model.norm_out(image[:, : drawn.shape[1]], time))  # (b, tokens, channels * 4)
-        grid = found.transpose(1, 2).unflatten(2, (rows, columns))  # (b, channels * 4, rows, columns)
-        return pixel_shuffle(grid, PATCH)
+        return parts.unpacked(found, *hidden_states.shape[-2:])
 
 
 def component(denoiser: nn.Module, *, height: int, width: int, vae_scale: int = 8) -> Component:

@@ -9,6 +9,7 @@ from torch import nn
 from obsdiff.families import (
     Family,
     auraflow,
+    chroma,
     dit,
     flux,
     flux2,
@@ -29,6 +30,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "sd3": sd3,
     "unet": unet,
     "flux": flux,
+    "chroma": chroma,
     "flux2": flux2,
     "pixart": pixart,
     "auraflow": auraflow,

@@ -128,8 +128,8 @@ class Manifest:
     Attributes:
         schema: version of this layout.
         created_by: program and version: "obsdiff 0.1.0".
-        family: architecture of the denoiser: "sd3", "unet", "flux", "flux2", "pixart", "auraflow", "sana", "qwen",
-            "lumina2", "zimage", "hunyuan", "dit", "wan".
+        family: architecture of the denoiser: "sd3", "unet", "flux", "chroma", "flux2", "pixart", "auraflow", "sana",
+            "qwen", "lumina2", "zimage", "hunyuan", "dit", "wan".
         pipeline_class: diffusers class; decides how the runtime samples.
         sparsity: as given on the command line: "2:4"; "dense" where nothing was pruned.
         defaults: of a call.

@@ -49,7 +49,9 @@ def weights(denoiser: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in denoiser.state_dict().items()}
 
 
-@pytest.mark.parametrize("name", ["sd3", "sd35", "sd15", "flux", "flux2", "pixart", "auraflow", "lumina2", "zimage"])
+@pytest.mark.parametrize(
+    "name", ["sd3", "sd35", "sd15", "flux", "chroma", "flux2", "pixart", "auraflow", "lumina2", "zimage"]
+)
 def test_merged_then_cut_is_cut_then_merged(build_denoiser: Callable[..., nn.Module], name: str) -> None:
     dense = build_denoiser(name)
     family = family_of(dense)

@@ -420,6 +420,7 @@ def test_a_model_is_not_compared_with_itself_or_in_another_precision() -> None:
         ("sd15", "unet", "conv_out", PNDMScheduler),
         ("sdxl", "unet", "conv_out", None),
         ("flux", "flux", "proj_out", None),
+        ("chroma", "chroma", "proj_out", None),
         ("flux2", "flux2", "proj_out", None),
         ("pixart", "pixart", "proj_out", None),
         ("auraflow", "auraflow", "proj_out", None),

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from obsdiff import calibration, glances, moments, padding, pruning, ranges, trajectories
-from obsdiff.families import generic, lumina2, pixart, sd3, zimage
+from obsdiff.families import chroma, generic, lumina2, pixart, sd3, zimage
 from obsdiff.groups import LinearSpec, Write
 from obsdiff.job import given
 from obsdiff.methods import Layer
@@ -148,6 +148,19 @@ def test_what_fills_up_text_and_image_of_z_image_counts_and_what_pads_a_batch_do
 
 
 @torch.no_grad()
+def test_of_chroma_s_text_all_but_one_token_of_its_padding_is_left_out(build_pipeline: Build) -> None:
+    pipeline: Any = build_pipeline("chroma")
+    recipe = recipe_for(pipeline, method="obsdiff")
+    prompts = calibration.encode(pipeline, chroma, PROMPTS, recipe.sampling)
+    text = sum(len(ids) + 1 for ids in pipeline.tokenizer([*PROMPTS, *[""] * 3])["input_ids"])
+    linears, steps, image = chroma.linears(pipeline.transformer), 2, 64
+    grams = calibration.calibrate(pipeline, chroma, linears, prompts, recipe.sampling, time_weights="uniform")
+    assert grams["transformer_blocks.0.norm1_context"].tokens == steps * text
+    assert grams["transformer_blocks.0.norm1"].tokens == steps * 6 * image
+    assert grams["single_transformer_blocks.1.proj_out"].tokens == steps * (text + 6 * image)
+
+
+@torch.no_grad()
 def test_a_long_sequence_of_text_and_image_counts_at_evenly_spaced_tokens() -> None:
     block, x = nn.Sequential(nn.Linear(6, 6)), torch.randn(2, 1000, 6, generator=torch.Generator().manual_seed(0))
     mask = torch.arange(1000) < torch.tensor([1000, 400])[:, None]
@@ -158,7 +171,7 @@ def test_a_long_sequence_of_text_and_image_counts_at_evenly_spaced_tokens() -> N
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["pixart", "lumina2", "zimage"])
+@pytest.mark.parametrize("kind", ["pixart", "lumina2", "zimage", "chroma"])
 def test_rows_of_guidance_are_combined_where_none_of_their_tokens_is_masked(kind: str, build_pipeline: Build) -> None:
     """Lumina-2's pipeline calls the denoiser twice."""
     pipeline: Any = build_pipeline(kind)
@@ -230,12 +243,13 @@ def noisy(encode: Callable[..., dict[str, Tensor]], *args: Any, **options: Any) 
         ("lumina2", "streamed", "2:4"),
         ("lumina2", "obsdiff", "structured:0.4"),
         ("zimage", "streamed", "2:4"),
+        ("chroma", "streamed", "2:4"),
     ],
 )
 def test_what_padding_holds_changes_no_bit(
     kind: str, method: str, sparsity: str, build_pipeline: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weights, family = [], {"pixart": pixart, "lumina2": lumina2, "zimage": zimage}[kind]
+    weights, family = [], {"pixart": pixart, "lumina2": lumina2, "zimage": zimage, "chroma": chroma}[kind]
     for encode in (family.encode, partial(noisy, family.encode)):
         monkeypatch.setattr(family, "encode", encode)
         pipeline: Any = build_pipeline(kind)

@@ -26,7 +26,7 @@ from obsdiff.settings import Settings
 from obsdiff_runtime.errors import ConfigError
 
 PROMPTS = ["a red circle", "a blue square", "a dog"]
-KINDS = ["sd3", "sd15", "flux", "pixart", "sana", "lumina2", "zimage"]
+KINDS = ["sd3", "sd15", "flux", "chroma", "pixart", "sana", "lumina2", "zimage"]
 WHOLE = {"protect_first": 0, "protect_last": 0, "align": 1}
 """Every block may lose units, to the neuron."""
 

@@ -34,6 +34,10 @@ def is_flux(pipeline: Any) -> bool:
     return type(pipeline).__name__ == "FluxPipeline"
 
 
+def is_chroma(pipeline: Any) -> bool:
+    return type(pipeline).__name__.startswith("Chroma")
+
+
 def is_flux2(pipeline: Any) -> bool:
     return type(pipeline).__name__.startswith("Flux2")
 
@@ -66,7 +70,7 @@ def length_of(pipeline: Any) -> dict[str, int]:
     """The argument that a pipeline with T5, Gemma or Qwen takes."""
     if is_flux2(pipeline) or is_zimage(pipeline):
         return {"max_sequence_length": 80}  # 52 of them, or 33, are around the prompt
-    names = ("AuraFlow", "Flux", "Lumina2", "PixArt", "Qwen", "Sana", "StableDiffusion3")
+    names = ("AuraFlow", "Chroma", "Flux", "Lumina2", "PixArt", "Qwen", "Sana", "StableDiffusion3")
     return {"max_sequence_length": 5} if type(pipeline).__name__.startswith(names) else {}
 
 
@@ -102,7 +106,7 @@ def both(
     shape = (count, channels, height // scale, width // scale)
     noise = np.random.default_rng(1).standard_normal(shape, dtype=np.float32)
     latents = torch.from_numpy(noise)
-    if is_flux(theirs) or is_qwen(theirs):
+    if is_flux(theirs) or is_chroma(theirs) or is_qwen(theirs):
         latents = theirs._pack_latents(latents, *noise.shape)
     given = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": height, "width": width}
     given |= length_of(theirs) | options
@@ -303,6 +307,33 @@ def test_lumina2_reads_prompts_of_different_lengths_behind_its_system_prompt(
     monkeypatch.setattr(Bundle, "scheduler", lambda self: dict(scheduler.config) | name)
     expected, images = both(lumina2_pair, **unwanted)
     assert psnr(expected, images) > 58
+
+
+@pytest.mark.parametrize("scale", [1.0, 5.0])
+def test_chroma_looks_at_a_text_and_at_one_token_of_what_pads_it(chroma_pair: tuple[Any, Path], scale: float) -> None:
+    """In one batch of texts of several lengths, the longest without a token of padding; by a schedule of the size."""
+    theirs, folder = chroma_pair
+    prompts, unwanted = ["a large red circle", "a dog"], ["two yellow stars", ""]
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_image_seq_len=3, max_image_seq_len=99)
+    length = len(theirs.tokenizer(prompts[0])["input_ids"])
+    given = {
+        "num_inference_steps": 3,
+        "guidance_scale": scale,
+        "height": 48,
+        "width": 32,
+        "max_sequence_length": length,
+    }
+    told = {"generator": [torch.Generator().manual_seed(seed) for seed in (7, 8)], "output_type": "latent"}
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(theirs, "scheduler", scheduler)
+        name = {"_class_name": type(scheduler).__name__}
+        patch.setattr(Bundle, "scheduler", lambda self: dict(scheduler.config) | name)
+        expected = theirs(prompts, negative_prompt=unwanted, **given, **told).images
+        expected = theirs._unpack_latents(expected, 48, 32, theirs.vae_scale_factor).numpy()
+        found = Pipeline(folder, threads=1)(
+            prompts, negative_prompt=unwanted if scale > 1 else "", seed=[7, 8], noise_source="torch", **given
+        ).latents
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, 5.0])

@@ -109,8 +109,8 @@ def test_no_threads_and_an_unknown_backend_are_errors(sd3_bundle: Path) -> None:
 
 
 def test_an_unknown_pipeline_lists_the_known() -> None:
-    with pytest.raises(CompatibilityError, match=r"cannot sample a ChromaPipeline; it can StableDiffusion3Pipeline"):
-        kind_of("ChromaPipeline")
+    with pytest.raises(CompatibilityError, match=r"cannot sample a CogView3PlusPipeline; it can StableDiff"):
+        kind_of("CogView3PlusPipeline")
 
 
 @pytest.mark.parametrize(("component", "output"), [("transformer", "out_hidden_states"), ("vae_decoder", "sample")])

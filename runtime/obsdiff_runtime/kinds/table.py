@@ -6,6 +6,7 @@ from obsdiff_runtime.errors import CompatibilityError
 from obsdiff_runtime.kinds import (
     Kind,
     auraflow,
+    chroma,
     dit,
     flux,
     flux2,
@@ -27,6 +28,7 @@ KINDS: Final[dict[str, Kind]] = {
     "StableDiffusionXLPipeline": unet.SDXL,
     "FluxPipeline": flux.FLUX,
     "FluxKontextPipeline": flux.FLUX_KONTEXT,
+    "ChromaPipeline": chroma.CHROMA,
     "PixArtAlphaPipeline": pixart.PIXART,
     "PixArtSigmaPipeline": pixart.PIXART,
     "AuraFlowPipeline": auraflow.AURAFLOW,

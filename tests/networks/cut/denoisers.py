@@ -64,6 +64,25 @@ def flux_transformer() -> Any:
 
 @seeded
 @cut
+def chroma_transformer() -> Any:
+    from diffusers import ChromaTransformer2DModel
+
+    return ChromaTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(2, 2, 4),
+        approximator_num_channels=16,
+        approximator_hidden_dim=24,
+        approximator_layers=1,
+    ).eval()
+
+
+@seeded
+@cut
 def flux2_transformer(*, guidance_embeds: bool) -> Any:
     from diffusers import Flux2Transformer2DModel
 

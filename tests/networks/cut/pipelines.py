@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
+from kinds import masking
 from networks.cut.autoencoders import deep_vae, film_vae, patch_vae, vae, wan_ti2v_vae, wan_vae
 from networks.cut.denoisers import (
     OPENING,
     auraflow_transformer,
+    chroma_transformer,
     dit_transformer,
     flux2_transformer,
     flux_transformer,
@@ -181,6 +183,21 @@ def pixart_pipeline(*, sigma: bool = False) -> Any:
         vae=vae(scaling_factor=0.13),
         text_encoder=t5_encoder(),
         tokenizer=t5_tokenizer(),
+    )
+
+
+def chroma_pipeline() -> Any:
+    """Its text is padded, and told booleans the denoiser looks at a token of padding alone."""
+    from diffusers import ChromaPipeline, FlowMatchEulerDiscreteScheduler
+
+    return masking(
+        ChromaPipeline(
+            transformer=chroma_transformer(),
+            scheduler=FlowMatchEulerDiscreteScheduler(use_beta_sigmas=True),
+            vae=vae(scaling_factor=0.36, shift_factor=0.12),
+            text_encoder=t5_encoder(),
+            tokenizer=t5_tokenizer(),
+        )
     )
 
 
@@ -364,6 +381,7 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "lcm": lcm_pipeline,
     "sdxl": sdxl_pipeline,
     "flux": flux_pipeline,
+    "chroma": chroma_pipeline,
     "flux2": flux2_pipeline,
     "flux2_dev": lambda: flux2_pipeline(dev=True),
     "pixart_alpha": pixart_pipeline,

@@ -6,6 +6,7 @@ from typing import Any
 
 from diffusers import (
     AuraFlowTransformer2DModel,
+    ChromaTransformer2DModel,
     DiTTransformer2DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
@@ -98,6 +99,23 @@ def flux_transformer(**changes: Any) -> FluxTransformer2DModel:
         "guidance_embeds": True,
     }
     return FluxTransformer2DModel(**{**config, **changes})
+
+
+def chroma_transformer(**changes: Any) -> ChromaTransformer2DModel:
+    """Two joint and two single blocks of 4 heads of 8."""
+    config: dict[str, Any] = {
+        "in_channels": 16,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": 4,
+        "joint_attention_dim": 24,
+        "axes_dims_rope": (2, 2, 4),
+        "approximator_num_channels": 16,
+        "approximator_hidden_dim": 32,
+        "approximator_layers": 1,
+    }
+    return ChromaTransformer2DModel(**{**config, **changes})
 
 
 def flux2_transformer(**changes: Any) -> Flux2Transformer2DModel:
@@ -289,6 +307,7 @@ DENOISERS: dict[str, Callable[..., nn.Module]] = {
     "sd15": sd15_unet,
     "sdxl": sdxl_unet,
     "flux": flux_transformer,
+    "chroma": chroma_transformer,
     "flux2": flux2_transformer,
     "pixart": pixart_transformer,
     "pixart_sigma": pixart_sigma_transformer,

@@ -10,7 +10,8 @@ from diffusers import (
     AuraFlowPipeline,
     AutoencoderKLWan,
     ChromaPipeline,
-    ChromaTransformer2DModel,
+    CogView3PlusPipeline,
+    CogView3PlusTransformer2DModel,
     DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
@@ -51,6 +52,7 @@ from networks.whole.autoencoders import autoencoder, deep_autoencoder, film_auto
 from networks.whole.denoisers import (
     SPRINT,
     auraflow_transformer,
+    chroma_transformer,
     dit_transformer,
     flux2_transformer,
     flux_transformer,
@@ -131,6 +133,18 @@ def flux_pipeline(**changes: Any) -> FluxPipeline:
         tokenizer=tokenizer,
         text_encoder_2=text_encoder_2,
         tokenizer_2=tokenizer_2,
+    )
+
+
+def chroma_pipeline(**changes: Any) -> ChromaPipeline:
+    torch.manual_seed(0)
+    tokenizer, text_encoder = t5()
+    return ChromaPipeline(
+        transformer=chroma_transformer(**changes).eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_beta_sigmas=True),
+        vae=autoencoder(shift_factor=0.1).eval(),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
     )
 
 
@@ -339,6 +353,7 @@ PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "sdxl": sdxl_pipeline,
     "flux": flux_pipeline,
     "kontext": kontext_pipeline,
+    "chroma": chroma_pipeline,
     "flux2": flux2_pipeline,
     "pixart": pixart_pipeline,
     "pixart_sigma": partial(pixart_pipeline, sigma=True),
@@ -360,27 +375,27 @@ PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
 }
 
 
-def chroma_pipeline() -> ChromaPipeline:
+def cogview3_pipeline() -> CogView3PlusPipeline:
     tokenizer, text_encoder = t5()
-    transformer = ChromaTransformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
+    transformer = CogView3PlusTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
         attention_head_dim=8,
         num_attention_heads=4,
-        joint_attention_dim=24,
-        axes_dims_rope=(2, 2, 4),
-        approximator_num_channels=16,
-        approximator_hidden_dim=32,
-        approximator_layers=1,
+        text_embed_dim=24,
+        time_embed_dim=16,
+        condition_dim=4,
+        pos_embed_max_size=16,
+        sample_size=16,
     )
-    return ChromaPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=autoencoder(shift_factor=0.1).eval(),
+    return CogView3PlusPipeline(
+        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
+        vae=autoencoder().eval(),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         transformer=transformer.eval(),
     )
 
 
-UNDESCRIBED: dict[str, Callable[[], DiffusionPipeline]] = {"chroma": chroma_pipeline}
+UNDESCRIBED: dict[str, Callable[[], DiffusionPipeline]] = {"cogview3": cogview3_pipeline}

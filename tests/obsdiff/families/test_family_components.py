@@ -24,6 +24,7 @@ CASES = [("sd3", {"with_t5": True}), ("sd15", {}), ("sdxl", {}), ("flux", {}), (
 CASES += [
     ("sd15", {"time_cond_proj_dim": 16}),
     ("sdxl", {"time_cond_proj_dim": 16}),
+    ("chroma", {}),
     ("flux2", {}),
     ("flux2", {"guidance_embeds": True}),
     ("pixart", {}),
@@ -41,6 +42,7 @@ NAMES = {
     "sd15": ["text_encoder", "unet", "vae_decoder", "vae_encoder"],
     "sdxl": ["text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder"],
     "flux": ["text_encoder", "text_encoder_2", "transformer", "vae_decoder", "vae_encoder"],
+    "chroma": ["text_encoder", "transformer", "vae_decoder", "vae_encoder"],
     "flux2": ["text_encoder", "transformer", "vae_decoder", "vae_encoder"],
     "pixart": ["text_encoder", "transformer", "vae_decoder", "vae_encoder"],
     "auraflow": ["text_encoder", "transformer", "vae_decoder", "vae_encoder"],

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import Lumina2Pipeline, SanaPipeline, SanaSprintPipeline, WanPipeline
 
+from kinds import masking
 from obsdiff import calls
 from obsdiff.families import guided, parts
 from obsdiff.families.table import FAMILIES
@@ -87,6 +88,21 @@ def test_without_guidance_there_are_no_negative_embeddings(
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     else:
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_chroma_masks_padded_text_out_as_its_call_does_that_is_told_booleans(
+    scale: float, build_pipeline: Callable[..., Any]
+) -> None:
+    """The day that they are equal without, diffusers masks it out itself."""
+    pipeline, unwanted = build_pipeline("chroma"), ["ugly", ""] if scale > 1 else []
+    encoded = FAMILIES["chroma"].encode(pipeline, PROMPTS, unwanted, max_sequence_length=30)
+    told = {"prompt": list(PROMPTS), "negative_prompt": ["ugly", ""], "max_sequence_length": 30}
+    shown = [int(row.sum()) for name, rows in encoded.items() if name.endswith("mask") for row in rows]
+    assert shown == [len(ids) + 1 for ids in pipeline.tokenizer([*PROMPTS, *unwanted])["input_ids"]]  # one of padding
+    found = latents(pipeline, guidance_scale=scale, **encoded)
+    assert not torch.allclose(found, latents(pipeline, guidance_scale=scale, **told), atol=1e-3)
+    assert torch.equal(found, latents(masking(pipeline), guidance_scale=scale, **told))
 
 
 def test_the_length_of_the_text_is_honoured(build_pipeline: Callable[..., Any]) -> None:

@@ -35,7 +35,7 @@ FEWER: dict[str, dict[str, Any]] = {
         kind: {"num_layers": 1}
         for kind in ("pixart", "sana", "sana_sprint", "qwen", "lumina2", "dit", "wan", "wan_ti2v", *WAN_OPENING)
     },
-    **{kind: {"num_layers": 1, "num_single_layers": 1} for kind in ("flux", "flux2")},
+    **{kind: {"num_layers": 1, "num_single_layers": 1} for kind in ("flux", "flux2", "chroma")},
 }
 """Blocks: one of each kind, but for HunyuanDiT, whose skips need four."""
 
@@ -60,6 +60,7 @@ SIZES = {
         ("auraflow", "auraflow", "single_transformer_blocks.0.ff.linear_1.weight", "ff.linear_2.weight"),
         ("sana", "sana", "attn2.to_k.weight", "attn2.to_v.weight"),
         ("sana_sprint", "sana", "attn2.to_k.weight", "attn2.to_v.weight"),
+        ("chroma", "chroma", "transformer_blocks.0.attn.to_q.weight", "transformer_blocks.0.attn.to_k.weight"),
         ("flux2", "flux2", "transformer_blocks.0.attn.to_q.weight", "transformer_blocks.0.attn.to_k.weight"),
         ("qwen", "qwen", "transformer_blocks.0.attn.to_k.weight", "transformer_blocks.0.attn.to_v.weight"),
         ("lumina2", "lumina2", "layers.0.attn.to_k.weight", "layers.0.attn.to_v.weight"),

@@ -19,9 +19,6 @@ from obsdiff.families.table import FAMILIES, family_of
 from obsdiff.settings import Settings
 from obsdiff_runtime.errors import ConfigError, ModelError
 
-# of diffusers' Chroma
-pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")
-
 PROMPTS = ["a cat", "a dog"]
 SMALL: dict[str, Any] = {
     "steps": 3,
@@ -37,13 +34,13 @@ def zeros_of_four(weight: torch.Tensor) -> torch.Tensor:
 
 
 def test_it_is_the_family_of_what_no_other_one_describes(build_undescribed: Callable[[str], DiffusionPipeline]) -> None:
-    assert family_of("ChromaTransformer2DModel") is FAMILIES["generic"]
-    assert family_of(build_undescribed("chroma").transformer) is FAMILIES["generic"]
+    assert family_of("CogView3PlusTransformer2DModel") is FAMILIES["generic"]
+    assert family_of(build_undescribed("cogview3").transformer) is FAMILIES["generic"]
     assert family_of("SD3Transformer2DModel") is FAMILIES["sd3"]
 
 
 @pytest.mark.stage("weights")
-@pytest.mark.parametrize(("kind", "method"), [("chroma", "streamed"), ("chroma", "obsdiff"), ("chroma", "wanda")])
+@pytest.mark.parametrize(("kind", "method"), [("cogview3", "streamed"), ("cogview3", "obsdiff"), ("cogview3", "wanda")])
 def test_every_linear_of_its_blocks_gets_the_pattern_and_nothing_else_changes(
     kind: str, method: str, build_undescribed: Callable[[str], DiffusionPipeline]
 ) -> None:
@@ -63,7 +60,7 @@ def test_every_linear_of_its_blocks_gets_the_pattern_and_nothing_else_changes(
 def test_linears_that_read_the_timestep_are_left_alone(
     build_undescribed: Callable[[str], DiffusionPipeline],
 ) -> None:
-    transformer = build_undescribed("chroma").transformer
+    transformer = build_undescribed("cogview3").transformer
     names = [linear.name for linear in generic.linears(transformer)]
     assert not any("norm" in name for name in names)
     inside = [
@@ -74,11 +71,11 @@ def test_linears_that_read_the_timestep_are_left_alone(
     assert sorted(names) == sorted(inside)
 
 
-@pytest.mark.stage("saved", kind="chroma")
+@pytest.mark.stage("saved", kind="cogview3")
 def test_a_pruned_folder_loads_with_obsdiff_and_with_plain_diffusers(
     build_undescribed: Callable[[str], DiffusionPipeline], tmp_path: Path
 ) -> None:
-    build_undescribed("chroma").save_pretrained(tmp_path / "dense")
+    build_undescribed("cogview3").save_pretrained(tmp_path / "dense")
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
     prompts = str(tmp_path / "prompts.txt")
     settings = Settings(model=str(tmp_path / "dense"), sparsity="0.5", prompts_file=prompts, **SMALL)
@@ -95,11 +92,11 @@ def test_a_pruned_folder_loads_with_obsdiff_and_with_plain_diffusers(
     )
 
 
-@pytest.mark.stage("saved", kind="chroma")
+@pytest.mark.stage("saved", kind="cogview3")
 def test_eval_compares_it_with_the_dense_one(
     build_undescribed: Callable[[str], DiffusionPipeline], tmp_path: Path
 ) -> None:
-    pipeline = build_undescribed("chroma")
+    pipeline = build_undescribed("cogview3")
     pipeline.save_pretrained(tmp_path / "dense")
     obsdiff.save(obsdiff.prune(pipeline, prompts=PROMPTS, sparsity="2:4", **SMALL), tmp_path / "pruned")
     settings = Settings(eval_prompts=1, **SMALL)
@@ -111,7 +108,7 @@ def test_eval_compares_it_with_the_dense_one(
 def test_plan_says_that_its_macs_are_an_estimate(
     build_undescribed: Callable[[str], DiffusionPipeline], tmp_path: Path
 ) -> None:
-    build_undescribed("chroma").save_pretrained(tmp_path / "dense")
+    build_undescribed("cogview3").save_pretrained(tmp_path / "dense")
     plan = verbs.plan(Settings(model=str(tmp_path / "dense"), sparsity="2:4", height=64, width=64))
     assert any("MACs are an estimate" in note for note in plan.notes)
     assert plan.macs_before > 0
@@ -120,7 +117,7 @@ def test_plan_says_that_its_macs_are_an_estimate(
 @pytest.mark.stage("structured", refused=True)
 @pytest.mark.parametrize(
     ("kind", "sparsity"),
-    [("chroma", "structured:0.2+2:4"), ("chroma", "heads:0.5"), ("chroma", "ffn:0.3")],
+    [("cogview3", "structured:0.2+2:4"), ("cogview3", "heads:0.5"), ("cogview3", "ffn:0.3")],
 )
 def test_units_are_refused_and_the_page_is_named(
     kind: str, sparsity: str, build_undescribed: Callable[[str], DiffusionPipeline]
@@ -130,7 +127,7 @@ def test_units_are_refused_and_the_page_is_named(
 
 
 @pytest.mark.stage("engine", "runtime", refused=True)
-@pytest.mark.parametrize("kind", ["chroma"])
+@pytest.mark.parametrize("kind", ["cogview3"])
 def test_export_refuses_before_anything_runs(
     kind: str, build_undescribed: Callable[[str], DiffusionPipeline], tmp_path: Path
 ) -> None:
@@ -147,6 +144,6 @@ def test_a_denoiser_without_lists_of_blocks_is_an_error() -> None:
 def test_its_configuration_alone_is_not_enough_for_a_plan(
     build_undescribed: Callable[[str], DiffusionPipeline], tmp_path: Path
 ) -> None:
-    build_undescribed("chroma").transformer.save_config(tmp_path)
+    build_undescribed("cogview3").transformer.save_config(tmp_path)
     with pytest.raises(ModelError, match="name its pipeline's folder"):
         verbs.plan(Settings(model=str(tmp_path), sparsity="2:4"))
