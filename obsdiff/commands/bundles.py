@@ -28,6 +28,7 @@ def generate(run: Run) -> None:
         given["output"],
         image=given["image"],
         last_image=given["last_image"],
+        mask=given["mask"],
         references=given["reference"] or (),
         own_size=given["own_size"],
         height=settings.height,

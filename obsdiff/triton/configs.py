@@ -166,6 +166,7 @@ def orchestrator_config(manifest: Manifest, choice: Choice) -> Message:
     ]
     if "vae_encoder" in manifest.components:
         inputs += [_asked("init_image", "TYPE_UINT8", dims=[-1, -1, 3]), _asked("strength", "TYPE_FP32")]
+        inputs += [_asked("mask", "TYPE_UINT8", dims=[-1, -1])]
     return {
         "name": choice.name,
         "backend": "python",

@@ -12,6 +12,7 @@ class Choices:
         size_step: height and width are multiples of it; None where there is one size alone.
         frame_step: films have one frame and a multiple of this behind it; None where pictures are drawn.
         pictures: that it is told, the least and the most; None instead of the most where there is no limit.
+        changes: whether it changes the picture that it is told, by a strength, and all of it or what a mask says.
         classes: what each is called, by number, with commas between several names; None where prompts are text.
     """
 
@@ -21,4 +22,5 @@ class Choices:
     size_step: int | None
     frame_step: int | None
     pictures: tuple[int, int | None]
+    changes: bool
     classes: tuple[str, ...] | None

@@ -71,6 +71,7 @@ def generate(given: Given, progress: Progress) -> None:
         given["output"],
         image=given["image"],
         last_image=given["last_image"],
+        mask=given["mask"],
         references=given["reference"] or (),
         own_size=given["own_size"],
         height=given["height"],

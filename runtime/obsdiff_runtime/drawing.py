@@ -8,15 +8,30 @@ guidance, the negative one first.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from obsdiff_runtime.kinds import Conditions, Kind, Settings
 from obsdiff_runtime.networks import Array, Networks
 from obsdiff_runtime.references import PLACES
 from obsdiff_runtime.schedulers import Scheduler
 from obsdiff_runtime.turns import Turns, denoiser_at
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What stays of a picture that is drawn anew in part.
+
+    Attributes:
+        clean: (c, h, w), its latents.
+        redrawn: (h, w), where it is drawn anew.
+    """
+
+    clean: Array
+    redrawn: NDArray[np.bool_]
 
 
 class Drawing:
@@ -40,6 +55,7 @@ class Drawing:
         clean: Array | None = None,
         turns: Turns | None = None,
         opening: Array | None = None,
+        kept: Kept | None = None,
     ) -> None:
         """Begins.
 
@@ -52,17 +68,18 @@ class Drawing:
             clean: (c, h, w), latents of the image that is changed; None where one is drawn from nothing.
             turns: of the denoisers; None or empty where the kind's takes all steps.
             opening: (c, frames, h, w), latents that stand in place of the first ones of a film at every step.
+            kept: what of an image stands in place of what is drawn after every step, with the same noise at its level.
         """
         self.settings, self.conditions = settings, conditions
         self._kind, self._scheduler = kind, scheduler
         self._turns = turns or {kind.denoiser: 0.0}
-        self._opening = opening
+        self._opening, self._kept, self._noise = opening, kept, noise
         self._skipped = settings.skipped_steps * scheduler.order
+        self.index, self.calls = 0, len(scheduler.timesteps) - self._skipped
         if clean is None:
             self.sample: Array = noise * np.float32(scheduler.initial_sigma)
         else:
-            self.sample = scheduler.noised(clean, noise, self._skipped).astype(np.float32, copy=False)
-        self.index, self.calls = 0, len(scheduler.timesteps) - self._skipped
+            self.sample = self._noised(clean)
         self.error: Exception | None = None
 
     @property
@@ -105,8 +122,16 @@ class Drawing:
             np.float32, copy=False
         )
         self.index += 1
+        if self._kept is not None:
+            self.sample = np.where(self._kept.redrawn, self.sample, self._noised(self._kept.clean))
         if self.index == self.calls:
             self.sample = self._opened(self.sample)
+
+    def _noised(self, clean: Array) -> Array:
+        """Latents with the noise of the next step, with none behind the last one."""
+        if self.index == self.calls:
+            return clean
+        return self._scheduler.noised(clean, self._noise, self._skipped + self.index).astype(np.float32, copy=False)
 
     def _opened(self, sample: Array) -> Array:
         if self._opening is None:

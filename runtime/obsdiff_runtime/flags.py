@@ -90,7 +90,8 @@ GENERATE: Final = (
         text="Image to change instead of drawing one from nothing, or that a film begins with.",
     ),
     Flag(name="--last-image", kind=Path, text="Image that a film of Wan 2.2 I2V ends with."),
-    Flag(name="--strength", kind=float, text="How much of it to change, up to 1; default: 0.8."),
+    Flag(name="--mask", kind=Path, text="Which part of the image to draw anew: what is white in this one."),
+    Flag(name="--strength", kind=float, text="How much of it to change, up to 1; default: 0.8, of a part of it 1."),
     Flag(
         name="--reference",
         kind=Path,

@@ -18,14 +18,16 @@ def open_picture(
     *,
     formats: tuple[str, ...] | None = None,
     most_pixels: int | None = None,
+    mode: str | None = "RGB",
 ) -> "Image":
-    """An image in RGB, upright where a camera says how it was held.
+    """An image, upright where a camera says how it was held.
 
     Args:
         source: a file, by its place or opened.
         name: what messages call it; its place if None.
         formats: that are read, as Pillow calls them; None for all of its.
         most_pixels: of it; None where that is Pillow's own limit.
+        mode: of the image, as Pillow calls it; None for its own.
 
     Raises:
         ConfigError: it is no image, or too large.
@@ -37,7 +39,8 @@ def open_picture(
             pixels = opened.width * opened.height
             if most_pixels is not None and pixels > most_pixels:
                 raise ConfigError(f"{name or source}: {pixels} pixels; at most {most_pixels} are read")
-            return ImageOps.exif_transpose(opened).convert("RGB")
+            upright = ImageOps.exif_transpose(opened)
+            return upright.copy() if mode is None else upright.convert(mode)
     except (OSError, EOFError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ConfigError(f"{name or source}: no image that can be read: {reason}") from None

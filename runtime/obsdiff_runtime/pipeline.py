@@ -18,16 +18,17 @@ from obsdiff_runtime.autoencoder import Autoencoder, Pixels, latent_frames, tile
 from obsdiff_runtime.backends import Backend
 from obsdiff_runtime.bundle import DECODER, Bundle, open_bundle
 from obsdiff_runtime.conditions import Conditioner
-from obsdiff_runtime.drawing import Drawing, Stepper
+from obsdiff_runtime.drawing import Drawing, Kept, Stepper
 from obsdiff_runtime.errors import CancelledError, ConfigError
 from obsdiff_runtime.kinds import Kind, Settings
 from obsdiff_runtime.kinds.scales import told_scale
 from obsdiff_runtime.kinds.table import kind_of
+from obsdiff_runtime.masks import Mask, on_latents
 from obsdiff_runtime.networks import Array, Networks
 from obsdiff_runtime.noise import Noise, noise_sources
 from obsdiff_runtime.progress import Progress, silent
 from obsdiff_runtime.references import STATES, Reference, reference_of
-from obsdiff_runtime.resolving import Resolver, each_prompt
+from obsdiff_runtime.resolving import MASKED_STRENGTH, Resolver, each_prompt
 from obsdiff_runtime.schedulers import Scheduler, make_scheduler
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ class Pipeline:
         latents: Array | None = None,
         image: Pixels | None = None,
         last_image: Pixels | None = None,
+        mask: Mask | None = None,
         strength: float | None = None,
         eta: float = 0.0,
         reference: Pixels | Reference | Sequence[Pixels | Reference] = (),
@@ -156,8 +158,10 @@ class Pipeline:
             image: (height, width, 3), one to change rather than to draw from nothing, or that films begin with where
                 the pipeline's do; its size is the default one.
             last_image: the same of one that films end with, where they can.
+            mask: (height, width), which part of that image is drawn anew, in bool, or white in uint8; the rest stays
+                but for what the VAE loses. All of it if None.
             strength: of that change, above 0 and up to 1, the share of the steps that is taken; STRENGTH of
-                resolving.py if None.
+                resolving.py if None, and 1 where there is a mask.
             eta: how much noise the sampler adds at each step, from 0 to 1; of DDIM's and TCD's.
             reference: a picture that the denoiser is told beside the text, or several, for all images: what `fit` makes
                 of a file's, as diffusers does; or (height, width, 3), of any size in multiples of `size_step`.
@@ -188,6 +192,7 @@ class Pipeline:
             latents=latents,
             image=image,
             last_image=last_image,
+            mask=mask,
             strength=strength,
             eta=eta,
             reference=reference,
@@ -224,6 +229,7 @@ class Pipeline:
         latents: Array | None = None,
         image: Pixels | None = None,
         last_image: Pixels | None = None,
+        mask: Mask | None = None,
         strength: float | None = None,
         eta: float = 0.0,
         reference: Pixels | Reference | Sequence[Pixels | Reference] = (),
@@ -245,6 +251,7 @@ class Pipeline:
             num_frames=num_frames,
             image=image,
             last_image=last_image,
+            mask=mask is not None,
             strength=strength,
             eta=eta,
             references=references,
@@ -265,15 +272,19 @@ class Pipeline:
         sources = noise_sources(noise_source, seed, len(prompts))
         # before any work is done, for they refuse what they cannot do
         schedulers = [self._scheduler(settings, source) for source in sources]
+        redrawn = None if mask is None else on_latents(mask, self._vae.scale, settings.height, settings.width)
         cleans = self._cleans(image, sources)
         starts = self._starts(sources, settings, latents)
         opening = None if image is None or not self._kind.masks else self._vae.open(image, 1)
         conditions = self._conditioner.conditions(prompts, negatives, settings, references, image, last_image)
         rows = [{name: value[index] for name, value in conditions.items()} for index in range(len(prompts))]
         turns = self.bundle.manifest.turns
+        kept = self._kept(redrawn, cleans, sources)
+        if mask is not None and strength in (None, MASKED_STRENGTH):
+            cleans = [None] * len(cleans)  # what is drawn anew is so from noise alone, as in diffusers
         return [
-            Drawing(self._kind, settings, row, scheduler, start, clean, turns, opening)
-            for row, scheduler, start, clean in zip(rows, schedulers, starts, cleans, strict=True)
+            Drawing(self._kind, settings, row, scheduler, start, clean, turns, opening, stays)
+            for row, scheduler, start, clean, stays in zip(rows, schedulers, starts, cleans, kept, strict=True)
         ]
 
     def step(self, drawings: Sequence[Drawing]) -> None:
@@ -333,6 +344,19 @@ class Pipeline:
             return [None] * len(sources)
         encoded = self._vae.encode(image)
         return [self._vae.sample(encoded, source) for source in sources]
+
+    def _kept(
+        self, redrawn: NDArray[np.bool_] | None, cleans: Sequence[Array | None], sources: Sequence[Noise]
+    ) -> list[Kept | None]:
+        """What stays of each image; diffusers draws noise for latents of that alone, too, which some denoisers read."""
+        kept: list[Kept | None] = []
+        for clean, source in zip(cleans, sources, strict=True):
+            if clean is None or redrawn is None:
+                kept.append(None)
+            else:
+                source(clean.shape)
+                kept.append(Kept(clean=clean, redrawn=redrawn))
+        return kept
 
     def _denoise(self, drawings: Sequence[Drawing], progress: Progress, on_step: OnStep | None) -> None:
         """All steps of images that began together."""

@@ -20,6 +20,7 @@ from obsdiff_runtime.turns import require_taken
 
 MAX_SEQUENCE_LENGTH: Final = 256  # diffusers' default for T5
 STRENGTH: Final = 0.8  # diffusers' default for Stable Diffusion
+MASKED_STRENGTH: Final = 1.0  # likewise, where a part of the image stays
 
 
 class Resolver:
@@ -47,6 +48,12 @@ class Resolver:
         return self._kind.ends(self._config)
 
     @property
+    def changes(self) -> bool:
+        """Whether a picture beside the prompt is one to change: the denoiser is told none, and no film is drawn."""
+        told = self.opens or self._kind.references is not None
+        return not told and self._bundle.manifest.defaults.num_frames is None and self._networks.has(ENCODER)
+
+    @property
     def size_step(self) -> int:
         """Height and width are multiples of this."""
         return self._vae.scale * self._kind.patch(self._config)
@@ -67,6 +74,8 @@ class Resolver:
                 pictures = (kind.opens + self.must_end, 2 if self.ends else 1)
             elif kind.references is not None:
                 pictures = (kind.references.least, kind.references.most)
+            elif self.changes:
+                pictures = (0, 1)
         return Choices(
             negative_prompt=guided and kind.negatives and not kind.draws_classes,
             guidance_scale=guided,
@@ -74,6 +83,7 @@ class Resolver:
             size_step=self.size_step if None in fixed else None,
             frame_step=None if manifest.defaults.num_frames is None else FRAME_SCALE,
             pictures=pictures,
+            changes=self.changes,
             classes=read_labels(self._bundle.index(), self._config).titles() if kind.draws_classes else None,
         )
 
@@ -89,11 +99,12 @@ class Resolver:
         num_frames: int | None = None,
         image: Pixels | None = None,
         last_image: Pixels | None = None,
+        mask: bool = False,
         strength: float | None = None,
         eta: float = 0.0,
         references: Sequence[Reference] = (),
     ) -> Settings:
-        """What a call will use; the bundle's defaults where it is told nothing.
+        """What a call will use; the bundle's defaults where it is told nothing. `mask` is whether there is one.
 
         Raises:
             ConfigError: a value that the pipeline cannot take; says what it can.
@@ -128,23 +139,26 @@ class Resolver:
         if last_image is not None:
             self._check_last(image, last_image, settings)
         if image is None:
-            if strength is not None:
-                raise ConfigError("strength says how much an image is changed, and there is no image")
+            if strength is not None or mask:
+                told = "strength says how much an" if strength is not None else "a mask says which part of an"
+                raise ConfigError(f"{told} image is changed, and there is no image")
             return settings
         if references:
             raise ConfigError("an image is changed, or a reference is told to the denoiser; give one of them")
         self._vae.check_encodes()
         if self.opens:
-            if strength is not None:
-                raise ConfigError("strength says how much an image is changed, and here a film begins with it")
+            if strength is not None or mask:
+                told = "strength says how much an" if strength is not None else "a mask says which part of an"
+                raise ConfigError(f"{told} image is changed, and here a film begins with it")
             return settings
-        return self._changing(settings, STRENGTH if strength is None else strength)
+        usual = MASKED_STRENGTH if mask else STRENGTH
+        return self._changing(settings, usual if strength is None else strength)
 
     def check_pictures(self) -> None:
-        """Raises ConfigError if the denoiser is told no pictures, CompatibilityError if there is no VAE encoder."""
-        if not self.opens:
-            self.referring()
+        """Raises ConfigError if it can do nothing with pictures, CompatibilityError if there is no VAE encoder."""
         self._vae.check_encodes()
+        if not self.opens and not self.changes:
+            self.referring()
 
     def referring(self) -> References:
         """How the denoiser is told pictures; ConfigError where it is told none."""

@@ -192,7 +192,9 @@ class Orchestrator:
                 call["image"] = image
             call.setdefault("seed", secrets.randbelow(SEEDS))
             sizes = (call.get(name) for name in ("num_inference_steps", "guidance_scale", "height", "width"))
-            settings = self._pipeline.resolver.resolve(*sizes, image=image, strength=call.get("strength"))
+            settings = self._pipeline.resolver.resolve(
+                *sizes, image=image, mask="mask" in call, strength=call.get("strength")
+            )
             self._bounds.check(texts, settings, self._pipeline.bundle.manifest.defaults)
             calls.append(call)
         return calls
@@ -203,7 +205,7 @@ class Orchestrator:
         if tensor is None:
             return None
         array = tensor.as_numpy()
-        if name == "init_image":
+        if name in ("init_image", "mask"):
             return list(array)
         values = array.reshape(-1).tolist()
         try:
@@ -262,6 +264,7 @@ INPUTS: Final = (
     "height",
     "width",
     "init_image",
+    "mask",
     "strength",
 )
 OURS: Final = (MAX_STEPS, MAX_PIXELS, MAX_PROMPT, DENOISER_ROWS)

@@ -22,6 +22,7 @@ def generate(
     *,
     image: Path | None = None,
     last_image: Path | None = None,
+    mask: Path | None = None,
     references: Sequence[Path] = (),
     own_size: bool = False,
     height: int | None = None,
@@ -42,6 +43,7 @@ def generate(
         image: file of one to change, or that a film begins with, in any format that Pillow reads; see
             `pictures.read_picture`. What it is changed to has its own size by default, a film the bundle's.
         last_image: likewise of one that a film ends with.
+        mask: file of which part of the image is drawn anew; see `masks.mask_of`.
         references: files of pictures that the denoiser is told.
         own_size: see `Pipeline.fit`.
         height: in pixels.
@@ -60,6 +62,7 @@ def generate(
         ConfigError: `output` names no format, or an argument is none that the pipeline takes.
         ObsdiffError: the bundle cannot be loaded, or cannot draw.
     """
+    from obsdiff_runtime.masks import mask_of
     from obsdiff_runtime.pictures import open_picture, read_picture
     from obsdiff_runtime.pipeline import Pipeline
 
@@ -72,8 +75,11 @@ def generate(
     start, end = (
         None if path is None else read_picture(path, pipeline.size_step, height, width) for path in (image, last_image)
     )
+    if mask is not None and start is None:
+        raise ConfigError(f"--mask {mask}: it says which part of an image is drawn anew; give --image FILE, too")
+    redrawn = None if mask is None or start is None else mask_of(open_picture(mask, mode=None), *start.shape[1::-1])
     told = [pipeline.fit(open_picture(path), own_size=own_size) for path in references]
-    shown: dict[str, Any] = {"image": start, "last_image": end, "reference": told}
+    shown: dict[str, Any] = {"image": start, "last_image": end, "mask": redrawn, "reference": told}
     images = pipeline(prompt, height=height, width=width, progress=progress, **shown, **call)
     output.parent.mkdir(parents=True, exist_ok=True)
     write(images.arrays[0])

@@ -49,9 +49,13 @@ def test_what_is_no_choice_is_refused_and_what_is_one_makes_a_difference(kind: s
         assert not refuses(pipeline, height=own.height - choices.size_step)
         assert refuses(pipeline, height=own.height - choices.size_step // 2)
     least, most = choices.pictures
-    name = "image" if pipeline.resolver.opens else "reference"
-    few: dict[str, Any] = {"image": None} if pipeline.resolver.opens else {"reference": []}
+    name = "image" if pipeline.resolver.opens or choices.changes else "reference"
+    few: dict[str, Any] = {"image": None} if name == "image" else {"reference": []}
     assert refuses(pipeline, **few) == (least > 0)
+    if choices.changes:
+        assert not refuses(pipeline, image=grey, strength=0.6, mask=grey[..., 0] > 0)
+    else:
+        assert refuses(pipeline, strength=0.6)
     if pipeline.resolver.opens:
         assert refuses(pipeline, last_image=None) == (least > 1)
     assert refuses(pipeline, **{name: [grey] if name == "reference" else grey}) == (most == 0)

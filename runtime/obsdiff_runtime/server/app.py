@@ -5,7 +5,7 @@ import hmac
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -151,7 +151,7 @@ async def _edit(server: Server, request: Request) -> Any:
     return await _generate(server, request, asked, uploads)
 
 
-async def _generate(server: Server, request: Request, asked: ImageRequest, uploads: Sequence[edits.Upload] = ()) -> Any:
+async def _generate(server: Server, request: Request, asked: ImageRequest, uploads: edits.Uploads | None = None) -> Any:
     model = server.find(asked.model)
     metrics, started = server.metrics.of(model.id), time.monotonic()
     seed = secrets.randbelow(SEEDS) if asked.seed is None else asked.seed
@@ -172,12 +172,14 @@ async def _generate(server: Server, request: Request, asked: ImageRequest, uploa
         "seed": seed,
         "noise_source": asked.noise_source,
         "num_images": asked.n,
+        "strength": None if uploads else asked.strength,
     }
     try:
         settings = model.resolve(call)
         if uploads:  # decoded, and scaled to what is asked for, where that is allowed and there is room
             model.batcher.require_room()
             call |= await edits.read_pictures(model.pipeline, uploads, asked.pixels)
+            call["strength"] = asked.strength
             settings = model.resolve(call)
         order = model.order(call, settings, asked.n, asked.partial_images if asked.stream else 0)
         follower = Follower.submit(model.batcher, order, request)

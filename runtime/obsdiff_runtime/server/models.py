@@ -81,6 +81,8 @@ class ServedModel:
             references=call.get("reference", ()),
             image=call.get("image"),
             last_image=call.get("last_image"),
+            mask=call.get("mask") is not None,
+            strength=call.get("strength"),
         )
         self.bounds.check(
             {name: call[name] for name in ("prompt", "negative_prompt")},

@@ -5,6 +5,8 @@ const id = name => document.getElementById(name);
 const form = id("ask"), shelf = id("shelf"), stop = id("stop"), problem = id("problem"), drop = id("drop");
 let models = [];  // as /v1/models tells of them
 let pictures = [];  // files that go with the prompt
+const brushes = new WeakMap();  // what is painted over them, by file
+const PAINT = "#0f766e";
 let underWay = null;  // what ends the drawing at hand
 let links = [];  // of what is shown, to be given back
 
@@ -40,14 +42,15 @@ function choose() {
   refill(id("class"), takes.classes ?? []);
   refill(form.output_format, takes.formats);
   id("beside").hidden = alike().length < 2;
-  if (takes.pictures) askForPictures(takes.pictures.most, takes.frame_step);
+  if (takes.pictures) askForPictures(takes);
 }
 
-function askForPictures(most, film) {
-  const edited = most > 1 ? `up to ${most} pictures to edit` : "picture to edit";
+function askForPictures({pictures: {most}, frame_step: film, changes}) {
+  const edited = most > 1 ? `up to ${most} pictures to edit` : `picture to ${changes ? "change" : "edit"}`;
   const begins = "picture that the film begins with" + (most > 1 ? ", and one that it ends with" : "");
   const what = film ? begins : edited;
-  id("pictures-are").textContent = `${what}: choose, or drop here`;
+  const paint = changes ? "; paint over what is to be drawn anew, or nothing" : "";
+  id("pictures-are").textContent = `${what}: choose, or drop here${paint}`;
   form.image.multiple = most > 1;
   pictures = pictures.slice(0, most);
   showThumbnails();
@@ -91,16 +94,69 @@ function showThumbnails() {
     picture.src = URL.createObjectURL(file);
     picture.onload = () => URL.revokeObjectURL(picture.src);
     picture.alt = `${index + 1}: ${file.name}`;
-    item.append(picture, button("remove", () => {
+    const remove = button("remove", () => {
       pictures.splice(index, 1);
       forgive();
       showThumbnails();
       form.image.focus();
-    }));
-    item.lastChild.setAttribute("aria-label", `remove ${file.name}`);
-    item.lastChild.className = "quiet";
+    });
+    remove.setAttribute("aria-label", `remove ${file.name}`);
+    remove.className = "quiet";
+    item.append(...(chosen().details.takes.changes ? brush(file, picture) : [picture]), remove);
     return item;
   }));
+}
+
+// The picture under a canvas that is painted on, at most 512 pixels a side, and what takes the paint away.
+function brush(file, picture) {
+  const place = document.createElement("div"), canvas = brushes.get(file) ?? document.createElement("canvas");
+  const context = canvas.getContext("2d");
+  const clear = button("change all of it", () => {
+    context.clearRect(0, 0, canvas.width, canvas.height);
+    delete canvas.dataset.painted;
+    clear.hidden = true;
+  });
+  clear.hidden = !canvas.dataset.painted;
+  clear.className = "quiet";
+  place.className = "brush";
+  place.append(picture, canvas);
+  if (brushes.has(file)) return [place, clear];
+  brushes.set(file, canvas);
+  canvas.setAttribute("role", "img");
+  canvas.setAttribute("aria-label", "what is painted is drawn anew");
+  picture.addEventListener("load", () => {
+    const scale = Math.min(1, 512 / Math.max(picture.naturalWidth, picture.naturalHeight));
+    canvas.width = Math.max(1, picture.naturalWidth * scale);
+    canvas.height = Math.max(1, picture.naturalHeight * scale);
+  });
+  const stroke = event => {
+    if (!event.buttons) return;
+    const box = canvas.getBoundingClientRect(), scale = canvas.width / box.width;
+    const point = [(event.clientX - box.left) * scale, (event.clientY - box.top) * scale];
+    context.lineTo(...point);
+    context.lineTo(...point);  // of one alone there is nothing to see
+    Object.assign(context, {lineCap: "round", lineWidth: Math.max(canvas.width, canvas.height) / 8, strokeStyle: PAINT});
+    context.stroke();
+    canvas.dataset.painted = "yes";
+    canvas.closest("li").querySelector("button").hidden = false;
+  };
+  for (const kind of ["pointerenter", "pointerdown"]) canvas.addEventListener(kind, () => context.beginPath());
+  for (const kind of ["pointerdown", "pointermove"]) canvas.addEventListener(kind, stroke);
+  return [place, clear];
+}
+
+// What is painted over a picture, white on black, as a file; null where nothing is.
+function painted(file) {
+  const canvas = chosen().details.takes.changes ? brushes.get(file) : null;
+  if (!canvas?.dataset.painted) return null;
+  const mask = document.createElement("canvas"), context = mask.getContext("2d");
+  Object.assign(mask, {width: canvas.width, height: canvas.height});
+  context.drawImage(canvas, 0, 0);
+  for (const [how, colour] of [["source-in", "#fff"], ["destination-over", "#000"]]) {
+    Object.assign(context, {globalCompositeOperation: how, fillStyle: colour});
+    context.fillRect(0, 0, mask.width, mask.height);
+  }
+  return new Promise(done => mask.toBlob(done, "image/png"));
 }
 
 function button(text, deed) {
@@ -174,7 +230,7 @@ async function ask(path, {headers, ...more} = {}) {
   return answer;
 }
 
-function send(asked, signal) {
+async function send(asked, signal) {
   const told = chosen().details.takes.pictures ? pictures : [];
   if (!told.length) {
     const headers = {"content-type": "application/json"};
@@ -183,6 +239,8 @@ function send(asked, signal) {
   const body = new FormData();
   for (const [name, value] of Object.entries(asked)) body.append(name, value);
   for (const picture of told) body.append("image", picture);
+  const mask = await painted(told[0]);
+  if (mask) body.append("mask", mask, "mask.png");
   return ask("/v1/images/edits", {method: "POST", body, signal});
 }
 

@@ -42,6 +42,9 @@ class ImageRequest(BaseModel):
         description="Of the denoisers behind the first, where they take turns.",
     )
     num_frames: int | None = Field(None, ge=1, description="Of a film; the model's own if none.")
+    strength: float | None = Field(
+        None, gt=0, le=1, allow_inf_nan=False, description="How much of a picture is changed, where it is."
+    )
     seed: int | None = Field(None, ge=0, lt=2**63, description="Of the noise; drawn by lot if none is given.")
     noise_source: Literal["numpy", "torch"] = Field(
         "numpy", description="torch: a seed means what it does in diffusers."

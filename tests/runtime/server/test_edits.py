@@ -15,10 +15,14 @@ from PIL import Image
 
 from obsdiff_runtime import references
 from obsdiff_runtime.bundle import ENCODER, open_bundle, write_manifest
+from obsdiff_runtime.masks import mask_of
+from obsdiff_runtime.pictures import resized
 from obsdiff_runtime.pipeline import Pipeline
 from obsdiff_runtime.server.limits import MAX_FORM_BYTES
 
 PROMPT = "make it winter"
+OTHER = {"model": "model-1"}
+"""Which changes a picture; the first one's denoiser is told it."""
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +42,42 @@ def file_of(height: int, width: int, seed: int = 0, kind: str = "png") -> tuple[
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, kind)
     return f"{seed}.{kind}", file.getvalue()
+
+
+def black() -> tuple[str, bytes]:
+    file = io.BytesIO()
+    Image.new("L", (8, 8)).save(file, "png")
+    return "black.png", file.getvalue()
+
+
+def test_openai_s_client_changes_a_picture_or_the_part_of_it_that_its_mask_has_transparent(
+    client: openai.OpenAI, sd3_bundle: Path
+) -> None:
+    """At the size that is asked for, and by a strength."""
+    image, mask = file_of(66, 96), io.BytesIO()
+    redrawn = np.zeros((33, 48), bool)
+    redrawn[8:20, 10:40] = True
+    Image.fromarray(np.dstack([np.zeros((33, 48, 3), np.uint8), np.where(redrawn, 0, 255)]).astype(np.uint8)).save(
+        mask, "png"
+    )
+    ours = Pipeline(sd3_bundle, threads=1)
+    told = {"seed": 7, "num_inference_steps": 3, "height": 24, "width": 32}
+    told["image"] = resized(Image.open(io.BytesIO(image[1])), 32, 24)
+    cut = mask_of(Image.open(mask), 32, 24)
+    for strength, masked in ((None, False), (0.5, False), (None, True), (0.5, True)):
+        more = {"seed": 7, "num_inference_steps": 3} | ({} if strength is None else {"strength": strength})
+        file = {"mask": ("mask.png", mask.getvalue())} if masked else {}
+        found = client.images.edit(
+            image=image,
+            prompt=PROMPT,
+            model="model-1",
+            size="32x24",  # type: ignore[call-overload]
+            extra_body=more,
+            **file,
+        )
+        drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(found.data[0].b64_json))))
+        expected = ours(PROMPT, strength=strength, mask=cut if masked else None, **told).arrays[0]
+        np.testing.assert_array_equal(drawn, expected)
 
 
 def test_openai_s_client_edits_pictures(client: openai.OpenAI, flux2_pair: tuple[Any, Path]) -> None:
@@ -108,11 +148,23 @@ def test_an_edit_is_streamed_under_its_own_name(client: openai.OpenAI) -> None:
         ({}, [("image", file_of(64, 64))], 400, "prompt: field required"),
         ({"prompt": PROMPT, "n": "two"}, [("image", file_of(64, 64))], 400, "n: input should be a valid integer"),
         ({"prompt": PROMPT, "seeds": "3"}, [("image", file_of(64, 64))], 400, "did you mean seed?"),
-        ({"prompt": PROMPT}, [("mask", file_of(64, 64))], 400, "mask: no file of that name is read"),
+        ({"prompt": PROMPT}, [("masks", file_of(64, 64))], 400, "masks: no file of that name is read"),
+        ({"prompt": PROMPT}, [("mask", file_of(64, 64))], 400, "image: 0 pictures"),
+        ({"prompt": PROMPT}, [("image", file_of(64, 64)), ("mask", file_of(64, 64))], 400, "changes no part of a pict"),
+        ({"prompt": PROMPT, **OTHER}, [("image", file_of(8, 8)), *[("mask", file_of(8, 8))] * 2], 400, "mask: 2 masks"),
+        ({"prompt": PROMPT, **OTHER}, [("image", file_of(8, 8)), ("mask", ("m", b"no"))], 400, "m: no image that can"),
+        (
+            {"prompt": PROMPT, **OTHER},
+            [("image", file_of(8, 8)), ("mask", black())],
+            400,
+            "mask: nothing is drawn anew",
+        ),
+        ({"prompt": PROMPT, **OTHER}, [("image", file_of(8, 8))] * 2, 400, "image: 2 pictures; this model takes 1"),
+        ({"prompt": PROMPT, "strength": "0"}, [("image", file_of(8, 8))], 400, "strength: input should be greater"),
+        ({"prompt": PROMPT, "strength": "0.5"}, [("image", file_of(64, 64))], 400, "there is no image"),
         ({"prompt": PROMPT}, [("image", ("a.png", b"no picture"))], 400, "a.png: no image that can be read"),
         ({"prompt": PROMPT}, [("image", file_of(64, 64, kind="bmp"))], 400, "0.bmp: no image that can be read"),
         ({"prompt": PROMPT}, [("image", file_of(3, 64))], 400, "the model reads no fewer than 4"),
-        ({"prompt": PROMPT, "model": "model-1"}, [("image", file_of(64, 64))], 400, "is told no pictures"),
         ({"prompt": PROMPT, "model": "dall-e-3"}, [("image", file_of(64, 64))], 404, "there is no model 'dall-e-3'"),
         ({"prompt": PROMPT}, [("image", ("a.png", bytes(MAX_FORM_BYTES)))], 413, "larger than"),
     ],

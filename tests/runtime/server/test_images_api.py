@@ -178,7 +178,8 @@ def test_models_tell_what_they_are(client: openai.OpenAI, shared: Any) -> None:
         "guidance_scale_2": False,
         "size_step": 4,
         "frame_step": None,
-        "pictures": None,
+        "pictures": {"least": 0, "most": 1, "bytes": 2**24},
+        "changes": True,
         "classes": None,
         "formats": ["png", "jpeg", "webp"],
     }

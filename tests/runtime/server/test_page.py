@@ -21,6 +21,7 @@ from chromium import CHROMIUM, Chromium
 from firefox import FIREFOX, Firefox
 from webkit import WEBKIT, WebKit
 
+from obsdiff_runtime.masks import mask_of
 from obsdiff_runtime.pictures import resized
 from obsdiff_runtime.pipeline import Pipeline
 from obsdiff_runtime.server import page
@@ -133,9 +134,9 @@ def test_previews_are_seen_on_the_way_and_it_can_be_stopped(shared: Any, browser
 @pytest.mark.parametrize(
     ("model", "fields"),
     [
-        ("model-0", ["negative_prompt", "guidance_scale", "size"]),
+        ("model-0", ["negative_prompt", "image", "guidance_scale", "strength", "size"]),
         ("model-1", ["negative_prompt", "image", "guidance_scale", "size"]),
-        ("model-2", ["guidance_scale"]),
+        ("model-2", ["image", "guidance_scale", "strength"]),
         ("model-3", ["negative_prompt", "image", "guidance_scale", "guidance_scale_2", "size", "num_frames"]),
         ("model-4", ["negative_prompt", "guidance_scale", "size", "num_frames"]),
     ],
@@ -188,6 +189,48 @@ def test_pictures_are_chosen_dropped_and_taken_away_again(
     assert text(browser, "#drop .bad") == "5 pictures; at most 4 are taken"
     browser.run("form.model.value = 'model-3'; choose()")
     assert browser.run("pictures.length") == 2, "a film begins with one and ends with one"
+
+
+def test_what_is_painted_over_a_picture_is_drawn_anew(
+    every: Any, browser: Browser, bundles: dict[str, Path], photos: list[Path]
+) -> None:
+    open_at(browser, every, "model-0")
+    browser.choose_files("form.image", photos[0])
+    browser.wait_for("document.querySelector('canvas')?.width == 96")
+    assert text(browser, "#pictures-are").startswith(
+        "picture to change: choose, or drop here; paint over what is to be"
+    )
+    clear = "[...document.querySelectorAll('#thumbnails button')].find(each => each.textContent == 'change all of it')"
+    fill(browser, prompt="a ring", seed=7, num_inference_steps=2)
+    ours, size = Pipeline(bundles["model-0"], threads=1), every.client.get("/v1/models").json()["data"][0]
+    width, height = (size["details"]["defaults"][side] for side in ("width", "height"))
+    told = {"image": resized(Image.open(photos[0]), width, height), "seed": 7, "num_inference_steps": 2}
+    for strength in (None, 0.5):
+        assert not browser.run(f"{clear}.checkVisibility()"), "nothing is painted yet"
+        browser.run("""(() => {
+            const canvas = document.querySelector("canvas"), box = canvas.getBoundingClientRect();
+            for (const [kind, x, y] of [["down", .25, .5], ["move", .5, .5], ["move", .5, .75]])
+                canvas.dispatchEvent(new PointerEvent("pointer" + kind, {pointerId: 1, buttons: 1, bubbles: true,
+                    clientX: box.left + x * box.width, clientY: box.top + y * box.height}));
+        })()""")
+        fill(browser, strength=strength or "")
+        browser.run("form.requestSubmit()")
+        browser.wait_for(f"{DONE} == 1")
+        mask = browser.run("""painted(pictures[0]).then(blob => new Promise(done => {
+            const reader = new FileReader();
+            reader.onload = () => done(reader.result);
+            reader.readAsDataURL(blob);
+        }))""")
+        redrawn = mask_of(Image.open(io.BytesIO(base64.b64decode(mask.split(",")[1]))), width, height)
+        assert 0.05 < redrawn.mean() < 0.5
+        assert redrawn[height // 2, width // 4]
+        assert redrawn[height * 3 // 4, width // 2]
+        assert not redrawn[:, width * 3 // 4 :].any()
+        np.testing.assert_array_equal(shown(browser), ours("a ring", mask=redrawn, strength=strength, **told).arrays[0])
+        browser.run(f"{clear}.click()")
+    browser.run("form.requestSubmit()")
+    browser.wait_for(f"{DONE} == 1 && document.querySelector('figcaption span').textContent.includes('seed 7')")
+    np.testing.assert_array_equal(shown(browser), ours("a ring", strength=0.5, **told).arrays[0])
 
 
 def test_a_file_that_is_no_picture_is_blamed_on_the_pictures(every: Any, browser: Browser, tmp_path: Path) -> None:

@@ -45,6 +45,9 @@ def test_an_image_can_be_changed(serve: Callable[..., Any], sd3_bundle: Path, al
     asked = {"prompt": PROMPT, "seed": 1, "init_image": picture[None], "strength": 0.5}
     found = serve(sd3_bundle).infer("draw", asked)
     np.testing.assert_array_equal(found["image"], alone(PROMPT, seed=1, image=picture, strength=0.5).arrays)
+    mask = np.where(np.arange(32) < 12, 255, 0).astype(np.uint8)[None].repeat(24, axis=0)
+    found = serve(sd3_bundle).infer("draw", {**asked, "mask": mask[None]})
+    np.testing.assert_array_equal(found["image"], alone(PROMPT, seed=1, image=picture, strength=0.5, mask=mask).arrays)
 
 
 def test_requests_and_rows_of_one_batch_share_the_denoiser(serve: Callable[..., Any], sd3_bundle: Path) -> None:
