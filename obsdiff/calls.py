@@ -18,7 +18,7 @@ from diffusers import (
 )
 
 from obsdiff import class_calls, pictures, turns
-from obsdiff.families import parts, references, wan
+from obsdiff.families import controls, parts, references, wan
 
 
 def call(pipeline: DiffusionPipeline, *, own_timesteps: bool = False) -> Callable[..., Any]:
@@ -37,6 +37,8 @@ def call(pipeline: DiffusionPipeline, *, own_timesteps: bool = False) -> Callabl
         return partial(_begun, pipeline)
     if isinstance(pipeline, ZImagePipeline):
         return partial(_listed, pipeline)
+    if controls.steers(type(pipeline).__name__):
+        return partial(_steered, pipeline)
     if isinstance(pipeline, WanPipeline) and pipeline.config.expand_timesteps:
         return partial(_begun_or_not, pipeline, own_timesteps)
     return cast("Callable[..., Any]", pipeline)
@@ -49,6 +51,12 @@ def _listed(pipeline: ZImagePipeline, **told: Any) -> Any:
         if mask is not None:
             told[f"{prefix}prompt_embeds"] = parts.listed(told[f"{prefix}prompt_embeds"], mask)
     return pipeline(**told)
+
+
+def _steered(pipeline: DiffusionPipeline, *, image: Any = None, **told: Any) -> Any:
+    """Draws, steered by a control picture where there is one."""
+    untyped: Any = controls.plain(pipeline) if image is None else partial(pipeline, image=image)
+    return untyped(**told)
 
 
 def _begun(pipeline: WanImageToVideoPipeline, **told: Any) -> Any:

@@ -112,6 +112,6 @@ def _class_defaults(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "max_sequence_length": default("max_sequence_length", None),
         "prompts": None,
         "takes_guidance": not distilled,
-        "takes_references": references.of(name) is not None or references.opens(name) or references.masks_frames(index),
+        "takes_references": references.takes(index),
         "takes_turns": len(turns.names(index, family)) > 1,
     }

@@ -223,7 +223,9 @@ def time_denoisers(
         text_tokens=text_tokens,
         pixels=(sampling.height, sampling.width),
     )
-    inputs = {name: each.float().numpy() for name, each in references.alone(example, denoiser, index).items()}
+    inputs = {
+        name: each.float().numpy() for name, each in references.alone(example, denoiser, index, vae_scale).items()
+    }
     timings = time_interleaved(
         {name: lambda session=session: session.run(inputs) for name, session in sessions.items()},  # type: ignore[misc]
         RUNS,

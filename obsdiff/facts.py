@@ -68,7 +68,7 @@ def positions(
         text_tokens=text_tokens,
         pixels=(sampling.height, sampling.width),
     )
-    if sampling.references:
+    if sampling.references and references.of(pipeline_class) is not None:
         tokens = family.tokens(config, height=sampling.height, width=sampling.width, text_tokens=0, vae_scale=vae_scale)
         inputs |= references.example(denoiser, pipeline_class, batch=1, tokens=tokens["image"])
     return costs.positions(denoiser, family.arguments(inputs))

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from obsdiff import offloading
-from obsdiff.families import Family, parts, references, seeing
+from obsdiff.families import Family, controls, parts, references, seeing
 from obsdiff.families.autoencoders import draws_films
 from obsdiff.instead import instead
 from obsdiff.recipe import Sampling
@@ -90,6 +90,8 @@ def _read(
     """What networks make of the pictures of each row, by name."""
     if not own:
         return {}
+    if controls.steers(type(pipeline).__name__):
+        return {ARGUMENT: torch.cat([(_signed(pictures[file]) + 1) / 2 for (file,) in own])}
     untyped: Any = pipeline
     vae = untyped.vae
     if vae is None:
@@ -259,7 +261,7 @@ def note(index: Mapping[str, Any], sampling: Sampling) -> tuple[str, ...]:
     """
     pipeline_class = str(index["_class_name"])
     why, masks = _why_needed(pipeline_class), references.masks_frames(index)
-    if sampling.references or (why is None and references.of(pipeline_class) is None and not masks):
+    if sampling.references or not references.takes(index):
         return ()
     if why is not None:
         return (f"{why}; calibration and comparison want --references FOLDER",)
@@ -267,6 +269,11 @@ def note(index: Mapping[str, Any], sampling: Sampling) -> tuple[str, ...]:
         return (
             "films of this pipeline can begin with a picture, and calibration draws none that do; --references FOLDER "
             "gives them some",
+        )
+    if controls.steers(pipeline_class):
+        return (
+            "a ControlNet steers this denoiser, and calibration draws without; --references FOLDER gives it control "
+            "pictures, such as edges or depths",
         )
     return (
         "this denoiser is told pictures, too, and calibration told it none: it looked at prompts alone. --references "

@@ -17,6 +17,7 @@ BEGIN: Final = "<!-- written by the tests: pytest --write-families -->\n"
 FAMILIES: Final = {
     "sd15": "`unet`: SD 1.5, SD 2.1",
     "sdxl": "`unet`: SDXL",
+    "controlnet": "`unet`: SD 1.5, SDXL, with a ControlNet",
     "sd3": "`sd3`: SD3, SD3.5",
     "flux": "`flux`: FLUX.1",
     "kontext": "`flux`: FLUX.1 Kontext",
@@ -50,6 +51,7 @@ STAGES: Final = {
 ALIASES: Final = {
     "sd": "sd15",
     "lcm": "sd15",
+    "controlnet_xl": "controlnet",
     "flux2_dev": "flux2",
     "sd3_t5": "sd3",
     "pixart_alpha": "pixart",

@@ -29,6 +29,8 @@ def generate(run: Run) -> None:
         image=given["image"],
         last_image=given["last_image"],
         mask=given["mask"],
+        control=given["control"],
+        control_scale=given["control_scale"],
         references=given["reference"] or (),
         own_size=given["own_size"],
         height=settings.height,

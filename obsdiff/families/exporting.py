@@ -4,7 +4,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from obsdiff import turns
-from obsdiff.families import Family, references, seeing
+from obsdiff.families import Family, controls, references, seeing
 from obsdiff.families.autoencoders import autoencoder, vae_scale_of
 from obsdiff.families.reading import image_encoders, text_encoders
 from obsdiff_export.component import Component
@@ -12,15 +12,17 @@ from obsdiff_export.component import Component
 
 def denoiser(pipeline: DiffusionPipeline, family: Family, module: nn.Module, *, height: int, width: int) -> Component:
     """A denoiser, as this pipeline calls it."""
-    return references.component(
+    scale = vae_scale_of(pipeline, family)
+    found = references.component(
         family,
         module,
         type(pipeline).__name__,
         height=height,
         width=width,
-        vae_scale=vae_scale_of(pipeline, family),
+        vae_scale=scale,
         frame_mask=references.masks_frames(pipeline.config),
     )
+    return controls.component(found, module, pipeline, scale)
 
 
 def components(family: Family, pipeline: DiffusionPipeline, *, height: int, width: int) -> tuple[Component, ...]:

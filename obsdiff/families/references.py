@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from obsdiff.families import Family, parts
+from obsdiff.families import Family, controls, parts
 from obsdiff_export.component import Component
 from obsdiff_runtime.kinds.table import KINDS
 from obsdiff_runtime.openings import MASK
@@ -46,6 +46,12 @@ def masks_frames(index: Mapping[str, Any]) -> bool:
     `index` is the pipeline's configuration, as in model_index.json.
     """
     return bool(index.get("expand_timesteps"))
+
+
+def takes(index: Mapping[str, Any]) -> bool:
+    """Whether a pipeline can be told pictures beside the prompt, whatever it does with them; `index` as above."""
+    name = str(index["_class_name"])
+    return of(name) is not None or opens(name) or masks_frames(index) or controls.steers(name)
 
 
 def masked(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -112,10 +118,14 @@ def example(denoiser: nn.Module, pipeline_class: str, *, batch: int, tokens: int
     }
 
 
-def alone(inputs: Mapping[str, Tensor], denoiser: nn.Module, index: Mapping[str, Any]) -> dict[str, Tensor]:
+def alone(
+    inputs: Mapping[str, Tensor], denoiser: nn.Module, index: Mapping[str, Any], vae_scale: int
+) -> dict[str, Tensor]:
     """`Family.example` as the graph of a pipeline's denoiser takes it, told no pictures beside; `index` as above."""
     if masks_frames(index):
         return masked(inputs)
+    if controls.steers(str(index["_class_name"])):
+        return controls.told(inputs, vae_scale)
     return {**inputs, **example(denoiser, str(index["_class_name"]), batch=len(inputs["timestep"]), tokens=0)}
 
 

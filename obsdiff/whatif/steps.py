@@ -237,5 +237,5 @@ def _inputs(subject: Subject, denoiser: nn.Module) -> dict[str, Any]:
         text_tokens=call["text_tokens"],
         pixels=(call["height"], call["width"]),
     )
-    told = references.alone(example, denoiser, subject.job.index)
+    told = references.alone(example, denoiser, subject.job.index, scale)
     return {name: tensor.float().numpy() for name, tensor in told.items()}

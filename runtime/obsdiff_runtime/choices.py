@@ -13,6 +13,7 @@ class Choices:
         frame_step: films have one frame and a multiple of this behind it; None where pictures are drawn.
         pictures: that it is told, the least and the most; None instead of the most where there is no limit.
         changes: whether it changes the picture that it is told, by a strength, and all of it or what a mask says.
+        control: whether a picture can steer it; see controls.py.
         classes: what each is called, by number, with commas between several names; None where prompts are text.
     """
 
@@ -23,4 +24,5 @@ class Choices:
     frame_step: int | None
     pictures: tuple[int, int | None]
     changes: bool
+    control: bool
     classes: tuple[str, ...] | None

@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from obsdiff_runtime import openings
+from obsdiff_runtime import controls, openings
 from obsdiff_runtime.autoencoder import Autoencoder, Pixels, latent_frames
 from obsdiff_runtime.bundle import IMAGE_ENCODER
+from obsdiff_runtime.controls import Control
 from obsdiff_runtime.kinds import Conditions, Kind, Settings
 from obsdiff_runtime.kinds.scales import told_scale
 from obsdiff_runtime.networks import Networks
@@ -32,6 +33,7 @@ class Conditioner:
         references: Sequence[Reference] = (),
         image: Pixels | None = None,
         last_image: Pixels | None = None,
+        control: Control | None = None,
     ) -> Conditions:
         """(n, r, ...) each, by input of the denoiser.
 
@@ -42,6 +44,7 @@ class Conditioner:
             references: pictures that all images are told.
             image: the one that films begin with, where they do; that which is changed otherwise.
             last_image: the one that they end with.
+            control: what a ControlNet steers all images by.
 
         Raises:
             ConfigError: a prompt cannot be read.
@@ -52,6 +55,7 @@ class Conditioner:
             **self._of_prompts(prompts, negatives, settings),
             **self._of_references(references, len(prompts), settings),
             **self._of_opening(image, last_image, len(prompts), settings),
+            **self._of_control(control, len(prompts), settings),
         }
 
     def _of_prompts(self, prompts: Sequence[str], negatives: Sequence[str], settings: Settings) -> Conditions:
@@ -104,6 +108,22 @@ class Conditioner:
             found[openings.SEEN] = seen[0] if last_image is None else seen
         rows = (films, 2 if settings.guided else 1)
         return {name: np.broadcast_to(value, (*rows, *value.shape)) for name, value in found.items()}
+
+    def _of_control(self, control: Control | None, images: int, settings: Settings) -> Conditions:
+        """(n, r, ...): what steers the denoiser; a scale of 0 where nothing does."""
+        if not self._kind.controls:
+            return {}
+        scale = self._vae.scale
+        if control is None:
+            sides = (settings.height // scale, settings.width // scale)
+            picture = np.zeros((controls.channels(scale), *sides), np.float32)
+        else:
+            picture = controls.packed(control.pixels, scale)
+        rows = (images, 2 if settings.guided else 1)
+        return {
+            controls.PICTURE: np.broadcast_to(picture, (*rows, *picture.shape)),
+            controls.SCALE: np.full(rows, 0 if control is None else control.scale, np.float32),
+        }
 
 
 def _encoded_once(prompts: Sequence[str], encode: Callable[[list[str]], Conditions]) -> Conditions:

@@ -92,6 +92,8 @@ GENERATE: Final = (
     Flag(name="--last-image", kind=Path, text="Image that a film of Wan 2.2 I2V ends with."),
     Flag(name="--mask", kind=Path, text="Which part of the image to draw anew: what is white in this one."),
     Flag(name="--strength", kind=float, text="How much of it to change, up to 1; default: 0.8, of a part of it 1."),
+    Flag(name="--control", kind=Path, text="Picture that the bundle's ControlNet steers by, such as edges."),
+    Flag(name="--control-scale", kind=float, text="How much that picture counts.", default=1.0),
     Flag(
         name="--reference",
         kind=Path,

@@ -18,6 +18,7 @@ from obsdiff_runtime.autoencoder import Autoencoder, Pixels, latent_frames, tile
 from obsdiff_runtime.backends import Backend
 from obsdiff_runtime.bundle import DECODER, Bundle, open_bundle
 from obsdiff_runtime.conditions import Conditioner
+from obsdiff_runtime.controls import PICTURE, Control
 from obsdiff_runtime.drawing import Drawing, Kept, Stepper
 from obsdiff_runtime.errors import CancelledError, ConfigError
 from obsdiff_runtime.kinds import Kind, Settings
@@ -131,6 +132,8 @@ class Pipeline:
         image: Pixels | None = None,
         last_image: Pixels | None = None,
         mask: Mask | None = None,
+        control: Pixels | None = None,
+        control_scale: float = 1.0,
         strength: float | None = None,
         eta: float = 0.0,
         reference: Pixels | Reference | Sequence[Pixels | Reference] = (),
@@ -160,6 +163,9 @@ class Pipeline:
             last_image: the same of one that films end with, where they can.
             mask: (height, width), which part of that image is drawn anew, in bool, or white in uint8; the rest stays
                 but for what the VAE loses. All of it if None.
+            control: (height, width, 3), a picture by which the bundle's ControlNet steers what is drawn, such as edges;
+                its size is the default one.
+            control_scale: how much it counts.
             strength: of that change, above 0 and up to 1, the share of the steps that is taken; STRENGTH of
                 resolving.py if None, and 1 where there is a mask.
             eta: how much noise the sampler adds at each step, from 0 to 1; of DDIM's and TCD's.
@@ -193,6 +199,8 @@ class Pipeline:
             image=image,
             last_image=last_image,
             mask=mask,
+            control=control,
+            control_scale=control_scale,
             strength=strength,
             eta=eta,
             reference=reference,
@@ -230,6 +238,8 @@ class Pipeline:
         image: Pixels | None = None,
         last_image: Pixels | None = None,
         mask: Mask | None = None,
+        control: Pixels | None = None,
+        control_scale: float = 1.0,
         strength: float | None = None,
         eta: float = 0.0,
         reference: Pixels | Reference | Sequence[Pixels | Reference] = (),
@@ -241,6 +251,7 @@ class Pipeline:
         """
         given = [reference] if isinstance(reference, (np.ndarray, Reference)) else reference
         references = [each if isinstance(each, Reference) else Reference(pixels=each) for each in given]
+        steering = None if control is None else Control(pixels=control, scale=control_scale)
         settings = self.resolver.resolve(
             num_inference_steps,
             guidance_scale,
@@ -252,6 +263,7 @@ class Pipeline:
             image=image,
             last_image=last_image,
             mask=mask is not None,
+            control=steering,
             strength=strength,
             eta=eta,
             references=references,
@@ -276,7 +288,7 @@ class Pipeline:
         cleans = self._cleans(image, sources)
         starts = self._starts(sources, settings, latents)
         opening = None if image is None or not self._kind.masks else self._vae.open(image, 1)
-        conditions = self._conditioner.conditions(prompts, negatives, settings, references, image, last_image)
+        conditions = self._conditioner.conditions(prompts, negatives, settings, references, image, last_image, steering)
         rows = [{name: value[index] for name, value in conditions.items()} for index in range(len(prompts))]
         turns = self.bundle.manifest.turns
         kept = self._kept(redrawn, cleans, sources)
@@ -413,5 +425,6 @@ def _kind_of(bundle: Bundle) -> Kind:
         kind,
         negatives=kind.negatives and not told_scale(inputs, 1.0),
         references=kind.references if STATES in told else None,
+        controls=kind.controls and PICTURE in told,
         masks=openings.MASK in told,
     )

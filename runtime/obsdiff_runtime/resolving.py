@@ -10,6 +10,7 @@ import numpy as np
 from obsdiff_runtime.autoencoder import FRAME_SCALE, Autoencoder, Pixels, film_frames
 from obsdiff_runtime.bundle import ENCODER, IMAGE_ENCODER
 from obsdiff_runtime.choices import Choices
+from obsdiff_runtime.controls import Control
 from obsdiff_runtime.errors import ConfigError, require_count
 from obsdiff_runtime.kinds import IS_DISTILLED, Kind, Settings
 from obsdiff_runtime.kinds.scales import told_scale
@@ -20,6 +21,7 @@ from obsdiff_runtime.turns import require_taken
 
 MAX_SEQUENCE_LENGTH: Final = 256  # diffusers' default for T5
 STRENGTH: Final = 0.8  # diffusers' default for Stable Diffusion
+MOST_CONTROL: Final = 10.0
 MASKED_STRENGTH: Final = 1.0  # likewise, where a part of the image stays
 
 
@@ -84,6 +86,7 @@ class Resolver:
             frame_step=None if manifest.defaults.num_frames is None else FRAME_SCALE,
             pictures=pictures,
             changes=self.changes,
+            control=kind.controls,
             classes=read_labels(self._bundle.index(), self._config).titles() if kind.draws_classes else None,
         )
 
@@ -100,6 +103,7 @@ class Resolver:
         image: Pixels | None = None,
         last_image: Pixels | None = None,
         mask: bool = False,
+        control: Control | None = None,
         strength: float | None = None,
         eta: float = 0.0,
         references: Sequence[Reference] = (),
@@ -110,6 +114,8 @@ class Resolver:
             ConfigError: a value that the pipeline cannot take; says what it can.
         """
         defaults = self._bundle.manifest.defaults
+        if control is not None:
+            height, width = self._steered_size(control, height, width)
         if image is not None:
             height, width = _size_of(image, height, width)
         length = defaults.max_sequence_length if max_sequence_length is None else max_sequence_length
@@ -153,6 +159,15 @@ class Resolver:
             return settings
         usual = MASKED_STRENGTH if mask else STRENGTH
         return self._changing(settings, usual if strength is None else strength)
+
+    def _steered_size(self, control: Control, height: int | None, width: int | None) -> tuple[int, int]:
+        if not self._kind.controls:
+            raise ConfigError(
+                "nothing steers this bundle's denoiser; a ControlNet does in bundles that were exported with one"
+            )
+        if not 0 <= control.scale <= MOST_CONTROL:
+            raise ConfigError(f"control_scale should be from 0 to {MOST_CONTROL:g}, not {control.scale:g}")
+        return _size_of(control.pixels, height, width, "control")
 
     def check_pictures(self) -> None:
         """Raises ConfigError if it can do nothing with pictures, CompatibilityError if there is no VAE encoder."""

@@ -23,6 +23,7 @@ def generate(
     image: Path | None = None,
     last_image: Path | None = None,
     mask: Path | None = None,
+    control: Path | None = None,
     references: Sequence[Path] = (),
     own_size: bool = False,
     height: int | None = None,
@@ -44,6 +45,7 @@ def generate(
             `pictures.read_picture`. What it is changed to has its own size by default, a film the bundle's.
         last_image: likewise of one that a film ends with.
         mask: file of which part of the image is drawn anew; see `masks.mask_of`.
+        control: file of one that a ControlNet steers by, at the size that is drawn.
         references: files of pictures that the denoiser is told.
         own_size: see `Pipeline.fit`.
         height: in pixels.
@@ -72,14 +74,15 @@ def generate(
     if pipeline.resolver.opens:
         own = opened.manifest.defaults
         height, width = own.height if height is None else height, own.width if width is None else width
-    start, end = (
-        None if path is None else read_picture(path, pipeline.size_step, height, width) for path in (image, last_image)
+    start, end, steering = (
+        None if path is None else read_picture(path, pipeline.size_step, height, width)
+        for path in (image, last_image, control)
     )
     if mask is not None and start is None:
         raise ConfigError(f"--mask {mask}: it says which part of an image is drawn anew; give --image FILE, too")
     redrawn = None if mask is None or start is None else mask_of(open_picture(mask, mode=None), *start.shape[1::-1])
     told = [pipeline.fit(open_picture(path), own_size=own_size) for path in references]
-    shown: dict[str, Any] = {"image": start, "last_image": end, "mask": redrawn, "reference": told}
+    shown: dict[str, Any] = {"image": start, "last_image": end, "mask": redrawn, "control": steering, "reference": told}
     images = pipeline(prompt, height=height, width=width, progress=progress, **shown, **call)
     output.parent.mkdir(parents=True, exist_ok=True)
     write(images.arrays[0])

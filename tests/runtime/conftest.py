@@ -51,6 +51,11 @@ def sana_sprint_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Pat
 
 
 @pytest.fixture(scope="session")
+def controlnet_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    return _pair("controlnet", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
 def chroma_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return _pair("chroma", tmp_path_factory)
 

@@ -14,7 +14,7 @@ from obsdiff_runtime.verbs import drawing
 
 MakePair = Callable[[str], tuple[Any, Path]]
 WAN = ("wan", "wan22", "wan22_i2v", "wan_ti2v", "wan_flf2v")
-KINDS = ("sd3", "flux", "flux2", "kontext", "sana_sprint", "qwen_edit", "dit", *WAN)
+KINDS = ("controlnet", "sd3", "flux", "flux2", "kontext", "sana_sprint", "qwen_edit", "dit", *WAN)
 
 
 def refuses(pipeline: Pipeline, **given: Any) -> bool:
@@ -48,6 +48,7 @@ def test_what_is_no_choice_is_refused_and_what_is_one_makes_a_difference(kind: s
     elif not pipeline.resolver.opens:
         assert not refuses(pipeline, height=own.height - choices.size_step)
         assert refuses(pipeline, height=own.height - choices.size_step // 2)
+    assert refuses(pipeline, control=grey) != choices.control
     least, most = choices.pictures
     name = "image" if pipeline.resolver.opens or choices.changes else "reference"
     few: dict[str, Any] = {"image": None} if name == "image" else {"reference": []}

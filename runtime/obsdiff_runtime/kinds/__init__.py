@@ -76,6 +76,7 @@ class Kind:
             gives; they broadcast to (c, h, w). None where it does not.
         references: how the denoiser is told pictures; None where it is told none.
         opens: whether films begin with a picture, which the denoiser is told; see openings.py.
+        controls: whether a ControlNet steers the denoiser, in its graph; see controls.py.
         masks: whether films can begin with a picture, whose latents stand in place of what is drawn.
     """
 
@@ -99,6 +100,7 @@ class Kind:
     kept_lengths: Callable[[Array], Array] | None = None
     references: References | None = None
     opens: bool = False
+    controls: bool = False
     masks: bool = False
 
     def ends(self, config: Mapping[str, Any]) -> bool:

@@ -26,6 +26,8 @@ KINDS: Final[dict[str, Kind]] = {
     "StableDiffusionPipeline": unet.SD,
     "LatentConsistencyModelPipeline": unet.LCM,
     "StableDiffusionXLPipeline": unet.SDXL,
+    "StableDiffusionControlNetPipeline": unet.SD_CONTROLNET,
+    "StableDiffusionXLControlNetPipeline": unet.SDXL_CONTROLNET,
     "FluxPipeline": flux.FLUX,
     "FluxKontextPipeline": flux.FLUX_KONTEXT,
     "ChromaPipeline": chroma.CHROMA,

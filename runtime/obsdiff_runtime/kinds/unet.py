@@ -58,3 +58,5 @@ SD: Final = Kind(
 )
 LCM: Final = replace(SD, skipped=None, scheduler="LCMScheduler")
 SDXL: Final = replace(SD, encode=encode_sdxl)
+SD_CONTROLNET: Final = replace(SD, controls=True)
+SDXL_CONTROLNET: Final = replace(SDXL, controls=True)

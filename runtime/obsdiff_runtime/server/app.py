@@ -174,12 +174,15 @@ async def _generate(server: Server, request: Request, asked: ImageRequest, uploa
         "num_images": asked.n,
         "strength": None if uploads else asked.strength,
     }
+    if asked.control_scale is not None and (uploads is None or uploads.control is None):
+        raise Refused(400, "control_scale says how much a control picture counts; send one", param="control_scale")
     try:
         settings = model.resolve(call)
         if uploads:  # decoded, and scaled to what is asked for, where that is allowed and there is room
             model.batcher.require_room()
             call |= await edits.read_pictures(model.pipeline, uploads, asked.pixels)
             call["strength"] = asked.strength
+            call["control_scale"] = 1.0 if asked.control_scale is None else asked.control_scale
             settings = model.resolve(call)
         order = model.order(call, settings, asked.n, asked.partial_images if asked.stream else 0)
         follower = Follower.submit(model.batcher, order, request)

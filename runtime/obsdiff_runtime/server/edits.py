@@ -1,12 +1,13 @@
 """POST /v1/images/edits: a form with pictures, as OpenAI's clients send it, beside the fields of a generation.
 
 What a model does with them differs: its denoiser is told them, a film begins with one, or one is changed, all of it or
-what its mask says.
+what its mask says. A control picture steers a ControlNet, beside a picture or alone.
 """
 
 import asyncio
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -38,6 +39,7 @@ MOST_PIXELS: Final = 25_000_000
 """Of a picture as it is sent; it is scaled down before the model reads it."""
 
 MASK: Final = "mask"
+CONTROL: Final = "control"
 
 _FIELDS: Final = ImageRequest.model_json_schema()
 BODY: Final = {
@@ -47,7 +49,7 @@ BODY: Final = {
             "multipart/form-data": {
                 "schema": {
                     "type": "object",
-                    "required": ["image", *_FIELDS["required"]],
+                    "required": _FIELDS["required"],
                     "properties": {
                         "image": {
                             "type": "array",
@@ -56,6 +58,7 @@ BODY: Final = {
                             "maxItems": MOST_PICTURES,
                         },
                         MASK: {"type": "string", "format": "binary"},
+                        CONTROL: {"type": "string", "format": "binary"},
                         **_FIELDS["properties"],
                     },
                     "additionalProperties": False,
@@ -77,55 +80,57 @@ class Upload:
 
 @dataclass(frozen=True, kw_only=True)
 class Uploads:
-    """The files of a form: pictures in their order, and which part of the picture is drawn anew."""
+    """The files of a form: pictures in their order, which part of the picture is drawn anew, and what steers."""
 
     pictures: Sequence[Upload]
     mask: Upload | None = None
+    control: Upload | None = None
 
 
 async def read_form(request: Request) -> tuple[ImageRequest, Uploads]:
     """The fields of the form, and its files.
 
     Raises:
-        Refused: it is no form, there is no picture, or there are too many, or several masks.
+        Refused: it is no form, there is no picture, or there are too many.
         HTTPException: the form cannot be read.
         RequestValidationError: a field is unknown, or is not what it should be.
     """
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise Refused(400, "the body should be a form (multipart/form-data) with image and prompt")
-    pictures: list[Upload] = []
-    masks: list[Upload] = []
+    files: dict[str, list[Upload]] = {NAMES[0]: [], MASK: [], CONTROL: []}
     fields: dict[str, Any] = {}
     async with request.form(max_files=2 * MOST_PICTURES, max_fields=len(ImageRequest.model_fields) + 1) as form:
         for name, value in form.multi_items():
             if not isinstance(value, UploadFile):
                 fields[name] = value
-            elif name in (*NAMES, MASK):
-                files = masks if name == MASK else pictures
-                files.append(Upload(name=value.filename or name, content=await value.read()))
+            elif name in (*NAMES, *files):
+                own = files[NAMES[0] if name in NAMES else name]
+                own.append(Upload(name=value.filename or name, content=await value.read()))
             else:
                 raise Refused(400, f"{name}: no file of that name is read; give pictures as image", param=name)
-    if not 0 < len(pictures) <= MOST_PICTURES:
+    pictures, controls = files[NAMES[0]], files[CONTROL]
+    if not (controls or pictures) or len(pictures) > MOST_PICTURES:
         raise Refused(400, f"image: {len(pictures)} pictures; 1 to {MOST_PICTURES} are taken", param="image")
-    if len(masks) > 1:
-        raise Refused(400, f"{MASK}: {len(masks)} masks; there is one picture for them", param=MASK)
+    for name in (MASK, CONTROL):
+        if len(files[name]) > 1:
+            raise Refused(400, f"{name}: {len(files[name])} files; one is taken", param=name)
+    single = {name: next(iter(files[name]), None) for name in (MASK, CONTROL)}
     try:
-        return ImageRequest.model_validate_strings(fields), Uploads(pictures=pictures, mask=next(iter(masks), None))
+        return ImageRequest.model_validate_strings(fields), Uploads(pictures=pictures, **single)
     except ValidationError as error:
         raise RequestValidationError(error.errors()) from None
 
 
 async def read_pictures(pipeline: Pipeline, uploads: Uploads, size: tuple[int, int] | None) -> dict[str, Any]:
-    """The pictures as `Pipeline.begin` takes them.
+    """The files as `Pipeline.begin` takes them.
 
     Args:
         pipeline: that is to be told them.
-        uploads: their files.
+        uploads: the files.
         size: (width, height) in pixels that is to be drawn; the bundle's own if None.
 
     Raises:
-        Refused: one is no picture, or too large; there are too few or too many, or this bundle is told none, or no
-            mask.
+        Refused: one is no picture, or too large; there are too few or too many, or this bundle has no use for one.
     """
     own = pipeline.bundle.manifest.defaults
     width, height = size or (own.width, own.height)
@@ -134,28 +139,38 @@ async def read_pictures(pipeline: Pipeline, uploads: Uploads, size: tuple[int, i
     if count < least or (most and count > most):
         given = "1 picture" if count == 1 else f"{count} pictures"
         raise Refused(400, f"image: {given}; this model takes {most or f'{least} or more'}", param="image")
-
-    if uploads.mask is not None and not resolver.changes:
+    if uploads.mask is not None and not (resolver.changes and count):
         raise Refused(400, f"{MASK}: this model changes no part of a picture; leave it out", param=MASK)
+    if uploads.control is not None and not resolver.choices.control:
+        raise Refused(400, f"{CONTROL}: nothing steers this model; leave it out", param=CONTROL)
 
     def read(upload: Upload) -> Pixels | Reference:
         image = _open(upload)
         return resized(image, width, height) if resolver.opens or resolver.changes else pipeline.fit(image)
 
-    try:
-        resolver.check_pictures()
+    told: dict[str, Any] = {}
+    with _refusing("image"):
+        if count:
+            resolver.check_pictures()
         found = [await asyncio.to_thread(read, upload) for upload in uploads.pictures]
-    except (CompatibilityError, ConfigError) as error:
-        raise Refused(400, str(error), param="image") from None
-    if resolver.opens:
-        return dict(zip(("image", "last_image"), found, strict=False))
-    if not resolver.changes:
-        return {"reference": found}
+        names = ("image", "last_image") if resolver.opens else ("image",)
+        told |= dict(zip(names, found, strict=False)) if resolver.opens or resolver.changes else {"reference": found}
+    with _refusing(MASK):
+        if uploads.mask is not None:
+            told[MASK] = mask_of(_open(uploads.mask, None), width, height)
+    with _refusing(CONTROL):
+        if uploads.control is not None:
+            told[CONTROL] = resized(_open(uploads.control), width, height)
+    return told
+
+
+@contextmanager
+def _refusing(param: str) -> Iterator[None]:
+    """What is wrong within is wrong with that file of the form."""
     try:
-        redrawn = None if uploads.mask is None else mask_of(_open(uploads.mask, None), width, height)
-    except ConfigError as error:
-        raise Refused(400, str(error), param=MASK) from None
-    return {"image": found[0], "mask": redrawn}
+        yield
+    except (CompatibilityError, ConfigError) as error:
+        raise Refused(400, str(error), param=param) from None
 
 
 def _open(upload: Upload, mode: str | None = "RGB") -> "Image":

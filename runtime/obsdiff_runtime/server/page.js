@@ -231,15 +231,17 @@ async function ask(path, {headers, ...more} = {}) {
 }
 
 async function send(asked, signal) {
-  const told = chosen().details.takes.pictures ? pictures : [];
-  if (!told.length) {
+  const {takes} = chosen().details, told = takes.pictures ? pictures : [];
+  const control = takes.control ? form.control.files[0] : null;
+  if (!told.length && !control) {
     const headers = {"content-type": "application/json"};
     return ask("/v1/images/generations", {method: "POST", headers, body: JSON.stringify(asked), signal});
   }
   const body = new FormData();
   for (const [name, value] of Object.entries(asked)) body.append(name, value);
   for (const picture of told) body.append("image", picture);
-  const mask = await painted(told[0]);
+  if (control) body.append("control", control);
+  const mask = told.length ? await painted(told[0]) : null;
   if (mask) body.append("mask", mask, "mask.png");
   return ask("/v1/images/edits", {method: "POST", body, signal});
 }
@@ -411,7 +413,7 @@ learn().then(() => {
   if (models.some(each => each.id === given.get("model"))) { form.model.value = given.get("model"); choose(); }
   for (const [name, value] of given) {
     const field = named(name);
-    if (!field || ["key", "image", "model"].includes(name)) continue;
+    if (!field || ["key", "image", "control", "model"].includes(name)) continue;
     if (field.type === "checkbox") field.checked = true;
     else if (field.tagName === "SELECT") pick(field, value);
     else field.value = value;

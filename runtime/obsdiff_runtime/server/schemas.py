@@ -45,6 +45,9 @@ class ImageRequest(BaseModel):
     strength: float | None = Field(
         None, gt=0, le=1, allow_inf_nan=False, description="How much of a picture is changed, where it is."
     )
+    control_scale: float | None = Field(
+        None, ge=0, le=10, allow_inf_nan=False, description="How much a control picture counts; 1 if none is given."
+    )
     seed: int | None = Field(None, ge=0, lt=2**63, description="Of the noise; drawn by lot if none is given.")
     noise_source: Literal["numpy", "torch"] = Field(
         "numpy", description="torch: a seed means what it does in diffusers."

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,20 +83,22 @@ _EXTREMES: dict[str, tuple[tuple[int, ...], ...]] = {
 
 def _extremes(pipeline: Any, denoiser: Any) -> tuple[Any, ...]:
     """Further inputs that the denoiser's graph has to be right on: from one token of text and image up."""
-    from obsdiff.families import references
+    from obsdiff.families import controls, references
     from obsdiff.families.table import family_of
 
     family, kind = family_of(denoiser), type(pipeline).__name__
-    masked = references.masked if references.masks_frames(pipeline.config) else dict
+    told: Any = references.masked if references.masks_frames(pipeline.config) else dict
+    if controls.steers(kind):
+        told = partial(controls.told, scale=pipeline.vae_scale_factor, seeded=True)
     sizes = _EXTREMES.get(family.name, ((2, 2), (64, 64), (6, 50)))
     return tuple(
-        masked(
+        told(
             {
                 **family.example(denoiser, batch=batch, size=size, text_tokens=text, pixels=(64, 96)),
-                **references.example(denoiser, kind, batch=batch, tokens=told),
+                **references.example(denoiser, kind, batch=batch, tokens=tokens),
             }
         )
-        for batch, text, told, size in zip((1, 3, 2), (1, 66, 32), (0, 9, 1), sizes, strict=True)
+        for batch, text, tokens, size in zip((1, 3, 2), (1, 66, 32), (0, 9, 1), sizes, strict=True)
     )
 
 

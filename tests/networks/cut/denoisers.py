@@ -45,6 +45,31 @@ def unet(*, levels: int = 1, **options: Any) -> Any:
 
 
 @seeded
+def controlnet(*, levels: int = 1, **options: Any) -> Any:
+    """Of such a UNet, whole; its outputs are zeros before they are trained. A latent pixel is two pixels wide."""
+    import torch
+    from diffusers import ControlNetModel
+
+    network = ControlNetModel(
+        block_out_channels=(8, 16)[:levels],
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D")[:levels],
+        attention_head_dim=4,
+        conditioning_embedding_out_channels=(4, 8),
+        **options,
+    )
+    outputs = (
+        *network.controlnet_down_blocks,
+        network.controlnet_mid_block,
+        network.controlnet_cond_embedding.conv_out,
+    )
+    for convolution in outputs:
+        torch.nn.init.normal_(convolution.weight, std=0.2)
+    return network.eval()
+
+
+@seeded
 @cut
 def flux_transformer() -> Any:
     from diffusers import FluxTransformer2DModel

@@ -9,6 +9,7 @@ from networks.cut.denoisers import (
     OPENING,
     auraflow_transformer,
     chroma_transformer,
+    controlnet,
     dit_transformer,
     flux2_transformer,
     flux_transformer,
@@ -64,12 +65,23 @@ def sd3_pipeline(*, t5: bool = False) -> Any:
     )
 
 
+SD: dict[str, Any] = {"levels": 2, "cross_attention_dim": 12}
+XL: dict[str, Any] = {
+    "cross_attention_dim": 24,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 16 + 6 * 4,
+    "use_linear_projection": True,
+}
+"""Of the UNets."""
+
+
 def sd_pipeline() -> Any:
     from diffusers import PNDMScheduler, StableDiffusionPipeline
 
     tokenizer = clip_tokenizer()
     return StableDiffusionPipeline(
-        unet=unet(levels=2, cross_attention_dim=12),
+        unet=unet(**SD),
         scheduler=PNDMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
         ),
@@ -103,13 +115,7 @@ def sdxl_pipeline() -> Any:
 
     tokenizer, second = clip_tokenizer(), clip_tokenizer(pad_token="!")
     return StableDiffusionXLPipeline(
-        unet=unet(
-            cross_attention_dim=24,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=4,
-            projection_class_embeddings_input_dim=16 + 6 * 4,
-            use_linear_projection=True,
-        ),
+        unet=unet(**XL),
         scheduler=EulerDiscreteScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading"
         ),
@@ -120,6 +126,15 @@ def sdxl_pipeline() -> Any:
         tokenizer_2=second,
         add_watermarker=False,
     )
+
+
+def controlnet_pipeline(*, xl: bool = False) -> Any:
+    from diffusers import StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline
+
+    parts = (sdxl_pipeline if xl else sd_pipeline)().components
+    if xl:
+        return StableDiffusionXLControlNetPipeline(**parts, controlnet=controlnet(**XL), add_watermarker=False)
+    return StableDiffusionControlNetPipeline(**parts, controlnet=controlnet(**SD), requires_safety_checker=False)
 
 
 def flux_pipeline() -> Any:
@@ -412,6 +427,8 @@ def dit_pipeline() -> Any:
 
 OTHERS: dict[str, Callable[[], Any]] = {
     "dit": dit_pipeline,
+    "controlnet": controlnet_pipeline,
+    "controlnet_xl": lambda: controlnet_pipeline(xl=True),
     "kontext": kontext_pipeline,
     "qwen_edit": qwen_edit_pipeline,
     "qwen_edit_first": lambda: qwen_edit_pipeline(plus=False),
@@ -423,6 +440,8 @@ OTHERS: dict[str, Callable[[], Any]] = {
 }
 """Pipelines whose calls are others, each with a file of tests: class_conditional, references, turns, openings."""
 LIKE = {
+    "controlnet": "sd",
+    "controlnet_xl": "sdxl",
     "kontext": "flux",
     "qwen_edit": "qwen",
     "qwen_edit_first": "qwen_edit",

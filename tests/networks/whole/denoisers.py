@@ -7,6 +7,7 @@ from typing import Any
 from diffusers import (
     AuraFlowTransformer2DModel,
     ChromaTransformer2DModel,
+    ControlNetModel,
     DiTTransformer2DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
@@ -83,6 +84,15 @@ def sdxl_unet(**changes: Any) -> UNet2DConditionModel:
         "projection_class_embeddings_input_dim": 64,
     }
     return sd15_unet(**{**config, **changes})
+
+
+def controlnet(unet: UNet2DConditionModel) -> ControlNetModel:
+    """Of a UNet; its outputs are zeros before they are trained. A latent pixel is two pixels wide."""
+    network = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 8))
+    for convolution in (*network.controlnet_down_blocks, network.controlnet_mid_block):
+        nn.init.normal_(convolution.weight, std=0.2)
+    nn.init.normal_(network.controlnet_cond_embedding.conv_out.weight, std=0.2)
+    return network
 
 
 def flux_transformer(**changes: Any) -> FluxTransformer2DModel:

@@ -30,7 +30,9 @@ from diffusers import (
     SanaSprintPipeline,
     SCMScheduler,
     StableDiffusion3Pipeline,
+    StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLControlNetPipeline,
     StableDiffusionXLPipeline,
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
@@ -53,6 +55,7 @@ from networks.whole.denoisers import (
     SPRINT,
     auraflow_transformer,
     chroma_transformer,
+    controlnet,
     dit_transformer,
     flux2_transformer,
     flux_transformer,
@@ -119,6 +122,15 @@ def sdxl_pipeline(**changes: Any) -> StableDiffusionXLPipeline:
         tokenizer_2=tokenizer,
         add_watermarker=False,
     )
+
+
+def controlnet_pipeline(
+    *, xl: bool = False, **changes: Any
+) -> StableDiffusionControlNetPipeline | StableDiffusionXLControlNetPipeline:
+    plain = (sdxl_pipeline if xl else sd15_pipeline)(**changes)
+    kind = StableDiffusionXLControlNetPipeline if xl else StableDiffusionControlNetPipeline
+    options = {"add_watermarker": False} if xl else {"requires_safety_checker": False}
+    return kind(**plain.components, controlnet=controlnet(plain.unet).eval(), **options)
 
 
 def flux_pipeline(**changes: Any) -> FluxPipeline:
@@ -351,6 +363,8 @@ PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "sd3": sd3_pipeline,
     "sd15": sd15_pipeline,
     "sdxl": sdxl_pipeline,
+    "controlnet": controlnet_pipeline,
+    "controlnet_xl": partial(controlnet_pipeline, xl=True),
     "flux": flux_pipeline,
     "kontext": kontext_pipeline,
     "chroma": chroma_pipeline,

@@ -64,6 +64,14 @@ def test_three_lines_load_it(make_report: MakeReport, kind: Any, sparsity: str) 
         assert "max_sequence_length=1" in code
 
 
+@pytest.mark.parametrize(("kind", "told"), [("checkpoint", "image=load_image("), ("bundle", "control=read_picture(")])
+def test_what_a_control_net_steers_is_told_a_picture(make_report: MakeReport, kind: Any, told: str) -> None:
+    code = code_of(render(make_report(), INDEX | {"_class_name": "StableDiffusionXLControlNetPipeline"}, kind))
+    compile(code, "card", "exec")
+    assert told in code
+    assert "import " + told.partition("=")[2].removesuffix("(") in code
+
+
 @pytest.mark.parametrize(
     ("pipeline", "told"),
     [

@@ -93,6 +93,28 @@ def test_openai_s_client_edits_pictures(client: openai.OpenAI, flux2_pair: tuple
     assert not np.array_equal(drawn, ours(PROMPT, **given).arrays[0])
 
 
+def test_a_control_picture_steers_alone_and_beside_one_that_is_changed(
+    make_pair: Callable[[str], tuple[Any, Path]], serving: Callable[..., Any]
+) -> None:
+    folder, control, image = make_pair("controlnet")[1], file_of(48, 64), file_of(24, 32, seed=1)
+    fields = {"prompt": PROMPT, "size": "32x24", "seed": "7", "num_inference_steps": "3"}
+    ours = Pipeline(folder, threads=1)
+    pixels = {name: resized(Image.open(io.BytesIO(file[1])), 32, 24) for name, file in (("c", control), ("i", image))}
+    given = {"seed": 7, "num_inference_steps": 3, "height": 24, "width": 32, "control": pixels["c"]}
+    with serving(folder) as found:
+        for more, files, told in (
+            ({}, {}, {}),
+            ({"control_scale": "0.3"}, {}, {"control_scale": 0.3}),
+            ({"strength": "0.6"}, {"image": image}, {"image": pixels["i"], "strength": 0.6}),
+        ):
+            answer = found.client.post("/v1/images/edits", data=fields | more, files={"control": control, **files})
+            assert answer.status_code == 200, answer.text
+            drawn = Image.open(io.BytesIO(base64.b64decode(answer.json()["data"][0]["b64_json"])))
+            np.testing.assert_array_equal(np.asarray(drawn), ours(PROMPT, **given, **told).arrays[0])
+        (model,) = found.client.get("/v1/models").json()["data"]
+    assert model["details"]["takes"]["control"]
+
+
 def test_what_draws_nothing_without_a_picture_is_served(
     qwen_edit_pair: tuple[Any, Path], serving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,7 +173,7 @@ def test_an_edit_is_streamed_under_its_own_name(client: openai.OpenAI) -> None:
         ({"prompt": PROMPT}, [("masks", file_of(64, 64))], 400, "masks: no file of that name is read"),
         ({"prompt": PROMPT}, [("mask", file_of(64, 64))], 400, "image: 0 pictures"),
         ({"prompt": PROMPT}, [("image", file_of(64, 64)), ("mask", file_of(64, 64))], 400, "changes no part of a pict"),
-        ({"prompt": PROMPT, **OTHER}, [("image", file_of(8, 8)), *[("mask", file_of(8, 8))] * 2], 400, "mask: 2 masks"),
+        ({"prompt": PROMPT, **OTHER}, [("image", file_of(8, 8)), *[("mask", file_of(8, 8))] * 2], 400, "mask: 2 files"),
         ({"prompt": PROMPT, **OTHER}, [("image", file_of(8, 8)), ("mask", ("m", b"no"))], 400, "m: no image that can"),
         (
             {"prompt": PROMPT, **OTHER},
@@ -160,6 +182,8 @@ def test_an_edit_is_streamed_under_its_own_name(client: openai.OpenAI) -> None:
             "mask: nothing is drawn anew",
         ),
         ({"prompt": PROMPT, **OTHER}, [("image", file_of(8, 8))] * 2, 400, "image: 2 pictures; this model takes 1"),
+        ({"prompt": PROMPT}, [("control", file_of(8, 8))], 400, "control: nothing steers this model"),
+        ({"prompt": PROMPT, "control_scale": "1"}, [("image", file_of(8, 8))], 400, "control_scale says how much"),
         ({"prompt": PROMPT, "strength": "0"}, [("image", file_of(8, 8))], 400, "strength: input should be greater"),
         ({"prompt": PROMPT, "strength": "0.5"}, [("image", file_of(64, 64))], 400, "there is no image"),
         ({"prompt": PROMPT}, [("image", ("a.png", b"no picture"))], 400, "a.png: no image that can be read"),

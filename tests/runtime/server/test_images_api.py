@@ -180,6 +180,7 @@ def test_models_tell_what_they_are(client: openai.OpenAI, shared: Any) -> None:
         "frame_step": None,
         "pictures": {"least": 0, "most": 1, "bytes": 2**24},
         "changes": True,
+        "control": False,
         "classes": None,
         "formats": ["png", "jpeg", "webp"],
     }

@@ -57,6 +57,7 @@ def bundles(
     dit_pair: tuple[Any, Path],
     wan22_i2v_pair: tuple[Any, Path],
     wan_pair: tuple[Any, Path],
+    controlnet_pair: tuple[Any, Path],
 ) -> dict[str, Path]:
     return {
         "model-0": sd3_bundle,
@@ -64,6 +65,7 @@ def bundles(
         "model-2": dit_pair[1],
         "model-3": wan22_i2v_pair[1],
         "model-4": wan_pair[1],
+        "model-5": controlnet_pair[1],
     }
 
 
@@ -139,6 +141,10 @@ def test_previews_are_seen_on_the_way_and_it_can_be_stopped(shared: Any, browser
         ("model-2", ["image", "guidance_scale", "strength"]),
         ("model-3", ["negative_prompt", "image", "guidance_scale", "guidance_scale_2", "size", "num_frames"]),
         ("model-4", ["negative_prompt", "guidance_scale", "size", "num_frames"]),
+        (
+            "model-5",
+            ["negative_prompt", "image", "control", "guidance_scale", "strength", "control_scale", "size"],
+        ),
     ],
 )
 def test_a_field_is_there_where_the_model_takes_it(model: str, fields: list[str], every: Any, browser: Browser) -> None:
@@ -231,6 +237,19 @@ def test_what_is_painted_over_a_picture_is_drawn_anew(
     browser.run("form.requestSubmit()")
     browser.wait_for(f"{DONE} == 1 && document.querySelector('figcaption span').textContent.includes('seed 7')")
     np.testing.assert_array_equal(shown(browser), ours("a ring", strength=0.5, **told).arrays[0])
+
+
+def test_a_control_picture_steers(every: Any, browser: Browser, bundles: dict[str, Path], photos: list[Path]) -> None:
+    open_at(browser, every, "model-5")
+    browser.choose_files("form.control", photos[1])
+    fill(browser, prompt="a ring", seed=7, num_inference_steps=2, control_scale=0.5)
+    browser.run("form.requestSubmit()")
+    browser.wait_for(f"{DONE} == 1")
+    ours = Pipeline(bundles["model-5"], threads=1)
+    own = ours.bundle.manifest.defaults
+    control = resized(Image.open(photos[1]), own.width, own.height)
+    expected = ours("a ring", control=control, control_scale=0.5, seed=7, num_inference_steps=2).arrays[0]
+    np.testing.assert_array_equal(shown(browser), expected)
 
 
 def test_a_file_that_is_no_picture_is_blamed_on_the_pictures(every: Any, browser: Browser, tmp_path: Path) -> None:

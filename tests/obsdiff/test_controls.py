@@ -1,0 +1,170 @@
+"""UNets that a ControlNet steers: calibrated with control pictures, cut, saved, exported and built with it."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, MultiControlNetModel
+from PIL import Image, ImageOps
+
+import obsdiff
+from obsdiff import calibration, pruning, verbs
+from obsdiff.families import controls, exporting
+from obsdiff.families.table import FAMILIES
+from obsdiff.recipe import Sampling
+from obsdiff.settings import Settings
+from obsdiff_export.build import BUILDERS, build
+from obsdiff_export.onnx import export
+from obsdiff_export.pattern import check
+from obsdiff_export.profiles import profiles_for
+from obsdiff_export.proof.receipt import load
+from obsdiff_runtime.errors import ModelError
+from obsdiff_runtime.pipeline import Pipeline
+
+PROMPTS = ["a red circle", "a blue square", "a star"]
+SIZES = {"height": 32, "width": 48}
+STEPS = 2
+UNET = FAMILIES["unet"]
+Build = Callable[..., Any]
+
+
+def sampling(folder: Path | None) -> Sampling:
+    files = () if folder is None else (str(folder / "a.jpg"), str(folder / "b.png"))
+    given: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": 3.0, "batch_size": 3, "seed": 0}
+    return Sampling(max_sequence_length=None, references=files, **given, **SIZES)
+
+
+@pytest.mark.parametrize("kind", ["controlnet", "controlnet_xl"])
+def test_calibration_draws_what_diffusers_draws_of_prompt_and_control_picture(
+    kind: str, build_pipeline: Build, picture_folder: Path
+) -> None:
+    """Of a batch whose prompts have pictures of their own; without pictures, what it draws without a ControlNet."""
+    pipeline = build_pipeline(kind)
+    given = {"num_inference_steps": STEPS, "guidance_scale": 3.0, "output_type": "latent", **SIZES}
+    for folder in (picture_folder, None):
+        asked = sampling(folder)
+        found = calibration.sample(pipeline, calibration.encode(pipeline, UNET, PROMPTS, asked), range(3), asked)
+        for row, prompt in enumerate(PROMPTS):
+            own, theirs = {}, controls.plain(pipeline)
+            if folder is not None:
+                image = Image.open(asked.references[row % 2]).convert("RGB")
+                size = (SIZES["width"], SIZES["height"])
+                own, theirs = {"image": ImageOps.fit(image, size, Image.Resampling.LANCZOS)}, pipeline
+            with torch.no_grad():
+                alone = theirs(prompt, generator=torch.Generator().manual_seed(row), **own, **given)[0]
+            torch.testing.assert_close(found[row], alone[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.stage("weights", "structured", "saved")
+@pytest.mark.parametrize("kind", ["controlnet", "controlnet_xl"])
+def test_a_steered_unet_is_pruned_on_control_pictures_cut_saved_and_loaded_by_diffusers_parts(
+    kind: str, build_pipeline: Build, picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline, masked, shrink = build_pipeline(kind), list[torch.nn.Module](), pruning.shrink
+    before = copy.deepcopy(pipeline.controlnet).state_dict()
+    monkeypatch.setattr(
+        pruning, "shrink", lambda model, *rest: (masked.append(copy.deepcopy(model)), shrink(model, *rest))
+    )
+    settings: dict[str, Any] = {"steps": STEPS, "draws": 1, "align": 4, "allocation": "uniform", **SIZES}
+    pruned = obsdiff.prune(
+        pipeline,
+        sparsity="structured:0.25+2:4",
+        prompts=PROMPTS,
+        references=str(picture_folder),
+        protect_first=0,
+        protect_last=0,
+        **settings,
+    )
+    assert pruned.kept
+    assert pruned.to_json()["recipe"]["sampling"]["references"] == 2
+    obsdiff.save(pruned, tmp_path / "out")
+    loaded = obsdiff.load(tmp_path / "out")
+    assert type(loaded) is type(pipeline)
+    assert all(torch.equal(value, loaded.controlnet.state_dict()[name]) for name, value in before.items())
+    pictures = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    results = []
+    for unet in (masked[0], pruned.denoiser, loaded.unet):
+        loaded.unet = unet
+        with torch.no_grad():
+            told = {
+                "num_inference_steps": STEPS,
+                "output_type": "latent",
+                "generator": torch.Generator().manual_seed(0),
+            }
+            results.append(loaded("a red circle", image=pictures, **told)[0])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+    assert torch.equal(results[2], results[1])
+
+
+@pytest.mark.slow
+@pytest.mark.stage("engine", kind="controlnet")
+def test_every_linear_of_both_networks_is_in_the_real_engine(build_pipeline: Build, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    pipeline = build_pipeline("controlnet")
+    component = exporting.denoiser(pipeline, UNET, pipeline.unet, **SIZES)
+    model = export(component, tmp_path / "unet", dtype=torch.float16)
+    sizes = {"batch": (1, 2, 4), "height": (8, 16, 32), "width": (8, 24, 32), "text_tokens": 7}
+    engine = build(
+        model.path,
+        tmp_path / "engines",
+        builder=BUILDERS["tensorrt_rtx"],
+        profiles=profiles_for(model.inputs, [sizes]),
+        targets=("8.9",),
+        patterns=check(model.path, 2, 4),
+    )
+    limits = engine.profiles[0]["controlnet_cond"]
+    assert (limits.min, limits.opt, limits.max) == ((1, 12, 8, 8), (2, 12, 16, 24), (4, 12, 32, 32))
+    proof = load(engine.receipt_path).proof
+    assert {layer.dtype for layer in proof.layers} <= {"float16"}
+    assert all(layer.layer for layer in proof.layers)
+    names = {layer.weight for layer in proof.layers}
+    for network in ("", "controlnet."):
+        assert f"{network}down_blocks.0.attentions.0.transformer_blocks.0.ff.net.2.weight" in names
+
+
+def test_a_folder_is_planned_exported_compared_and_drawn_by_its_bundle(
+    build_pipeline: Build, picture_folder: Path, tmp_path: Path
+) -> None:
+    build_pipeline("controlnet").save_pretrained(tmp_path / "dense")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    settings = Settings(
+        model=str(tmp_path / "dense"),
+        sparsity="2:4",
+        prompts_file=str(tmp_path / "prompts.txt"),
+        steps=STEPS,
+        draws=1,
+        eval_prompts=1,
+        **SIZES,  # type: ignore[arg-type]
+    )
+    assert any("a ControlNet steers this denoiser" in note for note in verbs.plan(settings).notes)
+    verbs.export(replace(settings, references=str(picture_folder)), tmp_path / "out")
+    pipeline = Pipeline(tmp_path / "out", threads=1)
+    assert pipeline.bundle.manifest.pipeline_class == "StableDiffusionControlNetPipeline"
+    edges = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
+    with_one, without = (pipeline("a red circle", control=control).latents for control in (edges, None))
+    assert np.abs(with_one - without).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("several", "controlnet is a MultiControlNetModel; a single ControlNetModel is exported"),
+        ("pooled", "global_pool_conditions, which are not exported"),
+        ("scale", "for 2 pixels a side of a latent pixel, and the VAE has 4"),
+    ],
+)
+def test_what_is_not_exported_is_said(build_pipeline: Build, change: str, message: str) -> None:
+    pipeline: DiffusionPipeline = build_pipeline("controlnet")
+    if change == "several":
+        pipeline.controlnet = MultiControlNetModel([pipeline.controlnet])
+    elif change == "pooled":
+        pipeline.controlnet.register_to_config(global_pool_conditions=True)
+    else:
+        pipeline.vae.register_to_config(block_out_channels=(8, 16, 16))
+    with pytest.raises(ModelError, match=message):
+        exporting.denoiser(pipeline, UNET, pipeline.unet, **SIZES)
