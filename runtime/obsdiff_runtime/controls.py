@@ -17,6 +17,8 @@ PICTURE: Final = "controlnet_cond"
 SCALE: Final = "conditioning_scale"
 """Input of the graph: how much it counts, (r,)."""
 
+MOST_SCALE: Final = 10
+
 
 @dataclass(frozen=True, kw_only=True)
 class Control:

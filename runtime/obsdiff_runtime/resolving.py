@@ -10,7 +10,7 @@ import numpy as np
 from obsdiff_runtime.autoencoder import FRAME_SCALE, Autoencoder, Pixels, film_frames
 from obsdiff_runtime.bundle import ENCODER, IMAGE_ENCODER
 from obsdiff_runtime.choices import Choices
-from obsdiff_runtime.controls import Control
+from obsdiff_runtime.controls import MOST_SCALE, Control
 from obsdiff_runtime.errors import ConfigError, require_count
 from obsdiff_runtime.kinds import IS_DISTILLED, Kind, Settings
 from obsdiff_runtime.kinds.scales import told_scale
@@ -21,7 +21,6 @@ from obsdiff_runtime.turns import require_taken
 
 MAX_SEQUENCE_LENGTH: Final = 256  # diffusers' default for T5
 STRENGTH: Final = 0.8  # diffusers' default for Stable Diffusion
-MOST_CONTROL: Final = 10.0
 MASKED_STRENGTH: Final = 1.0  # likewise, where a part of the image stays
 
 
@@ -144,18 +143,17 @@ class Resolver:
         self._vae.check_tiles(settings.height, settings.width)
         if last_image is not None:
             self._check_last(image, last_image, settings)
+        told = "strength says how much" if strength is not None else "a mask says which part" if mask else None
         if image is None:
-            if strength is not None or mask:
-                told = "strength says how much an" if strength is not None else "a mask says which part of an"
-                raise ConfigError(f"{told} image is changed, and there is no image")
+            if told is not None:
+                raise ConfigError(f"{told} of an image is changed, and there is no image")
             return settings
         if references:
             raise ConfigError("an image is changed, or a reference is told to the denoiser; give one of them")
         self._vae.check_encodes()
         if self.opens:
-            if strength is not None or mask:
-                told = "strength says how much an" if strength is not None else "a mask says which part of an"
-                raise ConfigError(f"{told} image is changed, and here a film begins with it")
+            if told is not None:
+                raise ConfigError(f"{told} of an image is changed, and here a film begins with it")
             return settings
         usual = MASKED_STRENGTH if mask else STRENGTH
         return self._changing(settings, usual if strength is None else strength)
@@ -165,8 +163,8 @@ class Resolver:
             raise ConfigError(
                 "nothing steers this bundle's denoiser; a ControlNet does in bundles that were exported with one"
             )
-        if not 0 <= control.scale <= MOST_CONTROL:
-            raise ConfigError(f"control_scale should be from 0 to {MOST_CONTROL:g}, not {control.scale:g}")
+        if not 0 <= control.scale <= MOST_SCALE:
+            raise ConfigError(f"control_scale should be from 0 to {MOST_SCALE}, not {control.scale:g}")
         return _size_of(control.pixels, height, width, "control")
 
     def check_pictures(self) -> None:

@@ -140,7 +140,9 @@ def test_what_opens_no_film_is_refused(
     with pytest.raises(ConfigError, match=r"films of this pipeline begin with a picture; give it one \(image, or --im"):
         ours("red")
     assert not ours.networks.load_seconds, "before anything is loaded"
-    with pytest.raises(ConfigError, match="strength says how much an image is changed, and here a film begins with it"):
+    with pytest.raises(
+        ConfigError, match="strength says how much of an image is changed, and here a film begins with it"
+    ):
         ours("red", image=picture(32, 32), strength=0.5)
     with pytest.raises(ConfigError, match="begin with a picture, and no other is told; give it as the image"):
         ours("red", reference=picture(32, 32))
@@ -175,7 +177,7 @@ def test_a_film_that_can_begin_with_a_picture_keeps_it(wan_ti2v_pair: tuple[Any,
     assert np.abs(plain.sample[:, :1] - first).max() > 0.1
     monkeypatch.setattr(ours.networks, "has", lambda component: component != "vae_encoder")
     assert ours.resolver.choices.pictures == (0, 0)
-    with pytest.raises(ConfigError, match="strength says how much an image is changed, and there is no image"):
+    with pytest.raises(ConfigError, match="strength says how much of an image is changed, and there is no image"):
         ours("red", strength=0.5)
 
 

@@ -79,7 +79,7 @@ def test_what_the_sampler_refuses_is_said_before_anything_is_loaded(sd3_bundle: 
         ({"noise_source": "jax"}, "no noise 'jax'; there is numpy, torch"),
         ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
         ({"latents": np.zeros((1, 4, 8, 8), np.float32)}, r"latents should be \(1, 4, 16, 16\)"),
-        ({"strength": 0.5}, "strength says how much an image is changed, and there is no image"),
+        ({"strength": 0.5}, "strength says how much of an image is changed, and there is no image"),
         ({"image": GREY, "strength": 0.0}, "strength should be above 0 and at most 1, not 0"),
         ({"image": GREY, "strength": 1.5}, "strength should be above 0 and at most 1, not 1.5"),
         ({"image": GREY, "height": 16}, "height 16 is not that of the image, 32; resize it before"),

@@ -18,7 +18,7 @@ from starlette.datastructures import UploadFile
 
 from obsdiff_runtime.autoencoder import Pixels
 from obsdiff_runtime.errors import CompatibilityError, ConfigError
-from obsdiff_runtime.masks import mask_of
+from obsdiff_runtime.masks import Mask, mask_of
 from obsdiff_runtime.pictures import open_picture, resized
 from obsdiff_runtime.pipeline import Pipeline
 from obsdiff_runtime.references import Reference
@@ -148,6 +148,12 @@ async def read_pictures(pipeline: Pipeline, uploads: Uploads, size: tuple[int, i
         image = _open(upload)
         return resized(image, width, height) if resolver.opens or resolver.changes else pipeline.fit(image)
 
+    def read_mask(upload: Upload) -> Mask:
+        return mask_of(_open(upload, None), width, height)
+
+    def read_control(upload: Upload) -> Pixels:
+        return resized(_open(upload), width, height)
+
     told: dict[str, Any] = {}
     with _refusing("image"):
         if count:
@@ -157,10 +163,10 @@ async def read_pictures(pipeline: Pipeline, uploads: Uploads, size: tuple[int, i
         told |= dict(zip(names, found, strict=False)) if resolver.opens or resolver.changes else {"reference": found}
     with _refusing(MASK):
         if uploads.mask is not None:
-            told[MASK] = mask_of(_open(uploads.mask, None), width, height)
+            told[MASK] = await asyncio.to_thread(read_mask, uploads.mask)
     with _refusing(CONTROL):
         if uploads.control is not None:
-            told[CONTROL] = resized(_open(uploads.control), width, height)
+            told[CONTROL] = await asyncio.to_thread(read_control, uploads.control)
     return told
 
 

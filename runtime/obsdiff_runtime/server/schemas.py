@@ -5,6 +5,8 @@ from typing import Any, Final, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from obsdiff_runtime.controls import MOST_SCALE
+
 OutputFormat = Literal["png", "jpeg", "webp"]
 FORMATS: Final[tuple[OutputFormat, ...]] = get_args(OutputFormat)
 MOST_IMAGES: Final = 10
@@ -46,7 +48,11 @@ class ImageRequest(BaseModel):
         None, gt=0, le=1, allow_inf_nan=False, description="How much of a picture is changed, where it is."
     )
     control_scale: float | None = Field(
-        None, ge=0, le=10, allow_inf_nan=False, description="How much a control picture counts; 1 if none is given."
+        None,
+        ge=0,
+        le=MOST_SCALE,
+        allow_inf_nan=False,
+        description="How much a control picture counts; 1 if none is given.",
     )
     seed: int | None = Field(None, ge=0, lt=2**63, description="Of the noise; drawn by lot if none is given.")
     noise_source: Literal["numpy", "torch"] = Field(
