@@ -18,7 +18,7 @@ from diffusers import (
 )
 
 from obsdiff import class_calls, pictures, turns
-from obsdiff.families import controls, parts, references, wan
+from obsdiff.families import controls, fills, parts, references, wan
 
 
 def call(pipeline: DiffusionPipeline, *, own_timesteps: bool = False) -> Callable[..., Any]:
@@ -39,6 +39,8 @@ def call(pipeline: DiffusionPipeline, *, own_timesteps: bool = False) -> Callabl
         return partial(_listed, pipeline)
     if controls.steers(type(pipeline).__name__):
         return partial(_steered, pipeline)
+    if fills.keeps(type(pipeline).__name__):
+        return partial(fills.draw, pipeline)
     if isinstance(pipeline, WanPipeline) and pipeline.config.expand_timesteps:
         return partial(_begun_or_not, pipeline, own_timesteps)
     return cast("Callable[..., Any]", pipeline)

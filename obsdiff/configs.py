@@ -17,7 +17,7 @@ from obsdiff_runtime.kinds.table import KINDS
 DEFAULTS_KEY: Final = Path(DEFAULTS).stem
 _PIPELINES: Final[Mapping[str, tuple[str, ...]]] = {
     "chroma": ("ChromaPipeline",),
-    "flux": ("FluxPipeline", "FluxKontextPipeline"),
+    "flux": ("FluxPipeline", "FluxKontextPipeline", "FluxFillPipeline"),
     "flux2": ("Flux2KleinPipeline", "Flux2Pipeline"),
     "qwen": ("QwenImagePipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline"),
     "sana": ("SanaPipeline", sana.SPRINT),

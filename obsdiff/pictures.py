@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from obsdiff import offloading
-from obsdiff.families import Family, controls, parts, references, seeing
+from obsdiff.families import Family, controls, fills, parts, references, seeing
 from obsdiff.families.autoencoders import draws_films
 from obsdiff.instead import instead
 from obsdiff.recipe import Sampling
@@ -69,7 +69,7 @@ def encode(
                 each = (prompts[index : index + 1], negative[index : index + 1])
                 told.append(family.encode(pipeline, *each, max_sequence_length=longest))
         text = {name: torch.cat([each[name] for each in told]) for name in told[0]}
-    return text | _read(pipeline, sampling, pictures, own)
+    return text | _read(pipeline, sampling, pictures, own, rows)
 
 
 def _own(files: Sequence[str], rows: range, each: int) -> list[tuple[str, ...]]:
@@ -86,12 +86,16 @@ def _read(
     sampling: Sampling,
     pictures: Mapping[str, Image.Image],
     own: Sequence[tuple[str, ...]],
+    rows: range,
 ) -> dict[str, Tensor]:
     """What networks make of the pictures of each row, by name."""
     if not own:
         return {}
     if controls.steers(type(pipeline).__name__):
         return {ARGUMENT: torch.cat([(_signed(pictures[file]) + 1) / 2 for (file,) in own])}
+    if fills.keeps(type(pipeline).__name__):
+        shown = torch.cat([(_signed(pictures[file]) + 1) / 2 for (file,) in own])
+        return {ARGUMENT: shown, fills.MASK: fills.boxes(rows, sampling.height, sampling.width)}
     untyped: Any = pipeline
     vae = untyped.vae
     if vae is None:
@@ -274,6 +278,11 @@ def note(index: Mapping[str, Any], sampling: Sampling) -> tuple[str, ...]:
         return (
             "a ControlNet steers this denoiser, and calibration draws without; --references FOLDER gives it control "
             "pictures, such as edges or depths",
+        )
+    if fills.keeps(pipeline_class):
+        return (
+            "this denoiser is told what stays of a picture, and calibration draws all of it anew; --references FOLDER "
+            "gives it pictures of which a box is drawn anew",
         )
     return (
         "this denoiser is told pictures, too, and calibration told it none: it looked at prompts alone. --references "

@@ -4,7 +4,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from obsdiff import turns
-from obsdiff.families import Family, controls, references, seeing
+from obsdiff.families import Family, controls, fills, references, seeing
 from obsdiff.families.autoencoders import autoencoder, vae_scale_of
 from obsdiff.families.reading import image_encoders, text_encoders
 from obsdiff_export.component import Component
@@ -22,7 +22,7 @@ def denoiser(pipeline: DiffusionPipeline, family: Family, module: nn.Module, *, 
         vae_scale=scale,
         frame_mask=references.masks_frames(pipeline.config),
     )
-    return controls.component(found, module, pipeline, scale)
+    return controls.component(fills.component(found, type(pipeline).__name__), module, pipeline, scale)
 
 
 def components(family: Family, pipeline: DiffusionPipeline, *, height: int, width: int) -> tuple[Component, ...]:

@@ -153,9 +153,10 @@ class _Flat(parts.Flat):
         guidance: Tensor | None = None,
         reference_states: Tensor | None = None,
         reference_places: Tensor | None = None,
+        fill_states: Tensor | None = None,
     ) -> Tensor:
         inputs = references.given(
-            hidden_states=hidden_states,
+            hidden_states=parts.beside(hidden_states, fill_states),
             encoder_hidden_states=encoder_hidden_states,
             pooled_projections=pooled_projections,
             timestep=timestep,

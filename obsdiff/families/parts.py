@@ -97,6 +97,11 @@ def unpatched(tokens: Tensor, rows: int, columns: int, side: int) -> Tensor:
     return pixel_shuffle(pixels.flatten(1, 2), side)
 
 
+def beside(latents: Tensor, told: Tensor | None) -> Tensor:
+    """Latents, and behind their channels those of what a denoiser is told of the same pixels."""
+    return latents if told is None else torch.cat([latents, told], dim=1)
+
+
 def packed(latents: Tensor) -> Tensor:
     """(b, channels, h, w) -> (b, h / 2 * w / 2, channels * 4): a token's pixels behind each of its channels."""
     return pixel_unshuffle(latents, PACKED).flatten(2).transpose(1, 2)

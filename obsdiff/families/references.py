@@ -6,13 +6,13 @@ nobody reads.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from obsdiff.families import Family, controls, parts
+from obsdiff.families import Family, controls, fills, parts
 from obsdiff_export.component import Component
 from obsdiff_runtime.kinds.table import KINDS
 from obsdiff_runtime.openings import MASK
@@ -51,7 +51,8 @@ def masks_frames(index: Mapping[str, Any]) -> bool:
 def takes(index: Mapping[str, Any]) -> bool:
     """Whether a pipeline can be told pictures beside the prompt, whatever it does with them; `index` as above."""
     name = str(index["_class_name"])
-    return of(name) is not None or opens(name) or masks_frames(index) or controls.steers(name)
+    told = of(name) is not None or opens(name) or masks_frames(index)
+    return told or controls.steers(name) or fills.keeps(name)
 
 
 def masked(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -124,9 +125,13 @@ def alone(
     """`Family.example` as the graph of a pipeline's denoiser takes it, told no pictures beside; `index` as above."""
     if masks_frames(index):
         return masked(inputs)
-    if controls.steers(str(index["_class_name"])):
+    name, config = str(index["_class_name"]), cast("Mapping[str, Any]", denoiser.config)
+    if controls.steers(name):
         return controls.told(inputs, vae_scale)
-    return {**inputs, **example(denoiser, str(index["_class_name"]), batch=len(inputs["timestep"]), tokens=0)}
+    filling = fills.of(name, config)
+    if filling is not None:
+        return fills.split(inputs, filling, config)
+    return {**inputs, **example(denoiser, name, batch=len(inputs["timestep"]), tokens=0)}
 
 
 def joined(inputs: Mapping[str, Tensor], tokens: Tensor, places: Tensor) -> dict[str, Any]:

@@ -153,9 +153,10 @@ class _Flat(parts.Flat):
         text_embeds: Tensor | None = None,
         time_ids: Tensor | None = None,
         timestep_cond: Tensor | None = None,
+        fill_states: Tensor | None = None,
     ) -> Tensor:
         added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
-        inputs = (sample, timestep, encoder_hidden_states)
+        inputs = (parts.beside(sample, fill_states), timestep, encoder_hidden_states)
         noise: Tensor = self.source(*inputs, timestep_cond=timestep_cond, added_cond_kwargs=added, return_dict=False)[0]
         return noise
 

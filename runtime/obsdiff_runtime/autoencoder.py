@@ -247,15 +247,16 @@ class Autoencoder:
         if not self._networks.has(ENCODER):
             raise CompatibilityError("this bundle has no VAE encoder, so that it reads no images")
 
-    def encode(self, picture: Pixels) -> tuple[Array, Array]:
+    def encode(self, picture: Pixels, hidden: NDArray[np.bool_] | None = None) -> tuple[Array, Array]:
         """Mean and standard deviation, (c, h, w) each, of the latents of a picture (height, width, 3).
 
+        What is hidden of it, (height, width), is grey, the zeros of its pixels.
         AutoencoderDC and FLUX.2's give the latents themselves. In tiles means and logarithms of variances are blended.
 
         Raises:
             RunError: they were not finite.
         """
-        (found,) = self._parameters(picture, 1)
+        (found,) = self._parameters(picture, 1, hidden=hidden)
         if len(found) != 2 * latent_channels(self._config):
             return found, np.zeros_like(found)
         mean, log_variance = np.split(found, 2)
@@ -274,13 +275,16 @@ class Autoencoder:
         means = (np.split(found, 2)[0] for found in self._parameters(picture, frames, last))
         return np.stack([(mean - shift) / factor for mean in means], axis=1)
 
-    def _parameters(self, picture: Pixels, frames: int, last: Pixels | None = None) -> list[Array]:
+    def _parameters(
+        self, picture: Pixels, frames: int, last: Pixels | None = None, hidden: NDArray[np.bool_] | None = None
+    ) -> list[Array]:
         """What the encoder makes of a picture, (channels, h, w), and of each further latent frame of a film behind it.
 
         As in `decode` a tile goes through all frames before the next one begins. Diffusers counts patches of pixels
         here, so that tiles are larger than in `decode`.
         """
         pixels, ending = _signed(picture), None if last is None else _signed(last)
+        pixels = pixels if hidden is None else np.where(hidden, np.float32(0), pixels)
         height, width = (side // self.scale for side in pixels.shape[-2:])
         patch, seams = _patch(self._config), [Seams() for _ in range(frames)]
         rows: list[list[list[Array]]] = [[] for _ in range(frames)]

@@ -31,6 +31,11 @@ def mask_of(image: "Image", width: int, height: int) -> Mask:
     return np.asarray(resized(image.convert("L"), width, height) >= HALF)
 
 
+def is_redrawn(mask: Mask) -> NDArray[np.bool_]:
+    """(height, width) of a mask."""
+    return np.asarray(mask >= (HALF if mask.dtype == np.uint8 else 1))
+
+
 def on_latents(mask: Mask, scale: int, height: int, width: int) -> NDArray[np.bool_]:
     """(h, w) of a mask, where a latent pixel is `scale` pixels wide: what its first pixel is, as in diffusers.
 
@@ -41,7 +46,7 @@ def on_latents(mask: Mask, scale: int, height: int, width: int) -> NDArray[np.bo
         raise ConfigError(
             f"mask should be {(height, width)} of bool or uint8, as the image, not {mask.shape} of {mask.dtype}"
         )
-    redrawn: NDArray[np.bool_] = mask[::scale, ::scale] >= (HALF if mask.dtype == np.uint8 else 1)
+    redrawn = is_redrawn(mask)[::scale, ::scale]
     if not redrawn.any():
         raise ConfigError(f"mask: nothing is drawn anew; true or white should be {scale} x {scale} pixels at least")
     return redrawn

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from obsdiff_runtime import openings
+from obsdiff_runtime import fills, openings
 from obsdiff_runtime.autoencoder import Autoencoder, Pixels, latent_frames, tile_side
 from obsdiff_runtime.backends import Backend
 from obsdiff_runtime.bundle import DECODER, Bundle, open_bundle
@@ -21,10 +21,11 @@ from obsdiff_runtime.conditions import Conditioner
 from obsdiff_runtime.controls import PICTURE, Control
 from obsdiff_runtime.drawing import Drawing, Kept, Stepper
 from obsdiff_runtime.errors import CancelledError, ConfigError
+from obsdiff_runtime.fills import Fill
 from obsdiff_runtime.kinds import Kind, Settings
 from obsdiff_runtime.kinds.scales import told_scale
 from obsdiff_runtime.kinds.table import kind_of
-from obsdiff_runtime.masks import Mask, on_latents
+from obsdiff_runtime.masks import Mask, is_redrawn, on_latents
 from obsdiff_runtime.networks import Array, Networks
 from obsdiff_runtime.noise import Noise, noise_sources
 from obsdiff_runtime.progress import Progress, silent
@@ -285,14 +286,21 @@ class Pipeline:
         # before any work is done, for they refuse what they cannot do
         schedulers = [self._scheduler(settings, source) for source in sources]
         redrawn = None if mask is None else on_latents(mask, self._vae.scale, settings.height, settings.width)
-        cleans = self._cleans(image, sources)
+        anew = mask is not None and strength in (None, MASKED_STRENGTH)
+        reads = not anew or self._kind.fills is None or self._kind.fills.reads_all
+        cleans = self._cleans(image if reads else None, sources)
         starts = self._starts(sources, settings, latents)
         opening = None if image is None or not self._kind.masks else self._vae.open(image, 1)
         conditions = self._conditioner.conditions(prompts, negatives, settings, references, image, last_image, steering)
         rows = [{name: value[index] for name, value in conditions.items()} for index in range(len(prompts))]
         turns = self.bundle.manifest.turns
-        kept = self._kept(redrawn, cleans, sources)
-        if mask is not None and strength in (None, MASKED_STRENGTH):
+        if self._kind.fills is None:
+            kept = self._kept(redrawn, cleans, sources)
+        else:
+            kept = [None] * len(cleans)
+            for row, states in zip(rows, self._filled(self._kind.fills, image, mask, settings, sources), strict=True):
+                row[fills.STATES] = states
+        if anew:
             cleans = [None] * len(cleans)  # what is drawn anew is so from noise alone, as in diffusers
         return [
             Drawing(self._kind, settings, row, scheduler, start, clean, turns, opening, stays)
@@ -356,6 +364,19 @@ class Pipeline:
             return [None] * len(sources)
         encoded = self._vae.encode(image)
         return [self._vae.sample(encoded, source) for source in sources]
+
+    def _filled(
+        self, fill: Fill, image: Pixels | None, mask: Mask | None, settings: Settings, sources: Sequence[Noise]
+    ) -> list[Array]:
+        """(r, ...): what the denoiser is told of what stays of each image: nothing without one, or without a mask."""
+        size = (settings.height, settings.width)
+        redrawn = np.ones(size, dtype=bool) if mask is None else is_redrawn(mask)
+        encoded = self._vae.encode(np.zeros((*size, 3), np.uint8) if image is None else image, redrawn)
+        rows = 2 if settings.guided else 1
+        return [
+            np.tile(fill.states(redrawn, self._vae.sample(encoded, source), self._vae.scale), (rows, 1, 1, 1))
+            for source in sources
+        ]
 
     def _kept(
         self, redrawn: NDArray[np.bool_] | None, cleans: Sequence[Array | None], sources: Sequence[Noise]
@@ -425,6 +446,7 @@ def _kind_of(bundle: Bundle) -> Kind:
         kind,
         negatives=kind.negatives and not told_scale(inputs, 1.0),
         references=kind.references if STATES in told else None,
+        fills=kind.fills if fills.STATES in told else None,
         controls=kind.controls and PICTURE in told,
         masks=openings.MASK in told,
     )

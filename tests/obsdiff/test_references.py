@@ -327,7 +327,6 @@ def test_comparison_tells_both_models_pictures(build_pipeline: Build, picture_fo
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("FluxFillPipeline", "flux"),
         ("FluxControlPipeline", "flux"),
         ("Flux2KleinKVPipeline", "flux2"),
         ("QwenImageEditInpaintPipeline", "qwen"),

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
-from obsdiff_runtime.kinds import PACKED, Conditions, Kind, Settings, packed_channels, skipped_part
+from obsdiff_runtime.fills import Fill
+from obsdiff_runtime.kinds import PACKED, Conditions, Kind, Settings, drawn_channels, packed_channels, skipped_part
 from obsdiff_runtime.kinds.encoding import encode_t5, max_length
 from obsdiff_runtime.networks import Networks
 from obsdiff_runtime.references import KONTEXT
@@ -27,5 +28,11 @@ FLUX: Final = Kind(
     skipped=skipped_part,
     negatives=False,
     even_sigmas=True,
+)
+FLUX_FILL: Final = replace(
+    FLUX,
+    channels=lambda config: drawn_channels(config) // PACKED**2,
+    packs=PACKED,
+    fills=Fill(pixels=True, reads_all=True),
 )
 FLUX_KONTEXT: Final = replace(FLUX, references=KONTEXT)

@@ -6,7 +6,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from obsdiff_runtime.kinds import Conditions, Kind, Settings, skipped_whole
+from obsdiff_runtime.fills import Fill
+from obsdiff_runtime.kinds import Conditions, Kind, Settings, drawn_channels, skipped_whole
 from obsdiff_runtime.kinds.encoding import encode_clip, max_length
 from obsdiff_runtime.networks import Array, Networks
 
@@ -58,5 +59,7 @@ SD: Final = Kind(
 )
 LCM: Final = replace(SD, skipped=None, scheduler="LCMScheduler")
 SDXL: Final = replace(SD, encode=encode_sdxl)
+SD_INPAINT: Final = replace(SD, channels=drawn_channels, fills=Fill(pixels=False, reads_all=False))
+SDXL_INPAINT: Final = replace(SD_INPAINT, encode=encode_sdxl)
 SD_CONTROLNET: Final = replace(SD, controls=True)
 SDXL_CONTROLNET: Final = replace(SDXL, controls=True)

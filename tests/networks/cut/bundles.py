@@ -83,13 +83,16 @@ _EXTREMES: dict[str, tuple[tuple[int, ...], ...]] = {
 
 def _extremes(pipeline: Any, denoiser: Any) -> tuple[Any, ...]:
     """Further inputs that the denoiser's graph has to be right on: from one token of text and image up."""
-    from obsdiff.families import controls, references
+    from obsdiff.families import controls, fills, references
     from obsdiff.families.table import family_of
 
     family, kind = family_of(denoiser), type(pipeline).__name__
     told: Any = references.masked if references.masks_frames(pipeline.config) else dict
     if controls.steers(kind):
         told = partial(controls.told, scale=pipeline.vae_scale_factor, seeded=True)
+    filling = fills.of(kind, denoiser.config)
+    if filling is not None:
+        told = partial(fills.split, kind=filling, config=denoiser.config)
     sizes = _EXTREMES.get(family.name, ((2, 2), (64, 64), (6, 50)))
     return tuple(
         told(

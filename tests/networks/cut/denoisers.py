@@ -71,11 +71,12 @@ def controlnet(*, levels: int = 1, **options: Any) -> Any:
 
 @seeded
 @cut
-def flux_transformer() -> Any:
+def flux_transformer(*, in_channels: int = 16) -> Any:
     from diffusers import FluxTransformer2DModel
 
     return FluxTransformer2DModel(
-        in_channels=16,
+        in_channels=in_channels,
+        out_channels=16,
         num_layers=1,
         num_single_layers=1,
         attention_head_dim=8,

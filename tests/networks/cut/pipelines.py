@@ -137,6 +137,25 @@ def controlnet_pipeline(*, xl: bool = False) -> Any:
     return StableDiffusionControlNetPipeline(**parts, controlnet=controlnet(**SD), requires_safety_checker=False)
 
 
+def inpaint_pipeline(*, xl: bool = False) -> Any:
+    """Its UNet reads the mask and what stays."""
+    from diffusers import StableDiffusionInpaintPipeline, StableDiffusionXLInpaintPipeline
+
+    parts = (sdxl_pipeline if xl else sd_pipeline)().components
+    parts["unet"] = unet(**(XL if xl else SD), in_channels=9)
+    if xl:
+        return StableDiffusionXLInpaintPipeline(**parts, add_watermarker=False)
+    return StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+
+
+def fill_pipeline() -> Any:
+    """Its denoiser reads latents of what stays and a mask of 4 pixels a latent pixel."""
+    from diffusers import FluxFillPipeline
+
+    parts = flux_pipeline().components | {"transformer": flux_transformer(in_channels=16 + 4 * (4 + 4))}
+    return FluxFillPipeline(**{name: part for name, part in parts.items() if part is not None})
+
+
 def flux_pipeline() -> Any:
     """With a schedule that depends on the size, as FLUX.1-dev's."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
@@ -429,6 +448,9 @@ OTHERS: dict[str, Callable[[], Any]] = {
     "dit": dit_pipeline,
     "controlnet": controlnet_pipeline,
     "controlnet_xl": lambda: controlnet_pipeline(xl=True),
+    "inpaint": inpaint_pipeline,
+    "inpaint_xl": lambda: inpaint_pipeline(xl=True),
+    "fill": fill_pipeline,
     "kontext": kontext_pipeline,
     "qwen_edit": qwen_edit_pipeline,
     "qwen_edit_first": lambda: qwen_edit_pipeline(plus=False),
@@ -440,6 +462,9 @@ OTHERS: dict[str, Callable[[], Any]] = {
 }
 """Pipelines whose calls are others, each with a file of tests: class_conditional, references, turns, openings."""
 LIKE = {
+    "inpaint": "sd",
+    "inpaint_xl": "sdxl",
+    "fill": "flux",
     "controlnet": "sd",
     "controlnet_xl": "sdxl",
     "kontext": "flux",

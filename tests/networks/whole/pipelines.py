@@ -18,6 +18,7 @@ from diffusers import (
     DiTPipeline,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
+    FluxFillPipeline,
     FluxKontextPipeline,
     FluxPipeline,
     HunyuanDiTPipeline,
@@ -31,8 +32,10 @@ from diffusers import (
     SCMScheduler,
     StableDiffusion3Pipeline,
     StableDiffusionControlNetPipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
@@ -131,6 +134,24 @@ def controlnet_pipeline(
     kind = StableDiffusionXLControlNetPipeline if xl else StableDiffusionControlNetPipeline
     options = {"add_watermarker": False} if xl else {"requires_safety_checker": False}
     return kind(**plain.components, controlnet=controlnet(plain.unet).eval(), **options)
+
+
+def inpaint_pipeline(
+    *, xl: bool = False, **changes: Any
+) -> StableDiffusionInpaintPipeline | StableDiffusionXLInpaintPipeline:
+    """Whose UNet reads the mask and what stays."""
+    plain = (sdxl_pipeline if xl else sd15_pipeline)(**{"in_channels": 9, **changes})
+    kind = StableDiffusionXLInpaintPipeline if xl else StableDiffusionInpaintPipeline
+    return kind(**plain.components, **({"add_watermarker": False} if xl else {"requires_safety_checker": False}))
+
+
+def fill_pipeline(**changes: Any) -> FluxFillPipeline:
+    """Told latents of 4 channels beside those that are drawn, and a mask of 4 pixels a latent pixel."""
+    plain = flux_pipeline(**{"in_channels": 16 + 4 * (4 + 4), "out_channels": 16, **changes})
+    return FluxFillPipeline(**{name: part for name, part in plain.components.items() if name in _FILLS})
+
+
+_FILLS = ("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "transformer")
 
 
 def flux_pipeline(**changes: Any) -> FluxPipeline:
@@ -365,6 +386,9 @@ PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "sdxl": sdxl_pipeline,
     "controlnet": controlnet_pipeline,
     "controlnet_xl": partial(controlnet_pipeline, xl=True),
+    "inpaint": inpaint_pipeline,
+    "inpaint_xl": partial(inpaint_pipeline, xl=True),
+    "fill": fill_pipeline,
     "flux": flux_pipeline,
     "kontext": kontext_pipeline,
     "chroma": chroma_pipeline,
