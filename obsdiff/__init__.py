@@ -9,10 +9,13 @@
 The names below are imported when they are first used, so that `import obsdiff` is cheap.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from obsdiff_runtime.version import __version__
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's: large tensors on huge pages, a fifth of the page faults
 
 if TYPE_CHECKING:
     from obsdiff.calibration import calibrate
