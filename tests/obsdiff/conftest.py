@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ from torch import nn
 
 from networks.whole.denoisers import DENOISERS
 from networks.whole.pipelines import PIPELINES, UNDESCRIBED, dit_pipeline, sd3_pipeline, sd15_pipeline
-from obsdiff import hub
+from obsdiff import hub, verbs
 from obsdiff.families import flux
 from obsdiff.families.table import family_of
 from obsdiff.sampling import velocity_of
+from obsdiff.settings import Settings
+from obsdiff_runtime.pipeline import Pipeline
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +107,24 @@ def build_pipeline() -> Callable[..., DiffusionPipeline]:
         return pipeline
 
     return build
+
+
+@pytest.fixture
+def exported(
+    build_pipeline: Callable[..., DiffusionPipeline], picture_folder: Path, tmp_path: Path
+) -> Callable[[str, str], Pipeline]:
+    """exported(kind, note): a bundle, by a folder, pruned on pictures; a plan without them has the note."""
+
+    def run(kind: str, note: str) -> Pipeline:
+        build_pipeline(kind).save_pretrained(tmp_path / "dense")
+        (tmp_path / "prompts.txt").write_text("a red circle\na blue square\na star")
+        files = {"model": str(tmp_path / "dense"), "prompts_file": str(tmp_path / "prompts.txt")}
+        settings = Settings(sparsity="2:4", steps=2, draws=1, eval_prompts=1, height=32, width=48, **files)
+        assert any(note in each for each in verbs.plan(settings).notes)
+        verbs.export(replace(settings, references=str(picture_folder)), tmp_path / "out")
+        return Pipeline(tmp_path / "out", threads=1)
+
+    return run
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,10 @@ from diffusers import DiffusionPipeline, MultiControlNetModel
 from PIL import Image, ImageOps
 
 import obsdiff
-from obsdiff import calibration, pruning, verbs
+from obsdiff import calibration, pruning
 from obsdiff.families import controls, exporting
 from obsdiff.families.table import FAMILIES
 from obsdiff.recipe import Sampling
-from obsdiff.settings import Settings
 from obsdiff_export.build import BUILDERS, build
 from obsdiff_export.onnx import export
 from obsdiff_export.pattern import check
@@ -128,22 +126,9 @@ def test_every_linear_of_both_networks_is_in_the_real_engine(build_pipeline: Bui
 
 
 def test_a_folder_is_planned_exported_compared_and_drawn_by_its_bundle(
-    build_pipeline: Build, picture_folder: Path, tmp_path: Path
+    exported: Callable[[str, str], Pipeline],
 ) -> None:
-    build_pipeline("controlnet").save_pretrained(tmp_path / "dense")
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    settings = Settings(
-        model=str(tmp_path / "dense"),
-        sparsity="2:4",
-        prompts_file=str(tmp_path / "prompts.txt"),
-        steps=STEPS,
-        draws=1,
-        eval_prompts=1,
-        **SIZES,  # type: ignore[arg-type]
-    )
-    assert any("a ControlNet steers this denoiser" in note for note in verbs.plan(settings).notes)
-    verbs.export(replace(settings, references=str(picture_folder)), tmp_path / "out")
-    pipeline = Pipeline(tmp_path / "out", threads=1)
+    pipeline = exported("controlnet", "a ControlNet steers this denoiser")
     assert pipeline.bundle.manifest.pipeline_class == "StableDiffusionControlNetPipeline"
     edges = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
     with_one, without = (pipeline("a red circle", control=control).latents for control in (edges, None))

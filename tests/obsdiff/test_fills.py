@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,10 @@ import pytest
 import torch
 
 import obsdiff
-from obsdiff import calibration, pruning, verbs
+from obsdiff import calibration, pruning
 from obsdiff.families import exporting, fills
 from obsdiff.families.table import family_of
 from obsdiff.recipe import Sampling
-from obsdiff.settings import Settings
 from obsdiff_export.build import BUILDERS, build
 from obsdiff_export.onnx import export
 from obsdiff_export.pattern import check
@@ -126,22 +124,9 @@ def test_the_real_builder_takes_what_stays_as_an_input(kind: str, build_pipeline
 
 
 def test_a_folder_is_planned_exported_compared_and_drawn_by_its_bundle(
-    build_pipeline: Build, picture_folder: Path, tmp_path: Path
+    exported: Callable[[str, str], Pipeline],
 ) -> None:
-    build_pipeline("inpaint").save_pretrained(tmp_path / "dense")
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    settings = Settings(
-        model=str(tmp_path / "dense"),
-        sparsity="2:4",
-        prompts_file=str(tmp_path / "prompts.txt"),
-        steps=STEPS,
-        draws=1,
-        eval_prompts=1,
-        **SIZES,  # type: ignore[arg-type]
-    )
-    assert any("this denoiser is told what stays of a picture" in note for note in verbs.plan(settings).notes)
-    verbs.export(replace(settings, references=str(picture_folder)), tmp_path / "out")
-    pipeline = Pipeline(tmp_path / "out", threads=1)
+    pipeline = exported("inpaint", "this denoiser is told what stays of a picture")
     assert pipeline.bundle.manifest.pipeline_class == "StableDiffusionInpaintPipeline"
     image = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
     redrawn = np.arange(48) < np.full((32, 1), 20)
