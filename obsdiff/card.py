@@ -10,7 +10,7 @@ import diffusers
 import yaml
 
 from obsdiff import wording
-from obsdiff.families import controls, dit, parts, references
+from obsdiff.families import controls, dit, fills, parts, references
 from obsdiff.measurements import NotMeasured, Report
 from obsdiff.sampling import in_steps
 from obsdiff.sparsity import NM, Unstructured, parse
@@ -107,7 +107,8 @@ def _code(report: Report, index: Mapping[str, Any], kind: Kind, ends: bool) -> s
             options += f", num_frames={sampling.num_frames}"
         if sampling.max_sequence_length is not None:
             options += f", max_sequence_length={sampling.max_sequence_length}"
-    quoted, steered = json.dumps(prompt, ensure_ascii=False), controls.steers(str(index.get("_class_name")))
+    quoted = json.dumps(prompt, ensure_ascii=False)
+    reader, shown = _pictures(index, kind)
     if kind == "bundle":
         first, load = "from obsdiff_runtime import Pipeline", f'pipeline = Pipeline("{FOLDER}")'
         if _draws_films(index):
@@ -121,10 +122,7 @@ def _code(report: Report, index: Mapping[str, Any], kind: Kind, ends: bool) -> s
                     quoted += ", last_image=last"
             drawn = f'films.write(pipeline({quoted}, seed=1).arrays[0], "film.webp")'
             return f"{first}\n{load}\n{drawn}"
-        if steered:
-            first += "\nfrom obsdiff_runtime.pictures import read_picture"
-            quoted += ', control=read_picture("edges.png", pipeline.size_step)'
-        return f'{first}\n{load}\npipeline({quoted}, seed=1).pil()[0].save("picture.png")'
+        return f'{reader}{first}\n{load}\npipeline({quoted}{shown}, seed=1).pil()[0].save("drawn.png")'
     if parse(report.sparsity).structured:
         first, load = "import obsdiff", f'pipeline = obsdiff.load("{FOLDER}")'
     else:
@@ -138,10 +136,25 @@ def _code(report: Report, index: Mapping[str, Any], kind: Kind, ends: bool) -> s
         quoted = f'load_image("picture.png"), {quoted}' if _begins(index) else quoted
         quoted += ', last_image=load_image("last.png")' if ends else ""
         return f'{first}\n{load}\nexport_to_video(pipeline({quoted}{options}).frames[0], "film.mp4")'
-    if steered:
-        first = f"from diffusers.utils import load_image\n{first}"
-        quoted += ', image=load_image("edges.png")'
-    return f'{first}\n{load}\npipeline({quoted}{options}).images[0].save("picture.png")'
+    return f'{reader}{first}\n{load}\npipeline({quoted}{shown}{options}).images[0].save("drawn.png")'
+
+
+def _pictures(index: Mapping[str, Any], kind: Kind) -> tuple[str, str]:
+    """An import, and arguments of a call, for the pictures that are told beside the prompt; not of films."""
+    name = str(index.get("_class_name"))
+    told = references.of(name)
+    edits = told is not None and told.least > 0
+    if kind == "bundle" and controls.steers(name):
+        reader = "from obsdiff_runtime.pictures import read_picture\n"
+        return reader, ', control=read_picture("edges.png", pipeline.size_step)'
+    if kind == "bundle" and edits:
+        reader = "from obsdiff_runtime.pictures import open_picture\n"
+        return reader, ', reference=pipeline.fit(open_picture("picture.png"))'
+    if kind == "bundle" or not (edits or controls.steers(name) or fills.keeps(name)):
+        return "", ""
+    shown = "edges" if controls.steers(name) else "picture"
+    mask = ', mask_image=load_image("mask.png")' if fills.keeps(name) else ""
+    return "from diffusers.utils import load_image\n", f', image=load_image("{shown}.png"){mask}'
 
 
 def _draws_films(index: Mapping[str, Any]) -> bool:

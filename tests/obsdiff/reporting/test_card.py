@@ -64,12 +64,25 @@ def test_three_lines_load_it(make_report: MakeReport, kind: Any, sparsity: str) 
         assert "max_sequence_length=1" in code
 
 
-@pytest.mark.parametrize(("kind", "told"), [("checkpoint", "image=load_image("), ("bundle", "control=read_picture(")])
-def test_what_a_control_net_steers_is_told_a_picture(make_report: MakeReport, kind: Any, told: str) -> None:
-    code = code_of(render(make_report(), INDEX | {"_class_name": "StableDiffusionXLControlNetPipeline"}, kind))
+@pytest.mark.parametrize(
+    ("pipeline", "kind", "told"),
+    [
+        ("StableDiffusionXLControlNetPipeline", "checkpoint", 'image=load_image("edges.png"), '),
+        ("StableDiffusionXLControlNetPipeline", "bundle", "control=read_picture("),
+        ("FluxFillPipeline", "checkpoint", 'image=load_image("picture.png"), mask_image=load_image('),
+        ("FluxFillPipeline", "bundle", '", seed=1)'),
+        ("QwenImageEditPlusPipeline", "checkpoint", 'image=load_image("picture.png"), '),
+        ("QwenImageEditPlusPipeline", "bundle", "reference=pipeline.fit(open_picture("),
+    ],
+)
+def test_pictures_stand_beside_the_prompt_where_they_are_needed(
+    make_report: MakeReport, pipeline: str, kind: Any, told: str
+) -> None:
+    code = code_of(render(make_report(), INDEX | {"_class_name": pipeline}, kind))
     compile(code, "card", "exec")
     assert told in code
-    assert "import " + told.partition("=")[2].removesuffix("(") in code
+    for reader in ("load_image", "read_picture", "open_picture"):
+        assert (f"{reader}(" in code) == (f"import {reader}" in code)
 
 
 @pytest.mark.parametrize(
