@@ -21,6 +21,11 @@ from obsdiff_runtime.errors import ModelError
 from obsdiff_runtime.kinds.table import KINDS
 
 _NETWORK: Final = "controlnet"
+_OPTIONS: Final = {
+    "StableDiffusionPipeline": ("requires_safety_checker",),
+    "StableDiffusionXLPipeline": ("force_zeros_for_empty_prompt",),
+}
+"""Of pipelines without a ControlNet, what they are told beside their networks."""
 
 
 def steers(pipeline_class: str) -> bool:
@@ -37,13 +42,6 @@ def plain(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     found: DiffusionPipeline = getattr(diffusers, name)(**networks, **options)
     found.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
     return found
-
-
-_OPTIONS: Final = {
-    "StableDiffusionPipeline": ("requires_safety_checker",),
-    "StableDiffusionXLPipeline": ("force_zeros_for_empty_prompt",),
-}
-"""Of pipelines without a ControlNet, what they are told beside their networks."""
 
 
 def component(found: Component, denoiser: nn.Module, pipeline: DiffusionPipeline, scale: int) -> Component:
