@@ -50,7 +50,7 @@ def masks_frames(index: Mapping[str, Any]) -> bool:
 
 def takes(index: Mapping[str, Any]) -> bool:
     """Whether a pipeline can be told pictures beside the prompt, whatever it does with them; `index` as above."""
-    name = str(index["_class_name"])
+    name = str(index.get("_class_name"))
     told = of(name) is not None or opens(name) or masks_frames(index)
     return told or controls.steers(name) or fills.keeps(name)
 

@@ -363,7 +363,7 @@ def test_a_bundle_of_two_in_eight_bits_draws_what_torch_draws(exported: tuple[Se
     error, rounding = (
         (latents - torch.from_numpy(film.latents)).norm() / latents.norm() for latents in (expected, floats)
     )
-    assert 10 * error < rounding < 0.02  # of the pipeline of one denoiser it is 0.006
+    assert 5 * error < rounding < 0.02  # of the pipeline of one denoiser it is 0.006
 
 
 def test_a_plan_tells_of_each_denoiser_and_of_both(tmp_path: Path) -> None:
