@@ -444,7 +444,7 @@ def test_the_velocity_error_is_below_the_papers_on_the_shipped_pipeline() -> Non
         )
         pruning.prune(loaded.pipeline, loaded.family, recipe, stored=stored)
         error[method] = _velocity_error(before, loaded.denoiser, held_out)
-    assert error["streamed"] < 0.9 * error["obsdiff"]  # of so few prompts 0.75 to 0.82, as a machine's sums go
+    assert error["streamed"] < 0.9 * error["obsdiff"]  # of so few prompts; 0.81 on one machine
 
 
 @torch.no_grad()
