@@ -89,7 +89,7 @@ def test_a_pruned_folder_is_compared_and_its_card_draws_a_class(
     assert "pipeline([0]).images[0]" in code
     monkeypatch.chdir(tmp_path)
     exec(code.replace("path/to/this/folder", str(pruned)), {})
-    with Image.open("picture.png") as picture:
+    with Image.open("drawn.png") as picture:
         assert picture.size == (32, 32)
 
 
