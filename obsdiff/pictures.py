@@ -91,30 +91,30 @@ def _read(
     """What networks make of the pictures of each row, by name."""
     if not own:
         return {}
-    if controls.steers(type(pipeline).__name__):
-        return {ARGUMENT: torch.cat([(_signed(pictures[file]) + 1) / 2 for (file,) in own])}
-    if fills.keeps(type(pipeline).__name__):
-        shown = torch.cat([(_signed(pictures[file]) + 1) / 2 for (file,) in own])
-        return {ARGUMENT: shown, fills.MASK: fills.boxes(rows, sampling.height, sampling.width)}
+    name = type(pipeline).__name__
+    steered, filled = controls.steers(name), fills.keeps(name)
+    if steered or filled:  # diffusers reads the pixels itself
+        masks = {fills.MASK: fills.boxes(rows, sampling.height, sampling.width)} if filled else {}
+        return {ARGUMENT: torch.cat([_pixels(pictures[file]) for (file,) in own]), **masks}
     untyped: Any = pipeline
     vae = untyped.vae
     if vae is None:
         raise ConfigError("--references: the pipeline has no VAE to read pictures with")
     found: dict[tuple[str, ...], dict[str, Tensor]] = {}
-    opens = references.opens(type(pipeline).__name__) or references.masks_frames(pipeline.config)
+    opens = references.opens(name) or references.masks_frames(pipeline.config)
     encoder = getattr(untyped, "image_encoder", None) if opens else None
     readers = [vae, *([] if encoder is None else [encoder])]
     with offloading.borrowed(readers, pipeline.device):
         for files in dict.fromkeys(own):
             images = [pictures[file] for file in files]
-            told = [_signed(image).to(vae.device, vae.dtype) for image in images]
+            told = [(2 * _pixels(image) - 1).to(vae.device, vae.dtype) for image in images]
             found[files] = _beginning(untyped, images, told, sampling) if opens else _reference(untyped, *told)
-    return {name: torch.cat([found[files][name] for files in own]) for name in found[own[0]]}
+    return {key: torch.cat([found[files][key] for files in own]) for key in found[own[0]]}
 
 
-def _signed(image: Image.Image) -> Tensor:
-    """(1, 3, height, width), in -1..1."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
+def _pixels(image: Image.Image) -> Tensor:
+    """(1, 3, height, width), in 0..1."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
 
 
 def _reference(pipeline: Any, pixels: Tensor) -> dict[str, Tensor]:
@@ -149,9 +149,7 @@ def opener(pipeline: Any) -> WanImageToVideoPipeline:
     if isinstance(pipeline, WanImageToVideoPipeline):
         return pipeline
     own = {name: pipeline.config[name] for name in ("boundary_ratio", "expand_timesteps")}
-    found = WanImageToVideoPipeline(**pipeline.components, **own)
-    found.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
-    return found
+    return parts.again(pipeline, WanImageToVideoPipeline, **own)
 
 
 class _OfEach:
@@ -214,9 +212,7 @@ def draw_edited(pipeline: Any, *, image: Any = None, **told: Any) -> Any:
     """
     if not isinstance(image, Tensor):
         return pipeline(image=image, **told)
-    networks = {name: part for name, part in pipeline.components.items() if name != "processor"}
-    drawer = QwenImagePipeline(**networks)
-    drawer.set_progress_bar_config(**pipeline._progress_bar_config)
+    drawer: Any = parts.again(pipeline, QwenImagePipeline, "processor")
     tokens = parts.packed(image)
     shape = (1, image.shape[-2] // PACKED, image.shape[-1] // PACKED)
 

@@ -266,8 +266,10 @@ def _together(negative: Call, positive: Call) -> list[Call]:
         return torch.cat([without, given]) if isinstance(given, Tensor) and given.ndim else given
 
     joined = tuple(both(*pair) for pair in zip(others, args, strict=True))
-    shared = {name for name, value in kwargs.items() if name.endswith("_ids") and value.ndim == 2}
-    named = {name: value if name in shared else both(more[name], value) for name, value in kwargs.items()}
+    named = {
+        name: value if name.endswith("_ids") and value is not None and value.ndim == 2 else both(more[name], value)
+        for name, value in kwargs.items()
+    }
     return [replace(positive, arguments=(joined, named), paired=True)]
 
 

@@ -1,5 +1,6 @@
 """Denoisers that the tests of families run on: one of each kind that a family describes, by its name in DENOISERS."""
 
+import copy
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -91,3 +92,18 @@ def uneven(denoiser: Any, seed: int = 0) -> Keep:
         for group in family_of(denoiser).groups(denoiser)
         if chance.random() < 0.9
     }
+
+
+def masked_before_the_cut(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Copies of the denoisers that are shrunk from here on, as they are before."""
+    from obsdiff import pruning
+
+    copies: list[Any] = []
+    shrink = pruning.shrink
+
+    def keep(denoiser: Any, *args: Any) -> None:
+        copies.append(copy.deepcopy(denoiser))
+        shrink(denoiser, *args)
+
+    monkeypatch.setattr(pruning, "shrink", keep)
+    return copies

@@ -37,11 +37,8 @@ def steers(pipeline_class: str) -> bool:
 def plain(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     """The pipeline without its ControlNet."""
     name = type(pipeline).__name__.replace("ControlNet", "")
-    networks = {key: part for key, part in pipeline.components.items() if key != _NETWORK}
     options = {key: pipeline.config[key] for key in _OPTIONS[name] if key in pipeline.config}
-    found: DiffusionPipeline = getattr(diffusers, name)(**networks, **options)
-    found.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
-    return found
+    return parts.again(pipeline, getattr(diffusers, name), _NETWORK, **options)
 
 
 def component(found: Component, denoiser: nn.Module, pipeline: DiffusionPipeline, scale: int) -> Component:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from obsdiff_export.component import Component
 from obsdiff_runtime.fills import STATES
-from obsdiff_runtime.kinds import Kind
+from obsdiff_runtime.kinds import Kind, drawn_channels
 from obsdiff_runtime.kinds.table import KINDS
 
 MASK: Final = "mask_image"
@@ -28,8 +28,8 @@ def keeps(pipeline_class: str) -> bool:
 
 def of(pipeline_class: str, config: Mapping[str, Any]) -> Kind | None:
     """How the runtime draws by a pipeline whose denoiser, of that configuration, is told what stays; None where not."""
-    kind = KINDS.get(pipeline_class)
-    return kind if kind is not None and keeps(pipeline_class) and kind.told_channels(config) else None
+    told = keeps(pipeline_class) and drawn_channels(config) < config["in_channels"]
+    return KINDS[pipeline_class] if told else None
 
 
 def component(found: Component, pipeline_class: str) -> Component:

@@ -10,7 +10,7 @@ import copy
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
@@ -22,6 +22,7 @@ from obsdiff_runtime.autoencoder import VAE_SCALE as VAE_SCALE
 from obsdiff_runtime.kinds import PACKED
 
 Size = tuple[int, int]
+Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
 GUIDANCE: Final = "guidance_scale"
 """Argument of most pipelines' calls."""
@@ -176,6 +177,14 @@ def denoiser_component(
         config=config_of(flat.source),
         more_inputs=tuple(examples[1:]),
     )
+
+
+def again(pipeline: DiffusionPipeline, pipeline_class: type[Pipeline], *without: str, **options: Any) -> Pipeline:
+    """Another pipeline of the same networks, but for those of some names, which is as quiet."""
+    networks = {name: part for name, part in pipeline.components.items() if name not in without}
+    found: Pipeline = pipeline_class(**networks, **options)
+    found.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
+    return found
 
 
 def guidance_argument(pipeline_class: type[DiffusionPipeline]) -> str:

@@ -90,7 +90,11 @@ GENERATE: Final = (
         text="Image to change instead of drawing one from nothing, or that a film begins with.",
     ),
     Flag(name="--last-image", kind=Path, text="Image that a film of Wan 2.2 I2V ends with."),
-    Flag(name="--mask", kind=Path, text="Which part of the image to draw anew: what is white in this one."),
+    Flag(
+        name="--mask",
+        kind=Path,
+        text="Which part of the image to draw anew: what is transparent in this file, or else white.",
+    ),
     Flag(name="--strength", kind=float, text="How much of it to change, up to 1; default: 0.8, of a part of it 1."),
     Flag(name="--control", kind=Path, text="Picture that the bundle's ControlNet steers by, such as edges."),
     Flag(name="--control-scale", kind=float, text="How much that picture counts.", default=1.0),

@@ -68,6 +68,8 @@ def generate(
     from obsdiff_runtime.pictures import open_picture, read_picture
     from obsdiff_runtime.pipeline import Pipeline
 
+    if mask is not None and image is None:
+        raise ConfigError(f"--mask {mask}: it says which part of an image is drawn anew; give --image FILE, too")
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     write = _writer(opened, output, fps)
     pipeline = Pipeline(opened, backend=backend, threads=threads, vae_tiling=vae_tiling)
@@ -78,8 +80,6 @@ def generate(
         None if path is None else read_picture(path, pipeline.size_step, height, width)
         for path in (image, last_image, control)
     )
-    if mask is not None and start is None:
-        raise ConfigError(f"--mask {mask}: it says which part of an image is drawn anew; give --image FILE, too")
     redrawn = None if mask is None or start is None else mask_of(open_picture(mask, mode=None), *start.shape[1::-1])
     told = [pipeline.fit(open_picture(path), own_size=own_size) for path in references]
     shown: dict[str, Any] = {"image": start, "last_image": end, "mask": redrawn, "control": steering, "reference": told}

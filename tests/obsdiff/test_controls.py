@@ -12,7 +12,8 @@ from diffusers import DiffusionPipeline, MultiControlNetModel
 from PIL import Image, ImageOps
 
 import obsdiff
-from obsdiff import calibration, pruning
+from kinds import masked_before_the_cut
+from obsdiff import calibration
 from obsdiff.families import controls, exporting
 from obsdiff.families.table import FAMILIES
 from obsdiff.recipe import Sampling
@@ -63,11 +64,8 @@ def test_calibration_draws_what_diffusers_draws_of_prompt_and_control_picture(
 def test_a_steered_unet_is_pruned_on_control_pictures_cut_saved_and_loaded_by_diffusers_parts(
     kind: str, build_pipeline: Build, picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipeline, masked, shrink = build_pipeline(kind), list[torch.nn.Module](), pruning.shrink
+    pipeline, masked = build_pipeline(kind), masked_before_the_cut(monkeypatch)
     before = copy.deepcopy(pipeline.controlnet).state_dict()
-    monkeypatch.setattr(
-        pruning, "shrink", lambda model, *rest: (masked.append(copy.deepcopy(model)), shrink(model, *rest))
-    )
     settings: dict[str, Any] = {"steps": STEPS, "draws": 1, "align": 4, "allocation": "uniform", **SIZES}
     pruned = obsdiff.prune(
         pipeline,

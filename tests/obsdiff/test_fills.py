@@ -1,6 +1,5 @@
 """Denoisers that are told what stays of a picture: calibrated on boxes that are drawn anew, cut, saved, built."""
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ import pytest
 import torch
 
 import obsdiff
-from obsdiff import calibration, pruning
+from kinds import masked_before_the_cut
+from obsdiff import calibration
 from obsdiff.families import exporting, fills
 from obsdiff.families.table import family_of
 from obsdiff.recipe import Sampling
@@ -69,10 +69,7 @@ def test_calibration_draws_a_box_of_each_picture_anew_or_all_of_it(
 def test_a_denoiser_that_is_told_what_stays_is_pruned_cut_and_comes_back(
     kind: str, build_pipeline: Build, picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipeline, masked, shrink = build_pipeline(kind), list[torch.nn.Module](), pruning.shrink
-    monkeypatch.setattr(
-        pruning, "shrink", lambda model, *rest: (masked.append(copy.deepcopy(model)), shrink(model, *rest))
-    )
+    pipeline, masked = build_pipeline(kind), masked_before_the_cut(monkeypatch)
     settings: dict[str, Any] = {"steps": STEPS, "draws": 1, "align": 4, "allocation": "uniform", **SIZES}
     settings |= {"max_sequence_length": 6} if kind == "fill" else {}
     pruned = obsdiff.prune(

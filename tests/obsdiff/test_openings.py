@@ -1,6 +1,5 @@
 """Films that begin with a picture (Wan image to video): calibrated, pruned, exported and measured as others are."""
 
-import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,8 +11,8 @@ import torch
 from PIL import Image, ImageOps
 
 import obsdiff
-from kinds import no_ftfy
-from obsdiff import calibration, glances, pictures, pruning, trajectories, verbs
+from kinds import masked_before_the_cut, no_ftfy
+from obsdiff import calibration, glances, pictures, trajectories, verbs
 from obsdiff.card import write_card
 from obsdiff.evaluation import Evaluation
 from obsdiff.families import films, wan
@@ -96,12 +95,8 @@ def cut(request: pytest.FixtureRequest, build_pipeline: Build, picture_folder: P
     """A pipeline pruned by the default method, and its denoisers before they were cut; made once."""
     kind = request.param
     if kind not in made:
-        masked: list[torch.nn.Module] = []
-        shrink = pruning.shrink
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                pruning, "shrink", lambda model, *rest: (masked.append(copy.deepcopy(model)), shrink(model, *rest))
-            )
+            masked = masked_before_the_cut(patch)
             pruned = obsdiff.prune(
                 build_pipeline(kind, num_layers=1),
                 sparsity="ffn:0.25+2:4",

@@ -15,7 +15,8 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from PIL import Image, ImageOps
 
 import obsdiff
-from obsdiff import calibration, pictures, pruning, trajectories, verbs
+from kinds import masked_before_the_cut
+from obsdiff import calibration, pictures, trajectories, verbs
 from obsdiff.evaluation import evaluate
 from obsdiff.families import references
 from obsdiff.families.exporting import components
@@ -132,12 +133,8 @@ def editor(picture_folder: Path, build_pipeline: Build, made: dict[str, Any]) ->
 
 
 def pruned_on(picture_folder: Path, pipeline: Any, max_sequence_length: int = 6) -> tuple[Any, torch.nn.Module]:
-    masked: list[torch.nn.Module] = []
-    shrink = pruning.shrink
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            pruning, "shrink", lambda model, *rest: (masked.append(copy.deepcopy(model)), shrink(model, *rest))
-        )
+        masked = masked_before_the_cut(patch)
         pruned = obsdiff.prune(
             pipeline,
             sparsity="structured:0.25+2:4",

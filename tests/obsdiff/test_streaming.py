@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 import obsdiff
-from kinds import EVERY, prompts_of
+from kinds import EVERY, masked_before_the_cut, prompts_of
 from obsdiff import allocation, calibration, pointwise, pruning, solving, stream_costs, streaming
 from obsdiff.core import permutation
 from obsdiff.families.table import family_of
@@ -158,19 +158,6 @@ def changed(before: nn.Module, after: nn.Module) -> set[str]:
 
 def holds(weight: Tensor) -> bool:
     return bool(((pointwise.matrix(weight).unflatten(1, (-1, 4)) == 0).sum(-1) >= 2).all())
-
-
-def masked_before_the_cut(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
-    """Copies of the denoisers that are shrunk from here on, as they are before."""
-    copies: list[nn.Module] = []
-    shrink = pruning.shrink
-
-    def keep(denoiser: nn.Module, *args: Any) -> None:
-        copies.append(copy.deepcopy(denoiser))
-        shrink(denoiser, *args)
-
-    monkeypatch.setattr(pruning, "shrink", keep)
-    return copies
 
 
 @pytest.mark.stage("weights")
@@ -437,14 +424,14 @@ def test_the_velocity_error_is_below_the_papers_on_the_shipped_pipeline() -> Non
         loaded = load_pipeline(shipped_pipeline())
         stored = computable(loaded)
         before = copy.deepcopy(loaded.denoiser)
-        asked = Settings(sparsity="2:4", method=method, num_samples=8, steps=3, draws=1, trajectory_steps=3)
+        asked = Settings(sparsity="2:4", method=method, num_samples=16, steps=3, draws=1, trajectory_steps=3)
         recipe = resolve(asked, model="shapes", family=loaded.family, defaults=loaded.defaults)
         held_out = calibration.encode(
             loaded.pipeline, loaded.family, ["a small red circle", "a green square"], recipe.sampling
         )
         pruning.prune(loaded.pipeline, loaded.family, recipe, stored=stored)
         error[method] = _velocity_error(before, loaded.denoiser, held_out)
-    assert error["streamed"] < 0.9 * error["obsdiff"]  # of so few prompts; 0.81 on one machine
+    assert error["streamed"] < 0.8 * error["obsdiff"]
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ import torch
 from diffusers import WanPipeline
 
 import obsdiff
+from kinds import masked_before_the_cut
 from obsdiff import adapters, allocation, calibration, precision, pruning, trajectories, turns, verbs
 from obsdiff.adapters import Adapter, Delta
 from obsdiff.cli import main
@@ -81,12 +82,8 @@ def made() -> dict[str, Any]:
 def cut(build_pipeline: Build, made: dict[str, Any]) -> tuple[Pruned, dict[str, torch.nn.Module]]:
     """The pipeline pruned by the default method, and its denoisers before they were cut; made once."""
     if "pruned" not in made:
-        masked: list[torch.nn.Module] = []
-        shrink = pruning.shrink
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                pruning, "shrink", lambda model, *rest: (masked.append(copy.deepcopy(model)), shrink(model, *rest))
-            )
+            masked = masked_before_the_cut(patch)
             given = {"prompts": PROMPTS, "align": 4, "draws": 1, **CUT, **SMALL, **SCALES}
             made["pruned"] = obsdiff.prune(build_pipeline("wan22", num_layers=1), **given)
         made["masked"] = dict(zip(reversed(NAMES), masked, strict=True))

@@ -75,7 +75,6 @@ class Kind:
         counted: what a schedule that depends on the image's tokens is told; from the latents' channels and the tokens.
         kept_lengths: lengths of parts of (c, h, w) latents, which what guidance gives takes from what the prompt alone
             gives; they broadcast to (c, h, w). None where it does not.
-        packs: latent pixels a side of what the denoiser's configuration counts the channels of.
         references: how the denoiser is told pictures; None where it is told none.
         opens: whether films begin with a picture, which the denoiser is told; see openings.py.
         fills: how the denoiser is told what stays of a picture of which a part is drawn anew, where it has channels for
@@ -102,7 +101,6 @@ class Kind:
     shift: Callable[[int, int], float] | None = None
     counted: Callable[[int, int], int] = lambda channels, tokens: tokens
     kept_lengths: Callable[[Array], Array] | None = None
-    packs: int = 1
     references: References | None = None
     opens: bool = False
     fills: Fill | None = None
@@ -112,10 +110,6 @@ class Kind:
     def ends(self, config: Mapping[str, Any]) -> bool:
         """Whether films have to end with a picture, too, from the denoiser's config."""
         return self.opens and openings.ends(config)
-
-    def told_channels(self, config: Mapping[str, Any]) -> int:
-        """Latent channels that the denoiser reads beside those that are drawn, from its config."""
-        return int(config["in_channels"]) // self.packs**2 - self.channels(config)
 
     def usual_scale(self, guidance_scale: float) -> float:
         """The pipeline's scale as most count it: 1 is what the prompt alone gives."""

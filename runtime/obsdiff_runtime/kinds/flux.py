@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Final
 
 from obsdiff_runtime.fills import Fill
-from obsdiff_runtime.kinds import PACKED, Conditions, Kind, Settings, drawn_channels, packed_channels, skipped_part
+from obsdiff_runtime.kinds import PACKED, Conditions, Kind, Settings, drawn_channels, skipped_part
 from obsdiff_runtime.kinds.encoding import encode_t5, max_length
 from obsdiff_runtime.networks import Networks
 from obsdiff_runtime.references import KONTEXT
@@ -24,15 +24,10 @@ def encode(networks: Networks, prompts: Sequence[str], negative: bool, settings:
 FLUX: Final = Kind(
     encode=encode,
     patch=lambda config: PACKED,
-    channels=packed_channels,
+    channels=lambda config: drawn_channels(config) // PACKED**2,
     skipped=skipped_part,
     negatives=False,
     even_sigmas=True,
 )
-FLUX_FILL: Final = replace(
-    FLUX,
-    channels=lambda config: drawn_channels(config) // PACKED**2,
-    packs=PACKED,
-    fills=Fill(pixels=True, reads_all=True),
-)
+FLUX_FILL: Final = replace(FLUX, fills=Fill(pixels=True, reads_all=True))
 FLUX_KONTEXT: Final = replace(FLUX, references=KONTEXT)

@@ -55,11 +55,12 @@ SD: Final = Kind(
     predicted="out_sample",
     encode=encode_sd,
     patch=_patch,
+    channels=drawn_channels,
     skipped=skipped_whole,
 )
 LCM: Final = replace(SD, skipped=None, scheduler="LCMScheduler")
 SDXL: Final = replace(SD, encode=encode_sdxl)
-SD_INPAINT: Final = replace(SD, channels=drawn_channels, fills=Fill(pixels=False, reads_all=False))
+SD_INPAINT: Final = replace(SD, fills=Fill(pixels=False, reads_all=False))
 SDXL_INPAINT: Final = replace(SD_INPAINT, encode=encode_sdxl)
 SD_CONTROLNET: Final = replace(SD, controls=True)
 SDXL_CONTROLNET: Final = replace(SDXL, controls=True)

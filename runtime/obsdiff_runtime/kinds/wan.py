@@ -6,7 +6,7 @@ from html import unescape
 from typing import Final
 
 from obsdiff_runtime.errors import ConfigError
-from obsdiff_runtime.kinds import Conditions, Kind, Settings, skipped_whole
+from obsdiff_runtime.kinds import Conditions, Kind, Settings, drawn_channels, skipped_whole
 from obsdiff_runtime.kinds.encoding import encode_masked
 from obsdiff_runtime.networks import Networks
 
@@ -29,7 +29,7 @@ def encode(networks: Networks, prompts: Sequence[str], negative: bool, settings:
 WAN: Final = Kind(
     encode=encode,
     patch=lambda config: int(config["patch_size"][-1]),
-    channels=lambda config: int(config["out_channels"] or config["in_channels"]),
+    channels=drawn_channels,
     skipped=skipped_whole,  # as PixArt's
 )
 WAN_OPENING: Final = replace(WAN, opens=True)

@@ -126,8 +126,9 @@ def _flow(
     """Timesteps and sigmas, (steps,) each, of a rectified flow, and the lowest sigma."""
     refuse(config, "use_exponential_sigmas", "use_beta_sigmas")
     train = given["num_train_timesteps"]
-    trained = train_sigmas(config, rescale=given["rescale_betas_zero_snr"])
-    spaced = respaced(config, trained[::-1], steps)
+    spaced = None
+    if given["use_karras_sigmas"]:
+        spaced = respaced(config, train_sigmas(config, rescale=given["rescale_betas_zero_snr"])[::-1], steps)
     if spaced is not None:
         sigmas: Floats = spaced / (spaced + 1)
     else:

@@ -139,14 +139,18 @@ async def read_pictures(pipeline: Pipeline, uploads: Uploads, size: tuple[int, i
     if count < least or (most and count > most):
         given = "1 picture" if count == 1 else f"{count} pictures"
         raise Refused(400, f"image: {given}; this model takes {most or f'{least} or more'}", param="image")
-    if uploads.mask is not None and not (resolver.changes and count):
+    if uploads.mask is not None and not count:
+        raise Refused(400, f"{MASK}: it says which part of an image is drawn anew; send one as image", param=MASK)
+    if uploads.mask is not None and not resolver.changes:
         raise Refused(400, f"{MASK}: this model changes no part of a picture; leave it out", param=MASK)
     if uploads.control is not None and not resolver.choices.control:
         raise Refused(400, f"{CONTROL}: nothing steers this model; leave it out", param=CONTROL)
 
+    scaled = resolver.opens or resolver.changes
+
     def read(upload: Upload) -> Pixels | Reference:
         image = _open(upload)
-        return resized(image, width, height) if resolver.opens or resolver.changes else pipeline.fit(image)
+        return resized(image, width, height) if scaled else pipeline.fit(image)
 
     def read_mask(upload: Upload) -> Mask:
         return mask_of(_open(upload, None), width, height)
@@ -159,8 +163,7 @@ async def read_pictures(pipeline: Pipeline, uploads: Uploads, size: tuple[int, i
         if count:
             resolver.check_pictures()
         found = [await asyncio.to_thread(read, upload) for upload in uploads.pictures]
-        names = ("image", "last_image") if resolver.opens else ("image",)
-        told |= dict(zip(names, found, strict=False)) if resolver.opens or resolver.changes else {"reference": found}
+        told |= dict(zip(("image", "last_image"), found, strict=False)) if scaled else {"reference": found}
     with _refusing(MASK):
         if uploads.mask is not None:
             told[MASK] = await asyncio.to_thread(read_mask, uploads.mask)
