@@ -14,9 +14,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from obsdiff import card, costs, delivery, engines, facts, gates, orders, report, turns
+from obsdiff import card, costs, delivery, facts, gates, report, turns
 from obsdiff.defaults import Defaults, vae_scale
-from obsdiff.engines import Engines
 from obsdiff.evaluation import Evaluation, ImagePair, figure_names
 from obsdiff.evaluation import evaluate as run_pairs
 from obsdiff.families import reading
@@ -24,13 +23,18 @@ from obsdiff.gates import Gate
 from obsdiff.guidance import GuidanceScore, parse_guidance, sweep_guidance
 from obsdiff.job import Job
 from obsdiff.judges import OBEDIENCE, Judges, Score
-from obsdiff.measurements import Counts, LatencyPair, NotMeasured, Report, Stage
-from obsdiff.orders import Order
+from obsdiff.measurements import BuiltEngine, Counts, LatencyPair, NotMeasured, Report, Stage
 from obsdiff.pruning import Pruned
 from obsdiff.sampling import Pair
 from obsdiff.settings import Settings
+from obsdiff.sizes import sizes_of
 from obsdiff.sparsity import NM
+from obsdiff_export import engines, orders
+from obsdiff_export.build import Engine
+from obsdiff_export.engines import Engines
 from obsdiff_export.onnx import OnnxModel
+from obsdiff_export.orders import Order
+from obsdiff_export.proof import receipt
 from obsdiff_export.quantizing import Quantization, imitated
 from obsdiff_export.requested import Served
 from obsdiff_export.stored import is_stored
@@ -305,7 +309,7 @@ def served_by(job: Job, settings: Settings, pipeline: DiffusionPipeline | None =
         raise ConfigError(f"--vae-tile {settings.vae_tile}: {job.model} has no autoencoder that decodes")
     vae = job.configs.get("vae", {})
     tile = tile_side(settings.vae_tile, None, vae)
-    sizes = orders.sizes_of(
+    sizes = sizes_of(
         job.recipe.sampling,
         job.pipeline_class,
         job.configs[job.family.denoiser],
@@ -339,7 +343,7 @@ def report_of(
     components = finished.components
     made = finished.engines
     built = tuple(
-        engines.built(item.model.name, engine, "" if made is None else made.choice(engine))
+        _built(item.model.name, engine, "" if made is None else made.choice(engine))
         for item in components
         for engine in item.engines
     )
@@ -359,6 +363,20 @@ def report_of(
         latency=finished.latency,
         evaluation=evaluation,
         stages=tuple(stages),
+    )
+
+
+def _built(name: str, engine: Engine, choice: str) -> BuiltEngine:
+    proven = receipt.load(engine.receipt_path)
+    return BuiltEngine(
+        component=name,
+        backend=f"{engine.backend} {engine.backend_version}",
+        targets=engine.targets,
+        sparsity=receipt.sparsity_statement(proven),
+        bytes_on_disk=engine.bytes,
+        seconds=engine.seconds,
+        verdicts=proven.proof.counts(),
+        choice=choice,
     )
 
 

@@ -10,7 +10,6 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from obsdiff.checkpoint import save_index
-from obsdiff.engines import engine_entry
 from obsdiff.families import Family, exporting, references, rows
 from obsdiff.measurements import ExportedComponent, LatencyPair, NotMeasured
 from obsdiff.recipe import Sampling
@@ -20,6 +19,7 @@ from obsdiff.weights import main_dtype
 from obsdiff_export import onnx, parity, pattern
 from obsdiff_export.build import Engine
 from obsdiff_export.component import Component
+from obsdiff_export.engines import engine_entry
 from obsdiff_export.onnx import OnnxModel
 from obsdiff_export.pattern import PatternReport
 from obsdiff_export.quantizing import Quantization

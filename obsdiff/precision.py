@@ -19,16 +19,18 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from obsdiff import orders, ranges, streaming, turns
+from obsdiff import ranges, streaming, turns
 from obsdiff.core import scales
 from obsdiff.families import Family
 from obsdiff.groups import LinearSpec
-from obsdiff.orders import Order
 from obsdiff.ranges import Rule, Stream, Streams
 from obsdiff.recipe import Recipe
 from obsdiff.results import QuantizedLinear
 from obsdiff.settings import Settings
-from obsdiff_export.formats import FORMATS, NEEDS, Format, stored_scale
+from obsdiff_export import orders
+from obsdiff_export.capabilities import NEEDS
+from obsdiff_export.formats import FORMATS, Format, stored_scale
+from obsdiff_export.orders import Order
 from obsdiff_export.quantizing import LinearScales, Quantization
 from obsdiff_runtime.errors import CalibrationError, ConfigError
 from obsdiff_runtime.progress import Progress, silent

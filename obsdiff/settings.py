@@ -11,15 +11,16 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 import tomllib
 
+from obsdiff_export.settings import EngineSettings
 from obsdiff_runtime.errors import ConfigError, require_file
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(EngineSettings):
     """Everything optional; the text beside each field is its `--help`."""
 
     model: Annotated[str | None, "diffusers folder or Hub id; default: the small trained pipeline in the package"] = (
@@ -112,43 +113,6 @@ class Settings:
     quantize_outputs: Annotated[bool | None, "round what int8 or fp8 linears give, too; some kernels need it"] = None
     opset: Annotated[int | None, "ONNX opset; default: 20, or 22 for bf16"] = None
     trt: Annotated[bool | None, "build TensorRT engines (TensorRT-RTX ahead of time where there is no GPU)"] = None
-    targets: Annotated[
-        list[str] | None,
-        "what engines run on: compute capabilities (TensorRT-RTX: 8.6 8.9 12.0; TensorRT: the GPU here), "
-        "or cpu or cuda (onnxruntime)",
-    ] = None
-    builder: Annotated[
-        str | None, "tensorrt, tensorrt_rtx, onnxruntime or onnxruntime_tensorrt; default: the TensorRT that is here"
-    ] = None
-    profile: Annotated[
-        list[str] | None, "sizes that engines take, such as 512,768x512,1024@1-4 (pixels@images); default: the served"
-    ] = None
-    min_shapes: Annotated[str | None, "smallest shapes by input instead, as trtexec spells them: name:1x16x64x64"] = (
-        None
-    )
-    opt_shapes: Annotated[str | None, "shapes that kernels are timed at; default: the largest"] = None
-    max_shapes: Annotated[str | None, "largest shapes"] = None
-    vae_tile: Annotated[
-        int | None,
-        "pictures go through the VAE in tiles of so many pixels a side, and its engines take no more; default: whole",
-    ] = None
-    refit: Annotated[
-        str | None, "yes: weights can be swapped without a rebuild; stripped: and the plan holds none; default: no"
-    ] = None
-    weight_streaming: Annotated[bool | None, "let weights stay in host memory, for a GPU that is too small"] = None
-    optimization_level: Annotated[int | None, "0 (quickest build) to 5 (quickest engine); default: the builder's"] = (
-        None
-    )
-    builds: Annotated[
-        int | None,
-        "builds of the denoiser's engine with and without sparse kernels, timed by turns; the faster is kept; 0 builds "
-        "the one with them alone; default: 3",
-    ] = None
-    require_sparse: Annotated[bool | None, "exit with 6 unless sparse kernels are proven to run"] = None
-    cache_dir: Annotated[str | None, "engines are kept here for other bundles; default: OBSDIFF_CACHE or ~/.cache"] = (
-        None
-    )
-    no_cache: Annotated[bool | None, "neither take engines from the cache nor keep them there"] = None
     eval_prompts: Annotated[
         int | None, "held-out prompts for the comparison; default: 16, or 32 on the shipped one"
     ] = None
@@ -167,12 +131,6 @@ class Settings:
         default=None, metadata={"flag": False}
     )
 
-
-ENGINES: Final = (
-    *("builder", "targets", "profile", "min_shapes", "opt_shapes", "max_shapes", "refit", "weight_streaming"),
-    *("optimization_level", "builds", "require_sparse", "cache_dir", "no_cache"),
-)
-"""The fields that are about engines."""
 
 FIELDS: dict[str, "dataclasses.Field[Any]"] = {f.name: f for f in dataclasses.fields(Settings)}
 

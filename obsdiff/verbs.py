@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from obsdiff import card, checkpoint, delivery, engines, facts, launch, orders, pictures, pruning, ranks, turns
+from obsdiff import card, checkpoint, delivery, facts, launch, pictures, pruning, ranks, turns
 from obsdiff.adapting import lora as lora
 from obsdiff.bundling import (
     Delivery,
@@ -29,7 +29,6 @@ from obsdiff.bundling import (
 from obsdiff.comparison import as_stored, hold
 from obsdiff.comparison import evaluate as evaluate
 from obsdiff.decoding import decoding
-from obsdiff.engines import build as build
 from obsdiff.evaluation import check_size
 from obsdiff.families import require_described
 from obsdiff.folders import check_free, new_folder
@@ -54,20 +53,23 @@ from obsdiff.loading import LoadedPipeline
 from obsdiff.manifest import GroupCut, LinearRecord, PrunedManifest
 from obsdiff.measurements import NotMeasured, Report
 from obsdiff.methods.table import METHODS
-from obsdiff.orders import Order, order_of
 from obsdiff.planning import Plan, offloaded
 from obsdiff.precision import Quantized, fitting, format_of, note, quantizable, quantize_turns, separate
 from obsdiff.pruning import Pruned
 from obsdiff.recipe import evaluation_prompts, prompts_digest
 from obsdiff.resolving import resolve
 from obsdiff.resources import existing_folder
-from obsdiff.settings import ENGINES, Settings, given_as
+from obsdiff.settings import Settings, given_as
 from obsdiff.single_files import convert as convert
 from obsdiff.sparsity import parse
+from obsdiff_export import engines, orders
+from obsdiff_export.engines import Built
 from obsdiff_export.onnx import checked_opset
+from obsdiff_export.orders import Order, order_of
 from obsdiff_export.parity import require_onnxruntime
 from obsdiff_export.proof import receipt
 from obsdiff_export.proof.receipt import Receipt
+from obsdiff_export.settings import ENGINES
 from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.progress import Progress, silent
 
@@ -299,6 +301,29 @@ def export(
         required = engines.receipts(built) if order is not None and order.require_sparse else None
     journal.remove()
     return Exported(folder=output, report=found, gates=gates, required=required)
+
+
+def build(
+    bundle: Path | str,
+    settings: Settings | None = None,
+    *,
+    components: Sequence[str] = (),
+    progress: Progress = silent,
+    **more: Any,
+) -> Built:
+    """Engines for this machine from a bundle's ONNX; its manifest lists them: `build("sd35m", profile="512,1024@1-4")`.
+
+    Args:
+        bundle: the folder.
+        settings: of the command line.
+        components: only these; all of them if none are named.
+        progress: told component by component.
+        **more: the flags of `obsdiff build`.
+
+    Raises:
+        ObsdiffError: one of its kinds; the manifest is as before. `Built.hold` asks for the proof of sparsity.
+    """
+    return engines.build(bundle, given_as(settings, more), components=components, progress=progress)
 
 
 def _asked(model: Settings | str | Path | None, more: dict[str, Any]) -> Settings:

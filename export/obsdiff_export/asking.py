@@ -4,18 +4,15 @@ Several questions share a process until one ends it; the others are then asked a
 """
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import obsdiff_export
-import obsdiff_runtime
+from obsdiff_export import children
 
 _TAIL_CHARACTERS: Final = 300
 _GIVE_UP_AFTER: Final = 2
@@ -73,12 +70,9 @@ def _in_a_process(
     place: str, questions: Sequence[str], timeout_s: float, environment: Mapping[str, str]
 ) -> tuple[dict[str, Outcome], str]:
     """What a process answered, and how it ended."""
-    roots = [str(Path(module.__file__ or "").parent.parent) for module in (obsdiff_export, obsdiff_runtime)]
-    path = [*roots, *filter(None, [environment.get("PYTHONPATH"), os.environ.get("PYTHONPATH")])]
-    everything = {**os.environ, **environment, "PYTHONPATH": os.pathsep.join(path)}
     with tempfile.TemporaryDirectory(prefix="obsdiff-asking-") as folder:
         answers, said = Path(folder, "answers"), Path(folder, "said")
-        command = [sys.executable, "-P", "-m", "obsdiff_export.answering", place, str(answers), *questions]
+        command = children.command("obsdiff_export.answering", place, str(answers), *questions)
         with said.open("wb") as sink:
             try:
                 code: int | None = subprocess.run(
@@ -86,7 +80,7 @@ def _in_a_process(
                     stdin=subprocess.DEVNULL,
                     stdout=sink,
                     stderr=subprocess.STDOUT,
-                    env=everything,
+                    env=children.environment(environment),
                     timeout=timeout_s,
                     check=False,
                 ).returncode

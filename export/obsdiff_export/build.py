@@ -17,12 +17,13 @@ from obsdiff_export.builders.request import Builder, Flags, Request
 from obsdiff_export.builders.rtx import Rtx
 from obsdiff_export.builders.tensorrt import TensorRt
 from obsdiff_export.caches import Cache, place
-from obsdiff_export.content import content_hash, sha256, sha256_of
+from obsdiff_export.content import content_hash, sha256_of
 from obsdiff_export.pattern import PatternReport
 from obsdiff_export.ports import read_ports
 from obsdiff_export.proof import receipt
 from obsdiff_export.proof.receipt import Receipt
 from obsdiff_export.workshop import workshop
+from obsdiff_runtime.bundle import sha256
 from obsdiff_runtime.errors import BundleError, ConfigError, MissingPackageError
 from obsdiff_runtime.progress import Progress, silent
 from obsdiff_runtime.shapes import Profile

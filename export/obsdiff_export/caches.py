@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from obsdiff_export.content import sha256, sha256_of
+from obsdiff_export.content import sha256_of
+from obsdiff_runtime.bundle import sha256
 from obsdiff_runtime.errors import ConfigError
 
 VARIABLE: Final = "OBSDIFF_CACHE"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import onnx
 
+from obsdiff_runtime.bundle import sha256
 from obsdiff_runtime.errors import ExportError
 
 
@@ -35,11 +36,6 @@ def _require_whole(folder: Path, graph: onnx.GraphProto) -> None:
             has = (folder / place["location"]).stat().st_size
             if has < needed:
                 raise ValueError(f"{place['location']} is cut short: {tensor.name} ends at {needed} of its {has} bytes")
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_of(data: bytes) -> str:

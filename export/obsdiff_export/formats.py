@@ -1,4 +1,4 @@
-"""Eight-bit number formats: how numbers become codes, and which GPUs compute with them.
+"""Eight-bit number formats: how numbers become codes.
 
     scale    value = code * scale; one for a tensor, or one for each output of a weight. There is no zero point: zero
              is code zero, so zeros of a pattern stay zeros.
@@ -6,15 +6,11 @@
 Rounding is that of ONNX's QuantizeLinear: to the nearest code, ties to even, beyond the largest code to that code.
 """
 
-import re
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import Tensor
-
-from obsdiff_runtime.errors import CompatibilityError
 
 SMALLEST_SCALE: Final = 2.0**-20
 """Smaller scales are raised to it: float16 still has four bits for this one, and nothing for 2**-25."""
@@ -55,9 +51,6 @@ FP8: Final = Format(
 )
 FORMATS: Final = {each.name: each for each in (INT8, FP8)}
 
-NEEDS: Final = {"int8": (7, 2), "bf16": (8, 0), "fp8": (8, 9)}
-"""Least compute capability whose tensor cores compute in a format; others run everywhere."""
-
 
 def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The scales, float32, as a graph of this dtype stores them; what is rounded must be rounded by these.
@@ -66,41 +59,3 @@ def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """
     scale = torch.where(scale > 0, scale.float(), 1.0)
     return scale.to(dtype).float().clamp_min(SMALLEST_SCALE)
-
-
-def can_compute(target: str, format: str) -> bool:
-    """Whether a compute capability ("8.9") has kernels for a format ("fp8"). Of other targets nothing is known."""
-    found = re.fullmatch(r"(\d+)\.(\d+)", target)
-    return found is None or (int(found[1]), int(found[2])) >= NEEDS.get(format, (0, 0))
-
-
-def targets_for(asked: Sequence[str], usual: Sequence[str], formats: Collection[str]) -> tuple[str, ...]:
-    """The targets to build for: those asked for, else the usual ones that compute in all the formats.
-
-    Args:
-        asked: by the user; empty for the usual ones.
-        usual: the builder's own choice.
-        formats: of the graphs, such as ("fp8", "bf16").
-
-    Raises:
-        CompatibilityError: a target that was asked for lacks a format, or all usual ones do.
-    """
-    if not formats:
-        return tuple(asked or usual)
-    for target in asked or usual:
-        lacking = [format for format in formats if not can_compute(target, format)]
-        if lacking and (asked or len(usual) == 1):
-            raise CompatibilityError(_lacks(target, lacking[0]))
-    fitting = tuple(target for target in asked or usual if all(can_compute(target, format) for format in formats))
-    if not fitting:
-        raise CompatibilityError(_lacks(", ".join(usual), next(iter(formats))))
-    return fitting
-
-
-def _lacks(target: str, format: str) -> str:
-    needed = ".".join(map(str, NEEDS[format]))
-    other = "int8 or fp16" if format == "fp8" else "fp16"
-    return (
-        f"compute capability {target} has no {format}: that needs {needed} or later; "
-        f"build for such GPUs with --targets, or take --precision {other}"
-    )

@@ -1,17 +1,14 @@
 """The process that one engine is built in, and what its end means."""
 
 import logging
-import os
 import re
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Final
 
-import obsdiff_export
-import obsdiff_runtime.errors
+from obsdiff_export import children
 from obsdiff_export.builders.request import DISK_FULL, Answer, Builder, Request
 from obsdiff_runtime.errors import BuildError, CompatibilityError, ObsdiffError, ResourceError
 
@@ -42,9 +39,9 @@ def run(request: Request, builder: Builder, log: Path) -> Answer:
     """
     scratch = Path(request.answer).parent
     request.save(scratch / "request.json")
-    command = [sys.executable, "-P", "-u", "-m", "obsdiff_export.builders.worker", str(scratch / "request.json")]
+    command = children.command("obsdiff_export.builders.worker", str(scratch / "request.json"))
     with log_in(scratch).open("wb") as sink:
-        code = _wait(command, sink.fileno(), environment(builder))
+        code = _wait(command, sink.fileno(), children.environment(builder.environment))
     try:
         return _answer(request, builder, log, code)
     except (BuildError, ResourceError) as error:
@@ -69,13 +66,6 @@ def _answer(request: Request, builder: Builder, log: Path, code: int) -> Answer:
     if not plan.is_file() or not plan.stat().st_size:
         raise BuildError(f"{_what(request, builder)}: it says that it built one, but the plan is empty. Log: {log}")
     return answer
-
-
-def environment(builder: Builder) -> dict[str, str]:
-    """This process's, with our packages on the path however they were found."""
-    roots = [str(Path(module.__file__ or "").parent.parent) for module in (obsdiff_export, obsdiff_runtime.errors)]
-    inherited = [path for path in (os.environ.get("PYTHONPATH"), builder.environment.get("PYTHONPATH")) if path]
-    return {**os.environ, **builder.environment, "PYTHONPATH": os.pathsep.join([*roots, *inherited])}
 
 
 def _keep(written: Path, log: Path) -> None:

@@ -16,10 +16,11 @@ from typing import Any, Final
 
 from obsdiff_export import pattern
 from obsdiff_export.builders.polygraph import make_logger, told
-from obsdiff_export.content import content_hash, sha256, sha256_of
+from obsdiff_export.content import content_hash, sha256_of
 from obsdiff_export.pattern import PatternReport
 from obsdiff_export.proof import receipt
 from obsdiff_export.proof.receipt import Receipt
+from obsdiff_runtime.bundle import sha256
 from obsdiff_runtime.errors import BuildError, CompatibilityError, ConfigError, MissingPackageError
 
 _EXTRAS: Final = {"tensorrt": "trt", "tensorrt_rtx": "rtx"}

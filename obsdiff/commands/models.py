@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from obsdiff.command import Run, option, verb
-from obsdiff.settings import ENGINES
+from obsdiff_export.settings import ENGINES
 from obsdiff_runtime.turns import BEHIND
 
 MODEL = ("revision", "variant", "device")

@@ -1,6 +1,5 @@
 """What is in an engine's plan, as far as its header, its receipt and its builder's words tell: no GPU is asked."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Final, Literal
 from obsdiff_export.proof import Finding
 from obsdiff_export.proof.layers import EngineLayer, layers_of_inspector, layers_of_log
 from obsdiff_export.proof.receipt import Receipt, load, sparsity_statement
+from obsdiff_runtime.bundle import sha256
 from obsdiff_runtime.errors import BuildError, BundleError
 
 MAGIC: Final = {b"ftrt": "TensorRT", b"vtrt": "TensorRT-RTX"}
@@ -72,7 +72,7 @@ def read(path: Path) -> EngineContent:
     if receipt is None:
         sparsity = "Not known: a plan does not tell which kernels it has, and there is no receipt that does."
     else:
-        if receipt.plan_sha256 != _sha256(path):
+        if receipt.plan_sha256 != sha256(path):
             raise BundleError(f"{path} is not the plan that {beside['receipt'].name} describes; build the engine again")
         sparsity = sparsity_statement(receipt)
         notes += receipt.proof.notes
@@ -116,8 +116,3 @@ def _layers(beside: dict[str, Path]) -> tuple[tuple[EngineLayer, ...], str, list
         if layers:
             return layers, beside["log"].name, unread
     return (), "", [*unread, "nothing beside the plan tells its layers"]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -15,12 +15,13 @@ from typing import Any, Final, Protocol
 import torch
 from torch import nn
 
-from obsdiff import job, orders, pruning, turns
+from obsdiff import job, pruning, turns
 from obsdiff.defaults import vae_scale
 from obsdiff.families import exporting, references
 from obsdiff.measurements import NotMeasured
 from obsdiff.resolving import resolve
 from obsdiff.settings import Settings
+from obsdiff.sizes import sizes_of
 from obsdiff.sparsity import parse
 from obsdiff.whatif import Step
 from obsdiff.whatif.subject import Subject
@@ -106,7 +107,7 @@ def _steps(
         progress("end to end", 0, 3, "export")
         made = _graphs(subject, component, settings, runner, Path(scratch))
         progress("end to end", 1, 3, "load")
-        sizes = orders.sizes_of(
+        sizes = sizes_of(
             subject.job.recipe.sampling,
             subject.job.pipeline_class,
             subject.job.configs[subject.job.family.denoiser],

@@ -27,6 +27,7 @@ ENCODER: Final = "vae_encoder"  # of a picture; of a film's first frame
 NEXT_ENCODER: Final = "vae_encoder_next"  # of the frames of each further latent frame
 AUTOENCODER: Final = (DECODER, NEXT_DECODER, ENCODER, NEXT_ENCODER)
 IMAGE_ENCODER: Final = "image_encoder"
+DENOISERS: Final = ("transformer", "unet")  # what a denoiser that takes all steps is called
 UNLISTED: Final = frozenset({MANIFEST, "README.md"})
 MAX_JSON_BYTES: Final = 64 * 2**20
 CHUNK_BYTES: Final = 2**20
@@ -152,6 +153,11 @@ class Manifest:
     measurements: Mapping[str, object] = field(default_factory=dict)
     schema: int = SCHEMA
 
+    @property
+    def denoisers(self) -> tuple[str, ...]:
+        """The components that are called at the steps, the first of them first; empty where there is none."""
+        return tuple(self.turns) or tuple(name for name in DENOISERS if name in self.components)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
@@ -219,7 +225,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
         BundleError: a link in the folder, or a graph, engine or receipt that the manifest names and the folder lacks.
     """
     files = {
-        relative: FileEntry(sha256=_sha256(folder / relative), bytes=(folder / relative).stat().st_size)
+        relative: FileEntry(sha256=sha256(folder / relative), bytes=(folder / relative).stat().st_size)
         for relative in sorted(_walk(folder))
     }
     complete = dataclasses.replace(manifest, files=files)
@@ -292,7 +298,7 @@ def open_bundle(path: Path | str, verify: Verify = "full", *, networks: bool = T
             raise BundleError(f"{root}: {relative!r} cannot be read: {error}") from error
     if verify == "full":
         for relative, entry in manifest.files.items():
-            if _sha256(root / relative) != entry.sha256:
+            if sha256(root / relative) != entry.sha256:
                 raise BundleError(f"{root / relative} was altered after export: its sha256 is not the manifest's")
     return Bundle(root=root, manifest=manifest)
 
@@ -366,7 +372,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):

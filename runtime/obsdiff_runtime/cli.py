@@ -3,62 +3,12 @@
 A verb is a function and a line in VERBS. Nothing heavy is imported until one runs.
 """
 
-import argparse
-import json
-import logging
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Final
 
-from obsdiff_runtime.errors import ConfigError, failure
-from obsdiff_runtime.flags import (
-    BACKEND,
-    COMMON,
-    GENERATE,
-    ROUNDS,
-    SAMPLING,
-    SERVE,
-    THREADS,
-    TILING,
-    Flag,
-    hyphenated,
-)
-from obsdiff_runtime.progress import Lines, Progress, silent
+from obsdiff_runtime.command import BUNDLE, Argument, Command, Given, Verb, print_result
+from obsdiff_runtime.flags import BACKEND, GENERATE, ROUNDS, SAMPLING, SERVE, THREADS, TILING
+from obsdiff_runtime.progress import Progress
 from obsdiff_runtime.server.options import read_options, read_tiling
-from obsdiff_runtime.version import __version__
-
-PROGRAM: Final = "obsdiff-runtime"
-EXIT_CODES: Final = (
-    "Exit codes: 0 done; 1 failed; 2 usage or configuration; 4 not enough memory or disk; "
-    "5 engine or environment incompatible; 130 interrupted."
-)
-
-Given = Mapping[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Argument:
-    """One that is not a flag.
-
-    Attributes:
-        many: one or more of them.
-    """
-
-    name: str
-    text: str
-    kind: type = str
-    many: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verb:
-    """A command; the docstring of `work` is its help."""
-
-    work: Callable[[Given, Progress], None]
-    arguments: Sequence[Argument]
-    flags: Sequence[Flag] = ()
 
 
 def generate(given: Given, progress: Progress) -> None:
@@ -94,7 +44,7 @@ def generate(given: Given, progress: Progress) -> None:
         max_sequence_length=given["max_sequence_length"],
         seed=given["seed"],
     )
-    _print(given, {"image": str(given["output"]), "seconds": dict(seconds)}, str(given["output"]))
+    print_result(given, {"image": str(given["output"]), "seconds": dict(seconds)}, str(given["output"]))
 
 
 def bench(given: Given, progress: Progress) -> None:
@@ -111,14 +61,14 @@ def bench(given: Given, progress: Progress) -> None:
         vae_tiling=read_tiling(given),
         progress=progress,
     )
-    _print(given, report.to_json(), benchmark.table(report))
+    print_result(given, report.to_json(), benchmark.table(report))
 
 
 def serve(given: Given, progress: Progress) -> None:
     """OpenAI's images API, health, metrics and a page."""
     from obsdiff_runtime.server.run import serve
 
-    serve(given["bundles"], read_options(given), lambda url: _print(given, {"url": url}, f"serving at {url}"))
+    serve(given["bundles"], read_options(given), lambda url: print_result(given, {"url": url}, f"serving at {url}"))
 
 
 def inspect(given: Given, progress: Progress) -> None:
@@ -127,11 +77,10 @@ def inspect(given: Given, progress: Progress) -> None:
     from obsdiff_runtime.bundle import open_bundle
 
     bundle = open_bundle(given["bundle"])
-    _print(given, verbs.contents(bundle), verbs.describe(bundle))
+    print_result(given, verbs.contents(bundle), verbs.describe(bundle))
 
 
-BUNDLE: Final = Argument(name="bundle", text="A bundle.", kind=Path)
-VERBS: Final[dict[str, Verb]] = {
+VERBS: Final = {
     "generate": Verb(
         work=generate,
         arguments=[BUNDLE, Argument(name="prompt", text="What to draw.")],
@@ -150,71 +99,12 @@ VERBS: Final[dict[str, Verb]] = {
     "inspect": Verb(work=inspect, arguments=[BUNDLE]),
 }
 
-
-def main() -> None:
-    """The command; `--max_rows` is accepted for `--max-rows`."""
-    sys.exit(run(sys.argv[1:]))
-
-
-def run(arguments: Sequence[str]) -> int:
-    """Runs a verb and gives its exit code; a bug shows its traceback.
-
-    Raises:
-        SystemExit: the arguments were wrong, or asked for help.
-    """
-    given = vars(parser().parse_args(hyphenated(arguments)))
-    logging.basicConfig(level=logging.INFO if given["verbose"] else logging.ERROR, stream=sys.stderr)
-    progress = silent if given["quiet"] or given["json"] else Lines()
-    try:
-        VERBS[given["verb"]].work(given, progress)
-    except (Exception, KeyboardInterrupt) as error:
-        told = failure(error)
-        if told is None:
-            raise
-        print(f"{PROGRAM}: {told.sentence}", file=sys.stderr)
-        return told.exit_code
-    return 0
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(ConfigError.exit_code, f"{PROGRAM}: {message}; {self.prog} --help says what there is\n")
-
-
-def parser() -> argparse.ArgumentParser:
-    """Of all verbs."""
-    root = _Parser(prog=PROGRAM, description="Runs obsdiff bundles, without torch.", epilog=EXIT_CODES)
-    root.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
-    commands = root.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for name, verb in VERBS.items():
-        text = verb.work.__doc__ or ""
-        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        for argument in verb.arguments:
-            command.add_argument(
-                argument.name,
-                nargs="+" if argument.many else None,
-                type=argument.kind,
-                metavar=argument.name.upper(),
-                help=argument.text,
-            )
-        for flag in (*verb.flags, *COMMON):
-            _add(command, flag)
-    return root
-
-
-def _add(command: argparse.ArgumentParser, flag: Flag) -> None:
-    names = [flag.name] if flag.short is None else [flag.short, flag.name]
-    if flag.kind is bool:
-        command.add_argument(*names, action="store_true", help=flag.text)
-        return
-    told = "" if flag.default in (None, "") else f" (default: {flag.default})"
-    metavar = flag.kind.__name__.upper()
-    action = "append" if flag.many else "store"
-    command.add_argument(
-        *names, action=action, type=flag.kind, default=flag.default, metavar=metavar, help=flag.text + told
-    )
-
-
-def _print(given: Given, data: Given, text: str) -> None:
-    """One JSON object on stdout with --json, else the text."""
-    print(json.dumps(data, allow_nan=False) if given["json"] else text, flush=True)
+COMMAND: Final = Command(
+    program="obsdiff-runtime",
+    description="Runs obsdiff bundles, without torch.",
+    verbs=VERBS,
+    codes="Exit codes: 0 done; 1 failed; 2 usage or configuration; 4 not enough memory or disk; "
+    "5 engine or environment incompatible; 130 interrupted.",
+)
+main = COMMAND.main
+run = COMMAND.run

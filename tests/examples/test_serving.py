@@ -43,7 +43,7 @@ def check(line: list[str]) -> None:
     """Parses a command with the parser of its program; runs nothing."""
     program = Path(line[0]).name
     if program == "obsdiff-runtime":
-        cli.parser().parse_args(line[1:])
+        cli.COMMAND.parser().parse_args(line[1:])
     elif program == "obsdiff":
         verb = typer.main.get_command(obsdiff).commands[line[1]]  # type: ignore[attr-defined]
         verb.make_context(line[1], line[2:])
@@ -91,7 +91,7 @@ def test_the_dockerfile_copies_what_exists_and_starts_a_server() -> None:
         if step == "COPY":
             assert (ROOT / text.split()[0]).exists()
     (entry,) = (json.loads(text) for step, text in steps if step == "ENTRYPOINT")
-    given = cli.parser().parse_args(entry[1:])
+    given = cli.COMMAND.parser().parse_args(entry[1:])
     assert (entry[0], given.verb, given.host) == ("obsdiff-runtime", "serve", "0.0.0.0")
     (health,) = (text for step, text in steps if step == "HEALTHCHECK")
     compile(json.loads(health[health.index("[") :])[2], "HEALTHCHECK", "exec")
@@ -104,7 +104,7 @@ def test_the_unit_starts_a_server_and_waits_for_it_to_drain() -> None:
     unit.optionxform = str  # type: ignore[assignment, method-assign]
     unit.read(EXAMPLE / "obsdiff.service", encoding="utf-8")
     line = shlex.split(unit["Service"]["ExecStart"])
-    given = cli.parser().parse_args(line[1:])
+    given = cli.COMMAND.parser().parse_args(line[1:])
     assert given.verb == "serve"
     assert given.drain < int(unit["Service"]["TimeoutStopSec"])
 

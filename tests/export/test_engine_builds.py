@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from obsdiff_export import process
+from obsdiff_export import children
 from obsdiff_export.build import BUILDERS, Engine, available_builders, build, choose_builder
 from obsdiff_export.builders.request import Builder, Flags
 from obsdiff_export.content import content_hash
@@ -237,4 +237,4 @@ def test_tensorrt_builds_for_no_other_gpu_than_the_one_here(monkeypatch):
 
 def test_building_needs_no_torch():
     code = "import sys; sys.modules['torch'] = None; import obsdiff_export.build, obsdiff_export.builders.worker"
-    subprocess.run([sys.executable, "-c", code], check=True, env=process.environment(BUILDERS["tensorrt"]))
+    subprocess.run([sys.executable, "-c", code], check=True, env=children.environment(BUILDERS["tensorrt"].environment))

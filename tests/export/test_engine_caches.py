@@ -13,7 +13,7 @@ import psutil
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from obsdiff_export import process
+from obsdiff_export import children
 from obsdiff_export.build import BUILDERS, build
 from obsdiff_export.builders.request import Flags
 from obsdiff_export.caches import Cache, default_folder, open_cache
@@ -245,7 +245,7 @@ builder = SimpleNamespace(name="b", version=lambda: "1", device=lambda: "", targ
 profile = {{"x": Range(min=(1, 4), opt=(1, 4), max=(1, 4))}}
 build.build(Path({str(graph("transformer"))!r}), Path({str(tmp_path / "out")!r}), builder=builder, profiles=[profile])
 """
-    caller = subprocess.Popen([sys.executable, "-c", code], env=process.environment(builder))
+    caller = subprocess.Popen([sys.executable, "-c", code], env=children.environment(builder.environment))
     pid_file = builder.folder / "scripted_builder.py.pid"
     _wait_for(lambda: pid_file.exists() and pid_file.read_text())
     worker = int(pid_file.read_text())

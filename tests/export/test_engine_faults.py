@@ -19,7 +19,7 @@ import psutil
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from obsdiff_export import process
+from obsdiff_export import children
 from obsdiff_export.build import BUILDERS, Engine, build
 from obsdiff_export.builders.rtx import Rtx
 from obsdiff_export.caches import Cache
@@ -289,7 +289,7 @@ try:
 except KeyboardInterrupt:
     sys.exit(130)
 """
-    caller = subprocess.Popen([sys.executable, "-c", code], env=process.environment(builder))
+    caller = subprocess.Popen([sys.executable, "-c", code], env=children.environment(builder.environment))
     pid_file = builder.folder / "scripted_builder.py.pid"
     until(lambda: pid_file.exists() and bool(pid_file.read_text()))
     worker = int(pid_file.read_text())

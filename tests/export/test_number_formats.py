@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from obsdiff_export.formats import FORMATS, FP8, INT8, SMALLEST_SCALE, can_compute, stored_scale, targets_for
+from obsdiff_export.capabilities import can_compute, targets_for
+from obsdiff_export.formats import FORMATS, FP8, INT8, SMALLEST_SCALE, stored_scale
 from obsdiff_runtime.errors import CompatibilityError
 
 USUAL = ("8.6", "8.9", "12.0")

@@ -8,26 +8,22 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 
 import obsdiff
-from obsdiff import engines, orders, verbs
+from bundles import CONFIG, LATENTS, write_tiny
+from obsdiff import verbs
 from obsdiff.cli import main
-from obsdiff.engines import build_engines
-from obsdiff.orders import Order, order_of, served
 from obsdiff.settings import Settings, given_as
 from obsdiff_export import build as build_module
-from obsdiff_export import contest
+from obsdiff_export import contest, engines, orders
 from obsdiff_export.builders.request import Answer
+from obsdiff_export.engines import build_engines
+from obsdiff_export.orders import Order, order_of, served
 from obsdiff_export.requested import in_tiles
-from obsdiff_runtime.bundle import ComponentEntry, Defaults, Manifest, TensorEntry, open_bundle, write_manifest
-from obsdiff_runtime.errors import CompatibilityError, ConfigError, SparsityProofError
+from obsdiff_runtime.bundle import open_bundle, write_manifest
+from obsdiff_runtime.errors import BundleError, CompatibilityError, ConfigError, SparsityProofError
 
-LATENTS = {"batch": (1, 2, 8), "height": 64, "width": 64, "image_height": 512, "image_width": 512}
-CONFIG = {"patch_size": 2, "pos_embed_max_size": 192}
 CHOSE = """
 (Sparsity) Found 1 layer(s) eligible to use sparse tactics: fc
 (Sparsity) Chose 1 layer(s) using sparse tactics: fc
@@ -78,35 +74,7 @@ def builds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
-    """A denoiser and a decoder of one linear each; the denoiser's is 2:4."""
-    folder = tmp_path / "bundle"
-    components = {}
-    for name, port in (("transformer", "hidden_states"), ("vae_decoder", "latent_sample")):
-        weight = np.random.default_rng(0).standard_normal((8, 8)).astype(np.float16)
-        if name == "transformer":
-            weight[1::4] = weight[2::4] = 0
-        shape = ("batch", 4, "height", 8)
-        x, y = (helper.make_tensor_value_info(each, TensorProto.FLOAT16, shape) for each in (port, "y"))
-        nodes = [helper.make_node("MatMul", [port, "fc.weight::T"], ["y"], name="fc")]
-        body = helper.make_graph(nodes, "g", [x], [y], [numpy_helper.from_array(weight, "fc.weight::T")])
-        (folder / name).mkdir(parents=True)
-        onnx.save(helper.make_model(body, opset_imports=[helper.make_opsetid("", 20)]), folder / name / "model.onnx")
-        (folder / name / "config.json").write_text(json.dumps(CONFIG))
-        ports = tuple(TensorEntry(name=each, dtype="float16", shape=shape) for each in (port, "y"))
-        components[name] = ComponentEntry(
-            onnx=f"{name}/model.onnx", dtype="float16", inputs=ports[:1], outputs=ports[1:]
-        )
-    manifest = Manifest(
-        created_by="a test",
-        family="sd3",
-        pipeline_class="StableDiffusion3Pipeline",
-        sparsity="2:4",
-        defaults=Defaults(height=512, width=512, num_inference_steps=1, guidance_scale=4.0),
-        components=components,
-        recipe={"sizes": LATENTS},
-    )
-    write_manifest(folder, manifest)
-    return folder
+    return write_tiny(tmp_path / "bundle")
 
 
 def test_engines_are_ordered_by_keywords(bundle: Path, builds: SimpleNamespace) -> None:
@@ -234,6 +202,14 @@ def test_what_cannot_be_is_refused_before_anything_is_built(
         obsdiff.build(bundle, **more)
     assert not builds.requests
     assert sorted(bundle.rglob("*")) == before
+
+
+def test_a_bundle_without_a_denoiser_gets_no_engines(bundle: Path, builds: SimpleNamespace) -> None:
+    manifest = open_bundle(bundle).manifest
+    write_manifest(bundle, dataclasses.replace(manifest, components={"vae": manifest.components["vae_decoder"]}))
+    with pytest.raises(BundleError, match="has neither transformer nor unet"):
+        obsdiff.build(bundle)
+    assert not builds.requests
 
 
 def test_what_the_builder_cannot_serve_is_refused_before_anything_is_read(builds: SimpleNamespace) -> None:

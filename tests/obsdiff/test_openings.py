@@ -19,12 +19,12 @@ from obsdiff.families import films, wan
 from obsdiff.families.checking import problems
 from obsdiff.families.exporting import components
 from obsdiff.families.references import masked
-from obsdiff.orders import sizes_of
 from obsdiff.pictures import opener
 from obsdiff.pipeline_runner import PipelineRunner
 from obsdiff.recipe import Sampling
 from obsdiff.sampling import velocity_of
 from obsdiff.settings import Settings
+from obsdiff.sizes import sizes_of
 from obsdiff_export.ports import Port
 from obsdiff_export.profiles import profiles_for
 from obsdiff_runtime.autoencoder import cached, vae_scale

@@ -9,12 +9,12 @@ import pytest
 from onnx import TensorProto
 
 from obsdiff import verbs
-from obsdiff.orders import Order
 from obsdiff.precision import fitting
 from obsdiff.settings import Settings
 from obsdiff.verbs import Exported
 from obsdiff_export.build import BUILDERS
 from obsdiff_export.builders.request import Flags
+from obsdiff_export.orders import Order
 from obsdiff_export.pattern import check
 from obsdiff_export.requested import ShapeBounds
 from obsdiff_runtime.bundle import open_bundle

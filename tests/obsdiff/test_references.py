@@ -21,10 +21,10 @@ from obsdiff.evaluation import evaluate
 from obsdiff.families import references
 from obsdiff.families.exporting import components
 from obsdiff.families.table import family_of
-from obsdiff.orders import sizes_of
 from obsdiff.recipe import Sampling
 from obsdiff.sampling import velocity_of
 from obsdiff.settings import Settings
+from obsdiff.sizes import sizes_of
 from obsdiff_export.build import BUILDERS, build
 from obsdiff_export.onnx import export
 from obsdiff_export.profiles import profiles_for

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 import obsdiff
 from networks.whole.denoisers import ONE_LEVEL
-from obsdiff import engines, orders, verbs
+from obsdiff import verbs
 from obsdiff.checkpoint import pruned_manifest
 from obsdiff.cli import main
 from obsdiff.settings import Settings
-from obsdiff_export import contest
+from obsdiff_export import contest, engines, orders
 from obsdiff_export.build import BUILDERS, Engine
 from obsdiff_runtime.bundle import open_bundle
-from obsdiff_runtime.errors import BuildError, BundleError, CompatibilityError, ConfigError, ModelError, QualityError
+from obsdiff_runtime.errors import BuildError, BundleError, ConfigError, ModelError, QualityError
 
 PROMPTS = ["a red circle", "a blue square"]
 TINY: dict[str, Any] = {"steps": 1, "height": 32, "width": 32, "num_samples": 2, "eval_prompts": 1, "draws": 1}
@@ -381,9 +381,3 @@ def test_a_pipeline_in_memory_without_a_denoiser_is_an_error(build_pipeline: Cal
     pipeline.transformer = None
     with pytest.raises(ModelError, match="has no denoiser"):
         obsdiff.prune(pipeline, sparsity="2:4", prompts=PROMPTS)
-
-
-def test_a_bundle_of_an_unknown_family_gets_no_engines(bundle: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(engines, "FAMILIES", {})
-    with pytest.raises(CompatibilityError, match="family sd3 is unknown here"):
-        verbs.build(bundle)

@@ -120,7 +120,7 @@ def test_a_file_larger_than_declared_is_never_read(folder: Path, monkeypatch: py
         raise AssertionError(f"{path} was read")
 
     (folder / "transformer/model.onnx").write_bytes(b"graph and more")
-    monkeypatch.setattr(bundles, "_sha256", refuse)
+    monkeypatch.setattr(bundles, "sha256", refuse)
     with pytest.raises(BundleError, match=r"model\.onnx is larger than exported"):
         open_bundle(folder)
 

@@ -176,7 +176,7 @@ def test_the_command_decodes_in_tiles(sd_pair: Any, tmp_path: Path, capsys: pyte
 
 def test_servers_and_measurements_take_tiles(sd_pair: Any) -> None:
     for flags, tiling in ((["--vae-tile", "16"], 16), (["--vae-tiling"], True), ([], False)):
-        given = vars(cli.parser().parse_args(["serve", str(sd_pair[1]), *flags]))
+        given = vars(cli.COMMAND.parser().parse_args(["serve", str(sd_pair[1]), *flags]))
         assert read_options(given).vae_tiling is tiling
     served = serve_bundle(sd_pair[1], threads=1, vae_tiling=16, warm_up=False)
     served.batcher.stop()

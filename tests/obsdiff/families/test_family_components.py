@@ -14,9 +14,9 @@ from obsdiff import costs
 from obsdiff.families import exporting, parts, reading
 from obsdiff.families.places import rotations
 from obsdiff.families.table import FAMILIES
-from obsdiff.orders import sizes_of
 from obsdiff.recipe import Sampling
 from obsdiff.shrinking import shrink
+from obsdiff.sizes import sizes_of
 from obsdiff_export.component import Component
 from obsdiff_runtime.errors import ModelError
 

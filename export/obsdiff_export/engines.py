@@ -6,25 +6,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from obsdiff.families.table import FAMILIES
-from obsdiff.measurements import BuiltEngine
-from obsdiff.orders import Order, fitting, order_of, range_of, served
-from obsdiff.settings import Settings, given_as
 from obsdiff_export import pattern
 from obsdiff_export.build import Engine
 from obsdiff_export.build import build as build_one
+from obsdiff_export.capabilities import NEEDS
 from obsdiff_export.contest import build_faster
-from obsdiff_export.formats import NEEDS
+from obsdiff_export.orders import Order, fitting, order_of, range_of, served
 from obsdiff_export.ports import Port, read_ports
 from obsdiff_export.profiles import Size, Sizes, profiles_for
 from obsdiff_export.proof import receipt
 from obsdiff_export.proof.judging import IGNORES
 from obsdiff_export.proof.receipt import Receipt
 from obsdiff_export.requested import Served, in_tiles, tables
+from obsdiff_export.settings import EngineSettings
 from obsdiff_export.versus import Versus
 from obsdiff_runtime.autoencoder import tile_side
-from obsdiff_runtime.bundle import AUTOENCODER, DECODER, Bundle, EngineEntry, open_bundle, write_manifest
-from obsdiff_runtime.errors import CompatibilityError, ConfigError
+from obsdiff_runtime.bundle import AUTOENCODER, DECODER, DENOISERS, Bundle, EngineEntry, open_bundle, write_manifest
+from obsdiff_runtime.errors import BundleError, ConfigError
 from obsdiff_runtime.progress import Progress, silent
 from obsdiff_runtime.shapes import Profile, Symbols, words
 
@@ -154,44 +152,39 @@ def build_engines(
 
 def build(
     bundle: Path | str,
-    settings: Settings | None = None,
+    settings: EngineSettings,
     *,
     components: Sequence[str] = (),
     progress: Progress = silent,
-    **more: Any,
 ) -> Built:
-    """Engines for this machine from a bundle's ONNX; its manifest lists them: `build("sd35m", profile="512,1024@1-4")`.
+    """Engines for this machine from a bundle's ONNX; its manifest lists them.
 
     Args:
         bundle: the folder.
-        settings: of the command line.
+        settings: what is asked of them.
         components: only these; all of them if none are named.
         progress: told component by component.
-        **more: the flags of `obsdiff build`.
 
     Raises:
         ObsdiffError: one of its kinds; the manifest is as before. `Built.hold` asks for the proof of sparsity.
     """
-    asked = given_as(settings, more)
-    order = order_of(asked)
+    order = order_of(settings)
     opened = open_bundle(bundle)
     entries = opened.manifest.components.values()
     formats = {entry.precision for entry in entries if entry.precision in NEEDS}
     formats |= {"bf16" for entry in entries if entry.dtype == "bfloat16"}
-    order = fitting(order, formats, asked)
+    order = fitting(order, formats, settings)
     names = _components(opened, components)
-    family = FAMILIES.get(opened.manifest.family)
-    if family is None:
-        raise CompatibilityError(
-            f"{bundle}: family {opened.manifest.family} is unknown here; there are {', '.join(FAMILIES)}"
-        )
-    what = _served_by(opened, family.denoiser, asked.vae_tile)
+    denoisers = opened.manifest.denoisers
+    if not denoisers:
+        raise BundleError(f"{bundle} has neither {' nor '.join(DENOISERS)}, so there is nothing that draws")
+    what = _served_by(opened, denoisers[0], settings.vae_tile)
     found = build_engines(
         {name: opened.onnx(name) for name in names},
         opened.root,
         what,
         order,
-        denoisers=dict.fromkeys(opened.manifest.turns or (family.denoiser,)),
+        denoisers=dict.fromkeys(denoisers),
         progress=progress,
     )
     return Built(
@@ -240,20 +233,6 @@ def engine_entry(engine: Engine, root: Path) -> EngineEntry:
         weight_streaming=engine.flags.weight_streaming,
         sparsity=receipt.sparsity_statement(receipt.load(engine.receipt_path)),
         receipt=engine.receipt_path.relative_to(root).as_posix(),
-    )
-
-
-def built(name: str, engine: Engine, choice: str = "") -> BuiltEngine:
-    proven = receipt.load(engine.receipt_path)
-    return BuiltEngine(
-        component=name,
-        backend=f"{engine.backend} {engine.backend_version}",
-        targets=engine.targets,
-        sparsity=receipt.sparsity_statement(proven),
-        bytes_on_disk=engine.bytes,
-        seconds=engine.seconds,
-        verdicts=proven.proof.counts(),
-        choice=choice,
     )
 
 

@@ -5,16 +5,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from obsdiff.recipe import Sampling
-from obsdiff.settings import Settings
 from obsdiff_export.build import choose_builder
 from obsdiff_export.builders.request import REFITS, Builder, Flags, Refit
 from obsdiff_export.caches import Cache, open_cache
-from obsdiff_export.formats import targets_for
+from obsdiff_export.capabilities import targets_for
 from obsdiff_export.profiles import Size, Sizes
 from obsdiff_export.proof.judging import IGNORES
 from obsdiff_export.requested import (
-    IMAGES,
     Served,
     ShapeBounds,
     SizeProfile,
@@ -22,12 +19,11 @@ from obsdiff_export.requested import (
     parse_shapes,
     tables,
 )
+from obsdiff_export.settings import EngineSettings
 from obsdiff_export.versus import BUILDS
 from obsdiff_runtime.autoencoder import pixel_patch
 from obsdiff_runtime.errors import ConfigError, SparsityProofError
 from obsdiff_runtime.kinds.table import KINDS
-from obsdiff_runtime.references import TOKENS
-from obsdiff_runtime.seeing import TOKENS as SEEN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +51,7 @@ class Order:
     builds: int
 
 
-def order_of(settings: Settings) -> Order:
+def order_of(settings: EngineSettings) -> Order:
     """Cheap: ask before any work is done.
 
     Raises:
@@ -92,7 +88,7 @@ def order_of(settings: Settings) -> Order:
     )
 
 
-def fitting(order: Order, formats: Collection[str], settings: Settings) -> Order:
+def fitting(order: Order, formats: Collection[str], settings: EngineSettings) -> Order:
     """The order for those of its targets that compute in these formats, such as "fp8" and "bf16".
 
     Raises:
@@ -100,52 +96,6 @@ def fitting(order: Order, formats: Collection[str], settings: Settings) -> Order
     """
     asked = order.targets if settings.targets else ()
     return dataclasses.replace(order, targets=targets_for(asked, order.targets, formats))
-
-
-def sizes_of(
-    sampling: Sampling,
-    pipeline: str,
-    config: Mapping[str, Any],
-    *,
-    rows: int,
-    text_tokens: int,
-    vae_scale: int,
-    instruction_tokens: int = 0,
-    template_tokens: int = 0,
-) -> dict[str, Size]:
-    """What every dynamic axis is at the served size: one image, of so many rows of the denoiser, or up to four.
-
-    Prompts, not negative ones, may stand behind an instruction, and all of them in a template. A denoiser that is told
-    pictures is told none, best one of the served size, and at most as many as `References.served` says, of that size or
-    as large as they are fitted. Those that the text encoder looks at make the text longer. `pipeline` and `config` are
-    as for `served`.
-    """
-    length = (sampling.max_sequence_length or 256) + template_tokens
-    longest = length + instruction_tokens
-    *frames, height, width = sampling.latents(vae_scale)
-    kind, pictures = KINDS.get(pipeline), {}
-    texts: dict[str, Size] = {"text_tokens": text_tokens} if text_tokens else {}
-    sequence: Size = (length, longest, longest) if instruction_tokens else length
-    if kind is not None and kind.references is not None:
-        step = vae_scale * kind.patch(config)
-        own = (sampling.height // step) * (sampling.width // step)
-        pictures = {TOKENS: (0, own, kind.references.served * max(own, kind.references.pixels // step**2))}
-        if kind.references.seen is not None:
-            seen = kind.references.seen_sizes(sampling.width, sampling.height)
-            pictures |= seen
-            words = text_tokens - kind.references.seen_tokens(1, 1)
-            texts, sequence = {"text_tokens": _longer(words, seen[SEEN])}, _longer(length, seen[SEEN])
-    return {
-        "batch": (1, rows, IMAGES[1] * rows),
-        **({"frames": frames[0]} if frames else {}),
-        "height": height,
-        "width": width,
-        "image_height": sampling.height,
-        "image_width": sampling.width,
-        **texts,
-        **pictures,
-        "sequence": sequence,
-    }
 
 
 def served(
@@ -180,12 +130,7 @@ def require_drawable(order: Order, what: Served) -> None:
     tables(order.profiles, what, denoiser=True)
 
 
-def _longer(length: int, more: tuple[int, int, int]) -> Size:
-    low, best, high = (length + each for each in more)
-    return low, best, high
-
-
-def _flags(settings: Settings) -> Flags:
+def _flags(settings: EngineSettings) -> Flags:
     refit: dict[str, Refit] = {name: name for name in REFITS}
     asked = settings.refit or "no"
     if asked not in refit:
