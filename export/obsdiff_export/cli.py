@@ -4,11 +4,13 @@ A verb is a function and a line in VERBS. Nothing heavy is imported until one ru
 """
 
 import typing
+from pathlib import Path
 from typing import Any, Final
 
 from obsdiff_export.settings import FIELDS, EngineSettings
-from obsdiff_runtime.command import BUNDLE, Command, Given, Verb, print_result
-from obsdiff_runtime.flags import Flag
+from obsdiff_runtime.command import BUNDLE, Argument, Command, Given, Verb, print_result
+from obsdiff_runtime.errors import ConfigError, require_file
+from obsdiff_runtime.flags import THREADS, Flag
 from obsdiff_runtime.progress import Progress
 
 
@@ -20,6 +22,24 @@ def build(given: Given, progress: Progress) -> None:
     built = engines.build(given["bundle"], settings, components=given["component"] or (), progress=progress)
     print_result(given, built.to_json(), "\n".join(engines.lines(built)))
     built.hold()
+
+
+def time(given: Given, progress: Progress) -> None:
+    """The products of a latency table, such as `obsdiff whatif MODEL --gpu orin -o FILE` wrote, timed here."""
+    import tempfile
+
+    from obsdiff_export import latency_table, running
+    from obsdiff_export.retiming import retime
+
+    require_file("--output", given["output"])
+    table = latency_table.load(given["table"])
+    if given["minutes"] <= 0:
+        raise ConfigError(f"--minutes {given['minutes']:g}: must be more than 0")
+    with tempfile.TemporaryDirectory(prefix="obsdiff-") as scratch:
+        measurer = running.measurer_of(given["backend"], given["dtype"], given["threads"], Path(scratch))
+        found = retime(table, measurer, seconds=60 * given["minutes"], progress=progress)
+    found.table.save(given["output"])
+    print_result(given, found.to_json(), "\n".join([*found.lines(), f"table {given['output']}"]))
 
 
 def _flag(name: str) -> Flag:
@@ -42,6 +62,17 @@ VERBS: Final = {
         flags=[
             *(_flag(name) for name in FIELDS),
             Flag(name="--component", kind=str, text="Only this one's engine; repeatable.", many=True),
+        ],
+    ),
+    "time": Verb(
+        work=time,
+        arguments=[Argument(name="table", text="A latency table: which products.", kind=Path)],
+        flags=[
+            Flag(name="--output", short="-o", kind=Path, text="The measured table.", default=Path("table.json")),
+            Flag(name="--minutes", kind=float, text="Time to spend.", default=5.0),
+            Flag(name="--backend", kind=str, text="tensorrt, or cpu (ONNX Runtime).", default="tensorrt"),
+            Flag(name="--dtype", kind=str, text="fp16, bf16 or fp32; default: fp16, of cpu fp32."),
+            THREADS,
         ],
     ),
 }

@@ -14,8 +14,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from obsdiff_export.linears import WEIGHT, Shape, Weight, weights_in
-from obsdiff_export.passes import TRANSPOSED
+from obsdiff_export.linears import TRANSPOSED, WEIGHT, Shape, Weight, weights_in
 from obsdiff_runtime.errors import ConfigError, ExportError
 
 _Array = np.ndarray[Any, np.dtype[Any]]

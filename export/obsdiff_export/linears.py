@@ -15,10 +15,10 @@ from typing import Final
 
 import onnx
 
-from obsdiff_export.passes import TRANSPOSED
 from obsdiff_runtime.errors import ExportError
 
 WEIGHT: Final = ".weight"
+TRANSPOSED: Final = "::T"
 
 
 @dataclass(frozen=True, order=True)

@@ -31,6 +31,10 @@ LATE: Final = "the time was up; give it more --minutes"
 
 Variant = Literal["dense", "2:4"]
 
+Verdict = Literal["worth it", "not worth it", "within noise", "not measured"]
+"""On 2:4. "worth it": timing is sure of a gain larger than what counts as noise between builds; "not worth it": it is
+sure that there is none; "within noise": neither."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Product:
@@ -141,6 +145,13 @@ def is_faster(comparison: Comparison) -> bool:
 def is_no_faster(comparison: Comparison) -> bool:
     """Whether the timing is sure that there is no gain which counts."""
     return comparison.high is not None and comparison.high < 1 + LEAST
+
+
+def verdict(comparison: Comparison) -> Verdict:
+    """On 2:4, from its comparison with the dense product."""
+    if is_faster(comparison):
+        return "worth it"
+    return "not worth it" if is_no_faster(comparison) else "within noise"
 
 
 class OnnxRuntimeCpu:

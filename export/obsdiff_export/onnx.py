@@ -19,6 +19,7 @@ import torch
 from obsdiff_export import passes
 from obsdiff_export.capture import lower, read_later
 from obsdiff_export.component import Component
+from obsdiff_export.linears import TRANSPOSED
 from obsdiff_export.ports import Port
 from obsdiff_export.quantizing import LEAST_OPSET, Quantization, insert
 from obsdiff_runtime.errors import ConfigError, ExportError, ResourceError
@@ -96,7 +97,7 @@ def export(
         insert(model, quantization)
     passes.strip(model, _provenance(component, dtype, opset))
     _check_axes(model, component)
-    kept = tuple(name for name in model.graph.initializers if name.removesuffix(passes.TRANSPOSED) in weights)
+    kept = tuple(name for name in model.graph.initializers if name.removesuffix(TRANSPOSED) in weights)
     size = _save(model, component, folder)
     return OnnxModel(
         name=component.name,
@@ -128,7 +129,7 @@ def reweigh(model: OnnxModel, component: Component, folder: Path) -> OnnxModel:
     found = ir.load(model.path)
     parameters = dict(component.module.named_parameters(remove_duplicate=False))
     for name, value in found.graph.initializers.items():
-        weight = name.removesuffix(passes.TRANSPOSED)
+        weight = name.removesuffix(TRANSPOSED)
         if weight not in parameters:
             continue
         tensor: ir.TensorProtocol = read_later(weight, parameters[weight], getattr(torch, model.dtype))

@@ -15,7 +15,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 from onnxscript import optimizer
 
-TRANSPOSED = "::T"
+from obsdiff_export.linears import TRANSPOSED
 
 
 def simplify(model: ir.Model, weights: frozenset[str]) -> None:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from obsdiff_export.formats import Format
-from obsdiff_export.passes import TRANSPOSED
+from obsdiff_export.linears import TRANSPOSED
 from obsdiff_runtime.errors import ExportError
 
 LEAST_OPSET: Final = 19

@@ -4,8 +4,7 @@ Single linears are timed on what is here, dense, 2:4 and narrower, with random w
 kernels. Where nothing can be timed on the GPU that is meant, published peaks give an estimate, labelled as one.
 
     share     of the time of all linears that can be pruned
-    verdict   "worth it": timing is sure of a gain larger than what counts as noise between builds; "not worth it": it
-              is sure that there is none; "within noise": neither; "not measured"
+    verdict   see measuring.Verdict
 """
 
 import datetime
@@ -13,21 +12,19 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from time import perf_counter
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from obsdiff.measurements import NotMeasured
 from obsdiff.whatif.subject import CutPlan, Subject
 from obsdiff_export import roofline
 from obsdiff_export.latency_table import DENSE, SPARSE, Entry, LatencyTable, What
 from obsdiff_export.linears import Shape
-from obsdiff_export.measuring import LATE, Measurer, Timed, Variant, is_faster, is_no_faster, measure
+from obsdiff_export.measuring import LATE, Measurer, Timed, Variant, Verdict, measure, verdict
 from obsdiff_export.roofline import Gpu
 from obsdiff_runtime.errors import RunError
 from obsdiff_runtime.progress import Progress, silent
 from obsdiff_runtime.timing import Comparison
 from obsdiff_runtime.version import __version__
-
-Verdict = Literal["worth it", "not worth it", "within noise", "not measured"]
 
 LEAST_SECONDS: Final = 0.5
 """Of the budget, for a shape and what it could become."""
@@ -230,12 +227,7 @@ def _judge(shape: Shape, found: Timed, refusal: str) -> tuple[Verdict, Compariso
     if comparison is None:
         why = refusal or found.failures.get((shape, SPARSE)) or found.failures.get((shape, DENSE))
         return "not measured", None, why or f"{shape.k} inputs are no multiple of 4"
-    verdict: Verdict = "within noise"
-    if is_faster(comparison):
-        verdict = "worth it"
-    elif is_no_faster(comparison):
-        verdict = "not worth it"
-    return verdict, comparison, ""
+    return verdict(comparison), comparison, ""
 
 
 def _rows(

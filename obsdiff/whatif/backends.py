@@ -1,30 +1,27 @@
 """What `whatif` times on: TensorRT where it can run, else torch on the GPU, else ONNX Runtime on the CPU."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import torch
 
 from obsdiff.settings import Settings
 from obsdiff.whatif.steps import OrtRunner, Runner
-from obsdiff_export.build import BUILDERS, build, choose_builder
-from obsdiff_export.builders.request import Builder, Flags
-from obsdiff_export.measuring import Measurer, OnnxRuntimeCpu, TensorRtLinear
-from obsdiff_export.ports import read_ports
-from obsdiff_export.profiles import Size, profiles_for
+from obsdiff_export import running
+from obsdiff_export.build import BUILDERS, choose_builder
+from obsdiff_export.builders.request import Builder
+from obsdiff_export.measuring import Measurer, OnnxRuntimeCpu
+from obsdiff_export.profiles import Size
 from obsdiff_runtime.backends.trt import TENSORRT
 from obsdiff_runtime.errors import CompatibilityError, ConfigError, MissingPackageError
 
 BACKENDS: Final = ("auto", "tensorrt", "torch", "cpu")
 
 DTYPES: Final[Mapping[str, str]] = {
-    "fp32": "float32",
-    "fp16": "float16",
-    "bf16": "bfloat16",
+    **running.DTYPES,
     "int8": "int8",
     "fp8": "float8",
 }
@@ -53,7 +50,7 @@ def place_of(backend: str, settings: Settings, *, threads: int | None, folder: P
     """
     if backend not in BACKENDS:
         raise ConfigError(f"--backend {backend}: unknown; there are {', '.join(BACKENDS)}")
-    obstacle = BUILDERS["tensorrt"].missing() or TENSORRT.obstacle()
+    obstacle = running.obstacle()
     if backend == "tensorrt" and obstacle:
         raise CompatibilityError(f"--backend tensorrt: {obstacle}")
     if backend == "torch" and not torch.cuda.is_available():
@@ -97,47 +94,20 @@ class EngineRunner:
     def open(
         self, name: str, graph: Path, sizes: Mapping[str, Size], inputs: Mapping[str, Any], *, sparse: bool
     ) -> Iterator[Callable[[], object]]:
-        ports, _ = read_ports(graph)
-        engine = build(
-            graph,
-            self.folder / name.replace(":", "-").replace(" ", "-"),
-            builder=self.builder,
-            profiles=profiles_for(ports, [sizes]),
-            flags=Flags(sparse=sparse),
-            targets=self.targets,
-        )
+        place = self.folder / name.replace(":", "-").replace(" ", "-")
+        engine = running.build_for(graph, place, self.builder, sizes, self.targets, sparse=sparse)
         if self.obstacle:
             raise CompatibilityError(
                 f"built by {engine.backend} {engine.backend_version} in {engine.seconds:.1f} s, "
                 f"{engine.bytes / 2**20:.1f} MiB, but not timed: {self.obstacle}"
             )
-        session = TENSORRT.open_plan(engine.path, name=name)
-        try:
-            session.run(inputs)
-            yield session.rerun
-        finally:
-            session.close()
+        with running.running(engine, name, inputs) as run:
+            yield run
 
 
 def _tensorrt(dtype: str, folder: Path) -> Place:
-    builder = BUILDERS["tensorrt"]
-    runner = EngineRunner(builder=builder, dtype=getattr(torch, dtype), folder=folder / "steps")
-
-    def run_linear(graph: Path, place: Path, sparse: bool) -> AbstractContextManager[Callable[[], object]]:
-        (x,), _ = read_ports(graph)
-        shape = tuple(int(size) for size in x.shape)
-        values = {x.name: np.random.default_rng(1).standard_normal(shape, dtype=np.float32)}
-        own = EngineRunner(builder=builder, dtype=runner.dtype, folder=place)
-        return own.open("engine", graph, {}, values, sparse=sparse)
-
-    measurer = TensorRtLinear(
-        run_linear,
-        folder / "linears",
-        device=TENSORRT.load()[1].device().name,
-        versions={"tensorrt": builder.version()},
-        dtype=dtype,
-    )
-    return Place(measurer=measurer, runner=runner)
+    runner = EngineRunner(builder=BUILDERS["tensorrt"], dtype=getattr(torch, dtype), folder=folder / "steps")
+    return Place(measurer=running.linears(dtype, folder / "linears"), runner=runner)
 
 
 def _built_only(settings: Settings, folder: Path) -> EngineRunner:

@@ -11,6 +11,7 @@ import pytest
 from bundles import write_tiny
 from obsdiff_export import children
 from obsdiff_export.cli import COMMAND, VERBS
+from obsdiff_export.latency_table import DENSE, SPARSE, Entry, LatencyTable, load
 from obsdiff_export.settings import FIELDS
 from obsdiff_runtime.bundle import open_bundle
 
@@ -73,6 +74,31 @@ def test_what_cannot_be_is_a_sentence_and_a_code(
     assert not said.out
     assert said.err.startswith("obsdiff-engines: ")
     assert message in said.err
+
+
+def test_the_products_of_an_estimate_are_timed_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bound = {"ms": 1e-6, "low_ms": 1e-6, "high_ms": 1e-6, "rounds": 0, "dtype": "float16"}
+    entries = tuple(
+        Entry(m=8, k=64, n=n, variant=kind, **bound) for n, kind in ((64, DENSE), (64, SPARSE), (32, DENSE))
+    )
+    call = {"height": 512, "width": 512, "rows": 2, "text_tokens": 77}
+    table = LatencyTable(
+        what="estimate", device="Orin", backend="roofline", date="today", model="a model", call=call, entries=entries
+    )
+    table.save(tmp_path / "shapes.json")
+    line = ["time", tmp_path / "shapes.json", "-o", tmp_path / "table.json", "--threads", "1"]
+    assert run(*line, "--backend", "cpu") == 0
+    assert "ONNX Runtime has no sparse kernels on the CPU" in capsys.readouterr().out
+    found = load(tmp_path / "table.json")
+    assert [(entry.n, entry.rounds > 0) for entry in found.entries] == [(64, True), (32, True)]
+    for more, code, message in (
+        (["--backend", "gpu"], 2, "--backend gpu: unknown; there are tensorrt, cpu"),
+        (["--backend", "cpu", "--dtype", "fp16"], 2, "--dtype fp16: --backend cpu times fp32"),
+        (["--backend", "cpu", "--minutes", "0"], 2, "--minutes 0: must be more than 0"),
+        (["-o", tmp_path], 2, "is a folder; name a file"),
+    ):
+        assert run(*line, *more) == code
+        assert message in capsys.readouterr().err
 
 
 def test_a_wrong_flag_is_named(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
