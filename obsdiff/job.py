@@ -26,9 +26,9 @@ from obsdiff.methods.table import METHODS
 from obsdiff.planning import Plan
 from obsdiff.recipe import Recipe, Sampling, select
 from obsdiff.resolving import resolve
-from obsdiff.resources import free_bytes, require_disk, require_memory
 from obsdiff.settings import Settings
 from obsdiff.weights import main_dtype
+from obsdiff_export.resources import free_bytes, require_disk, require_memory
 from obsdiff_export.stored import is_stored
 from obsdiff_runtime.errors import ConfigError, ModelError
 from obsdiff_runtime.kinds.table import KINDS

@@ -29,8 +29,8 @@ from obsdiff.folders import check_free, new_folder
 from obsdiff.hub import fetch_configs, fetch_pipeline
 from obsdiff.loading import local_path
 from obsdiff.manifest import read_json
-from obsdiff.resources import require_disk, require_memory
 from obsdiff.weights import CONVERT, main_dtype
+from obsdiff_export.resources import require_disk, require_memory
 from obsdiff_runtime.errors import ConfigError, ModelError, failure, first_line
 
 _DENOISER: Final = ("model.diffusion_model.", "diffusion_model.")

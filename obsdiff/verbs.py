@@ -58,7 +58,6 @@ from obsdiff.precision import Quantized, fitting, format_of, note, quantizable, 
 from obsdiff.pruning import Pruned
 from obsdiff.recipe import evaluation_prompts, prompts_digest
 from obsdiff.resolving import resolve
-from obsdiff.resources import existing_folder
 from obsdiff.settings import Settings, given_as
 from obsdiff.single_files import convert as convert
 from obsdiff.sparsity import parse
@@ -69,6 +68,7 @@ from obsdiff_export.orders import Order, order_of
 from obsdiff_export.parity import require_onnxruntime
 from obsdiff_export.proof import receipt
 from obsdiff_export.proof.receipt import Receipt
+from obsdiff_export.resources import existing_folder
 from obsdiff_export.settings import ENGINES
 from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.progress import Progress, silent

@@ -3,13 +3,14 @@
 A verb is a function and a line in VERBS. Nothing heavy is imported until one runs.
 """
 
+import json
 import typing
 from pathlib import Path
 from typing import Any, Final
 
 from obsdiff_export.settings import FIELDS, EngineSettings
 from obsdiff_runtime.command import BUNDLE, Argument, Command, Given, Verb, print_result
-from obsdiff_runtime.errors import ConfigError, require_file
+from obsdiff_runtime.errors import CompatibilityError, ConfigError, require_file
 from obsdiff_runtime.flags import THREADS, Flag
 from obsdiff_runtime.progress import Progress
 
@@ -40,6 +41,21 @@ def time(given: Given, progress: Progress) -> None:
         found = retime(table, measurer, seconds=60 * given["minutes"], progress=progress)
     found.table.save(given["output"])
     print_result(given, found.to_json(), "\n".join([*found.lines(), f"table {given['output']}"]))
+
+
+def doctor(given: Given, progress: Progress) -> None:
+    """Whether engines can be built and run here, and what stands in the way."""
+    from obsdiff_export.doctor import diagnose
+
+    diagnosis = diagnose(program=COMMAND.program, quick=given["quick"], progress=progress)
+    if given["json"]:
+        print(json.dumps(diagnosis.to_json(), allow_nan=False))
+    else:
+        from obsdiff_export.doctor.text import show
+
+        show(diagnosis)
+    if not diagnosis.ready:
+        raise CompatibilityError(f"no engine can be built here; {diagnosis.abilities[0].how}")
 
 
 def _flag(name: str) -> Flag:
@@ -74,6 +90,11 @@ VERBS: Final = {
             Flag(name="--dtype", kind=str, text="fp16, bf16 or fp32; default: fp16, of cpu fp32."),
             THREADS,
         ],
+    ),
+    "doctor": Verb(
+        work=doctor,
+        arguments=[],
+        flags=[Flag(name="--quick", kind=bool, text="Look only; try no products.", default=False)],
     ),
 }
 COMMAND: Final = Command(

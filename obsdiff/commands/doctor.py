@@ -13,12 +13,12 @@ from obsdiff_runtime.errors import CompatibilityError
 )
 def doctor(run: Run) -> None:
     """What this machine can do, and what stands in the way: GPU, driver, libraries, precisions that really run."""
-    from obsdiff.doctor import diagnose
+    from obsdiff_export.doctor import diagnose
 
     diagnosis = diagnose(run.options["output"], quick=run.options["quick"], progress=run.progress)
 
     def show() -> None:
-        from obsdiff.doctor.text import show
+        from obsdiff_export.doctor.text import show
 
         show(diagnosis)
 

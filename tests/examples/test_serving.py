@@ -19,6 +19,7 @@ import typer.main
 import yaml
 
 from obsdiff.cli import app as obsdiff
+from obsdiff_export import cli as engines
 from obsdiff_runtime import cli
 
 ROOT = Path(__file__).parents[2]
@@ -33,17 +34,18 @@ def lines_of(page: Path) -> list[list[str]]:
         *re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL),
         *re.findall(r"^    (.*)$", text, flags=re.MULTILINE),
     ]
-    return [shlex.split(line) for block in blocks for line in block.splitlines()]
+    return [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
 
 
+COMMANDS_WITHOUT_TORCH = {command.program: command for command in (cli.COMMAND, engines.COMMAND)}
 COMMANDS = [(page.name, line) for page in PAGES for line in lines_of(page)]
 
 
 def check(line: list[str]) -> None:
     """Parses a command with the parser of its program; runs nothing."""
     program = Path(line[0]).name
-    if program == "obsdiff-runtime":
-        cli.COMMAND.parser().parse_args(line[1:])
+    if program in COMMANDS_WITHOUT_TORCH:
+        COMMANDS_WITHOUT_TORCH[program].parser().parse_args(line[1:])
     elif program == "obsdiff":
         verb = typer.main.get_command(obsdiff).commands[line[1]]  # type: ignore[attr-defined]
         verb.make_context(line[1], line[2:])

@@ -101,6 +101,15 @@ def test_the_products_of_an_estimate_are_timed_here(tmp_path: Path, capsys: pyte
         assert message in capsys.readouterr().err
 
 
+def test_the_doctor_looks_for_what_building_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    code = run("doctor", "--quick", "--json")
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert code == (0 if found["ready"] else 5)
+    assert found["abilities"][0]["name"] == "build engines"
+    assert "torch" not in found["facts"]["libraries"]
+
+
 def test_a_wrong_flag_is_named(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         run("build", bundle, "--sparsity", "2:4")

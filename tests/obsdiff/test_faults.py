@@ -19,8 +19,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from obsdiff import resources, verbs
+from obsdiff import verbs
 from obsdiff.cli import main
+from obsdiff_export import resources
 from obsdiff_export.builders.rtx import Rtx
 from obsdiff_export.builders.tensorrt import TensorRt
 from obsdiff_runtime.bundle import Defaults, Manifest, write_manifest

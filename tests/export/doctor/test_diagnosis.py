@@ -8,15 +8,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from obsdiff import doctor
-from obsdiff.cli import main
-from obsdiff.doctor import judge
-from obsdiff.doctor.checks import Check
-from obsdiff.doctor.examination import FORMATS, LIBRARIES, Facts
-from obsdiff.doctor.host import Disk, Host, Jetson
-from obsdiff.doctor.text import show
 from obsdiff_export.asking import Outcome
 from obsdiff_export.builders.rtx import KNOWN_TARGETS
+from obsdiff_export.doctor import judge
+from obsdiff_export.doctor.checks import Check
+from obsdiff_export.doctor.examination import FORMATS, LIBRARIES, TO_EXPORT, Facts, asked_of
+from obsdiff_export.doctor.host import Disk, Host, Jetson
+from obsdiff_export.doctor.text import show
 
 GIB = 2**30
 ABSENT = {name: Outcome(value=None, failure=f"ModuleNotFoundError: No module named '{name}'") for name in LIBRARIES}
@@ -371,16 +369,18 @@ def test_the_text_has_every_finding_and_no_home(monkeypatch: pytest.MonkeyPatch,
         assert check.name in text
 
 
-@pytest.mark.parametrize("arguments", [[], ["--json"]])
-def test_the_verb_exits_with_5_where_the_main_job_cannot_run(
-    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    machine = facts(torch=ABSENT["torch"])
-    monkeypatch.setattr(doctor, "examine", lambda *_, **__: machine)
-    monkeypatch.setattr("sys.argv", ["obsdiff", "doctor", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    out, err = capfd.readouterr()
-    assert ended.value.code == 5
-    assert err == "obsdiff: `obsdiff export` cannot run here; first mend: torch\n"
-    assert "No module named" not in out if not arguments else '"ready": false' in out
+def test_where_torch_is_not_wanted_its_absence_is_no_fault() -> None:
+    libraries = {name: ABSENT[name] for name in TO_EXPORT}
+    machine = replace(
+        facts(packages={"tensorrt": "10.3.0"}, tensorrt=plain("10.3.0"), **{**H100, **libraries}),
+        program="obsdiff-engines",
+    )
+    machine = replace(machine, libraries={name: machine.libraries[name] for name in asked_of(machine.program)})
+    diagnosis = judge(machine)
+    assert diagnosis.ready
+    assert [ability.name for ability in diagnosis.abilities] == ["build engines", "run engines", "run 2:4 kernels"]
+    assert faults(machine) == {}
+    assert not {check.name for check in diagnosis.checks} & set(TO_EXPORT)
+    bare = replace(machine, libraries={**machine.libraries, "tensorrt": ABSENT["tensorrt"]})
+    assert not judge(bare).ready
+    assert "pip install 'obsdiff-engines[trt]' beside an NVIDIA GPU" in judge(bare).abilities[0].how

@@ -12,9 +12,9 @@ from typing import Any, Final
 
 from packaging.requirements import Requirement
 
-from obsdiff.doctor.host import Host, read_host
 from obsdiff_export.asking import Outcome, ask
 from obsdiff_export.builders.rtx import KNOWN_TARGETS
+from obsdiff_export.doctor.host import Host, read_host
 from obsdiff_runtime.progress import Progress, silent
 
 FORMATS: Final = ("fp32", "fp16", "bf16", "int8", "fp8")
@@ -23,8 +23,21 @@ LIBRARIES: Final = (
     *("polygraphy", "tensorrt", "tensorrt_rtx", "cuda"),
 )
 """Import names, and "gpus" for the driver; "cuda" is cuda-python."""
+TO_EXPORT: Final = ("torch", "diffusers", "transformers", "onnxscript")
+"""Those that only `obsdiff` uses; `obsdiff-engines` is for places without them."""
 PACKAGES: Final = (
-    *("obsdiff", "torch", "diffusers", "transformers", "accelerate", "safetensors", "tokenizers", "numpy"),
+    *(
+        "obsdiff",
+        "obsdiff-runtime",
+        "obsdiff-engines",
+        "torch",
+        "diffusers",
+        "transformers",
+        "accelerate",
+        "safetensors",
+        "tokenizers",
+        "numpy",
+    ),
     *("onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "polygraphy", "nvidia-modelopt"),
     *("cuda-python", "cuda-bindings"),
 )
@@ -40,11 +53,12 @@ class Facts:
     """Attributes:
     host: see there.
     packages: distribution -> version, of those that matter and are installed.
-    unmet: requirements of obsdiff itself that what is installed does not meet, in words.
+    unmet: requirements of the program itself that what is installed does not meet, in words.
     misfits: optional packages that are installed in a version that its extras do not take, in words.
     libraries: LIBRARIES -> what each says of itself, or why it does not load.
     products: "torch/cpu/fp16", "onnxruntime/CPUExecutionProvider/fp16", "tensorrt_rtx/8.6/fp16" or
         "tensorrt/here/fp16" -> what came of one product; empty where none was tried.
+    program: for which it was looked, and its distribution: "obsdiff", or "obsdiff-engines", which needs no torch.
     """
 
     host: Host
@@ -53,6 +67,12 @@ class Facts:
     misfits: tuple[str, ...]
     libraries: Mapping[str, Outcome]
     products: Mapping[str, Outcome]
+    program: str = "obsdiff"
+
+    def install(self, extra: str) -> str:
+        """The command that installs what an extra of the program holds."""
+        owner = "obsdiff-runtime" if extra in ("cpu", "gpu") and self.program != "obsdiff" else self.program
+        return f"pip install '{owner}[{extra}]'"
 
     @property
     def gpus(self) -> list[dict[str, Any]]:
@@ -61,22 +81,25 @@ class Facts:
 
     def loaded(self, library: str) -> dict[str, Any] | None:
         """What a library says of itself; None where it does not load."""
-        value: dict[str, Any] | None = self.libraries[library].value
-        return value
+        found = self.libraries.get(library)
+        return None if found is None else found.value
 
 
-def examine(output: Path, *, quick: bool = False, timeout_s: float = 120, progress: Progress = silent) -> Facts:
+def examine(
+    output: Path, *, program: str = "obsdiff", quick: bool = False, timeout_s: float = 120, progress: Progress = silent
+) -> Facts:
     """Looks at this machine.
 
     Args:
         output: where results would go.
+        program: see Facts.
         quick: try no products.
         timeout_s: of each process.
         progress: told of stage "doctor".
     """
     steps = 1 if quick else 4
     progress("doctor", 0, steps, "libraries")
-    libraries = ask("obsdiff_export.probes.libraries:describe", LIBRARIES, timeout_s=timeout_s)
+    libraries = ask("obsdiff_export.probes.libraries:describe", asked_of(program), timeout_s=timeout_s)
     products: dict[str, Outcome] = {}
     for done, (library, place, questions) in enumerate(() if quick else _trials(libraries), start=1):
         progress("doctor", done, steps, library)
@@ -85,7 +108,7 @@ def examine(output: Path, *, quick: bool = False, timeout_s: float = 120, progre
             name if name.startswith(f"{library}/") else f"{library}/{name}": outcome for name, outcome in asked.items()
         }
     installed = _installed()
-    unmet, misfits = _unmet(installed)
+    unmet, misfits = _unmet(program, installed)
     facts = Facts(
         host=read_host(output),
         packages={name: version for name, version in installed.items() if _matters(name)},
@@ -93,15 +116,22 @@ def examine(output: Path, *, quick: bool = False, timeout_s: float = 120, progre
         misfits=misfits,
         libraries=libraries,
         products=products,
+        program=program,
     )
     progress("doctor", steps, steps, "")
     return facts
 
 
+def asked_of(program: str) -> tuple[str, ...]:
+    """The libraries that a program uses."""
+    return LIBRARIES if program == "obsdiff" else tuple(name for name in LIBRARIES if name not in TO_EXPORT)
+
+
 def _trials(libraries: Mapping[str, Outcome]) -> list[tuple[str, str, list[str]]]:
     """What to try: (library, function, questions)."""
     trials = []
-    torch, ort, gpus = (libraries[name].value or {} for name in ("torch", "onnxruntime", "gpus"))
+    loaded = {name: outcome.value or {} for name, outcome in libraries.items()}
+    torch, ort, gpus = (loaded.get(name, {}) for name in ("torch", "onnxruntime", "gpus"))
     if torch:
         questions = [f"cpu/{form}" for form in FORMATS]
         if torch["usable"]:
@@ -134,10 +164,10 @@ def _matters(name: str) -> bool:
     return name in PACKAGES or name.startswith(_PREFIXES)
 
 
-def _unmet(installed: Mapping[str, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What obsdiff requires and does not have; what is of another version than an extra of obsdiff asks for."""
+def _unmet(program: str, installed: Mapping[str, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What the program requires and does not have; what is of another version than an extra of it asks for."""
     try:
-        required = requires("obsdiff") or ()
+        required = requires(program) or ()
     except PackageNotFoundError:  # run from its sources
         required = ()
     missing: list[str] = []

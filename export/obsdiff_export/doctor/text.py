@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from obsdiff.doctor import Diagnosis, shorten_home
+from obsdiff_export.doctor import Diagnosis, shorten_home
 from obsdiff_runtime.version import __version__
 
 _STYLES = {"ok": "green", "warn": "yellow", "problem": "bold red", "not here": "dim"}
@@ -13,7 +13,7 @@ _STYLES = {"ok": "green", "warn": "yellow", "problem": "bold red", "not here": "
 def show(diagnosis: Diagnosis, console: Console | None = None) -> None:
     """Prints what can be done here, then every finding with what to do about it."""
     console = console or Console()
-    console.print(f"obsdiff {__version__}, {diagnosis.date}\n", highlight=False)
+    console.print(f"{diagnosis.facts.program} {__version__}, {diagnosis.date}\n", highlight=False)
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(max_width=26)
     table.add_column(min_width=8)

@@ -4,12 +4,15 @@ import re
 from collections.abc import Iterator
 from typing import Final
 
-from obsdiff.doctor.checks import Check, Status, major
-from obsdiff.doctor.examination import Facts
 from obsdiff_export.builders.rtx import KNOWN_TARGETS
+from obsdiff_export.doctor.checks import Check, Status, major
+from obsdiff_export.doctor.examination import Facts
 
-_NEEDED: Final = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
-"""Without one of them `obsdiff export` does not run."""
+_NEEDED: Final = {
+    "obsdiff": ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime"),
+    "obsdiff-engines": ("onnx",),
+}
+"""Without one of them `obsdiff export`, or `obsdiff-engines build`, does not run."""
 _EXTRAS: Final = {"onnxruntime": "cpu", "tensorrt": "trt", "tensorrt_rtx": "rtx", "polygraphy": "rtx", "cuda": "trt"}
 _DRIVERS: Final = {12: 525, 13: 580}
 """CUDA major -> the first driver that runs it (NVIDIA, "CUDA Compatibility")."""
@@ -25,7 +28,7 @@ def check_libraries(facts: Facts) -> Iterator[Check]:
             name="versions",
             status="warn",
             finding="; ".join(facts.misfits),
-            advice="pip install --upgrade 'obsdiff[...]' with the extras that you use",
+            advice=f"pip install --upgrade '{facts.program}[...]' with the extras that you use",
         )
     for name in facts.libraries:
         if name != "gpus":
@@ -49,15 +52,17 @@ def _requirements(facts: Facts) -> Check:
             name="requirements",
             status="problem",
             finding="; ".join(facts.unmet),
-            advice="pip install --upgrade obsdiff, in an environment of its own",
+            advice=f"pip install --upgrade {facts.program}, in an environment of its own",
             blocks=True,
         )
-    finding = f"obsdiff {facts.packages.get('obsdiff', 'from its sources')}: all that it requires is installed"
+    finding = (
+        f"{facts.program} {facts.packages.get(facts.program, 'from its sources')}: all that it requires is installed"
+    )
     return Check(group="libraries", name="requirements", status="ok", finding=finding)
 
 
 def _library(facts: Facts, name: str) -> Check:
-    outcome, needed = facts.libraries[name], name in _NEEDED
+    outcome, needed = facts.libraries[name], name in _NEEDED[facts.program]
     title = "cuda-python" if name == "cuda" else name
     if outcome.value is not None:
         details = [str(outcome.value["version"])]
@@ -72,7 +77,7 @@ def _library(facts: Facts, name: str) -> Check:
         return Check(group="libraries", name=title, status="ok", finding="; ".join(details))
     absent = re.match(rf"ModuleNotFoundError: No module named '{name}'", outcome.failure) is not None
     extra = _EXTRAS.get(name)
-    install = f"pip install 'obsdiff[{extra}]'" if extra else "pip install --upgrade obsdiff"
+    install = facts.install(extra) if extra else f"pip install --upgrade {facts.program}"
     if name == "onnxruntime":
         install += ", or [gpu] where there is one"
     if absent:
@@ -145,7 +150,7 @@ def _onnxruntime(facts: Facts) -> Iterator[Check]:
             "onnxruntime and the GPU",
             "this onnxruntime runs on the processor only",
             "warn",
-            "pip uninstall onnxruntime, then pip install 'obsdiff[gpu]'",
+            f"pip uninstall onnxruntime, then {facts.install('gpu')}",
         )
     tensorrt = facts.loaded("tensorrt")
     if "TensorrtExecutionProvider" in ort["providers"] and tensorrt and major(tensorrt["version"]) > 10:
@@ -169,7 +174,7 @@ def _tensorrt(facts: Facts) -> Iterator[Check]:
             "TensorRT's parts",
             "of different versions: " + ", ".join(f"{name} {version}" for name, version in sorted(parts.items())),
             "problem",
-            "pip uninstall them all, then pip install 'obsdiff[trt]'",
+            f"pip uninstall them all, then {facts.install('trt')}",
         )
     if tensorrt is None:
         return
@@ -186,14 +191,14 @@ def _tensorrt(facts: Facts) -> Iterator[Check]:
             "TensorRT and the GPU",
             "TensorRT builds on the GPU that it serves, and none is visible",
             "warn",
-            "build on that machine, or ahead of time with 'obsdiff[rtx]'",
+            f"build on that machine, or ahead of time with '{facts.program}[rtx]'",
         )
     if facts.loaded("polygraphy") is None:
         yield _unfit(
             "TensorRT and Polygraphy",
             "engines are built through Polygraphy, which does not load",
             "problem",
-            "pip install 'obsdiff[trt]'",
+            facts.install("trt"),
         )
     driver = (facts.loaded("gpus") or {}).get("cuda")
     built = next((found[1] for name in sorted(parts) if (found := re.search(r"-cu(\d+)", name))), None)
@@ -223,7 +228,7 @@ def _jetson(facts: Facts) -> Iterator[Check]:
             "TensorRT and Python",
             f"JetPack's TensorRT is installed for Python {', '.join(jetson.tensorrt_pythons)}, this is {here}",
             "warn",
-            "prune and export on a workstation; obsdiff-runtime runs on JetPack's Python",
+            "prune and export on a workstation; obsdiff-engines builds and obsdiff-runtime runs on JetPack's Python",
         )
 
 
@@ -235,7 +240,7 @@ def _rtx(facts: Facts) -> Iterator[Check]:
             "TensorRT-RTX and Polygraphy",
             "engines are built through Polygraphy, which does not load",
             "problem",
-            "pip install 'obsdiff[rtx]'",
+            facts.install("rtx"),
         )
     other = sorted({gpu["capability"] for gpu in facts.gpus} - set(KNOWN_TARGETS))
     if other:
@@ -244,7 +249,7 @@ def _rtx(facts: Facts) -> Iterator[Check]:
             f"TensorRT-RTX builds for {', '.join(KNOWN_TARGETS)}, not for "
             f"{', '.join(other)}: its engines do not run here",
             "warn",
-            "pip install 'obsdiff[trt]'",
+            facts.install("trt"),
         )
 
 
@@ -260,7 +265,7 @@ def _running(facts: Facts) -> Iterator[Check]:
             "engines and cuda-python",
             "engines can be built but not run: that takes cuda-python, which does not load",
             "warn",
-            f"pip install 'obsdiff[{extra}]'",
+            facts.install(extra),
         )
     elif cuda["device"] is None:
         yield _unfit("cuda-python and the GPU", cuda["why"], "problem", "engines cannot be run like this")

@@ -11,8 +11,8 @@ from typing import Final
 
 import psutil
 
-from obsdiff.resources import existing_folder, free_bytes
 from obsdiff_export.caches import default_folder
+from obsdiff_export.resources import existing_folder, free_bytes
 from obsdiff_runtime.vitals import text_of, usable_cores
 
 SETTINGS: Final = (

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from obsdiff.doctor.host import hub_folder, read_host
+from obsdiff_export.doctor.host import hub_folder, read_host
 
 RELEASE = (
     "# R36 (release), REVISION: 4.0, GCID: 37537400, BOARD: generic, EABI: aarch64, DATE: Fri Sep 13 04:36:44 UTC\n"

@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Mapping
 from typing import Final
 
-from obsdiff.doctor.checks import Check
-from obsdiff.doctor.examination import FORMATS, Facts
 from obsdiff_export.asking import Outcome
+from obsdiff_export.doctor.checks import Check
+from obsdiff_export.doctor.examination import FORMATS, Facts
 
 _WRONG: Final = ("ArithmeticError", "it crashed", "it ended", "no answer")
 """Beginnings of failures that no library should have; the rest are kernels that are not there."""

@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from obsdiff.doctor.checks import Check
-from obsdiff.doctor.examination import Facts, examine
-from obsdiff.doctor.libraries import check_fit, check_libraries
-from obsdiff.doctor.machine import check_gpus, check_machine
-from obsdiff.doctor.products import check_products, runs
 from obsdiff_export.builders.rtx import KNOWN_TARGETS
+from obsdiff_export.doctor.checks import Check
+from obsdiff_export.doctor.examination import Facts, examine
+from obsdiff_export.doctor.libraries import check_fit, check_libraries
+from obsdiff_export.doctor.machine import check_gpus, check_machine
+from obsdiff_export.doctor.products import check_products, runs
 from obsdiff_runtime.gpus import sparse_types
 from obsdiff_runtime.progress import Progress, silent
 from obsdiff_runtime.version import __version__
@@ -33,7 +33,7 @@ class Ability:
 class Diagnosis:
     """Attributes:
     date: ISO 8601, with time zone.
-    abilities: what can be done here; the first is the main job.
+    abilities: what can be done here; the first is what the program is for.
     checks: everything that was looked at.
     facts: what it rests on.
     """
@@ -45,7 +45,7 @@ class Diagnosis:
 
     @property
     def ready(self) -> bool:
-        """Whether the main job, `obsdiff export`, can run."""
+        """Whether what the program is for can be done: `obsdiff export`, or `obsdiff-engines build`."""
         return self.abilities[0].possible
 
     def to_json(self) -> dict[str, Any]:
@@ -55,24 +55,28 @@ class Diagnosis:
         return shortened
 
 
-def diagnose(output: Path = Path(), *, quick: bool = False, progress: Progress = silent) -> Diagnosis:
+def diagnose(
+    output: Path = Path(), *, program: str = "obsdiff", quick: bool = False, progress: Progress = silent
+) -> Diagnosis:
     """Examines this machine.
 
     Args:
         output: where results would go; its disk is looked at.
+        program: see Facts.
         quick: leave out the products in every number format.
         progress: told of stage "doctor".
     """
-    return judge(examine(output, quick=quick, progress=progress))
+    return judge(examine(output, program=program, quick=quick, progress=progress))
 
 
 def judge(facts: Facts) -> Diagnosis:
     """What the facts mean."""
     judges = (check_machine, check_gpus, check_libraries, check_fit, check_products)
     checks = tuple(check for judging in judges for check in judging(facts))
+    export = (_export(checks),) if facts.program == "obsdiff" else ()
     return Diagnosis(
         date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        abilities=(_export(checks), _engines(facts), _running(facts), _sparse(facts)),
+        abilities=(*export, _engines(facts), _running(facts), _sparse(facts)),
         checks=checks,
         facts=facts,
     )
@@ -114,7 +118,7 @@ def _engines(facts: Facts) -> Ability:
         fitting = "; they fit this GPU" if set(here) & set(KNOWN_TARGETS) else "; they do not run on this machine"
         how = f"ahead of time with TensorRT-RTX, for compute capabilities {', '.join(KNOWN_TARGETS)}{fitting}"
     else:
-        how = "no builder works here: pip install 'obsdiff[trt]' beside an NVIDIA GPU, 'obsdiff[rtx]' without one"
+        how = f"no builder works here: {facts.install('trt')} beside an NVIDIA GPU, '{facts.program}[rtx]' without one"
     return Ability(name="build engines", possible=bool(builder), how=how)
 
 
@@ -124,7 +128,7 @@ def _running(facts: Facts) -> Ability:
     if not gpus:
         how = "no GPU is visible; bundles run their ONNX graphs on the processor"
     elif not cuda:
-        how = "cuda-python does not load: pip install 'obsdiff[trt]'"
+        how = f"cuda-python does not load: {facts.install('trt')}"
     elif cuda["device"] is None:
         how = "cuda-python does not reach the GPU; why is told below"
     elif facts.loaded("tensorrt") is not None:
@@ -132,7 +136,7 @@ def _running(facts: Facts) -> Ability:
     elif facts.loaded("tensorrt_rtx") is not None and gpus & set(KNOWN_TARGETS):
         return Ability(name="run engines", possible=True, how="of TensorRT-RTX")
     else:
-        how = "no TensorRT that fits this GPU loads: pip install 'obsdiff[trt]'"
+        how = f"no TensorRT that fits this GPU loads: {facts.install('trt')}"
     return Ability(name="run engines", possible=False, how=how)
 
 
@@ -143,7 +147,7 @@ def _sparse(facts: Facts) -> Ability:
     elif not sparse_types(gpus[0]["capability"]):
         how = f"compute capability {gpus[0]['capability']} has no sparse tensor cores"
     elif _builder(facts) != "tensorrt":
-        how = "the GPU has them, but TensorRT does not work here: pip install 'obsdiff[trt]'"
+        how = f"the GPU has them, but TensorRT does not work here: {facts.install('trt')}"
     else:
         how = "TensorRT may choose them where they are faster; `obsdiff whatif` measures it"
         return Ability(name="run 2:4 kernels", possible=True, how=how)

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from typing import Any, Final
 
-from obsdiff.doctor.checks import Check, Status
-from obsdiff.doctor.examination import Facts
-from obsdiff.doctor.host import Host
+from obsdiff_export.doctor.checks import Check, Status
+from obsdiff_export.doctor.examination import Facts
+from obsdiff_export.doctor.host import Host
 from obsdiff_runtime.gpus import sparse_types
 
 _MAIN_JOB_BYTES: Final = 0.8e9
