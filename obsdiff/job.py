@@ -252,11 +252,6 @@ def require_offloadable(settings: Settings, recipe: Recipe) -> None:
         raise ConfigError(f"--offload goes from block to block, and --method {recipe.method} does not; take streamed")
     if recipe.family == generic.name:
         raise ConfigError("--offload needs to know what reads the prompts, and no family describes this denoiser")
-    if recipe.allocation != "uniform":
-        raise ConfigError(
-            f"--offload cannot measure where sparsity costs least, as {recipe.sparsity} asks for; "
-            "add --allocation uniform"
-        )
 
 
 def _on_cpu(settings: Settings) -> bool:

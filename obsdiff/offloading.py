@@ -62,6 +62,24 @@ def on_device(block: nn.Module) -> Iterator[None]:
         block.__dict__[_PLACE] = device
 
 
+@contextmanager
+def lent(block: nn.Module) -> Iterator[None]:
+    """Keeps a block on the GPU until the end, for several calls of it; its weights are only read."""
+    device = block.__dict__.pop(_PLACE, None)
+    if device is None:
+        yield
+        return
+    host = [tensor.data for tensor in _tensors(block)]
+    for tensor in _tensors(block):
+        tensor.data = tensor.data.to(device, non_blocking=True)
+    try:
+        yield
+    finally:
+        for tensor, weights in zip(_tensors(block), host, strict=True):
+            tensor.data = weights
+        block.__dict__[_PLACE] = device
+
+
 def is_away(block: nn.Module) -> bool:
     """Whether it lies in the host's memory now, placed by `place`."""
     return _PLACE in block.__dict__

@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from obsdiff import glances, padding, pausing, pointwise, ranks
+from obsdiff import glances, offloading, padding, pausing, pointwise, ranks
 from obsdiff.clusters import cluster
 from obsdiff.core.gram import Gram, GramAccumulator
 from obsdiff.core.metric import Metric
@@ -141,11 +141,12 @@ def measure(
             index = pausing.next_block(stream[0], ahead, names)
             progress("measure sensitivities", done, len(blocks), names[index])
             wanted = {name for candidate in by_block[index] for name in candidate.linears}
-            grams = solver.grams(blocks[index], stream, counts, masks, wanted)
             found = torch.zeros(len(by_block[index]), dtype=torch.float64)
-            for place, candidate in enumerate(by_block[index] if dense else ()):
-                with _changed(denoiser, solver.solve(candidate, grams)):
-                    found[place] = sum(probe.error(index) for probe in dense)
+            with offloading.on_device(blocks[index]):
+                grams = solver.grams(blocks[index], stream, counts, masks, wanted)
+                for place, candidate in enumerate(by_block[index] if dense else ()):
+                    with _changed(denoiser, solver.solve(candidate, grams)):
+                        found[place] = _error(dense, blocks, index)
             ranks.add_up([found])
             del ahead[index]
             for candidate, error in zip(by_block[index], (found / count).tolist(), strict=True):
@@ -172,39 +173,57 @@ class _Probe:
         guidance: Guidance | None,
         lot: Lot,
     ) -> None:
-        self._denoiser, self._blocks, self._call = denoiser, blocks, call
+        self._denoiser, self._call = denoiser, call
         self._guidance = guidance if call.paired else None
-        self._outputs: dict[int, Kept] = {}  # in the order in which the blocks run
+        self.outputs: dict[int, Kept] = {}  # in the order in which the blocks run
         waiting, ahead = PausedPass(denoiser, call.arguments), dict(enumerate(blocks))
         while ahead:
             index = pausing.next_block(waiting, ahead, names)
             output = pausing.run(ahead.pop(index), waiting.arguments)
-            self._outputs[index] = lot.keep(output)
+            self.outputs[index] = lot.keep(output)
             waiting.resume(output)
         self._dense = self._velocity(waiting)
         self._energy = self._dense.square().sum(1)  # (rows,)
         if not bool((self._energy > 0).all()):
             raise CalibrationError(f"{call.prompts}: the denoiser's output is exactly zero; is the model trained?")
 
-    def error(self, index: int) -> float:
-        """With the weights of block `index` as they are now, mean over rows."""
+    def at(self, index: int) -> PausedPass:
+        """A pass that waits at block `index`, having been given what the dense blocks before it gave."""
         waiting = PausedPass(self._denoiser, self._call.arguments)
-        reached = False
-        for place, known in self._outputs.items():
-            reached = reached or place == index
-            waiting.resume(pausing.run(self._blocks[place], waiting.arguments) if reached else known.tree())
-        change = (self._velocity(waiting) - self._dense).square().sum(1)
+        for place, known in self.outputs.items():
+            if place == index:
+                break
+            waiting.resume(known.tree())
+        return waiting
+
+    def error(self, ended: PausedPass) -> float:
+        """Of a pass that has run to its end, mean over rows."""
+        change = (self._velocity(ended) - self._dense).square().sum(1)
         return float((change / self._energy).mean())
 
     def drop(self) -> None:
         """Lets go of what the blocks gave."""
-        for known in self._outputs.values():
+        for known in self.outputs.values():
             known.drop()
 
     def _velocity(self, ended: PausedPass) -> Tensor:
         """(rows, numbers) in float64; of rows that are guided, their combination."""
         found = velocity_of(self._denoiser, ended.output, self._call.arguments[1]).double().flatten(1)
         return found if self._guidance is None else self._guidance.combined(found)
+
+
+def _error(probes: Sequence[_Probe], blocks: Sequence[nn.Module], index: int) -> float:
+    """With the weights of block `index` as they are now, the sum over probes; they run side by side.
+
+    So a block that comes from the host's memory comes once for all of them.
+    """
+    passes = [probe.at(index) for probe in probes]
+    order = list(probes[0].outputs)
+    for place in order[order.index(index) :]:
+        with offloading.lent(blocks[place]):
+            for waiting in passes:
+                waiting.resume(pausing.run(blocks[place], waiting.arguments))
+    return sum(probe.error(ended) for probe, ended in zip(probes, passes, strict=True))
 
 
 class _Solver:

@@ -32,7 +32,7 @@ class Settings(EngineSettings):
 
     offload: Annotated[
         bool | None,
-        "the model lies in the host's memory, a GPU holds one block at a time; streamed, equal shares only",
+        "the model lies in the host's memory, a GPU holds one block at a time; streamed only",
     ] = None
 
     low_memory: Annotated[

@@ -1,6 +1,8 @@
 """Models larger than the GPU. Without a GPU the blocks come and go all the same, from the host to itself."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from obsdiff import offloading, pruning, verbs
+from obsdiff import offloading, pruning, sensitivities, verbs
 from obsdiff.display import show_plan
 from obsdiff.families.table import family_of
 from obsdiff.job import given, open_job, require_offloadable
@@ -23,10 +25,13 @@ Build = Callable[[str], DiffusionPipeline]
 PROMPTS = ("a red circle", "a green square")
 
 
+MEASURED = ("structured:0.4", "0.5")
+
+
 def prune(pipeline: Any, name: str = "transformer", sparsity: str = "2:4") -> Pruned:
     family = family_of(getattr(pipeline, name))
     sizes: dict[str, Any] = {"height": 32, "width": 32, "steps": 5, "guidance_scale": 2.0, "max_sequence_length": 4}
-    settings = Settings(sparsity=sparsity, allocation="uniform", draws=1, kept_steps=2, batch_size=2, **sizes)
+    settings = Settings(sparsity=sparsity, align=4, draws=1, kept_steps=2, batch_size=2, **sizes)
     recipe = resolve(settings, model="m", family=family, defaults=given(pipeline).defaults, prompts=PROMPTS)
     return pruning.prune(pipeline, family, recipe)
 
@@ -39,14 +44,18 @@ def placed(pipeline: Any, device: str, name: str = "transformer") -> tuple[nn.Mo
     return denoiser, [denoiser.get_submodule(block) for block in block_modules(family.linears(denoiser))]
 
 
-def test_coming_and_going_changes_no_bit(build_pipeline: Build) -> None:
+@pytest.mark.parametrize("sparsity", ["2:4", *MEASURED])
+def test_coming_and_going_changes_no_bit(sparsity: str, build_pipeline: Build) -> None:
     plain, moving = build_pipeline("sd3"), build_pipeline("sd3")
     denoiser, blocks = placed(moving, "cpu")
     before = [block.weight.data_ptr() for block in blocks for block in block.modules() if isinstance(block, nn.Linear)]
-    expected = prune(plain).denoiser.state_dict()
-    found = prune(moving).denoiser.state_dict()
-    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
-    assert before == [
+    expected = prune(plain, sparsity=sparsity)
+    found = prune(moving, sparsity=sparsity)
+    weights = found.denoiser.state_dict()
+    assert all(torch.equal(weights[name], weight) for name, weight in expected.denoiser.state_dict().items())
+    assert bool(found.sensitivities) == (sparsity in MEASURED)
+    assert found.sensitivities == expected.sensitivities
+    assert sparsity == MEASURED[0] or before == [
         block.weight.data_ptr() for block in blocks for block in block.modules() if isinstance(block, nn.Linear)
     ]
     assert denoiser is moving.transformer  # type: ignore[attr-defined]
@@ -83,7 +92,6 @@ def test_a_block_is_away_outside_its_own_calls(build_pipeline: Build, monkeypatc
     [
         ({"device": "cpu"}, "--offload is for GPUs, and this run is on the CPU"),
         ({"device": "cuda", "method": "obsdiff"}, "--method obsdiff does not; take streamed"),
-        ({"device": "cuda", "sparsity": "0.5"}, "as 0.5 asks for; add --allocation uniform"),
     ],
 )
 def test_what_it_cannot_serve_is_refused(more: dict[str, Any], says: str) -> None:
@@ -118,14 +126,43 @@ def test_a_plan_says_what_the_gpu_and_what_its_host_holds(capsys: pytest.Capture
     assert "of the GPU's memory and" in " ".join(capsys.readouterr().out.split())
 
 
+def test_a_block_that_is_measured_comes_once_for_all_probes(build_pipeline: Build) -> None:
+    pipeline: Any = build_pipeline("sd3")
+    _, blocks = placed(pipeline, "cpu")
+    came = [0] * len(blocks)
+    candidates: Counter[int] = Counter()
+    with pytest.MonkeyPatch.context() as patch:
+        lent, measure = offloading.lent, sensitivities.measure
+
+        def seen(denoiser: nn.Module, linears: Any, measured: Any, *rest: Any, **more: Any) -> dict[str, float]:
+            candidates.update(each.block for each in measured)
+            return measure(denoiser, linears, measured, *rest, **more)
+
+        @contextmanager
+        def counted(block: nn.Module) -> Iterator[None]:
+            away = offloading.is_away(block)
+            with lent(block):
+                assert not offloading.is_away(block)
+                yield
+            came[blocks.index(block)] += away
+            assert offloading.is_away(block) == away
+
+        patch.setattr(offloading, "lent", counted)
+        patch.setattr(sensitivities, "measure", seen)
+        prune(pipeline, sparsity="structured:0.4")
+    assert candidates
+    assert came == [sum(candidates[earlier] for earlier in range(block)) for block in range(len(blocks))]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("sparsity", ["2:4", *MEASURED])
 @pytest.mark.parametrize(("kind", "name"), [("sd3", "transformer"), ("sd15", "unet")])
-def test_a_gpu_need_not_hold_the_model(kind: str, name: str, build_pipeline: Build) -> None:
-    expected = prune(build_pipeline(kind).to("cuda"), name)
+def test_a_gpu_need_not_hold_the_model(kind: str, name: str, sparsity: str, build_pipeline: Build) -> None:
+    expected = prune(build_pipeline(kind).to("cuda"), name, sparsity)
     pipeline: Any = build_pipeline(kind)
     denoiser, blocks = placed(pipeline, "cuda", name)
-    found = prune(pipeline, name)
+    found = prune(pipeline, name, sparsity)
     assert {weight.device.type for block in blocks for weight in block.parameters()} == {"cpu"}
     assert {weight.device.type for weight in denoiser.parameters()} == {"cpu", "cuda"}
     assert {weight.device.type for weight in pipeline.text_encoder.parameters()} == {"cpu"}
