@@ -34,8 +34,9 @@ def build_faster(
 ) -> Versus[Engine]:
     """The engine to ship, and why that one. The others are deleted, but for those that were in the folder before.
 
-    A contest that is interrupted leaves what it has built, and the next one goes on with it. Where nothing can be
-    timed here, or no weight holds 2:4, the engine with the flag is built alone, as `build` would.
+    A contest that is interrupted leaves what it has built, and the next one goes on with it. Where no weight holds 2:4,
+    the flag changes nothing and the engine is compared with the dense model's alone. Where nothing can be timed here,
+    or there is nothing to compare with, the engine with the flag is built alone, as `build` would.
 
     Args:
         graph: of the pruned network.
@@ -54,7 +55,14 @@ def build_faster(
     Raises:
         ObsdiffError: no engine could be built; see `build`.
     """
-    timing = _timing(graph, builder, profiles, patterns)
+    holds = any(report.holds for report in patterns)
+    ports, _ = read_ports(graph)
+    timing: TimeEngines[Engine] | str = timing_here(builder.name, example_inputs(ports, profiles[0]))
+    variants: tuple[Variant, ...] = ("sparse", "pruned") if dense is None else VARIANTS
+    if not holds and dense is not None and not isinstance(timing, str):
+        variants = ("pruned", "dense")
+    elif not holds:
+        timing = "no weight holds 2:4, so that the sparse flag changes nothing"
     before = {path.stem for path in out_folder.glob("*.plan")}
 
     def build_variant(variant: Variant, repeat: int) -> Engine:
@@ -70,7 +78,6 @@ def build_faster(
             cache=cache,
         )
 
-    variants = [name for name in VARIANTS if name != "dense" or dense is not None]
     found = compare_engines(
         build_variant, timing, variants=variants, builds=builds, budget_seconds=budget_seconds, progress=progress
     )
@@ -90,12 +97,3 @@ def example_inputs(ports: Sequence[Port], profile: Profile) -> dict[str, np.ndar
         else np.zeros(profile[port.name].opt, np.dtype(port.dtype))
         for port in ports
     }
-
-
-def _timing(
-    graph: Path, builder: Builder, profiles: Sequence[Profile], patterns: Sequence[PatternReport]
-) -> TimeEngines[Engine] | str:
-    if not any(report.holds for report in patterns):
-        return "no weight holds 2:4, so that the sparse flag changes nothing"
-    ports, _ = read_ports(graph)
-    return timing_here(builder.name, example_inputs(ports, profiles[0]))

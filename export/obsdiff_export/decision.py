@@ -1,4 +1,4 @@
-"""When an engine with the sparse flag counts as faster: numbers in, a sentence out."""
+"""When an engine with the sparse flag, or of a cut model, counts as faster: numbers in, a sentence out."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,8 @@ class Decision:
     """Whether to serve with the sparse flag.
 
     Attributes:
-        outcome: of the engine with the flag against the one without it.
+        outcome: of the engine with the flag against the one without it; of a model whose weights are not 2:4 against
+            the dense one.
         sparse: ship the one with it. Where nothing was measured that is what was asked for.
         comparison: what decided; None where nothing was measured.
         noise: how much builds of the same differ, as a fraction; None where it was not measured.
@@ -39,26 +40,48 @@ def decide(comparison: Comparison, *, noise: float | None, floor: float = LEAST)
         noise: from `between_builds`.
         floor: the smallest gain that counts, as a fraction.
     """
-    low, high, gain = comparison.low, comparison.high, comparison.speedup - 1
-    if low is None or high is None:
-        return not_measured(f"{comparison.rounds} rounds are too few to tell a difference from noise", floor=floor)
-    found = f"{comparison.speedup:.2f}x with the sparse flag against the same weights without it"
-    interval = f"95 % in {low:.2f} .. {high:.2f}"
-    builds = "between builds unknown" if noise is None else f"builds differ by {noise:.1%}"
-    least = max(floor, noise or 0)
-    outcome: Outcome = "no different"
-    if low > 1 and gain > least:
-        outcome, why = "faster", f"{found} ({interval}; {builds}): the engine with the flag is shipped"
-    elif high < 1 and -gain > least:
-        outcome, why = "slower", f"{found} ({interval}; {builds}): the engine without the flag is shipped"
-    elif low <= 1 <= high:
-        why = f"{found}, no difference beyond noise ({interval}): the engine without the flag is shipped"
-    else:
-        why = f"{found} ({interval}), which is within the {least:.0%} that counts as noise between builds"
-        why = f"{why} ({builds}): the engine without the flag is shipped"
+    what = f"{comparison.speedup:.2f}x with the sparse flag against the same weights without it"
+    outcome, found = _judged(comparison, what, noise, floor)
+    if outcome == "not measured":
+        return not_measured(found, floor=floor)
+    which = "with" if outcome == "faster" else "without"
+    why = f"{found}: the engine {which} the flag is shipped"
     return Decision(
         outcome=outcome, sparse=outcome == "faster", comparison=comparison, noise=noise, floor=floor, why=why
     )
+
+
+def against_dense(comparison: Comparison, *, noise: float | None, floor: float = LEAST) -> Decision:
+    """What the engine of a model whose weights are not 2:4 gains; it is shipped in any case, without the flag.
+
+    Args:
+        comparison: of it against the dense model's.
+        noise: from `between_builds`.
+        floor: the smallest gain that counts, as a fraction.
+    """
+    outcome, found = _judged(comparison, f"{comparison.speedup:.2f}x against the dense model", noise, floor)
+    if outcome == "not measured":
+        return not_measured(found, sparse=False, floor=floor)
+    why = f"{found}; no weight is 2:4, and the sparse flag would change nothing"
+    return Decision(outcome=outcome, sparse=False, comparison=comparison, noise=noise, floor=floor, why=why)
+
+
+def _judged(comparison: Comparison, what: str, noise: float | None, floor: float) -> tuple[Outcome, str]:
+    """Faster or slower if timing is sure of it and it is more than builds differ by; and that in words."""
+    low, high, gain = comparison.low, comparison.high, comparison.speedup - 1
+    if low is None or high is None:
+        return "not measured", f"{comparison.rounds} rounds are too few to tell a difference from noise"
+    interval = f"95 % in {low:.2f} .. {high:.2f}"
+    builds = "between builds unknown" if noise is None else f"builds differ by {noise:.1%}"
+    least = max(floor, noise or 0)
+    if low > 1 and gain > least:
+        return "faster", f"{what} ({interval}; {builds})"
+    if high < 1 and -gain > least:
+        return "slower", f"{what} ({interval}; {builds})"
+    if low <= 1 <= high:
+        return "no different", f"{what}, no difference beyond noise ({interval})"
+    small = f"which is within the {least:.0%} that counts as noise between builds"
+    return "no different", f"{what} ({interval}), {small} ({builds})"
 
 
 def not_measured(reason: str, *, sparse: bool = True, floor: float = LEAST) -> Decision:

@@ -4,6 +4,8 @@ Three variants: "sparse" and "pruned" hold the same weights, built with and with
 by kernels alone; "dense" is the model before pruning. Which tactics a builder picks changes from build to build, so
 each variant is built several times. Each pass times one build of every variant, interleaved. Then the fastest build
 with the flag meets the fastest without it in a pass of their own, which decides: they were not picked by it.
+
+Where no weight is 2:4 the flag changes nothing, and "pruned" meets "dense" alone: what a cut gains.
 """
 
 import statistics
@@ -16,7 +18,7 @@ from typing import Any, Final, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 
-from obsdiff_export.decision import Decision, between_builds, decide, not_measured, spread
+from obsdiff_export.decision import Decision, against_dense, between_builds, decide, not_measured, spread
 from obsdiff_export.proof.judging import IGNORES
 from obsdiff_runtime.backends.trt import RTX, TENSORRT
 from obsdiff_runtime.decoding import encode
@@ -152,7 +154,7 @@ def compare_engines(
         build: makes an engine.
         timing: times engines by turns, `timed_by` say; or why nothing can be timed here: then the engine with the flag
             is built alone and shipped unmeasured.
-        variants: "sparse", "pruned", and "dense" where that model is at hand.
+        variants: "sparse", "pruned", and "dense" where that model is at hand; or "pruned" and "dense".
         builds: of each variant.
         budget_seconds: no build is begun that would end later, if it takes as long as the longest so far; the first is
             always made. None: no limit.
@@ -164,8 +166,8 @@ def compare_engines(
         ConfigError: a variant that the decision needs is absent, or no build is asked for.
         ObsdiffError: no engine could be built at all; the error of the first.
     """
-    if not {"sparse", "pruned"} <= set(variants) or builds < 1:
-        raise ConfigError(f"sparse and pruned are to be compared, {builds} builds of {', '.join(variants)} cannot be")
+    if not set(_pair(variants)) <= set(variants) or builds < 1:
+        raise ConfigError(f"two variants are to be compared, {builds} builds of {', '.join(variants)} cannot be")
     contest = _Contest(build, timing, variants, builds, budget_seconds, now, progress)
     for repeat in range(builds):
         if not contest.play(repeat):
@@ -252,6 +254,7 @@ class _Contest(Generic[E]):
     ) -> None:
         self._build, self._timing, self._now, self._progress = build, timing, now, progress
         self._variants = [name for name in VARIANTS if name in variants]
+        self._pair = _pair(variants)
         self._total = len(self._variants) * builds
         self._budget_seconds, self._started = budget_seconds, now()
         self._builds: list[Build[E]] = []
@@ -268,12 +271,12 @@ class _Contest(Generic[E]):
         for variant in list(self._variants):
             if self._builds and (self._obstacle or not (repeat or self._affordable(self._longest_seconds))):
                 break
-            if variant == "dense" and not {"sparse", "pruned"} <= made.keys():
+            if variant == "dense" and not set(self._pair) - {"dense"} <= made.keys():
                 break
             if (engine := self._make(variant, repeat)) is not None:
                 made[variant] = engine
         self._round_seconds = self._now() - started
-        if not {"sparse", "pruned"} <= made.keys():
+        if not set(self._pair) <= made.keys():
             return False
         seconds = self._time(made)
         if seconds is not None:
@@ -300,6 +303,7 @@ class _Contest(Generic[E]):
                 for found in self._passes
                 if "dense" in found
                 for name in ("sparse", "pruned")
+                if name in found
             ),
         )
 
@@ -338,20 +342,26 @@ class _Contest(Generic[E]):
             return not_measured(self._reason(), sparse="sparse" in have, floor=floor)
         seconds: Mapping[str, Sequence[float]] | None = self._passes[0]
         if len(self._passes) > 1:
-            seconds = self._time({"sparse": self._fastest("sparse").engine, "pruned": self._fastest("pruned").engine})
+            seconds = self._time({name: self._fastest(name).engine for name in self._pair})
         if seconds is None:
-            return not_measured(self._obstacle, floor=floor)
-        found = compare("sparse", seconds["sparse"], "pruned", seconds["pruned"])
-        return decide(found, noise=between_builds(self._passes), floor=floor)
+            return not_measured(self._obstacle, sparse="sparse" in have, floor=floor)
+        first, second = self._pair
+        found = compare(first, seconds[first], second, seconds[second])
+        judge = decide if first == "sparse" else against_dense
+        return judge(found, noise=between_builds(self._passes), floor=floor)
 
     def _reason(self) -> str:
         """Why there is no pass."""
         if self._obstacle:
             return self._obstacle
-        failed = [failure for failure, _ in self._errors if failure.variant != "dense"]
+        failed = [failure for failure, _ in self._errors if failure.variant in self._pair]
         if failed:
-            flag = "with" if failed[0].variant == "sparse" else "without"
-            return f"the build {flag} the sparse flag failed: {failed[0].message}"
+            which = {
+                "sparse": "with the sparse flag",
+                "pruned": "without the sparse flag",
+                "dense": "of the dense model",
+            }
+            return f"the build {which[failed[0].variant]} failed: {failed[0].message}"
         spent = self._now() - self._started
         return f"one build took {spent:.0f} s, the time for all is {self._budget_seconds:.0f} s"
 
@@ -365,6 +375,11 @@ class _Contest(Generic[E]):
         if not found:
             return None
         return Spread(builds=len(found), p50_ms=statistics.median(found), spread=spread(found))
+
+
+def _pair(variants: Sequence[Variant]) -> tuple[Variant, Variant]:
+    """What the decision is about: the second is what the first is compared with."""
+    return ("sparse", "pruned") if "sparse" in variants else ("pruned", "dense")
 
 
 def _timed(build: Build[E], seconds: Mapping[str, Sequence[float]]) -> Build[E]:

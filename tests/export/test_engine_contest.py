@@ -82,6 +82,16 @@ def test_where_nothing_is_timed_the_flagged_engine_is_built_once(graphs, scripte
     assert again.shipped.reused
 
 
+def test_a_cut_model_is_timed_beside_the_dense_one(graphs, scripted, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(contest, "timing_here", timed(SECONDS))
+    found = contested(graphs, scripted, tmp_path, patterns=())
+    assert [build.variant for build in found.builds] == ["pruned", "dense"]
+    assert found.shipped.path.read_text() == "False pruned"
+    assert found.decision.why.startswith("1.08x against the dense model")
+    alone = contested(graphs, scripted, tmp_path, patterns=(), dense=None)
+    assert "no weight holds 2:4" in alone.decision.why
+
+
 def test_an_interrupted_contest_is_gone_on_with(graphs, scripted, tmp_path, monkeypatch) -> None:
     def interrupt(engines: Mapping[str, Engine]) -> dict[str, list[float]]:
         raise KeyboardInterrupt

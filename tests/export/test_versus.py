@@ -1,6 +1,7 @@
 """The A/B of engines, on a simulated GPU: builds that differ, a clock that drifts, noise of known size."""
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -78,6 +79,32 @@ def test_the_faster_engine_is_shipped_and_noise_is_called_noise(effect: float, o
     assert found.decision.outcome == outcome
     assert found.variant == ("sparse" if effect == 0.10 else "pruned")
     assert found.shipped.key.startswith(found.variant)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    ("slower", "outcome", "words"),
+    [
+        (0.0, "no different", "against the dense model"),
+        (-0.25, "faster", r"^1\.3\dx against the dense model"),
+        (0.10, "slower", "against the dense model"),
+    ],
+)
+def test_what_a_cut_gains_is_told_and_the_cut_model_shipped(slower: float, outcome: str, words: str, seed: int) -> None:
+    gpu = Gpu(dense_effect=slower, seed=seed)
+    found = gpu.contest(variants=("pruned", "dense"))
+    assert (found.decision.outcome, found.variant, found.decision.sparse) == (outcome, "pruned", False)
+    assert re.search(words, found.decision.why)
+    assert found.decision.why.endswith("no weight is 2:4, and the sparse flag would change nothing")
+    assert {variant for variant, _ in gpu.built} == {"pruned", "dense"}
+    assert len(found.against_dense) == 3
+    assert json.dumps(found.to_json())
+
+
+def test_a_cut_model_is_shipped_where_the_dense_one_cannot_be_built() -> None:
+    found = Gpu(refuse={("dense", 0): "no"}).contest(variants=("pruned", "dense"))
+    assert (found.variant, found.decision.outcome) == ("pruned", "not measured")
+    assert found.decision.why.startswith("not measured: the build of the dense model failed: no; the engine without")
 
 
 def test_a_gpu_that_warms_up_between_passes_changes_nothing() -> None:
@@ -204,7 +231,7 @@ def test_a_bug_in_a_build_is_no_refusal() -> None:
 
 
 def test_the_decision_needs_both_variants() -> None:
-    with pytest.raises(ConfigError, match="sparse and pruned are to be compared"):
+    with pytest.raises(ConfigError, match="two variants are to be compared"):
         Gpu().contest(variants=("sparse", "dense"))
 
 
