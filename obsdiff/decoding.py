@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_leaves
 
 from obsdiff import costs
 from obsdiff.families.autoencoders import AUTOENCODERS, autoencoder
-from obsdiff.quantities import size as in_words
 from obsdiff_export.component import Component
+from obsdiff_export.quantities import size as in_words
 from obsdiff_runtime.autoencoder import latent_frames, nearest_tile, tile_side, vae_scale
 from obsdiff_runtime.bundle import DECODER, NEXT_DECODER
 

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from obsdiff import offloading, pausing
 from obsdiff.pausing import Arguments, PausedPass
-from obsdiff.quantities import size
+from obsdiff_export.quantities import size
 from obsdiff_export.resources import free_bytes, gigabytes
 from obsdiff_runtime.errors import ResourceError
 

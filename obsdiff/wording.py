@@ -11,14 +11,14 @@ from obsdiff.evaluation import Evaluation, Share
 from obsdiff.guidance import GuidanceSweep
 from obsdiff.judges import OBEDIENCE
 from obsdiff.measurements import BuiltEngine, LatencyPair, NotMeasured, Report
-from obsdiff.quantities import count as count
-from obsdiff.quantities import milliseconds as milliseconds
-from obsdiff.quantities import percent as percent
-from obsdiff.quantities import seconds as seconds
-from obsdiff.quantities import size as size
-from obsdiff.quantities import small as small
 from obsdiff.sparsity import parse
 from obsdiff.spread import Spread
+from obsdiff_export.quantities import count as count
+from obsdiff_export.quantities import milliseconds as milliseconds
+from obsdiff_export.quantities import percent as percent
+from obsdiff_export.quantities import seconds as seconds
+from obsdiff_export.quantities import size as size
+from obsdiff_export.quantities import small as small
 
 ABSENT = "not measured"
 NO_RATIO = ""

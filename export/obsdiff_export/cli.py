@@ -8,7 +8,7 @@ import typing
 from pathlib import Path
 from typing import Any, Final
 
-from obsdiff_export.settings import FIELDS, EngineSettings
+from obsdiff_export.settings import FIELDS, INSPECT, EngineSettings
 from obsdiff_runtime.command import BUNDLE, Argument, Command, Given, Verb, print_result
 from obsdiff_runtime.errors import CompatibilityError, ConfigError, require_file
 from obsdiff_runtime.flags import THREADS, Flag
@@ -41,6 +41,21 @@ def time(given: Given, progress: Progress) -> None:
         found = retime(table, measurer, seconds=60 * given["minutes"], progress=progress)
     found.table.save(given["output"])
     print_result(given, found.to_json(), "\n".join([*found.lines(), f"table {given['output']}"]))
+
+
+def inspect(given: Given, progress: Progress) -> None:
+    """What is in an ONNX file, an engine or a bundle, and whether its sparsity is proven."""
+    from obsdiff_export import inspection
+
+    content = inspection.inspect(given["path"], progress)
+    if given["json"]:
+        print(json.dumps(inspection.to_json(content), allow_nan=False))
+    else:
+        from obsdiff_export.inspection.tables import render, show
+
+        show(render(content, everything=given["layers"]))
+    if given["require_sparse"]:
+        inspection.demand_sparsity(content)
 
 
 def doctor(given: Given, progress: Progress) -> None:
@@ -90,6 +105,11 @@ VERBS: Final = {
             Flag(name="--dtype", kind=str, text="fp16, bf16 or fp32; default: fp16, of cpu fp32."),
             THREADS,
         ],
+    ),
+    "inspect": Verb(
+        work=inspect,
+        arguments=[Argument(name="path", text="An ONNX file, an engine's plan or a bundle.", kind=Path)],
+        flags=INSPECT,
     ),
     "doctor": Verb(
         work=doctor,

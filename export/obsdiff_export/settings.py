@@ -4,6 +4,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Final
 
+from obsdiff_runtime.flags import Flag
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
@@ -52,3 +54,14 @@ FIELDS: Final = {field.name: field for field in dataclasses.fields(EngineSetting
 
 ENGINES: Final = tuple(name for name in FIELDS if name != "vae_tile")
 """What says something of engines alone."""
+
+INSPECT: Final = (
+    Flag(name="--layers", kind=bool, text="A row for each linear, weight and engine layer.", default=False),
+    Flag(
+        name="--require-sparse",
+        kind=bool,
+        text="Exit with 6 unless sparse kernels are proven to run.",
+        default=False,
+    ),
+)
+"""The flags of inspections."""

@@ -105,6 +105,11 @@ def denoiser_folder(path: Path) -> Path | None:
     return next((folder for folder in candidates if any(folder.glob("*.safetensors"))), None)
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds a pipeline or a denoiser."""
+    return (folder / INDEX).is_file() or denoiser_folder(folder) is not None
+
+
 def read(path: Path, progress: Progress = silent) -> CheckpointContent:
     """Reads a diffusers folder, or a denoiser's alone; every stored weight is looked at.
 

@@ -1,30 +1,16 @@
 """What `obsdiff inspect` shows a person: some lines on what it is, then tables; every layer where asked."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Final
+from collections.abc import Mapping
 
-from rich import box
 from rich.console import RenderableType
 from rich.table import Table
-from rich.text import Text
 
 from obsdiff.inspection import Content
-from obsdiff.inspection.bundles import BundleContent
 from obsdiff.inspection.checkpoints import CheckpointContent, StoredLinear
-from obsdiff.inspection.engines import EngineContent
-from obsdiff.inspection.graphs import GraphContent
-from obsdiff.quantities import count, percent, size
-from obsdiff_export.ports import Port
-from obsdiff_export.proof import Proof
-from obsdiff_export.proof.layers import EngineLayer, EngineTensor
-from obsdiff_runtime.bundle import TensorEntry
-from obsdiff_runtime.turns import turns_in_words
-
-SHOWN_NOTES: Final = 8
-
-Facts = list[tuple[str, str]]
-"""Label and text of the lines at the top."""
+from obsdiff_export.inspection import tables
+from obsdiff_export.inspection.tables import as_lines, as_notes, as_table, brief, held, zeros_in
+from obsdiff_export.quantities import count, percent, size
 
 
 def render(content: Content, *, everything: bool) -> list[RenderableType]:
@@ -36,11 +22,7 @@ def render(content: Content, *, everything: bool) -> list[RenderableType]:
     """
     if isinstance(content, CheckpointContent):
         return _checkpoint(content, everything)
-    if isinstance(content, GraphContent):
-        return _graph(content, everything)
-    if isinstance(content, EngineContent):
-        return _engine(content, everything)
-    return _bundle(content, everything)
+    return tables.render(content, everything=everything)
 
 
 def _checkpoint(content: CheckpointContent, everything: bool) -> list[RenderableType]:
@@ -53,10 +35,10 @@ def _checkpoint(content: CheckpointContent, everything: bool) -> list[Renderable
         ("stored", f"{count(content.parameters)} parameters, {zeros} of them zero, {size(content.bytes)}"),
         ("kept units", _kept(content.kept)),
         ("loss", _losses(content)),
-        ("recipe", ", ".join(f"{key} {_brief(value)}" for key, value in content.recipe.items())),
+        ("recipe", ", ".join(f"{key} {brief(value)}" for key, value in content.recipe.items())),
         ("prompts", f"sha256 {content.prompts_sha256[:16]}..." if content.prompts_sha256 else ""),
     ]
-    return [_facts(facts), _linears(content, everything), *_notes(content.notes)]
+    return [as_lines(facts), _linears(content, everything), *as_notes(content.notes)]
 
 
 def _share(content: CheckpointContent) -> str:
@@ -79,216 +61,13 @@ def _losses(content: CheckpointContent) -> str:
 def _linears(content: CheckpointContent, everything: bool) -> Table:
     if everything:
         columns = ("linear", "outputs x inputs", "asked for", "holds", "zeros", "loss", "left dense because")
-        return _table(columns, (_linear(linear) for linear in content.linears))
-    groups = Counter((linear.pattern or "", _held(linear.holds), linear.reason or "") for linear in content.linears)
+        return as_table(columns, (_linear(linear) for linear in content.linears))
+    groups = Counter((linear.pattern or "", held(linear.holds), linear.reason or "") for linear in content.linears)
     short = ("linears", "asked for", "holds", "left dense because")
-    return _table(short, ((str(linears), *row) for row, linears in groups.most_common()))
+    return as_table(short, ((str(linears), *row) for row, linears in groups.most_common()))
 
 
 def _linear(linear: StoredLinear) -> tuple[str, ...]:
     shape, loss = f"{linear.n_out} x {linear.k}", "" if linear.loss is None else f"{linear.loss:.2e}"
     asked, reason = linear.pattern or "", linear.reason or ""
-    return linear.name, shape, asked, _held(linear.holds), _zeros(linear.zeros), loss, reason
-
-
-def _graph(content: GraphContent, everything: bool) -> list[RenderableType]:
-    dtypes = ", ".join(f"{dtype} {count(numbers)}" for dtype, numbers in content.dtypes.items())
-    operators = ", ".join(f"{op} {nodes}" for op, nodes in list(content.ops.items())[: None if everything else 14])
-    facts = [
-        ("onnx", content.path),
-        ("made by", content.producer),
-        ("opset", str(content.opset)),
-        ("parameters", f"{count(content.parameters)} ({dtypes}), {size(content.bytes)}"),
-        ("dynamic axes", ", ".join(content.dynamic_axes) or "none"),
-        ("inputs", _ports(content.inputs)),
-        ("outputs", _ports(content.outputs)),
-        ("operators", f"{sum(content.ops.values())}: {operators}"),
-    ]
-    return [_facts(facts), _weights(content, everything)]
-
-
-def _weights(content: GraphContent, everything: bool) -> Table:
-    if everything:
-        columns = ("weight", "inputs x outputs", "format", "holds", "zeros", "node")
-        weights = (
-            (each.name, f"{each.k} x {each.n_out}", each.dtype, _held(each.patterns), _zeros(each.zeros), each.node)
-            for each in content.weights
-        )
-        return _table(columns, weights)
-    groups = Counter((weight.dtype, _held(weight.patterns)) for weight in content.weights)
-    short = ("weights of MatMul and Gemm", "format", "holds")
-    return _table(short, ((str(number), *row) for row, number in groups.most_common()))
-
-
-def _engine(content: EngineContent, everything: bool) -> list[RenderableType]:
-    receipt = content.receipt
-    facts: Facts = [("engine", content.path), ("header", content.header or "none that is known")]
-    if receipt is not None:
-        facts += [
-            ("built by", f"{receipt.backend} {receipt.backend_version} in {receipt.seconds:.1f} s"),
-            ("built for", f"{receipt.component} on {', '.join(receipt.targets)}"),
-            *(("profile", _profile(profile)) for profile in receipt.profiles),
-            ("flags", ", ".join(f"{name} {_brief(value)}" for name, value in receipt.flags.items() if value)),
-        ]
-    facts += [("on disk", size(content.bytes)), ("sparsity", content.sparsity)]
-    shown: list[RenderableType] = [_facts(facts)]
-    if receipt is not None and receipt.proof.layers:
-        shown += _proof(receipt.proof, everything)
-    if content.layers:
-        shown.append(_layers(content.layers, content.layers_from, everything))
-    return [*shown, *_notes(content.notes)]
-
-
-def _proof(proof: Proof, everything: bool) -> list[RenderableType]:
-    """What is proven, and the reasons below, numbered."""
-    reasons = list(dict.fromkeys(layer.reason for layer in proof.layers if layer.reason))
-    number = {"": "", **{reason: str(index) for index, reason in enumerate(reasons, 1)}}
-    columns = ("verdict", "weights", "log", "kernel", "why")
-    rows = [(layer.verdict, layer.weights, layer.log, layer.inspector, number[layer.reason]) for layer in proof.layers]
-    if everything:
-        linears = ((layer.weight, f"{layer.k} x {layer.n_out}", layer.dtype) for layer in proof.layers)
-        told = [(*linear, *row) for linear, row in zip(linears, rows, strict=True)]
-        table = _table(("linear", "inputs x outputs", "format", *columns), told)
-    else:
-        groups = Counter(rows).most_common()
-        table = _table(("linears", *columns), ((str(linears), *row) for row, linears in groups))
-    return [table, _facts((f"({index})", reason) for index, reason in enumerate(reasons, 1)), Text()]
-
-
-def _layers(layers: Sequence[EngineLayer], source: str, everything: bool) -> Table:
-    if everything:
-        columns = ("computes", "kind", "reads", "gives", "kernel")
-        each = (
-            (
-                ", ".join(layer.onnx_nodes) or layer.name,
-                layer.kind,
-                _tensors(layer.inputs),
-                _tensors(layer.outputs),
-                layer.tactic if len(layer.tactic) < 60 else f"{layer.tactic[:57]}...",
-            )
-            for layer in layers
-        )
-        return _table(columns, each, title=f"layers, from {source}")
-    groups = Counter((layer.kind, _formats(layer)) for layer in layers)
-    rows = ((str(found), *row) for row, found in groups.most_common())
-    return _table(("engine layers", "kind", "format"), rows, title=f"{len(layers)} layers, from {source}")
-
-
-def _bundle(content: BundleContent, everything: bool) -> list[RenderableType]:
-    defaults = content.defaults
-    frames = "" if defaults.num_frames is None else f", {defaults.num_frames} frames,"
-    built = sum(len(engines) for engines in content.engines.values())
-    facts = [
-        ("bundle", content.path),
-        ("made by", content.created_by),
-        ("pipeline", f"{content.pipeline_class} ({content.family}), {content.sparsity}"),
-        ("files", f"{content.files}, {size(content.bytes)}; every sha256 is that of the manifest"),
-        (
-            "draws",
-            f"{defaults.width}x{defaults.height}{frames} in {defaults.num_inference_steps} steps, "
-            f"guidance {defaults.guidance_scale:g}",
-        ),
-        ("turns", turns_in_words(content.turns, defaults.guidance_scale_2)),
-        ("tiles", "" if defaults.vae_tile is None else f"of the VAE, {defaults.vae_tile} pixels a side"),
-        ("engines", str(built) if built else "none"),
-        ("measured", ", ".join(content.measurements) or "nothing"),
-    ]
-    networks = ((each.name, each.dtype, size(each.bytes), _ports(each.inputs)) for each in content.networks)
-    shown: list[RenderableType] = [_facts(facts), _table(("component", "format", "on disk", "inputs"), networks)]
-    if everything:
-        for engines in content.engines.values():
-            for engine in engines:
-                shown += _engine(engine, everything)
-    elif built:
-        shown += _engines(content)
-    return shown
-
-
-def _engines(content: BundleContent) -> list[RenderableType]:
-    """A row for each engine, and below what is known of their sparsity, each sentence once."""
-    rows: list[tuple[str, ...]] = []
-    said: dict[str, list[str]] = {}
-    for name, engines in content.engines.items():
-        for engine in engines:
-            receipt = engine.receipt
-            builder = f"{receipt.backend} {receipt.backend_version}" if receipt is not None else engine.header
-            targets = ", ".join(receipt.targets) if receipt is not None else ""
-            verdicts = ", ".join(f"{linears} {verdict}" for verdict, linears in engine.verdicts.items())
-            rows.append((name, builder, targets, size(engine.bytes), verdicts))
-            for sentence in (engine.sparsity, *engine.notes):
-                said.setdefault(sentence, []).append(name)
-    columns = ("engine", "built by", "for", "on disk", "linears by proof of sparse kernels")
-    sentences = ((", ".join(dict.fromkeys(names)), sentence) for sentence, names in said.items())
-    return [_table(columns, rows), _facts(sentences)]
-
-
-def _facts(facts: Iterable[tuple[str, str]]) -> Table:
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="bold", no_wrap=True)
-    grid.add_column(overflow="fold")
-    for label, text in facts:
-        if text:
-            grid.add_row(Text(label), Text(text))
-    return grid
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
-    for name in columns:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))  # not as markup: names hold brackets
-    return table
-
-
-def _notes(notes: Sequence[str]) -> list[RenderableType]:
-    more = [f"and {len(notes) - SHOWN_NOTES} more"] if len(notes) > SHOWN_NOTES else []
-    return [Text.assemble(("note ", "yellow"), note) for note in [*notes[:SHOWN_NOTES], *more]]
-
-
-def _ports(ports: Iterable[Port | TensorEntry]) -> str:
-    """name float16 [batch, 4, height] of inputs and outputs."""
-    return "; ".join(f"{port.name} {port.dtype} [{', '.join(map(str, port.shape))}]" for port in ports)
-
-
-def _profile(profile: Mapping[str, Mapping[str, Sequence[int]]]) -> str:
-    """What changes, smallest to largest, with the best in the middle."""
-
-    def sizes(shapes: Mapping[str, Sequence[int]]) -> str:
-        ends = ["x".join(map(str, shapes[end])) for end in ("min", "opt", "max") if end in shapes]
-        return " .. ".join(dict.fromkeys(ends))
-
-    return "; ".join(f"{name} {sizes(shapes)}" for name, shapes in profile.items())
-
-
-def _tensors(tensors: Sequence[EngineTensor]) -> str:
-    """float16 ?x256: a size that changes at run time is a ?."""
-
-    def shape(dims: Sequence[int] | None) -> str:
-        return "?" if dims is None else "x".join("?" if axis < 0 else str(axis) for axis in dims)
-
-    return "; ".join(f"{tensor.dtype} {shape(tensor.dims)}" for tensor in tensors)
-
-
-def _formats(layer: EngineLayer) -> str:
-    given = list(dict.fromkeys(tensor.dtype for tensor in layer.inputs))
-    made = list(dict.fromkeys(tensor.dtype for tensor in layer.outputs))
-    if given == made:
-        return ", ".join(given)
-    return f"{', '.join(given) or 'nothing'} -> {', '.join(made) or 'nothing'}"
-
-
-def _held(patterns: Sequence[str]) -> str:
-    return ", ".join(patterns) or "no pattern"
-
-
-def _zeros(share: float | None) -> str:
-    return "not known" if share is None else percent(share)
-
-
-def _brief(value: object) -> str:
-    """A setting in few words."""
-    if isinstance(value, Mapping):
-        return " ".join(f"{key}={_brief(entry)}" for key, entry in value.items())
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+    return linear.name, shape, asked, held(linear.holds), zeros_in(linear.zeros), loss, reason

@@ -101,6 +101,21 @@ def test_the_products_of_an_estimate_are_timed_here(tmp_path: Path, capsys: pyte
         assert message in capsys.readouterr().err
 
 
+def test_what_was_built_can_be_looked_at(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("build", bundle, "--builder", "onnxruntime", "--component", "transformer") == 0
+    capsys.readouterr()
+    assert run("inspect", bundle) == 0
+    assert "every sha256 is that of the manifest" in capsys.readouterr().out
+    (engine,) = open_bundle(bundle).component("transformer").engines
+    assert run("inspect", bundle / engine.path, "--layers", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [layer["weights"] for layer in found["receipt"]["proof"]["layers"]] == ["holds"]
+    assert run("inspect", bundle, "--require-sparse") == 6
+    assert "obsdiff-engines: no proof of sparsity" in capsys.readouterr().err
+    assert run("inspect", bundle / "transformer" / "model.onnx") == 0
+    assert run("inspect", bundle / "transformer" / "config.json") == 2
+
+
 def test_the_doctor_looks_for_what_building_needs(capsys: pytest.CaptureFixture[str]) -> None:
     code = run("doctor", "--quick", "--json")
     said = capsys.readouterr()

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from obsdiff import inspection
-from obsdiff.inspection import demand_sparsity, inspect
-from obsdiff.inspection.bundles import BundleContent
+from obsdiff.inspection import inspect
 from obsdiff.inspection.checkpoints import CheckpointContent
-from obsdiff.inspection.engines import EngineContent, header_of
-from obsdiff.inspection.graphs import GraphContent
 from obsdiff.inspection.stored import tensors
+from obsdiff_export.inspection import demand_sparsity, to_json
+from obsdiff_export.inspection.bundles import BundleContent
+from obsdiff_export.inspection.engines import EngineContent, header_of
+from obsdiff_export.inspection.graphs import GraphContent
 from obsdiff_runtime.errors import BundleError, CompatibilityError, ConfigError, ExportError, SparsityProofError
 
 
@@ -304,4 +304,4 @@ def test_the_header_of_a_plan_names_its_builder(tmp_path, head, said):
 
 def test_every_kind_of_content_is_plain_data(checkpoint, graph, plan, bundle):
     for path in (checkpoint, graph, plan, bundle):
-        assert json.loads(json.dumps(inspection.to_json(inspect(path)), allow_nan=False))["path"] == str(Path(path))
+        assert json.loads(json.dumps(to_json(inspect(path)), allow_nan=False))["path"] == str(Path(path))

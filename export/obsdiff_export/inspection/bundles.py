@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from obsdiff.inspection import engines
-from obsdiff.inspection.engines import EngineContent
+from obsdiff_export.inspection import engines
+from obsdiff_export.inspection.engines import EngineContent
 from obsdiff_runtime.bundle import Defaults, TensorEntry, open_bundle
 from obsdiff_runtime.turns import Turns
 
