@@ -139,8 +139,9 @@ class PrunedManifest(_Strict):
         if order is None and moved is None:
             return None
         if moved is None and before is not None:
-            moved = _spread(before.kept, len(order or ()) // len(before.kept))
-        if moved is not None and cut is not None:
+            units = before.kept if cut is None else cut.kept
+            moved = _spread(before.kept, len(order or ()) // len(units))
+        if moved is not None and cut is not None and order is None:
             moved = tuple(moved[channel] for channel in _spread(cut.kept, len(moved) // cut.units))
         if moved is None or order is None:
             return order or moved

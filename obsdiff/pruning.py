@@ -59,7 +59,8 @@ class Pruned:
         pipeline: the pipeline given, with its denoiser pruned and shrunk in place.
         kept: group name -> kept units, sorted, for every group that lost some.
         units: group name -> how many units it had, for the same groups.
-        orders: group name -> which channel is at each place now, for groups whose channels changed places.
+        orders: group name -> which channel is at each place now, of those that stay; for groups whose channels changed
+            places.
         layers: one record for each linear considered.
         sensitivities: what was measured to allocate the budget, where it was.
         behind: the denoisers that take their turns behind this one, where some do.

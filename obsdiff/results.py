@@ -67,7 +67,7 @@ class PackageResult:
     """What a package or a block changed: new tensors by parameter name, kept units by group, and the record.
 
     Attributes:
-        orders: of groups whose channels changed places: which channel is at each place now.
+        orders: of groups whose channels changed places: which channel is at each place now, of those that stay.
         errors: of what was only measured, by its key.
     """
 

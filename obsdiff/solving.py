@@ -14,6 +14,7 @@ from obsdiff.groups import Group, LinearSpec
 from obsdiff.methods import Layer, Method, Options, Pruned
 from obsdiff.methods.result import cast
 from obsdiff.results import LayerResult, PackageResult, merged
+from obsdiff.shrinking import columns as columns_of
 from obsdiff.sparsity import NM, Pattern
 from obsdiff_runtime.errors import CalibrationError
 
@@ -68,14 +69,40 @@ class TierSolver:
         """
 
         def solved(part: Sequence[LinearSpec]) -> PackageResult:
-            members = {linear.name: layers[linear.name] for linear in part}
-            moved = self._permute(members) if self._permutes else PackageResult()
-            return merged([moved, self._solved(part, members)])
+            return self._solved(part, {linear.name: layers[linear.name] for linear in part})
 
         return merged(ranks.solve(_parts(tier, self._groups), solved))
 
-    def _permute(self, layers: dict[str, Layer]) -> PackageResult:
-        """Reorders the channels between a producer and its consumers where N:M then costs less.
+    def _solved(self, tier: Sequence[LinearSpec], layers: dict[str, Layer]) -> PackageResult:
+        solutions: dict[str, tuple[Pruned, str]] = {}
+        kept: dict[str, tuple[int, ...]] = {}
+        for losing in dict.fromkeys(self._cluster_of[name] for name in layers if name in self._cluster_of):
+            stays, pruned = self._method.prune_units(
+                [layers[name] for name in losing.readers],
+                losing.removals(self._assignment.removals),
+                self._options,
+            )
+            own = {group.name: tuple(units.tolist()) for group, units in zip(losing.groups, stays, strict=True)}
+            kept.update(own)
+            for name, solution in zip(losing.readers, pruned, strict=True):
+                solutions[name] = solution, losing.told(name, own)
+        moved = self._permute(layers, kept, solutions) if self._permutes else PackageResult()
+        for sharing in _alike(tier, self._patterns):
+            pattern = self._patterns[sharing[0].name]
+            columns = [_columns(solutions.get(linear.name)) for linear in sharing]
+            reduced = [_reduced(layers[linear.name], part) for linear, part in zip(sharing, columns, strict=True)]
+            pruned = self._method.prune_weights(reduced, pattern, self._options)
+            for linear, solution, part in zip(sharing, pruned, columns, strict=True):
+                solutions[linear.name] = _widened(solution, layers[linear.name], part), str(pattern)
+        return merged([moved, self._package(solutions, kept)])
+
+    def _permute(
+        self,
+        layers: dict[str, Layer],
+        kept: Mapping[str, tuple[int, ...]],
+        solutions: Mapping[str, tuple[Pruned, str]],
+    ) -> PackageResult:
+        """Reorders the channels between a producer and its consumers where N:M then costs less: those that stay.
 
         Changes `layers`, the consumers; returns the producers' new tensors, and the orders.
         """
@@ -89,48 +116,31 @@ class TierSolver:
                 not isinstance(pattern, NM)
                 or not free
                 or not layers.keys() >= set(group.readers)
-                or not can_move(group, pattern)
-                or any(name in self._cluster_of for name in group.readers)
+                or any(str(self._patterns.get(name)) != str(pattern) for name in group.readers)
                 or any(each.name in every and each.name not in self._patterns for each in free)
             ):
                 continue
-            size = group.units * group.width
-            own = {consumer.name: slice(consumer.start, consumer.start + size) for consumer in group.consumers}
-            scores = [_score(layers[name])[:, columns] for name, columns in own.items()]
-            order = permute(scores, pattern, width=group.width if group.width > 1 else None)
+            size, device = group.units * group.width, layers[group.readers[0]].weight.device
+            stays = columns_of(group, kept.get(group.name, range(group.units))).to(device)
+            stay = {name: _columns(solutions.get(name)) for name in group.readers}
+            starts = [_before(stay[consumer.name], consumer.start) for consumer in group.consumers]
+            if not _can_move(len(stays), group.width, starts, pattern):
+                continue
+            scores = [_score(layers[each.name])[:, stays + each.start] for each in group.consumers]
+            order = stays[permute(scores, pattern, width=group.width if group.width > 1 else None)]
             orders[group.name] = tuple(order.tolist())
-            for name, columns in own.items():
-                everything = torch.arange(layers[name].weight.shape[1], device=order.device)
-                everything[columns] = order + columns.start
-                layers[name] = _reduced(layers[name], everything)
+            places = torch.arange(size, device=device)
+            places[stays] = order
+            for consumer in group.consumers:
+                everything = torch.arange(layers[consumer.name].weight.shape[1], device=device)
+                everything[consumer.start : consumer.start + size] = places + consumer.start
+                layers[consumer.name] = _reduced(layers[consumer.name], everything)
             for producer in free:
-                rows = torch.cat([order + part * size for part in range(producer.parts)]) + producer.start
+                rows = torch.cat([places + part * size for part in range(producer.parts)]) + producer.start
                 for key, tensor in self._tensors(producer.name).items():
                     moved[key] = moved.get(key, tensor).clone()
                     moved[key][producer.start : producer.start + len(rows)] = tensor[rows]
         return PackageResult(weights=moved, orders=orders)
-
-    def _solved(self, tier: Sequence[LinearSpec], layers: Mapping[str, Layer]) -> PackageResult:
-        solutions: dict[str, tuple[Pruned, str]] = {}
-        kept: dict[str, tuple[int, ...]] = {}
-        for losing in dict.fromkeys(self._cluster_of[name] for name in layers if name in self._cluster_of):
-            stays, pruned = self._method.prune_units(
-                [layers[name] for name in losing.readers],
-                losing.removals(self._assignment.removals),
-                self._options,
-            )
-            own = {group.name: tuple(units.tolist()) for group, units in zip(losing.groups, stays, strict=True)}
-            kept.update(own)
-            for name, solution in zip(losing.readers, pruned, strict=True):
-                solutions[name] = solution, losing.told(name, own)
-        for sharing in _alike(tier, self._patterns):
-            pattern = self._patterns[sharing[0].name]
-            columns = [_columns(solutions.get(linear.name)) for linear in sharing]
-            reduced = [_reduced(layers[linear.name], part) for linear, part in zip(sharing, columns, strict=True)]
-            pruned = self._method.prune_weights(reduced, pattern, self._options)
-            for linear, solution, part in zip(sharing, pruned, columns, strict=True):
-                solutions[linear.name] = _widened(solution, layers[linear.name], part), str(pattern)
-        return self._package(solutions, kept)
 
     def _package(self, solutions: Mapping[str, tuple[Pruned, str]], kept: dict[str, tuple[int, ...]]) -> PackageResult:
         weights: dict[str, Tensor] = {}
@@ -152,10 +162,15 @@ class TierSolver:
         )
 
 
-def can_move(group: Group, pattern: NM) -> bool:
-    """Whether the channels of a group fill whole groups of M: its segments and where they begin are multiples of M."""
-    segment = group.width if group.width > 1 else group.units
-    return not segment % pattern.m and not any(consumer.start % pattern.m for consumer in group.consumers)
+def _can_move(channels: int, width: int, starts: Sequence[int], pattern: NM) -> bool:
+    """Whether channels fill whole groups of M: a unit's, or all, and the columns that they begin at, are multiples."""
+    segment = width if width > 1 else channels
+    return not segment % pattern.m and not any(start % pattern.m for start in starts)
+
+
+def _before(stays: Tensor | None, start: int) -> int:
+    """How many of the columns that stay lie before one; None: all stay."""
+    return start if stays is None else int((stays < start).sum())
 
 
 def _alike(tier: Sequence[LinearSpec], patterns: Mapping[str, Pattern]) -> list[list[LinearSpec]]:

@@ -141,6 +141,24 @@ def test_neurons_that_had_moved_are_cut_under_their_own_numbers() -> None:
     assert cut.groups["f"] == GroupCut(units=4, kept=(0, 3))
 
 
+def test_units_that_go_and_channels_that_move_in_one_run_are_told_together() -> None:
+    cut = PrunedManifest(family="sd3", sparsity="x", groups={"g": GroupCut(units=4, kept=(0, 2, 3))})  # 3 wide
+    both = PrunedManifest(
+        family="sd3", sparsity="x", groups={"g": GroupCut(units=3, kept=(1, 2))}, orders={"g": (4, 3, 5, 6, 8, 7)}
+    )
+    total = both.after(cut)
+    expected = torch.arange(12).view(4, 3)[[0, 2, 3]].flatten()[list(both.orders["g"])]
+    assert total.orders["g"] == tuple(expected.tolist())
+    assert total.groups["g"] == GroupCut(units=4, kept=(2, 3))
+    cut = PrunedManifest(family="sd3", sparsity="x", groups={"f": GroupCut(units=6, kept=(0, 1, 4, 5))})  # neurons
+    both = PrunedManifest(
+        family="sd3", sparsity="x", groups={"f": GroupCut(units=4, kept=(0, 2, 3))}, orders={"f": (3, 0, 2)}
+    )
+    assert both.after(None) == both
+    assert both.after(cut).orders["f"] == (5, 0, 4)
+    assert both.after(cut).groups["f"] == GroupCut(units=6, kept=(0, 4, 5))
+
+
 @pytest.fixture
 def pruned(sd3_folder: Path, tmp_path: Path) -> Path:
     out = tmp_path / "pruned"

@@ -1,7 +1,7 @@
 """The default method on whole tiny pipelines of every family: what holds afterwards, what stays untouched."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 import obsdiff
 from kinds import EVERY, masked_before_the_cut, prompts_of
@@ -20,10 +21,13 @@ from obsdiff.groups import Group, Producer
 from obsdiff.job import computable, given
 from obsdiff.journal import FolderJournal
 from obsdiff.loading import load_pipeline, shipped_pipeline
+from obsdiff.methods import Layer, streamed
+from obsdiff.methods import Pruned as Solution
 from obsdiff.pruning import Pruned
 from obsdiff.resolving import resolve
 from obsdiff.results import PackageResult
 from obsdiff.settings import Settings
+from obsdiff.shrinking import places
 from obsdiff_runtime.errors import ModelError
 
 PROMPTS = ["a red circle", "a blue square", "a dog"]
@@ -330,6 +334,32 @@ def test_permutation_moves_channels_and_spares_error(kind: str, prune: Prune, mo
         return sum(layer.loss or 0.0 for layer in pruned.layers if layer.name in consumers)
 
     assert total(moved) < total(still)
+
+
+@pytest.mark.parametrize("kind", ["sd3", "sd15", "flux", "sana", "qwen"])
+def test_what_stays_of_a_cut_group_is_reordered_and_nothing_else_changes(
+    kind: str, prune: Prune, denoise: Denoise, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With patterns that take nothing away, units go and channels change places: the output must not tell."""
+
+    def whole(layers: Sequence[Layer], *_: Any) -> list[Solution]:
+        keep = [torch.ones_like(layer.weight, dtype=torch.bool) for layer in layers]
+        return [
+            Solution(weight=layer.weight, keep=all_of, loss=0.0) for layer, all_of in zip(layers, keep, strict=True)
+        ]
+
+    monkeypatch.setattr(streamed, "prune_weights", whole)
+    options = {"repair": 0, "dense_targets": 0, "metric": 0}
+    still = prune(kind, "structured:0.25+2:4", method_options={**options, "permute": 0})
+    moved = prune(kind, "structured:0.25+2:4", method_options=options)
+    assert moved.kept == still.kept
+    assert not still.orders
+    cut = {group.name: group for group in family_of(still.denoiser).groups(given(still.pipeline).denoiser)}
+    reordered = [name for name, order in moved.orders.items() if name in moved.kept and list(order) != sorted(order)]
+    assert {cut[name].kind for name in reordered} == {group.kind for group in cut.values()}
+    for name in moved.orders.keys() & moved.kept.keys():
+        assert sorted(moved.orders[name]) == places(moved.kept[name], cut[name].width).tolist()
+    assert_close(denoise(moved.denoiser), denoise(still.denoiser))
 
 
 @pytest.mark.parametrize(

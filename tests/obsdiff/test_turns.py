@@ -506,6 +506,14 @@ def test_loras_of_both_draw_in_the_pruned_pipeline_what_they_draw_where_units_ar
     ours.load_lora_weights(str(tmp_path / "cut_2.safetensors"), load_into_transformer_2=True)
     theirs: Any = build_pipeline("wan22", num_layers=1)
     theirs.register_modules(**copy.deepcopy(cut[1]))
+    for each in cut[0].turns:  # LoRAs are of channels at their old places
+        ((name, order),) = each.orders.items()
+        neurons = getattr(theirs, each.family.denoiser).blocks[0].ffn.net
+        places = torch.arange(96)
+        places[list(each.kept[name])] = torch.tensor(order)
+        neurons[0].proj.weight[places] = neurons[0].proj.weight.clone()
+        neurons[0].proj.bias[places] = neurons[0].proj.bias.clone()
+        neurons[2].weight[:, places] = neurons[2].weight.clone()
     theirs.load_lora_weights(str(loras[0]))
     theirs.load_lora_weights(str(loras[1]), load_into_transformer_2=True)
     theirs.fuse_lora(components=list(NAMES))
