@@ -10,6 +10,7 @@ model. Zeros of a pattern stay zeros only where the LoRA is merged (`merge`).
 
 import inspect
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,9 @@ from obsdiff_runtime.errors import ConfigError, ModelError
 
 NOISES: Final = ("high", "low")
 """What those who train LoRAs of two denoisers that take turns call them in names of files, in their order."""
+
+_TOLD: Final = 240
+"""Characters of what a library says of a file."""
 
 _NOISE: Final = re.compile(r"(?P<which>high|low)[ _.-]?noise", re.IGNORECASE)
 _PARTS: Final = re.compile(r"(?P<module>.+?)\.(?P<half>lora_A|lora_B)(\.default)?\.weight")
@@ -113,7 +117,10 @@ def read(source: str | Path, pipeline_class: str, denoiser: str) -> Adapter:
     try:
         found = reader(str(path), **wants)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ModelError(f"{source}: cannot be read as a LoRA: {error}") from None
+        said = textwrap.shorten(
+            str(error), _TOLD, placeholder=" ..."
+        )  # diffusers names every key that it does not know
+        raise ModelError(f"{source}: cannot be read as a LoRA: {said}") from None
     tensors, *more = found if isinstance(found, tuple) else (found,)
     told = {key: value for each in more if each for key, value in each.items()}
     return _sorted(

@@ -6,6 +6,7 @@ from typing import Final
 
 from obsdiff.triton.pbtxt import Enum, Message, parameters
 from obsdiff_runtime.bundle import ComponentEntry, EngineEntry, Manifest, TensorEntry
+from obsdiff_runtime.controls import PICTURE
 from obsdiff_runtime.errors import CompatibilityError
 from obsdiff_runtime.kinds.table import kind_of
 from obsdiff_runtime.server.options import Bounds
@@ -167,6 +168,8 @@ def orchestrator_config(manifest: Manifest, choice: Choice) -> Message:
     if "vae_encoder" in manifest.components:
         inputs += [_asked("init_image", "TYPE_UINT8", dims=[-1, -1, 3]), _asked("strength", "TYPE_FP32")]
         inputs += [_asked("mask", "TYPE_UINT8", dims=[-1, -1])]
+    if PICTURE in {port.name for port in denoiser.inputs}:
+        inputs += [_asked("control", "TYPE_UINT8", dims=[-1, -1, 3]), _asked("control_scale", "TYPE_FP32")]
     return {
         "name": choice.name,
         "backend": "python",

@@ -20,6 +20,7 @@ import numpy as np
 
 from obsdiff_runtime.backends.numbers import DTYPES
 from obsdiff_runtime.bundle import Bundle, ComponentEntry, TensorEntry, open_bundle
+from obsdiff_runtime.controls import Control
 from obsdiff_runtime.drawing import Drawing, companies, step_together
 from obsdiff_runtime.errors import CancelledError, ConfigError, ObsdiffError, RunError
 from obsdiff_runtime.pipeline import Pipeline
@@ -193,7 +194,11 @@ class Orchestrator:
             call.setdefault("seed", secrets.randbelow(SEEDS))
             sizes = (call.get(name) for name in ("num_inference_steps", "guidance_scale", "height", "width"))
             settings = self._pipeline.resolver.resolve(
-                *sizes, image=image, mask="mask" in call, strength=call.get("strength")
+                *sizes,
+                image=image,
+                mask="mask" in call,
+                control=Control(pixels=call["control"]) if "control" in call else None,
+                strength=call.get("strength"),
             )
             self._bounds.check(texts, settings, self._pipeline.bundle.manifest.defaults)
             calls.append(call)
@@ -205,7 +210,7 @@ class Orchestrator:
         if tensor is None:
             return None
         array = tensor.as_numpy()
-        if name in ("init_image", "mask"):
+        if name in PICTURES:
             return list(array)
         values = array.reshape(-1).tolist()
         try:
@@ -266,7 +271,10 @@ INPUTS: Final = (
     "init_image",
     "mask",
     "strength",
+    "control",
+    "control_scale",
 )
+PICTURES: Final = ("init_image", "mask", "control")
 OURS: Final = (MAX_STEPS, MAX_PIXELS, MAX_PROMPT, DENOISER_ROWS)
 
 

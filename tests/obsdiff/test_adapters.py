@@ -300,6 +300,16 @@ def test_wrong_arguments_are_answered_plainly(pruned: Path, lora_file: Path, sd3
         verbs.lora(pruned, garbage, tmp_path / "out.safetensors")
 
 
+def test_a_layout_that_diffusers_does_not_know_is_a_sentence_and_no_list(tmp_path: Path) -> None:
+    keys = [f"lora_unet_transformer_blocks_{block}_attn_to_{part}" for block in range(50) for part in "qkv"]
+    tensors = {f"{key}.lora_{way}.weight": torch.zeros(2, 2) for key in keys for way in ("down", "up")}
+    save_file(tensors, tmp_path / "odd.safetensors")
+    with pytest.raises(ModelError, match=r"odd\.safetensors: cannot be read as a LoRA: Incompatible keys") as error:
+        adapters.read(tmp_path / "odd.safetensors", "FluxPipeline", "transformer")
+    assert len(str(error.value)) < 500
+    assert str(error.value).endswith("...")
+
+
 def test_tensors_for_text_encoders_pass_through_a_file_and_are_counted(
     pruned: Path, lora_file: Path, tmp_path: Path
 ) -> None:

@@ -109,7 +109,13 @@ async def read_form(request: Request) -> tuple[ImageRequest, Uploads]:
             else:
                 raise Refused(400, f"{name}: no file of that name is read; give pictures as image", param=name)
     pictures, controls = files[NAMES[0]], files[CONTROL]
-    if not (controls or pictures) or len(pictures) > MOST_PICTURES:
+    if files[MASK] and not pictures:
+        raise Refused(400, f"{MASK}: it says which part of an image is drawn anew; send one as image", param=MASK)
+    if not (controls or pictures):
+        raise Refused(
+            400, f"image: there is none; send a picture, or as {CONTROL} what steers the model", param="image"
+        )
+    if len(pictures) > MOST_PICTURES:
         raise Refused(400, f"image: {len(pictures)} pictures; 1 to {MOST_PICTURES} are taken", param="image")
     for name in (MASK, CONTROL):
         if len(files[name]) > 1:
@@ -139,8 +145,6 @@ async def read_pictures(pipeline: Pipeline, uploads: Uploads, size: tuple[int, i
     if count < least or (most and count > most):
         given = "1 picture" if count == 1 else f"{count} pictures"
         raise Refused(400, f"image: {given}; this model takes {most or f'{least} or more'}", param="image")
-    if uploads.mask is not None and not count:
-        raise Refused(400, f"{MASK}: it says which part of an image is drawn anew; send one as image", param=MASK)
     if uploads.mask is not None and not resolver.changes:
         raise Refused(400, f"{MASK}: this model changes no part of a picture; leave it out", param=MASK)
     if uploads.control is not None and not resolver.choices.control:

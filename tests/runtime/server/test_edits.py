@@ -165,13 +165,13 @@ def test_an_edit_is_streamed_under_its_own_name(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     ("fields", "files", "status", "message"),
     [
-        ({"prompt": PROMPT}, [], 400, "image: 0 pictures; 1 to 4 are taken"),
+        ({"prompt": PROMPT}, [], 400, "image: there is none; send a picture, or as control what steers the model"),
         ({"prompt": PROMPT}, [("image[]", file_of(4, 4))] * 5, 400, "image: 5 pictures"),
         ({}, [("image", file_of(64, 64))], 400, "prompt: field required"),
         ({"prompt": PROMPT, "n": "two"}, [("image", file_of(64, 64))], 400, "n: input should be a valid integer"),
         ({"prompt": PROMPT, "seeds": "3"}, [("image", file_of(64, 64))], 400, "did you mean seed?"),
         ({"prompt": PROMPT}, [("masks", file_of(64, 64))], 400, "masks: no file of that name is read"),
-        ({"prompt": PROMPT}, [("mask", file_of(64, 64))], 400, "image: 0 pictures"),
+        ({"prompt": PROMPT}, [("mask", file_of(64, 64))], 400, "mask: it says which part of an image is drawn anew"),
         ({"prompt": PROMPT}, [("image", file_of(64, 64)), ("mask", file_of(64, 64))], 400, "changes no part of a pict"),
         ({"prompt": PROMPT, **OTHER}, [("image", file_of(8, 8)), *[("mask", file_of(8, 8))] * 2], 400, "mask: 2 files"),
         ({"prompt": PROMPT, **OTHER}, [("image", file_of(8, 8)), ("mask", ("m", b"no"))], 400, "m: no image that can"),

@@ -288,7 +288,7 @@ def _array(name: str, value: Any) -> np.ndarray:
     """One image's input, or a column of several, as a client sends it."""
     if isinstance(value, np.ndarray):
         return value
-    kinds = {"seed": np.int64, "guidance_scale": np.float32, "strength": np.float32}
+    kinds = {"seed": np.int64, "guidance_scale": np.float32, "strength": np.float32, "control_scale": np.float32}
     values = value if isinstance(value, list) else [value]
     if isinstance(values[0], str):
         return np.array([[text.encode()] for text in values], dtype=np.object_)

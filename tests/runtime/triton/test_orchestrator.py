@@ -50,6 +50,19 @@ def test_an_image_can_be_changed(serve: Callable[..., Any], sd3_bundle: Path, al
     np.testing.assert_array_equal(found["image"], alone(PROMPT, seed=1, image=picture, strength=0.5, mask=mask).arrays)
 
 
+def test_a_control_picture_steers(serve: Callable[..., Any], controlnet_pair: tuple[Any, Path]) -> None:
+    bundle = controlnet_pair[1]
+    server, alone = serve(bundle), Pipeline(bundle, threads=1)
+    picture = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
+    asked: dict[str, Any] = {"prompt": PROMPT, "seed": 1, "num_inference_steps": 2}
+    for scale in ({}, {"control_scale": 0.5}):
+        found = server.infer("draw", {**asked, "control": picture[None], **scale})["image"]
+        expected = alone(PROMPT, seed=1, num_inference_steps=2, control=picture, **scale).arrays  # type: ignore[arg-type]
+        np.testing.assert_array_equal(found, expected)
+    plain = server.infer("draw", {**asked, "height": 32, "width": 48})["image"]
+    assert (plain != expected).any()
+
+
 def test_requests_and_rows_of_one_batch_share_the_denoiser(serve: Callable[..., Any], sd3_bundle: Path) -> None:
     server = serve(sd3_bundle)
     single = [server.infer("draw", {"prompt": PROMPT, "seed": seed})["image"][0] for seed in range(3)]
