@@ -47,33 +47,26 @@ def on_device(block: nn.Module) -> Iterator[None]:
 
     Of a block that was not placed by `place` it is there anyway.
     """
-    device = block.__dict__.pop(_PLACE, None)
-    if device is None:
-        yield
-        return
-    host = [tensor.data for tensor in _tensors(block)]
-    for tensor in _tensors(block):
-        tensor.data = tensor.data.to(device)
-    try:
-        yield
-    finally:
-        for tensor, weights in zip(_tensors(block), host, strict=True):
-            tensor.data = weights.copy_(tensor.data)
-        block.__dict__[_PLACE] = device
+    with lent(block) as host:
+        try:
+            yield
+        finally:
+            for tensor, weights in zip(_tensors(block), host, strict=False):
+                weights.copy_(tensor.data)
 
 
 @contextmanager
-def lent(block: nn.Module) -> Iterator[None]:
-    """Keeps a block on the GPU until the end, for several calls of it; its weights are only read."""
+def lent(block: nn.Module) -> Iterator[list[Tensor]]:
+    """The same, for a block that is only read: its weights in the host's memory, none where it is there anyway."""
     device = block.__dict__.pop(_PLACE, None)
     if device is None:
-        yield
+        yield []
         return
     host = [tensor.data for tensor in _tensors(block)]
     for tensor in _tensors(block):
         tensor.data = tensor.data.to(device, non_blocking=True)
     try:
-        yield
+        yield host
     finally:
         for tensor, weights in zip(_tensors(block), host, strict=True):
             tensor.data = weights

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -139,15 +140,16 @@ def test_a_block_that_is_measured_comes_once_for_all_probes(build_pipeline: Buil
             return measure(denoiser, linears, measured, *rest, **more)
 
         @contextmanager
-        def counted(block: nn.Module) -> Iterator[None]:
+        def counted(block: nn.Module) -> Iterator[list[torch.Tensor]]:
             away = offloading.is_away(block)
-            with lent(block):
+            with lent(block) as host:
                 assert not offloading.is_away(block)
-                yield
+                yield host
             came[blocks.index(block)] += away
             assert offloading.is_away(block) == away
 
-        patch.setattr(offloading, "lent", counted)
+        stand_in = SimpleNamespace(lent=counted, on_device=offloading.on_device)
+        patch.setattr(sensitivities, "offloading", stand_in)
         patch.setattr(sensitivities, "measure", seen)
         prune(pipeline, sparsity="structured:0.4")
     assert candidates
