@@ -204,7 +204,8 @@ def _heeded(progress: Progress) -> Iterator[Progress]:
 def _smaller(values: Mapping[str, Any]) -> str:
     """What makes a verb need less memory; the method, and so which flag counts, may be named in a file."""
     if "packages" not in values:
-        return "lower --batch-size, --height or --width"
+        flags = [f"--{name.replace('_', '-')}" for name in ("batch_size", "height", "width") if name in values]
+        return f"lower {', '.join(flags)}" if flags else "close other programs, or run it where more is free"
     away = "" if values.get("offload") else "; a model may stay in a GPU's host: obsdiff prune --offload"
     return (
         "lower --batch-size, and --draws or --kept-steps; with a method that does not stream, raise --packages" + away

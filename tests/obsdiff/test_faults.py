@@ -283,6 +283,18 @@ def test_memory_that_runs_out_at_work_names_the_flags_that_count(
     assert "--offload" in line
 
 
+def test_memory_that_runs_out_where_nothing_can_be_lowered_names_no_flag(
+    fails: Fails, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(verbs, "convert", full)
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    line = fails("convert", str(tmp_path / "model.safetensors"), "--base", "x", "-o", str(tmp_path / "out"), code=4)
+    assert line.endswith("out of memory; close other programs, or run it where more is free")
+
+
 @pytest.mark.usefixtures("no_work")
 def test_trt_without_a_builder_names_the_extra_before_the_work(fails: Fails, monkeypatch: pytest.MonkeyPatch) -> None:
     for builder in (Rtx, TensorRt):
