@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from obsdiff import facts, gates, report, turns
+from obsdiff import facts, gates, pictures, report, turns
 from obsdiff.bundling import Delivery, Stages, compare, counts_of, gates_of, obedience_of, report_of, scales_of
 from obsdiff.evaluation import Evaluation, ImagePair
 from obsdiff.gates import Gate
@@ -211,7 +211,8 @@ def _one(
     found = report_of(
         job, result, counts_of(job, dense.denoisers, finished.dense_bytes), finished, evaluation, stages.done
     )
-    return dataclasses.replace(found, recipe=recipe or found.recipe), images
+    untold = pictures.note(job.index, job.recipe.sampling, who="this comparison")
+    return dataclasses.replace(found, recipe=recipe or found.recipe, notes=(*found.notes, *untold)), images
 
 
 def _dense_scores(found: Report) -> dict[float, float] | None:

@@ -254,10 +254,10 @@ def require(pipeline_class: str, sampling: Sampling) -> None:
         raise ConfigError(f"{why}; give some: --references FOLDER")
 
 
-def note(index: Mapping[str, Any], sampling: Sampling) -> tuple[str, ...]:
-    """What a user should know who prunes a denoiser that is told pictures, and gives none.
+def note(index: Mapping[str, Any], sampling: Sampling, *, who: str = "calibration") -> tuple[str, ...]:
+    """What a user should know who prunes, or compares, a denoiser that is told pictures, and gives none.
 
-    `index` is the pipeline's configuration, as in model_index.json.
+    `index` is the pipeline's configuration, as in model_index.json, and `who` draws.
     """
     pipeline_class = str(index["_class_name"])
     why, masks = _why_needed(pipeline_class), references.masks_frames(index)
@@ -267,22 +267,22 @@ def note(index: Mapping[str, Any], sampling: Sampling) -> tuple[str, ...]:
         return (f"{why}; calibration and comparison want --references FOLDER",)
     if masks:
         return (
-            "films of this pipeline can begin with a picture, and calibration draws none that do; --references FOLDER "
-            "gives them some",
+            f"films of this pipeline can begin with a picture, and {who} draws none that do; --references FOLDER gives "
+            "them some",
         )
     if controls.steers(pipeline_class):
         return (
-            "a ControlNet steers this denoiser, and calibration draws without; --references FOLDER gives it control "
+            f"a ControlNet steers this denoiser, and {who} draws without; --references FOLDER gives it control "
             "pictures, such as edges or depths",
         )
     if fills.keeps(pipeline_class):
         return (
-            "this denoiser is told what stays of a picture, and calibration draws all of it anew; --references FOLDER "
-            "gives it pictures of which a box is drawn anew",
+            f"this denoiser is told what stays of a picture, and {who} draws all of it anew; --references FOLDER gives "
+            "it pictures of which a box is drawn anew",
         )
     return (
-        "this denoiser is told pictures, too, and calibration told it none: it looked at prompts alone. --references "
-        "FOLDER shows it some",
+        f"this denoiser is told pictures, too, and {who} told it none: it looked at prompts alone. --references FOLDER "
+        "shows it some",
     )
 
 

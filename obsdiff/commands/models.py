@@ -250,6 +250,7 @@ def evaluate(run: Run) -> None:
         from rich.console import Console
 
         from obsdiff.report import runs_table, summary_table
+        from obsdiff.wording import notes
 
         single = len(evaluated.reports) == 1
         table = (
@@ -257,7 +258,10 @@ def evaluate(run: Run) -> None:
             if single
             else runs_table(evaluated.folders, evaluated.reports, evaluated.spread)
         )
-        Console().print(table)
+        console = Console()
+        console.print(table)
+        for note in dict.fromkeys(note for each in evaluated.reports for note in notes(each)):
+            console.print(f"[yellow]note[/] {note}", highlight=False)
 
     run.print_result(evaluated.to_json(), show)
     evaluated.hold()

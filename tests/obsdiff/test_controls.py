@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 import obsdiff
 from kinds import masked_before_the_cut
 from obsdiff import calibration
+from obsdiff.cli import main
 from obsdiff.families import controls, exporting
 from obsdiff.families.table import FAMILIES
 from obsdiff.recipe import Sampling
@@ -151,3 +152,38 @@ def test_what_is_not_exported_is_said(build_pipeline: Build, change: str, messag
         pipeline.vae.register_to_config(block_out_channels=(8, 16, 16))
     with pytest.raises(ModelError, match=message):
         exporting.denoiser(pipeline, UNET, pipeline.unet, **SIZES)
+
+
+def test_a_comparison_without_control_pictures_says_so(
+    build_pipeline: Build, picture_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build_pipeline("controlnet").save_pretrained(tmp_path / "dense")
+    (tmp_path / "prompts.txt").write_text("a red circle")
+    small = ["--steps", "1", "--height", "32", "--width", "32"]
+    line = [
+        str(tmp_path / "dense"),
+        "--method",
+        "magnitude",
+        "--sparsity",
+        "2:4",
+        "-o",
+        str(tmp_path / "pruned"),
+        *small,
+    ]
+    judged = [str(tmp_path / "pruned"), "--against", str(tmp_path / "dense"), "--eval-prompts", "1", *small]
+    judged += ["--eval-prompts-file", str(tmp_path / "prompts.txt")]
+    assert ended("prune", *line, "--prompts-file", str(tmp_path / "prompts.txt")) == 0
+    capsys.readouterr()
+    for more, says in (([], True), (["--references", str(picture_folder)], False)):
+        assert ended("eval", *judged, *more) == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        assert ("a ControlNet steers this denoiser, and this comparison draws without" in shown) == says
+
+
+def ended(*line: str) -> int:
+    """The exit code of `obsdiff`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["obsdiff", *line])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+    return int(stopped.value.code or 0)
