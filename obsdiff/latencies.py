@@ -34,7 +34,8 @@ def named(asked: str) -> str:
     if table.what == "estimate":
         raise ConfigError(
             f"--allocation {asked}: {path} is an estimate from published peaks for a {table.device}, which says little "
-            f"more than MACs do; measure it there (obsdiff whatif MODEL -o {path}), or use --allocation measured"
+            f"more than MACs do; measure it there (obsdiff whatif MODEL -o {path}; without torch, obsdiff-engines time "
+            f"{path} -o measured.json), or use --allocation measured"
         )
     return f"{PREFIX}{path}#{_digest(path)}"
 

@@ -24,7 +24,12 @@ from obsdiff_runtime.errors import require_file
         ],
         None,
     ),
-    output=option(Path | None, "--output", "-o", text="Write the latency table, for --allocation latency:FILE."),
+    output=option(
+        Path | None,
+        "--output",
+        "-o",
+        text="Write the latency table, for --allocation latency:FILE or obsdiff-engines time.",
+    ),
     html=option(Path | None, "--html", text="Also write a page with charts."),
     minutes=option(float, "--minutes", text="Time to spend on timing.", default=5.0),
     shapes_only=option(
