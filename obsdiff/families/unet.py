@@ -6,12 +6,13 @@ reads
     norm1              attn1.to_q, to_k, to_v    (self-attention)
     heads              attn1.to_out.0
     norm2              attn2.to_q                (cross-attention)
-    the text           attn2.to_k, to_v          the very same tensor in all blocks of the model
+    the text           attn2.to_k, to_v          the very same tensor in all blocks of a network
     heads              attn2.to_out.0
     norm3              ff.net.0.proj             GEGLU: values and gates, one after the other
     neurons            ff.net.2
 
-What was distilled to few steps with guidance is told the scale beside the timestep (`timestep_cond`).
+What was distilled to few steps with guidance is told the scale beside the timestep (`timestep_cond`). Where the UNet
+runs a ControlNet (controls.py), its blocks, down and middle, come before those of the UNet, under "controlnet.".
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,9 +22,10 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from obsdiff.families import layers, parts, reading
+from obsdiff.families import controls, layers, parts, reading
 from obsdiff.groups import Group, LinearSpec, Write
 from obsdiff_export.component import Component
+from obsdiff_runtime.controls import PICTURE, SCALE
 from obsdiff_runtime.errors import ConfigError, ModelError
 from obsdiff_runtime.kinds.scales import GUIDANCE_WAVES
 
@@ -45,10 +47,10 @@ _TIME_IDS = 6
 def linears(denoiser: nn.Module) -> tuple[LinearSpec, ...]:
     """See `Family.linears`. Tiers: attn1 in, attn1 out, attn2 in, attn2 out, into the neurons, out of them."""
     blocks = (
-        (block, prefix, _inputs(module, f"image/{factor}"))
+        (block, prefix, _inputs(module, f"image/{factor}", _text(prefix)))
         for block, (factor, prefix, module) in enumerate(_blocks(denoiser))
     )
-    return layers.of_blocks(denoiser, blocks, _writes, common=(_TEXT,))
+    return layers.of_blocks(denoiser, blocks, _writes, common=(_text(""), _text(controls.PREFIX)))
 
 
 def groups(denoiser: nn.Module) -> tuple[Group, ...]:
@@ -132,14 +134,16 @@ def example(
         inputs["time_ids"] = torch.tensor([*pixels, 0, 0, *pixels], dtype=dtype).repeat(batch, 1)
     if config.time_cond_proj_dim is not None:
         inputs[GUIDANCE_WAVES] = parts.noise(batch, config.time_cond_proj_dim, dtype=dtype)
-    return inputs
+    controlnet = controls.of(denoiser)
+    return inputs if controlnet is None else controls.told(inputs, controls.pixels(controlnet), seeded=True)
 
 
 def arguments(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
     """See `Family.arguments`: what only SDXL has goes into `added_cond_kwargs`."""
     added = {key: value for key, value in inputs.items() if key in ("text_embeds", "time_ids")}
-    plain = {key: value for key, value in inputs.items() if key not in added}
-    return {**plain, "added_cond_kwargs": added or None}
+    plain = {key: value for key, value in inputs.items() if key not in (*added, PICTURE, SCALE)}
+    steering = controls.asked(inputs, added_cond_kwargs=added or None) if PICTURE in inputs else {}
+    return {**plain, **steering, "added_cond_kwargs": added or None}
 
 
 class _Flat(parts.Flat):
@@ -219,12 +223,17 @@ def _blocks(denoiser: nn.Module) -> Iterator[tuple[int, str, nn.Module]]:
 
 
 def _stages(denoiser: nn.Module) -> Iterator[tuple[int, str, nn.Module]]:
+    controlnet = controls.of(denoiser)
+    if controlnet is not None:
+        yield from ((factor, f"{controls.PREFIX}{name}", stage) for factor, name, stage in _stages(controlnet))
     factor = 1
     for child, stage in denoiser.get_submodule("down_blocks").named_children():
         yield factor, f"down_blocks.{child}", stage
         factor *= 2 if layers.present(stage, "downsamplers") else 1
     if layers.present(denoiser, "mid_block"):
         yield factor, "mid_block", denoiser.get_submodule("mid_block")
+    if not layers.present(denoiser, "up_blocks"):  # a ControlNet's
+        return
     for child, stage in denoiser.get_submodule("up_blocks").named_children():
         yield factor, f"up_blocks.{child}", stage
         factor //= 2 if layers.present(stage, "upsamplers") else 1
@@ -241,16 +250,21 @@ def _writes(prefix: str, linear: str) -> Write | None:
     return None
 
 
-def _inputs(block: nn.Module, image: str) -> layers.Inputs:
+def _text(prefix: str) -> str:
+    """Key of the text that the blocks of one network read."""
+    return f"{controls.PREFIX}{_TEXT}" if prefix.startswith(controls.PREFIX) else _TEXT
+
+
+def _inputs(block: nn.Module, image: str, text: str) -> layers.Inputs:
     if block.only_cross_attention:
         yield 0, "norm1", image, ("attn1.to_q",)
-        yield 0, _TEXT, "text", ("attn1.to_k", "attn1.to_v")
+        yield 0, text, "text", ("attn1.to_k", "attn1.to_v")
     else:
         yield 0, "norm1", image, ("attn1.to_q", "attn1.to_k", "attn1.to_v")
     yield 1, "attn1.to_out.0", image, ("attn1.to_out.0",)
     if layers.present(block, "attn2"):
         yield 2, "norm2", image, ("attn2.to_q",)
-        yield 2, _TEXT, "text", ("attn2.to_k", "attn2.to_v")
+        yield 2, text, "text", ("attn2.to_k", "attn2.to_v")
         yield 3, "attn2.to_out.0", image, ("attn2.to_out.0",)
     yield 4, "norm3", image, ("ff.net.0.proj",)
     yield 5, "ff.net.2", image, ("ff.net.2",)

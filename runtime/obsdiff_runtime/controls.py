@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 from obsdiff_runtime.autoencoder import Pixels
 
+NETWORK: Final = "controlnet"
+"""Folder of a ControlNet in a pipeline."""
+
 PICTURE: Final = "controlnet_cond"
 """Input of the graph: the pixels of each latent pixel, (r, 3 * s * s, h, w), from 0 to 1."""
 

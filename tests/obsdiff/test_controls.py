@@ -15,7 +15,8 @@ import obsdiff
 from kinds import masked_before_the_cut
 from obsdiff import calibration
 from obsdiff.cli import main
-from obsdiff.families import controls, exporting
+from obsdiff.families import controls, exporting, unet
+from obsdiff.families.checking import problems
 from obsdiff.families.table import FAMILIES
 from obsdiff.recipe import Sampling
 from obsdiff_export.build import BUILDERS, build
@@ -27,10 +28,16 @@ from obsdiff_runtime.errors import ModelError
 from obsdiff_runtime.pipeline import Pipeline
 
 PROMPTS = ["a red circle", "a blue square", "a star"]
+TEXT = "encoder_hidden_states"
 SIZES = {"height": 32, "width": 48}
 STEPS = 2
 UNET = FAMILIES["unet"]
 Build = Callable[..., Any]
+
+
+def same(found: torch.nn.Module, expected: torch.nn.Module) -> bool:
+    before, after = expected.state_dict(), found.state_dict()
+    return before.keys() == after.keys() and all(torch.equal(value, after[name]) for name, value in before.items())
 
 
 def sampling(folder: Path | None) -> Sampling:
@@ -85,8 +92,8 @@ def test_a_steered_unet_is_pruned_on_control_pictures_cut_saved_and_loaded_by_di
     assert all(torch.equal(value, loaded.controlnet.state_dict()[name]) for name, value in before.items())
     pictures = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(0))
     results = []
-    for unet in (masked[0], pruned.denoiser, loaded.unet):
-        loaded.unet = unet
+    for each in (masked[0], pruned.denoiser, loaded.unet):
+        loaded.unet = each
         with torch.no_grad():
             told = {
                 "num_inference_steps": STEPS,
@@ -96,6 +103,34 @@ def test_a_steered_unet_is_pruned_on_control_pictures_cut_saved_and_loaded_by_di
             results.append(loaded("a red circle", image=pictures, **told)[0])
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
     assert torch.equal(results[2], results[1])
+
+
+@pytest.mark.parametrize("kind", ["controlnet", "controlnet_xl"])
+def test_a_unet_that_runs_its_controlnet_is_what_the_family_says_and_draws_the_same_bits(
+    kind: str, build_pipeline: Build, picture_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy of it runs its own ControlNet. Its graph gives what it gives."""
+    pipeline, asked = build_pipeline(kind), sampling(picture_folder)
+    joined: Any = controls.joined(pipeline)
+    prompts = calibration.encode(pipeline, UNET, PROMPTS, asked)
+    expected = calibration.sample(pipeline, prompts, range(3), asked)
+    assert torch.equal(calibration.sample(joined, prompts, range(3), asked), expected)
+    copied = copy.deepcopy(joined.unet)
+    torch.nn.init.zeros_(controls.networks({"unet": copied})["controlnet"].controlnet_mid_block.weight)
+    joined.unet, original = copied, joined.unet
+    assert not torch.equal(calibration.sample(joined, prompts, range(3), asked), expected)
+    assert torch.equal(calibration.sample(pipeline, prompts, range(3), asked), expected)
+    assert all(
+        same(getattr(controls.apart(joined), name), part) for name, part in controls.networks({"unet": copied}).items()
+    )
+    component, told = unet.component, controls.asked  # text of both networks counts as two, so it has to be two here
+    monkeypatch.setattr(controls, "asked", lambda inputs, **more: told({**inputs, TEXT: inputs[TEXT].clone()}, **more))
+    monkeypatch.setattr(
+        unet,
+        "component",
+        lambda denoiser, **sizes: controls.component(component(denoiser, **sizes), denoiser, pipeline, 2),
+    )
+    assert problems(UNET, original) == []
 
 
 @pytest.mark.slow
