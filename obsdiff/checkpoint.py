@@ -3,6 +3,7 @@
     <folder>/model_index.json, scheduler/, tokenizer*/, text_encoder*/, vae/     as in the source pipeline
     <folder>/<denoiser>/config.json, *.safetensors                              as diffusers writes them
     <folder>/<denoiser>/obsdiff.json                                            the manifest
+    <folder>/controlnet/     where the UNet ran its ControlNet, which the manifest tells of too (families/controls.py)
 
 Loading builds the empty denoiser from its config, replays the cuts and fills it strictly. Nothing is ever pickled.
 """
@@ -25,6 +26,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from obsdiff import folders, turns, weights
+from obsdiff.families import controls
 from obsdiff.families.table import FAMILIES, family_of
 from obsdiff.folders import MANIFEST, new_folder
 from obsdiff.manifest import PrunedManifest, read_json, read_manifest
@@ -79,10 +81,12 @@ def save_into(
     pruned |= {name: (getattr(pipeline, name), its) for name, its in behind.items()}
     for name, component in _components(pipeline):
         if name not in pruned:
-            save_component(component, folder / name, source / name if source is not None else None)
+            changed = name == controls.NETWORK and controls.covers(manifest.linears)
+            save_component(component, folder / name, None if changed or source is None else source / name)
     for name, (module, its) in pruned.items():
         target = folder / name
-        module.save_pretrained(target, safe_serialization=True)  # type: ignore[operator]
+        network = controls.networks({name: module})[name]
+        network.save_pretrained(target, safe_serialization=True)  # type: ignore[operator]
         rewrite_config(target / "config.json")
         _write_json(target / MANIFEST, its.model_dump(mode="json"))
         _check_loads(target)
@@ -118,8 +122,9 @@ def load(folder: Path, *, dtype: torch.dtype | None = None) -> DiffusionPipeline
     denoisers = {
         name: load_denoiser(folder / name, dtype=dtype) for name in turns.names(read_json(folder / INDEX), family)
     }
+    given = controls.networks(denoisers)
     try:
-        return assemble(folder, denoisers, dtype=dtype or weights.main_dtype(denoisers[family.denoiser]))
+        return assemble(folder, given, dtype=dtype or weights.main_dtype(given[family.denoiser]))
     except (OSError, ValueError, SafetensorError) as error:
         raise BundleError(f"{folder}: {error}") from error
 
@@ -176,6 +181,8 @@ def require_manifest(folder: Path) -> PrunedManifest:
 def empty_denoiser(folder: Path) -> nn.Module:
     """The denoiser in a folder, shrunk as its manifest says, parameters on the meta device.
 
+    Of a UNet that was pruned with its ControlNet both; see controls.join.
+
     Raises:
         BundleError: the config is missing, or the manifest's cuts do not fit it.
     """
@@ -187,6 +194,9 @@ def empty_denoiser(folder: Path) -> nn.Module:
     try:
         with init_empty_weights(include_buffers=False):
             denoiser: nn.Module = getattr(diffusers, name).from_config(config)
+            if controls.covers(manifest.linears):
+                steering = read_json(folder.parent / controls.NETWORK / "config.json")
+                denoiser = controls.join(denoiser, diffusers.ControlNetModel.from_config(steering))
     except (TypeError, ValueError) as error:
         raise BundleError(f"{folder / 'config.json'}: {error}") from None
     replay(denoiser, manifest, folder)
@@ -196,6 +206,8 @@ def empty_denoiser(folder: Path) -> nn.Module:
 def replay(denoiser: nn.Module, manifest: PrunedManifest, folder: Path) -> None:
     """Changes a dense denoiser, on any device: makes the cuts of the manifest in that folder.
 
+    Those of a ControlNet only where the denoiser runs it.
+
     Raises:
         BundleError: they do not fit it.
     """
@@ -204,8 +216,10 @@ def replay(denoiser: nn.Module, manifest: PrunedManifest, folder: Path) -> None:
     for group, cut in manifest.groups.items():
         if units.get(group, cut.units) != cut.units:
             raise BundleError(f"{folder / MANIFEST}: {group} has {units[group]} units in the config, not {cut.units}")
+    absent = controls.PREFIX if controls.of(denoiser) is None else ()
+    keep = {name: units for name, units in manifest.keep.items() if not name.startswith(absent)}
     try:
-        shrink(denoiser, family, manifest.keep)
+        shrink(denoiser, family, keep)
     except ValueError as error:
         raise BundleError(f"{folder / MANIFEST}: {error}") from None
 
@@ -218,9 +232,10 @@ def load_denoiser(folder: Path, *, dtype: torch.dtype | None = None) -> nn.Modul
         CompatibilityError: the manifest is of a newer schema.
     """
     denoiser = empty_denoiser(folder)
-    wide = getattr(denoiser, "_keep_in_fp32_modules", None) or ()
-    found = weights.read(folder, denoiser.state_dict(), dtype=dtype, wide=wide)
-    denoiser.load_state_dict(found, strict=True, assign=True)
+    for name, network in controls.networks({folder.name: denoiser}).items():
+        wide = getattr(network, "_keep_in_fp32_modules", None) or ()
+        found = weights.read(folder.parent / name, network.state_dict(), dtype=dtype, wide=wide)
+        network.load_state_dict(found, strict=True, assign=True)
     return denoiser
 
 
@@ -237,17 +252,20 @@ def stored_denoiser(folder: Path, *, variant: str | None = None) -> nn.Module:
         config = read_json(folder / "config.json")
         with init_empty_weights(include_buffers=False):
             denoiser = getattr(diffusers, str(config["_class_name"])).from_config(config).eval()
-    weights.leave(denoiser, folder, variant=variant)
+    for name, network in controls.networks({folder.name: denoiser}).items():
+        weights.leave(network, folder.parent / name, variant=variant)
     return denoiser
 
 
 def _check_loads(folder: Path) -> None:
     """A last look before the folder gets its name: what was written must be readable."""
-    expected = empty_denoiser(folder).state_dict()
-    written = weights.shapes(folder)
-    for name in expected.keys() | written.keys():
-        if name not in written or name not in expected or written[name] != expected[name].shape:
-            raise BundleError(f"{folder}: tensor {name} was not written as the manifest says; nothing was saved")
+    for part, network in controls.networks({folder.name: empty_denoiser(folder)}).items():
+        expected = network.state_dict()
+        place = folder.parent / part
+        written = weights.shapes(place)
+        for name in expected.keys() | written.keys():
+            if name not in written or name not in expected or written[name] != expected[name].shape:
+                raise BundleError(f"{place}: tensor {name} was not written as the manifest says; nothing was saved")
 
 
 def _components(pipeline: DiffusionPipeline) -> list[tuple[str, Any]]:

@@ -12,6 +12,7 @@ from typing import Any, Final
 from obsdiff import facts, gates, pictures, report, turns
 from obsdiff.bundling import Delivery, Stages, compare, counts_of, gates_of, obedience_of, report_of, scales_of
 from obsdiff.evaluation import Evaluation, ImagePair
+from obsdiff.families import controls
 from obsdiff.gates import Gate
 from obsdiff.job import computable, open_job, require_same_config
 from obsdiff.job import load as load_model
@@ -30,6 +31,11 @@ from obsdiff_runtime.progress import Progress, silent
 
 SHOWN: Final = 12
 """Picture pairs kept of each of several folders; of one folder, all."""
+
+_UNSEEN: Final = (
+    "the ControlNet was pruned, too, and is neither compared nor counted here: --references FOLDER gives it control "
+    "pictures",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +175,12 @@ def _one(
     keep_images: int | None,
     progress: Progress,
 ) -> tuple[Report, tuple[ImagePair, ...]]:
-    other = load_pipeline(folder, dtype=main_dtype(dense.denoiser), device=dense.pipeline.device)
+    other = load_pipeline(
+        folder,
+        dtype=main_dtype(dense.denoiser),
+        device=dense.pipeline.device,
+        steered=settings.references is not None,
+    )
     if other.manifest is None:
         raise ConfigError(f"{folder} was not pruned by obsdiff; `obsdiff prune` makes such a folder")
     require_same_config(dense, other)
@@ -205,14 +216,16 @@ def _one(
             keep_images=keep_images,
         )
     finished = Delivery(
-        dense_bytes=facts.weight_bytes(dense.folder, dense.denoisers),
-        pruned_bytes=facts.weight_bytes(folder, other.denoisers),
+        dense_bytes=facts.weight_bytes(dense.folder, dense.folders),
+        pruned_bytes=facts.weight_bytes(folder, other.folders),
     )
     found = report_of(
         job, result, counts_of(job, dense.denoisers, finished.dense_bytes), finished, evaluation, stages.done
     )
+    pruned_too = controls.covers(other.manifest.linears)
+    unseen = _UNSEEN if pruned_too and controls.of(other.denoiser) is None else ()
     untold = pictures.note(job.index, job.recipe.sampling, who="this comparison")
-    return dataclasses.replace(found, recipe=recipe or found.recipe, notes=(*found.notes, *untold)), images
+    return dataclasses.replace(found, recipe=recipe or found.recipe, notes=(*found.notes, *(unseen or untold))), images
 
 
 def _dense_scores(found: Report) -> dict[float, float] | None:

@@ -17,7 +17,7 @@ from obsdiff.checkpoint import DEFAULTS, unsaved
 from obsdiff.configs import DEFAULTS_KEY, require_alike, require_known_pipeline, require_known_turns
 from obsdiff.defaults import Defaults, defaults_of, vae_scale
 from obsdiff.estimates import Streams, Workload
-from obsdiff.families import HELP, Family, generic, rows
+from obsdiff.families import HELP, Family, controls, generic, rows
 from obsdiff.families.table import family_of
 from obsdiff.latencies import Times
 from obsdiff.loading import LoadedPipeline, load_configs, load_pipeline, shipped_pipeline
@@ -145,11 +145,23 @@ def streams_of(recipe: Recipe) -> Streams:
     )
 
 
-def open_job(settings: Settings, *, sparsity_required: bool = True) -> Job:
+def open_job(settings: Settings, *, sparsity_required: bool = True, steered: bool = False) -> Job:
+    """The job that the settings name.
+
+    Args:
+        settings: model, sparsity and the rest.
+        sparsity_required: whether no sparsity is an error, or none.
+        steered: count a ControlNet as part of the UNet also where there are no control pictures.
+
+    Raises:
+        ConfigError, ModelError: there is no such model, or nothing that it can be asked for.
+    """
     if settings.sparsity is None and not sparsity_required:
         settings = dataclasses.replace(settings, sparsity="structured:0")
     source = settings.model or shipped_pipeline()
-    denoiser, family, configs, behind = load_configs(source, revision=settings.revision)
+    denoiser, family, configs, behind = load_configs(
+        source, revision=settings.revision, steered=steered or settings.references is not None
+    )
     defaults = defaults_of(None, configs)
     recipe = resolve(settings, model=name_of(settings), family=family, defaults=defaults)
     select(recipe, family.linears(denoiser), family.groups(denoiser))
@@ -208,13 +220,16 @@ def name_of(settings: Settings) -> str:
     return settings.model or "the shipped pipeline"
 
 
-def load(settings: Settings, *, offload: bool = False, low_memory: bool = False) -> LoadedPipeline:
+def load(
+    settings: Settings, *, offload: bool = False, low_memory: bool = False, steered: bool = False
+) -> LoadedPipeline:
     """The pipeline that the settings name.
 
     Args:
         settings: model and device.
         offload: follow `settings.offload`, which `require_offloadable` has allowed.
         low_memory: follow `settings.low_memory`, which `require_nothing_computed` has allowed.
+        steered: as for `open_job`.
 
     Raises:
         ConfigError: the settings say one of these where it is not followed, or name a device that torch cannot use
@@ -241,6 +256,7 @@ def load(settings: Settings, *, offload: bool = False, low_memory: bool = False)
         device=device,
         offload=bool(settings.offload and offload),
         low_memory=bool(settings.low_memory and low_memory),
+        steered=steered or settings.references is not None,
     )
 
 
@@ -272,8 +288,8 @@ def require_nothing_computed(settings: Settings) -> None:
             raise ConfigError(f"--low-memory runs no model, so --{name.replace('_', '-')} cannot go with it: {why}")
 
 
-def given(pipeline: DiffusionPipeline) -> LoadedPipeline:
-    """A pipeline object, as if it had been loaded.
+def given(pipeline: DiffusionPipeline, *, steered: bool = False) -> LoadedPipeline:
+    """A pipeline object, as if it had been loaded; `steered` as for `load_pipeline`.
 
     Raises:
         ModelError: it has no denoiser, or one of no known family, or its denoisers take turns that are not known.
@@ -299,6 +315,8 @@ def given(pipeline: DiffusionPipeline) -> LoadedPipeline:
     if (folder / DEFAULTS).is_file():
         configs[DEFAULTS_KEY] = read_json(folder / DEFAULTS, ModelError)
     defaults = defaults_of(folder, configs)
+    if steered:
+        pipeline = controls.joined(pipeline)
     return LoadedPipeline(pipeline=pipeline, family=family, folder=folder, defaults=defaults)
 
 
@@ -380,6 +398,6 @@ def require_disk_for(loaded: LoadedPipeline, output: Path, denoiser_bytes: int) 
     others = sum(
         path.stat().st_size
         for path in loaded.folder.glob("*/*.safetensors")
-        if path.parent.name not in loaded.denoisers and not path.is_symlink()
+        if path.parent.name not in loaded.folders and not path.is_symlink()
     )
     require_disk(output, denoiser_bytes + others)

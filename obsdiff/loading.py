@@ -17,7 +17,7 @@ from obsdiff import checkpoint, offloading, turns, weights
 from obsdiff.checkpoint import INDEX
 from obsdiff.configs import read_configs, read_family, read_index
 from obsdiff.defaults import Defaults, defaults_of
-from obsdiff.families import Family
+from obsdiff.families import Family, controls
 from obsdiff.families.table import family_of
 from obsdiff.folders import MANIFEST, is_variant
 from obsdiff.hub import fetch_configs, fetch_pipeline
@@ -55,6 +55,11 @@ class LoadedPipeline:
         """By name, in turn."""
         return turns.modules(self.pipeline, self.family)
 
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """Of their networks: a UNet that runs its ControlNet consists of two."""
+        return tuple(controls.networks(self.denoisers))
+
 
 class ModelConfigs(NamedTuple):
     """A model without its weights.
@@ -87,6 +92,7 @@ def load_pipeline(
     device: str | torch.device = "cpu",
     offload: bool = False,
     low_memory: bool = False,
+    steered: bool = False,
     local_files_only: bool = False,
 ) -> LoadedPipeline:
     """The pipeline that a name means.
@@ -99,6 +105,7 @@ def load_pipeline(
         device: where to put it.
         offload: leave what the device need not hold in the host's memory; see offloading.
         low_memory: leave the weights of denoiser and text encoders in their files: they can be exported, not run.
+        steered: there are control pictures, so that a ControlNet is part of the UNet; see controls.joined.
         local_files_only: do not ask the Hub; HF_HUB_OFFLINE=1 does the same.
 
     Raises:
@@ -123,6 +130,8 @@ def load_pipeline(
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             component.eval()
+    if steered:
+        pipeline = controls.joined(pipeline)
     if offload:
         for each in turns.families(pipeline, family):
             offloading.place(pipeline, each, torch.device(device))
@@ -138,12 +147,15 @@ def load_pipeline(
     )
 
 
-def load_configs(model: str | Path, *, revision: str | None = None, local_files_only: bool = False) -> ModelConfigs:
+def load_configs(
+    model: str | Path, *, revision: str | None = None, steered: bool = False, local_files_only: bool = False
+) -> ModelConfigs:
     """A model's shape, from its configurations alone; no weights are read or fetched.
 
     Args:
         model: as for `load_pipeline`; also a denoiser's folder, or its configuration, a JSON file.
         revision: branch, tag or commit on the Hub.
+        steered: as for `load_pipeline`.
         local_files_only: do not ask the Hub.
 
     Raises:
@@ -158,7 +170,12 @@ def load_configs(model: str | Path, *, revision: str | None = None, local_files_
     index = read_index(path)
     family = read_family(path, index)
     configs = read_configs(path, index)
-    denoisers = {name: _empty(path / name / "config.json", configs[name]) for name in turns.names(index, family)}
+    steering = configs.get(controls.NETWORK)
+    if not steered or not controls.joins(index, steering):
+        steering = None
+    denoisers = {
+        name: _empty(path / name / "config.json", configs[name], steering) for name in turns.names(index, family)
+    }
     denoiser = denoisers.pop(family.denoiser)
     return ModelConfigs(denoiser, family, configs, denoisers)
 
@@ -186,7 +203,10 @@ def _load_dense(
 
 def _left(folder: Path, index: Mapping[str, Any], family: Family, variant: str | None) -> dict[str, nn.Module]:
     """Denoiser and text encoders whose weights stay in their files."""
-    found = {name: checkpoint.stored_denoiser(folder / name, variant=variant) for name in turns.names(index, family)}
+    denoisers = {
+        name: checkpoint.stored_denoiser(folder / name, variant=variant) for name in turns.names(index, family)
+    }
+    found = controls.networks(denoisers)
     for name, entry in index.items():
         if name.startswith("text_encoder") and entry[0] == "transformers":
             encoder = weights.stored_encoder(folder / name, entry[1], variant=variant)
@@ -245,12 +265,17 @@ def _bare(path: Path) -> ModelConfigs:
     return ModelConfigs(_empty(file, config), family, {family.denoiser: config})
 
 
-def _empty(file: Path, config: Mapping[str, Any]) -> nn.Module:
-    """The denoiser of this file's configuration on the meta device; cuts of a pruned one, beside it, are replayed."""
+def _empty(file: Path, config: Mapping[str, Any], steering: Mapping[str, Any] | None = None) -> nn.Module:
+    """The denoiser of this file's configuration on the meta device; cuts of a pruned one, beside it, are replayed.
+
+    `steering` is the configuration of the ControlNet that it runs.
+    """
     name = str(config["_class_name"])
     try:
         with torch.device("meta"):
             denoiser: nn.Module = getattr(diffusers, name).from_config(dict(config))
+            if steering is not None:
+                denoiser = controls.join(denoiser, diffusers.ControlNetModel.from_config(dict(steering)))
     except (TypeError, ValueError) as error:
         raise ModelError(f"{file}: {first_line(error)}") from None
     if (file.parent / MANIFEST).is_file():

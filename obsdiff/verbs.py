@@ -30,7 +30,7 @@ from obsdiff.comparison import as_stored, hold
 from obsdiff.comparison import evaluate as evaluate
 from obsdiff.decoding import decoding
 from obsdiff.evaluation import check_size
-from obsdiff.families import require_described
+from obsdiff.families import controls, require_described
 from obsdiff.folders import check_free, new_folder
 from obsdiff.gates import Gate
 from obsdiff.job import (
@@ -139,8 +139,8 @@ def prune(
         **settings: the flags of `obsdiff prune`.
     """
     if isinstance(model, DiffusionPipeline):
-        loaded = given(model)
         asked = Settings(**settings)
+        loaded = given(model, steered=asked.references is not None)
         if asked.offload:
             raise ConfigError("offload=True is for a model by its name: a pipeline in memory lies where it lies")
         name = str(model.config.get("_name_or_path") or type(model).__name__)
@@ -151,9 +151,11 @@ def prune(
     check_size_of(loaded, recipe.sampling)
     restore = remember_dtypes(loaded.pipeline)
     try:
-        return pruning.prune(loaded.pipeline, loaded.family, recipe, stored=computable(loaded), progress=progress)
+        pruned = pruning.prune(loaded.pipeline, loaded.family, recipe, stored=computable(loaded), progress=progress)
     finally:
         restore()
+    own = model if isinstance(model, DiffusionPipeline) else controls.apart(loaded.pipeline)
+    return dataclasses.replace(pruned, pipeline=own)
 
 
 def save(pruned: Pruned, folder: Path | str, *, source: Path | None = None, force: bool = False) -> None:
@@ -187,7 +189,7 @@ def prune_to_folder(
     require_disk_for(loaded, output, 2 * weights)
     restore, stored = remember_dtypes(loaded.pipeline), computable(loaded)
     journal = FolderJournal(output, job.recipe.digest(), resume=resume)
-    size = facts.weight_bytes(loaded.folder, loaded.denoisers)
+    size = facts.weight_bytes(loaded.folder, loaded.folders)
     before, stages = counts_of(job, loaded.denoisers, size), Stages()
     with stages("calibrate and prune"):
         pruned = _prune(loaded, job, stored, journal, progress)
@@ -195,7 +197,7 @@ def prune_to_folder(
     with new_folder(output, force=force) as folder:
         manifest, behind = _manifests_after(pruned, loaded.folder)
         checkpoint.save_into(folder, pruned.pipeline, pruned.denoiser, manifest, behind=behind, source=loaded.folder)
-        finished = Delivery(dense_bytes=size, pruned_bytes=facts.weight_bytes(folder, loaded.denoisers))
+        finished = Delivery(dense_bytes=size, pruned_bytes=facts.weight_bytes(folder, loaded.folders))
         nothing = NotMeasured(why="prune compares nothing; obsdiff eval does")
         found = report_of(job, pruned, before, finished, nothing, stages.done)
         found = dataclasses.replace(found, licence=card.licence_of(loaded.folder))
@@ -261,7 +263,7 @@ def export(
     stages = Stages()
     with stages("load"):
         loaded = load_model(settings, low_memory=True)
-        require_disk_for(loaded, output, 3 * weights or facts.weight_bytes(loaded.folder, loaded.denoisers))
+        require_disk_for(loaded, output, 3 * weights or facts.weight_bytes(loaded.folder, loaded.folders))
         judges = judges_of(settings, obeys=obedience_of(loaded.defaults), device=loaded.pipeline.device)
         gates, scales = gates_of(settings, judges), scales_of(settings, judges)
         stored = computable(loaded)
