@@ -273,7 +273,7 @@ def note(index: Mapping[str, Any], sampling: Sampling, *, who: str = "calibratio
     if controls.steers(pipeline_class):
         return (
             f"a ControlNet steers this denoiser, and {who} draws without; --references FOLDER gives it control "
-            "pictures, such as edges or depths, by which the ControlNet is pruned, too",
+            "pictures, such as edges or depths",
         )
     if fills.keeps(pipeline_class):
         return (

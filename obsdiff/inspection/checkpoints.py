@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -13,6 +13,7 @@ import numpy as np
 from obsdiff.folders import MANIFEST, component_files
 from obsdiff.inspection.stored import StoredTensor, tensors
 from obsdiff_export.survey import WIDTHS, holding
+from obsdiff_runtime.controls import NETWORK
 from obsdiff_runtime.errors import BundleError
 from obsdiff_runtime.progress import Progress, silent
 from obsdiff_runtime.turns import BEHIND
@@ -71,7 +72,8 @@ class CheckpointContent:
     Attributes:
         path: the folder that was asked about.
         pipeline_class: of the pipeline, "" where the folder is the denoiser's alone.
-        denoiser: its folder's name and class: "transformer SD3Transformer2DModel".
+        denoiser: its folder's name and class: "transformer SD3Transformer2DModel"; where it was pruned with its
+            ControlNet, whose linears are called "controlnet....", that one's behind it.
         created_by, family, sparsity: as the manifest says; "" where there is none.
         kept: group -> (units kept, units before), of the groups that were cut.
         parameters, zeros: numbers in the stored weights, and how many of them are zero; None where a type is not known.
@@ -122,11 +124,14 @@ def read(path: Path, progress: Progress = silent) -> CheckpointContent:
         raise BundleError(f"{path}: no safetensors in {' or '.join(DENOISERS)}; is the checkpoint complete?")
     manifest = _manifest(folder)
     records = {} if manifest is None else manifest.linears
-    weighed = _weigh(component_files(folder)[0], records, progress)
+    beside = folder.parent / NETWORK
+    steered = any(name.startswith(f"{NETWORK}.") for name in records) and beside.is_dir()
+    folders = {folder: "", beside: f"{NETWORK}."} if steered else {folder: ""}
+    weighed = _weigh(folders, records, progress)
     return CheckpointContent(
         path=str(path),
         pipeline_class=_class_of(path / INDEX),
-        denoiser=f"{folder.name} {_class_of(folder / 'config.json')}".strip(),
+        denoiser=", ".join(f"{each.name} {_class_of(each / 'config.json')}".strip() for each in folders),
         created_by="" if manifest is None else manifest.created_by,
         family="" if manifest is None else manifest.family,
         sparsity="" if manifest is None else manifest.sparsity,
@@ -155,16 +160,16 @@ class _Weighed:
         self.linears: list[StoredLinear] = []
         self.unknown: list[str] = []
 
-    def add(self, tensor: StoredTensor, records: "Mapping[str, LinearRecord]") -> None:
-        """Counts one."""
+    def add(self, tensor: StoredTensor, prefix: str, records: "Mapping[str, LinearRecord]") -> None:
+        """Counts one; names of linears have the prefix."""
         self.parameters += prod(tensor.shape)
         if tensor.bits is None:
             if prod(tensor.shape):
                 self.unknown.append(f"{tensor.name}: {tensor.dtype} is not known here, so its zeros are not counted")
             return
-        name = tensor.name.removesuffix(".weight")
-        if name != tensor.name and (tensor.bits.ndim == 2 or name in records):
-            linear = _linear(tensor, tensor.bits.reshape(len(tensor.bits), -1), records.get(name))
+        name = f"{prefix}{tensor.name}".removesuffix(".weight")
+        if tensor.name.endswith(".weight") and (tensor.bits.ndim == 2 or name in records):
+            linear = _linear(name, tensor, tensor.bits.reshape(len(tensor.bits), -1), records.get(name))
             self.zeros += round((linear.zeros or 0) * tensor.bits.size)
             self.linears.append(linear)
         else:
@@ -184,21 +189,25 @@ class _Weighed:
         return [*self.unknown, *lost, *broken]
 
 
-def _weigh(files: Sequence[Path], records: "Mapping[str, LinearRecord]", progress: Progress) -> _Weighed:
+def _weigh(folders: Mapping[Path, str], records: "Mapping[str, LinearRecord]", progress: Progress) -> _Weighed:
+    """What is in some folders; names of linears in each have a prefix of its own."""
     weighed = _Weighed()
-    for index, file in enumerate(sorted(files)):
+    files = [(file, prefix) for folder, prefix in folders.items() for file in sorted(component_files(folder)[0])]
+    for index, (file, prefix) in enumerate(files):
         progress("weights", index, len(files), file.name)
         weighed.bytes += file.stat().st_size
         for tensor in tensors(file):
-            weighed.add(tensor, records)
+            weighed.add(tensor, prefix, records)
     progress("weights", len(files), len(files))
     return weighed
 
 
-def _linear(tensor: StoredTensor, bits: np.ndarray[Any, np.dtype[Any]], record: "LinearRecord | None") -> StoredLinear:
+def _linear(
+    name: str, tensor: StoredTensor, bits: np.ndarray[Any, np.dtype[Any]], record: "LinearRecord | None"
+) -> StoredLinear:
     zeros, holds = holding(bits, tensor.mask)
     return StoredLinear(
-        name=tensor.name.removesuffix(".weight"),
+        name=name,
         k=tensor.shape[1],
         n_out=tensor.shape[0],
         dtype=tensor.dtype,

@@ -198,7 +198,7 @@ def _graphs(subject: Subject, component: str, settings: Settings, runner: Runner
 
 def _of_model(subject: Subject, settings: Settings, runner: Runner, folder: Path) -> _Graphs:
     """Loads the model; exports its denoiser as it is, and once more without the units of least magnitude."""
-    loaded = job.load(settings)
+    loaded = job.load(settings, steered=True)
     job.computable(loaded)
 
     def export(name: str) -> Path:

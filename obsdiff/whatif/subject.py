@@ -125,7 +125,7 @@ def subject_of(settings: Settings) -> Subject:
     bundle = _bundle(settings.model)
     if bundle is not None:
         settings = _served(settings, bundle)
-    job = open_job(settings, sparsity_required=False)
+    job = open_job(settings, sparsity_required=False, steered=True)
     require_described(job.family, "obsdiff whatif")
     linears, groups = select(
         replace(job.recipe, protect_first=0, protect_last=0),

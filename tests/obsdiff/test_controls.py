@@ -22,6 +22,7 @@ from obsdiff.evaluation import evaluate
 from obsdiff.families import controls, exporting, unet
 from obsdiff.families.checking import problems
 from obsdiff.families.table import FAMILIES
+from obsdiff.inspection import checkpoints
 from obsdiff.job import given
 from obsdiff.loading import load_pipeline
 from obsdiff.manifest import read_manifest
@@ -30,6 +31,7 @@ from obsdiff.recipe import Sampling
 from obsdiff.resolving import resolve
 from obsdiff.results import PackageResult
 from obsdiff.settings import Settings
+from obsdiff.whatif.subject import subject_of
 from obsdiff_export.build import BUILDERS, build
 from obsdiff_export.onnx import export
 from obsdiff_export.pattern import check
@@ -258,6 +260,42 @@ def test_a_controlnet_that_is_excluded_or_told_no_picture_stays_dense(
     obsdiff.save(pruned, tmp_path / "out")
     assert same(obsdiff.load(tmp_path / "out").controlnet, dense)  # type: ignore[attr-defined]
     assert not any(name.startswith("controlnet") for name in read_manifest(tmp_path / "out" / "unet").linears)
+
+
+def test_what_is_told_of_a_folder_counts_both_networks(
+    build_pipeline: Build, picture_folder: Path, tmp_path: Path
+) -> None:
+    """Where there are control pictures; a comparison without says that it leaves the ControlNet out."""
+    pipeline = build_pipeline("controlnet")
+    pipeline.save_pretrained(tmp_path / "dense")
+    sizes = [sum(each.numel() for each in getattr(pipeline, name).parameters()) for name in NETWORKS]
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    files = {"model": str(tmp_path / "dense"), "prompts_file": str(tmp_path / "prompts.txt")}
+    asked = Settings(sparsity="structured:0.25+2:4", **files, **SMALL)
+    with_pictures = dataclasses.replace(asked, references=str(picture_folder))
+    planned, alone = verbs.plan(with_pictures), verbs.plan(asked)
+    assert (planned.parameters_before, alone.parameters_before) == (sum(sizes), sizes[0])
+    assert (len(planned.layers), len(alone.layers)) == (60, 40)
+    assert planned.macs_before > 1.3 * alone.macs_before
+    assert len(subject_of(asked).linears) == 60
+    verbs.prune_to_folder(with_pictures, tmp_path / "out")
+    both = sum((tmp_path / "out" / name / "diffusion_pytorch_model.safetensors").stat().st_size for name in NETWORKS)
+    content = checkpoints.read(tmp_path / "out")
+    assert content.denoiser == "unet UNet2DConditionModel, controlnet ControlNetModel"
+    assert (content.parameters, content.bytes, content.notes) == (planned.parameters_after, both, ())
+    assert sum(linear.pattern == "2:4" and "2:4" in linear.holds for linear in content.linears) == 60
+    assert "60 of 60 linears were pruned" in (tmp_path / "out" / "README.md").read_text()
+    compared = {"model": None, "sparsity": None, "eval_prompts": 1}
+    for settings, parameters, notes in ((with_pictures, sum(sizes), 0), (asked, sizes[0], 1)):
+        found = verbs.evaluate(tmp_path / "out", str(tmp_path / "dense"), dataclasses.replace(settings, **compared))
+        (report,) = found.reports
+        assert (report.dense.parameters, len(report.layers)) == (parameters, 60)
+        assert sum("the ControlNet was pruned, too" in note for note in report.notes) == notes
+    again = dataclasses.replace(with_pictures, model=str(tmp_path / "out"), sparsity="2:4")
+    assert verbs.plan(again).parameters_before == planned.parameters_after
+    assert verbs.plan(dataclasses.replace(again, model=str(tmp_path / "out" / "unet"), references=None)).layers
+    verbs.prune_to_folder(again, tmp_path / "again")
+    assert read_manifest(tmp_path / "again" / "unet").keep == read_manifest(tmp_path / "out" / "unet").keep
 
 
 def test_a_model_pruned_by_its_name_is_given_back_as_diffusers_has_it(
