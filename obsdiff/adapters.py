@@ -258,9 +258,11 @@ def merge(denoiser: nn.Module, adapter: Adapter, manifest: PrunedManifest, *, st
 
 def write(adapter: Adapter, path: Path, denoiser: str, *, strength: float = 1.0) -> None:
     """A file that diffusers' load_lora_weights reads; the denoiser's scales and strength are in its matrices."""
-    tensors = {name: tensor.contiguous() for name, tensor in adapter.others.items()}
+    tensors = dict(adapter.others)
     for name, delta in adapter.deltas.items():
-        tensors[f"{denoiser}.{name}.lora_A.weight"] = delta.down.contiguous()
-        tensors[f"{denoiser}.{name}.lora_B.weight"] = (delta.up * (delta.scale * strength)).contiguous()
-    save_file(tensors, path, metadata={"format": "pt"})
+        tensors[f"{denoiser}.{name}.lora_A.weight"] = delta.down
+        tensors[f"{denoiser}.{name}.lora_B.weight"] = delta.up * (delta.scale * strength)
+    # diffusers gives parts of a fused layer one and the same matrix, and a file holds none twice
+    own = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    save_file(own, path, metadata={"format": "pt"})
     let_read(path)

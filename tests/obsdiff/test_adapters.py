@@ -234,6 +234,26 @@ def test_kohyas_layout_and_alphas_are_understood(build_denoiser: Callable[..., n
     torch.testing.assert_close(found.deltas[block].product(), torch.full((n, k), RANK * 1.5 / RANK))
 
 
+@pytest.mark.parametrize("pipeline_class", ["FluxPipeline", "ChromaPipeline"])
+def test_a_lora_of_fused_layers_is_written_part_by_part(pipeline_class: str, tmp_path: Path) -> None:
+    """kohya's of FLUX.1, whose width diffusers knows: queries, keys and values share the matrix that reads."""
+    key, width = "lora_unet_double_blocks_0_img_attn_qkv", 3072
+    state = {
+        f"{key}.lora_down.weight": torch.ones(1, width),
+        f"{key}.lora_up.weight": torch.arange(3.0 * width)[:, None],
+        f"{key}.alpha": torch.tensor(1.0),
+    }
+    save_file(state, tmp_path / "kohya.safetensors")
+    adapters.write(
+        adapters.read(tmp_path / "kohya.safetensors", pipeline_class, "transformer"),
+        tmp_path / "out.safetensors",
+        "transformer",
+    )
+    found = adapters.read(tmp_path / "out.safetensors", pipeline_class, "transformer")
+    parts = [found.deltas[f"transformer_blocks.0.attn.to_{part}"].product()[:, 0] for part in "qkv"]
+    assert torch.equal(torch.cat(parts), torch.arange(3.0 * width))
+
+
 def test_what_peft_records_of_the_scale_counts(pruned: Path, sd3_folder: Path, tmp_path: Path) -> None:
     pipeline = load_pipeline(sd3_folder).pipeline
     pipeline.transformer.add_adapter(LoraConfig(r=2, lora_alpha=6, target_modules=["to_q", "to_out.0"]))
