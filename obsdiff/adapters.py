@@ -10,10 +10,10 @@ model. Zeros of a pattern stay zeros only where the LoRA is merged (`merge`).
 
 import inspect
 import re
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Final
 
 import diffusers
@@ -31,10 +31,9 @@ from obsdiff_runtime.errors import ConfigError, ModelError
 NOISES: Final = ("high", "low")
 """What those who train LoRAs of two denoisers that take turns call them in names of files, in their order."""
 
-_TOLD: Final = 240
-"""Characters of what a library says of a file."""
-
 _NOISE: Final = re.compile(r"(?P<which>high|low)[ _.-]?noise", re.IGNORECASE)
+_PEFT: Final = "base_model.model."
+"""What names begin with in a file that PEFT wrote of a denoiser alone, whose scale is in another file."""
 _PARTS: Final = re.compile(r"(?P<module>.+?)\.(?P<half>lora_A|lora_B)(\.default)?\.weight")
 
 
@@ -117,15 +116,18 @@ def read(source: str | Path, pipeline_class: str, denoiser: str) -> Adapter:
     try:
         found = reader(str(path), **wants)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        said = textwrap.shorten(
-            str(error), _TOLD, placeholder=" ..."
-        )  # diffusers names every key that it does not know
-        raise ModelError(f"{source}: cannot be read as a LoRA: {said}") from None
+        said = str(error)  # of diffusers, which may name every tensor
+        raise ModelError(f"{source}: cannot be read as a LoRA: {_advice(said) or shorten(said, 200)}") from None
     tensors, *more = found if isinstance(found, tuple) else (found,)
     told = {key: value for each in more if each for key, value in each.items()}
     return _sorted(
         str(source), convert_unet_state_dict_to_peft(tensors), convert_unet_state_dict_to_peft(told), denoiser
     )
+
+
+def _advice(said: str) -> str | None:
+    """What to do about a file of PEFT's own, if one of its names is in what is said."""
+    return f"{_PEFT} is PEFT's own; save it with save_lora_weights() of the pipeline" if _PEFT in said else None
 
 
 def _sorted(source: str, tensors: Mapping[str, Tensor], told: Mapping[str, Any], denoiser: str) -> Adapter:
@@ -145,7 +147,8 @@ def _sorted(source: str, tensors: Mapping[str, Tensor], told: Mapping[str, Any],
             raise ModelError(f"{source}: {key} is no plain LoRA's (DoRA, LoKr and biases are not known here)")
         halves.setdefault(match["module"], {})[match["half"] == "lora_A"] = tensor
     if not halves:
-        raise ModelError(f"{source}: it holds no LoRA of a {denoiser}; is it for another model?")
+        advice = _advice(next(iter(others), "")) or "is it for another model?"
+        raise ModelError(f"{source}: it holds no LoRA of a {denoiser}; {advice}")
     deltas = {}
     for module, pair in halves.items():
         if len(pair) != 2:
