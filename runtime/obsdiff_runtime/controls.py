@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from obsdiff_runtime.autoencoder import Pixels
+from obsdiff_runtime.errors import ConfigError
 
 NETWORK: Final = "controlnet"
 """Folder of a ControlNet in a pipeline."""
@@ -28,7 +29,20 @@ class Control:
     """A picture (height, width, 3) of the size that is drawn, and how much it counts."""
 
     pixels: Pixels
-    scale: float = 1.0
+    scale: float
+
+
+def steering(pixels: Pixels | None, scale: float | None) -> Control | None:
+    """What a call steers by, if anything; 1 where it says no scale.
+
+    Raises:
+        ConfigError: there is a scale and no picture.
+    """
+    if pixels is None:
+        if scale is not None:
+            raise ConfigError("control_scale says how much a control picture counts, and there is none")
+        return None
+    return Control(pixels=pixels, scale=1.0 if scale is None else scale)
 
 
 def channels(scale: int) -> int:

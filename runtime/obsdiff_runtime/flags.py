@@ -97,7 +97,7 @@ GENERATE: Final = (
     ),
     Flag(name="--strength", kind=float, text="How much of it to change, up to 1; default: 0.8, of a part of it 1."),
     Flag(name="--control", kind=Path, text="Picture that the bundle's ControlNet steers by, such as edges."),
-    Flag(name="--control-scale", kind=float, text="How much that picture counts.", default=1.0),
+    Flag(name="--control-scale", kind=float, text="How much that picture counts; default: 1."),
     Flag(
         name="--reference",
         kind=Path,

@@ -18,7 +18,7 @@ from obsdiff_runtime.autoencoder import Autoencoder, Pixels, latent_frames, tile
 from obsdiff_runtime.backends import Backend
 from obsdiff_runtime.bundle import DECODER, Bundle, open_bundle
 from obsdiff_runtime.conditions import Conditioner
-from obsdiff_runtime.controls import PICTURE, Control
+from obsdiff_runtime.controls import PICTURE, steering
 from obsdiff_runtime.drawing import Drawing, Kept, Stepper
 from obsdiff_runtime.errors import CancelledError, ConfigError
 from obsdiff_runtime.fills import Fill
@@ -134,7 +134,7 @@ class Pipeline:
         last_image: Pixels | None = None,
         mask: Mask | None = None,
         control: Pixels | None = None,
-        control_scale: float = 1.0,
+        control_scale: float | None = None,
         strength: float | None = None,
         eta: float = 0.0,
         reference: Pixels | Reference | Sequence[Pixels | Reference] = (),
@@ -166,7 +166,7 @@ class Pipeline:
                 but for what the VAE loses. All of it if None.
             control: (height, width, 3), a picture by which the bundle's ControlNet steers what is drawn, such as edges;
                 its size is the default one.
-            control_scale: how much it counts.
+            control_scale: how much it counts; 1 if None.
             strength: of that change, above 0 and up to 1, the share of the steps that is taken; STRENGTH of
                 resolving.py if None, and 1 where there is a mask.
             eta: how much noise the sampler adds at each step, from 0 to 1; of DDIM's and TCD's.
@@ -240,7 +240,7 @@ class Pipeline:
         last_image: Pixels | None = None,
         mask: Mask | None = None,
         control: Pixels | None = None,
-        control_scale: float = 1.0,
+        control_scale: float | None = None,
         strength: float | None = None,
         eta: float = 0.0,
         reference: Pixels | Reference | Sequence[Pixels | Reference] = (),
@@ -252,7 +252,7 @@ class Pipeline:
         """
         given = [reference] if isinstance(reference, (np.ndarray, Reference)) else reference
         references = [each if isinstance(each, Reference) else Reference(pixels=each) for each in given]
-        steering = None if control is None else Control(pixels=control, scale=control_scale)
+        steered = steering(control, control_scale)
         settings = self.resolver.resolve(
             num_inference_steps,
             guidance_scale,
@@ -264,7 +264,7 @@ class Pipeline:
             image=image,
             last_image=last_image,
             mask=mask is not None,
-            control=steering,
+            control=steered,
             strength=strength,
             eta=eta,
             references=references,
@@ -291,7 +291,7 @@ class Pipeline:
         cleans = self._cleans(image if reads else None, sources)
         starts = self._starts(sources, settings, latents)
         opening = None if image is None or not self._kind.masks else self._vae.open(image, 1)
-        conditions = self._conditioner.conditions(prompts, negatives, settings, references, image, last_image, steering)
+        conditions = self._conditioner.conditions(prompts, negatives, settings, references, image, last_image, steered)
         rows = [{name: value[index] for name, value in conditions.items()} for index in range(len(prompts))]
         turns = self.bundle.manifest.turns
         if self._kind.fills is None:

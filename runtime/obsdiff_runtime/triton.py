@@ -20,7 +20,7 @@ import numpy as np
 
 from obsdiff_runtime.backends.numbers import DTYPES
 from obsdiff_runtime.bundle import Bundle, ComponentEntry, TensorEntry, open_bundle
-from obsdiff_runtime.controls import Control
+from obsdiff_runtime.controls import steering
 from obsdiff_runtime.drawing import Drawing, companies, step_together
 from obsdiff_runtime.errors import CancelledError, ConfigError, ObsdiffError, RunError
 from obsdiff_runtime.pipeline import Pipeline
@@ -197,7 +197,7 @@ class Orchestrator:
                 *sizes,
                 image=image,
                 mask="mask" in call,
-                control=Control(pixels=call["control"]) if "control" in call else None,
+                control=steering(call.get("control"), call.get("control_scale")),
                 strength=call.get("strength"),
             )
             self._bounds.check(texts, settings, self._pipeline.bundle.manifest.defaults)

@@ -103,6 +103,8 @@ def test_what_does_not_steer_is_explained(make_pair: Any, sd3_bundle: Path) -> N
     pipeline = Pipeline(make_pair("controlnet")[1], threads=1)
     with pytest.raises(ConfigError, match="control_scale should be from 0 to 10, not -1"):
         pipeline("red", control=edges(), control_scale=-1.0)
+    with pytest.raises(ConfigError, match="control_scale says how much a control picture counts, and there is none"):
+        pipeline("red", control_scale=0.5)
     with pytest.raises(ConfigError, match="height 64 is not that of the control, 32"):
         pipeline("red", control=edges(), height=64)
     with pytest.raises(ConfigError, match=r"control should be \(height, width, 3\) of uint8"):

@@ -182,7 +182,7 @@ async def _generate(server: Server, request: Request, asked: ImageRequest, uploa
             model.batcher.require_room()
             call |= await edits.read_pictures(model.pipeline, uploads, asked.pixels)
             call["strength"] = asked.strength
-            call["control_scale"] = 1.0 if asked.control_scale is None else asked.control_scale
+            call["control_scale"] = asked.control_scale
             settings = model.resolve(call)
         order = model.order(call, settings, asked.n, asked.partial_images if asked.stream else 0)
         follower = Follower.submit(model.batcher, order, request)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from obsdiff_runtime.bundle import Bundle, open_bundle
-from obsdiff_runtime.controls import Control
+from obsdiff_runtime.controls import steering
 from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.kinds import Settings
 from obsdiff_runtime.pipeline import Pipeline
@@ -72,7 +72,6 @@ class ServedModel:
         Raises:
             ConfigError: it asks for too much, or for what the pipeline cannot do.
         """
-        control = call.get("control")
         settings = self.pipeline.resolver.resolve(
             call["num_inference_steps"],
             call["guidance_scale"],
@@ -84,7 +83,7 @@ class ServedModel:
             image=call.get("image"),
             last_image=call.get("last_image"),
             mask=call.get("mask") is not None,
-            control=None if control is None else Control(pixels=control, scale=call["control_scale"]),
+            control=steering(call.get("control"), call.get("control_scale")),
             strength=call.get("strength"),
         )
         self.bounds.check(
