@@ -42,7 +42,9 @@ def open_picture(
             upright = ImageOps.exif_transpose(opened)
             return upright.copy() if mode is None else upright.convert(mode)
     except (OSError, EOFError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        reason: object = error.strerror if isinstance(error, OSError) and error.strerror else error
+        if isinstance(error, UnidentifiedImageError):  # which says the same of the file, or of its place in memory
+            reason = "it is none of a known format" if formats is None else f"it is none of {', '.join(formats)}"
         raise ConfigError(f"{name or source}: no image that can be read: {reason}") from None
 
 

@@ -91,7 +91,7 @@ async def read_form(request: Request) -> tuple[ImageRequest, Uploads]:
     """The fields of the form, and its files.
 
     Raises:
-        Refused: it is no form, there is no picture, or there are too many.
+        Refused: it is no form, there is no picture, or text in place of one, or there are too many.
         HTTPException: the form cannot be read.
         RequestValidationError: a field is unknown, or is not what it should be.
     """
@@ -102,6 +102,8 @@ async def read_form(request: Request) -> tuple[ImageRequest, Uploads]:
     async with request.form(max_files=2 * MOST_PICTURES, max_fields=len(ImageRequest.model_fields) + 1) as form:
         for name, value in form.multi_items():
             if not isinstance(value, UploadFile):
+                if name in (*NAMES, *files):
+                    raise Refused(400, f"{name}: should be a file, and is text", param=name)
                 fields[name] = value
             elif name in (*NAMES, *files):
                 own = files[NAMES[0] if name in NAMES else name]
