@@ -78,7 +78,8 @@ class Settings(EngineSettings):
     max_sequence_length: Annotated[int | None, "T5 tokens; default: the pipeline's"] = None
     references: Annotated[
         str | None,
-        "folder of pictures that FLUX.1 Kontext, FLUX.2 and Qwen-Image-Edit are told, or films begin with, by turns",
+        "folder of pictures for the prompts, by turns: that FLUX.1 Kontext, FLUX.2 and Qwen-Image-Edit are told, that "
+        "a ControlNet steers by, of which inpainting models draw a part anew, or that films begin with",
     ] = None
     batch_size: Annotated[int | None, "prompts per batch; default: 4, fewer of large pictures: 1 of 1024 x 1024"] = None
     seed: Annotated[int | None, "each prompt's noise is seeded by this plus its index; default: 0"] = None

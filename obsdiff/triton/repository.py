@@ -26,6 +26,7 @@ from obsdiff_runtime.triton import DESCRIPTION, model_of
 
 VERSION: Final = "1"
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_REFERENCES: Final = "reference pictures: Triton's model takes none; obsdiff serve does"
 _NO_LINK: Final = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
 
 
@@ -38,7 +39,7 @@ class Repository:
         model: that takes prompts.
         components: name of each other model -> "tensorrt" or "onnxruntime".
         tensorrt: version that Triton must have for the engines; None where there are none.
-        left_out: engines, and why.
+        left_out: engines and what the bundle could be told, and why.
     """
 
     path: str
@@ -106,7 +107,10 @@ def write_repository(bundle: Bundle, output: Path, choice: Choice, *, force: boo
                 models[component]: "tensorrt" if found else "onnxruntime" for component, found in engines.items()
             },
             tensorrt=next((found[0].backend_version for found in engines.values() if found), None),
-            left_out=tuple(reason for entry in manifest.components.values() for reason in servable(entry)[1]),
+            left_out=(
+                *(reason for entry in manifest.components.values() for reason in servable(entry)[1]),
+                *([] if references is None else [_REFERENCES]),
+            ),
         )
         (folder / "README.md").write_text(_readme(written), encoding="utf-8")
     return written

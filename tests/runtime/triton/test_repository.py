@@ -148,6 +148,13 @@ def test_films_are_refused(tmp_path: Path) -> None:
         write_repository(films, tmp_path / "out", CHOICE)
 
 
+def test_reference_pictures_that_are_not_served_are_named(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle")
+    changed = dataclasses.replace(bundle.manifest, pipeline_class="FluxKontextPipeline")
+    written = write_repository(dataclasses.replace(bundle, manifest=changed), tmp_path / "models", CHOICE)
+    assert written.left_out == ("reference pictures: Triton's model takes none; obsdiff serve does",)
+
+
 @pytest.mark.parametrize("name", ["", "a/b", "..", "a b", "x" * 65])
 def test_a_name_that_is_no_folder_is_refused(name: str, tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "bundle")
