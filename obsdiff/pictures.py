@@ -232,10 +232,15 @@ def draw_edited(pipeline: Any, *, image: Any = None, **told: Any) -> Any:
 
 
 def example(pipeline: DiffusionPipeline, height: int, width: int) -> dict[str, Any]:
-    """What calls of a pipeline that draws nothing without a picture are told of one: a grey one of the drawn size."""
+    """What calls are told of a picture where none is drawn without, or a ControlNet has nothing to do: a grey one.
+
+    It has the size that is drawn.
+    """
     grey, name = Image.new("RGB", (width, height), (127,) * 3), type(pipeline).__name__
     if references.opens(name):
         return {ARGUMENT: grey, **({"last_image": grey} if references.ends(pipeline) else {})}
+    if controls.steers(name):
+        return {ARGUMENT: grey}
     return {} if _why_needed(name) is None else {ARGUMENT: [grey]}
 
 

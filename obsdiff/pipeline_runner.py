@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -316,7 +316,8 @@ def _components(loaded: LoadedPipeline) -> dict[str, tuple[nn.Module, ...]]:
     }
     quant = getattr(vae, "post_quant_conv", None)
     decoder = (vae.decoder,) if quant is None else (quant, vae.decoder)
-    denoisers = {name: (module,) for name, module in loaded.denoisers.items()}
+    steering = (pipeline.controlnet,) if hasattr(pipeline, "controlnet") else ()  # in the denoiser's graph there
+    denoisers = {name: (*steering, module) for name, module in loaded.denoisers.items()}
     return {**encoders, **denoisers, "vae_decoder": decoder}
 
 
@@ -324,15 +325,19 @@ def _components(loaded: LoadedPipeline) -> dict[str, tuple[nn.Module, ...]]:
 def _watching(
     components: Mapping[str, tuple[nn.Module, ...]], clock: _Clock, laps: dict[str, list[tuple[Mark, Mark]]]
 ) -> Iterator[None]:
-    """Until the block ends, each call of a component adds its start and end to `laps`."""
+    """Until the block ends, each run of a component adds its start and end to `laps`; it ends with its last module."""
+
+    def begin(started: list[Mark], *_: object) -> None:
+        if not started:
+            started.append(clock.mark())
+
+    def end(name: str, started: list[Mark], *_: object) -> None:
+        laps.setdefault(name, []).append((started.pop(), clock.mark()))
+
     with ExitStack() as stack:
         for name, modules in components.items():
+            started: list[Mark] = []
             for module in modules:
-                started: list[Mark] = []
-                before = module.register_forward_pre_hook(lambda *_, s=started: s.append(clock.mark()))
-                after = module.register_forward_hook(
-                    lambda *_, n=name, s=started: laps.setdefault(n, []).append((s.pop(), clock.mark()))
-                )
-                stack.callback(before.remove)
-                stack.callback(after.remove)
+                stack.callback(module.register_forward_pre_hook(partial(begin, started)).remove)
+            stack.callback(modules[-1].register_forward_hook(partial(end, name, started)).remove)
         yield

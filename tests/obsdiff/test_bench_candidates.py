@@ -1,5 +1,6 @@
 """What `obsdiff bench` measures beside bundles: pipelines in torch; and the page it writes."""
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import repeat
@@ -9,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import ControlNetModel
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
+from PIL import Image
 from torch import nn
 
 from obsdiff import candidates
@@ -58,6 +61,7 @@ def test_a_pipeline_draws_what_diffusers_draws_and_its_parts_are_timed(sd3_folde
     assert np.array_equal(drawn.pictures[0], drawn_by_diffusers(sd3_folder))
     assert {"text_encoder", "text_encoder_2", "transformer", "vae_decoder"} == set(drawn.components)
     assert len(drawn.components["transformer"]) == REQUEST.num_inference_steps
+    assert len(drawn.components["vae_decoder"]) == 1
     assert 0 < drawn.components["transformer"][0] < drawn.first_step_seconds
     assert (loaded.dtype, set(loaded.devices.values()), loaded.gpu) == ("float32", {"CPU"}, None)
     assert runner.subject.sparsity == "dense"
@@ -80,6 +84,28 @@ def test_an_editor_that_draws_nothing_without_a_picture_is_told_a_grey_one(
     runner, request = PipelineRunner(tmp_path), replace(REQUEST, max_sequence_length=None)
     runner.load(request)
     assert len(runner.draw(request).components["transformer"]) == 2 * REQUEST.num_inference_steps
+
+
+def test_a_controlnet_has_a_picture_and_counts_to_the_denoiser_as_in_a_bundle(
+    build_pipeline: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = ControlNetModel.forward
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.05)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(ControlNetModel, "forward", slow)
+    pipeline = build_pipeline("controlnet")
+    pipeline.save_pretrained(tmp_path)
+    runner, request = PipelineRunner(tmp_path), replace(REQUEST, max_sequence_length=None)
+    runner.load(request)
+    drawn, grey = runner.draw(request), Image.new("RGB", (32, 32), (127,) * 3)
+    given = {"num_inference_steps": 2, "guidance_scale": 3.0, "generator": torch.Generator().manual_seed(5)}
+    expected = pipeline(request.prompt, image=grey, output_type="np", **given).images[0]
+    assert np.abs(drawn.pictures[0] / 255 - expected).max() < 0.003, "rounded to 256 values"
+    assert [seconds > 0.05 for seconds in drawn.components["unet"]] == [True, True]
+    assert len(drawn.components["vae_decoder"]) == 1, "with the convolution before it"
 
 
 def test_compiled_means_every_block(sd3_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,7 +149,7 @@ def test_a_pipeline_in_torch_is_measured_by_its_films(folder: Path) -> None:
     runner.load(request)
     drawn = runner.draw(request)
     assert drawn.pictures.shape == (1, 5, 32, 32, 3)
-    assert len(drawn.components["vae_decoder"]) == 2 * 2 * 3**2  # networks, latent frames, tiles
+    assert len(drawn.components["vae_decoder"]) == 2 * 3**2  # latent frames, tiles
     assert runner.subject.vae_tile == 16
     assert runner.defaults.num_frames == 81
     with pytest.raises(ConfigError, match="num_frames 6: a film has"):
