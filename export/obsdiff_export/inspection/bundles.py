@@ -13,10 +13,11 @@ from obsdiff_runtime.turns import Turns
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """A component of a bundle; `bytes` is all that lies in its folder."""
+    """A component of a bundle; `precision` is what its linears compute in, `bytes` all that lies in its folder."""
 
     name: str
     dtype: str
+    precision: str
     bytes: int
     inputs: tuple[TensorEntry, ...]
     outputs: tuple[TensorEntry, ...]
@@ -77,6 +78,7 @@ def read(path: Path) -> BundleContent:
             Network(
                 name=name,
                 dtype=component.dtype,
+                precision=component.precision or component.dtype,
                 bytes=sum(file.bytes for place, file in manifest.files.items() if place.startswith(f"{name}/")),
                 inputs=component.inputs,
                 outputs=component.outputs,

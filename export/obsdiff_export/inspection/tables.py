@@ -151,9 +151,9 @@ def _bundle(content: BundleContent, everything: bool) -> list[RenderableType]:
         ("turns", turns_in_words(content.turns, defaults.guidance_scale_2)),
         ("tiles", "" if defaults.vae_tile is None else f"of the VAE, {defaults.vae_tile} pixels a side"),
         ("engines", str(built) if built else "none"),
-        ("measured", ", ".join(content.measurements) or "nothing"),
+        ("measured", ", ".join(content.measurements)),
     ]
-    networks = ((each.name, each.dtype, size(each.bytes), _ports(each.inputs)) for each in content.networks)
+    networks = ((each.name, each.precision, size(each.bytes), _ports(each.inputs)) for each in content.networks)
     shown: list[RenderableType] = [as_lines(facts), as_table(("component", "format", "on disk", "inputs"), networks)]
     if everything:
         for engines in content.engines.values():

@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from obsdiff_export.inspection import demand_sparsity, to_json
 from obsdiff_export.inspection.bundles import BundleContent
 from obsdiff_export.inspection.engines import EngineContent, header_of
 from obsdiff_export.inspection.graphs import GraphContent
+from obsdiff_runtime.bundle import read_manifest, write_manifest
 from obsdiff_runtime.errors import BundleError, CompatibilityError, ConfigError, ExportError, SparsityProofError
 
 
@@ -149,6 +152,17 @@ def test_a_bundle_tells_its_networks_engines_and_measurements(bundle):
     assert content.networks[0].bytes == sum(file.stat().st_size for file in (bundle / "transformer").iterdir())
     assert content.engines["transformer"][0].verdict == "active"
     demand_sparsity(content)
+
+
+def test_what_eight_bits_and_no_engines_are_is_told(bundle, call):
+    manifest = read_manifest(bundle)
+    component = dataclasses.replace(manifest.components["transformer"], precision="fp8", engines=())
+    files = {"components": {"transformer": component}, "measurements": {}}
+    write_manifest(bundle, dataclasses.replace(manifest, **files))
+    code, out, _ = call(bundle)
+    assert code == 0
+    assert re.search(r"transformer +fp8 ", out)
+    assert "measured" not in out, "a report may hold more"
 
 
 def test_an_altered_bundle_is_an_error_that_names_the_file(bundle):
