@@ -3,14 +3,13 @@
 A verb is a function and a line in VERBS. Nothing heavy is imported until one runs.
 """
 
-import json
 import typing
 from pathlib import Path
 from typing import Any, Final
 
 from obsdiff_export.settings import FIELDS, INSPECT, EngineSettings
 from obsdiff_runtime.command import BUNDLE, Argument, Command, Given, Verb, print_result
-from obsdiff_runtime.errors import CompatibilityError, ConfigError, require_file
+from obsdiff_runtime.errors import CompatibilityError, require_file
 from obsdiff_runtime.flags import THREADS, Flag
 from obsdiff_runtime.progress import Progress
 
@@ -21,7 +20,7 @@ def build(given: Given, progress: Progress) -> None:
 
     settings = EngineSettings(**{name: given[name] for name in FIELDS})
     built = engines.build(given["bundle"], settings, components=given["component"] or (), progress=progress)
-    print_result(given, built.to_json(), "\n".join(engines.lines(built)))
+    print_result(given, built.to_json(), lambda: print(*engines.lines(built), sep="\n"))
     built.hold()
 
 
@@ -30,17 +29,18 @@ def time(given: Given, progress: Progress) -> None:
     import tempfile
 
     from obsdiff_export import latency_table, running
+    from obsdiff_export.measuring import seconds_of
     from obsdiff_export.retiming import retime
 
     require_file("--output", given["output"])
     table = latency_table.load(given["table"])
-    if given["minutes"] <= 0:
-        raise ConfigError(f"--minutes {given['minutes']:g}: must be more than 0")
+    seconds = seconds_of(given["minutes"])
     with tempfile.TemporaryDirectory(prefix="obsdiff-") as scratch:
         measurer = running.measurer_of(given["backend"], given["dtype"], given["threads"], Path(scratch))
-        found = retime(table, measurer, seconds=60 * given["minutes"], progress=progress)
+        found = retime(table, measurer, seconds=seconds, progress=progress)
     found.table.save(given["output"])
-    print_result(given, found.to_json(), "\n".join([*found.lines(), f"table {given['output']}"]))
+    lines = (*found.lines(), f"table {given['output']}")
+    print_result(given, found.to_json(), lambda: print(*lines, sep="\n"))
 
 
 def inspect(given: Given, progress: Progress) -> None:
@@ -48,12 +48,13 @@ def inspect(given: Given, progress: Progress) -> None:
     from obsdiff_export import inspection
 
     content = inspection.inspect(given["path"], progress)
-    if given["json"]:
-        print(json.dumps(inspection.to_json(content), allow_nan=False))
-    else:
+
+    def display() -> None:
         from obsdiff_export.inspection.tables import render, show
 
         show(render(content, everything=given["layers"]))
+
+    print_result(given, inspection.to_json(content), display)
     if given["require_sparse"]:
         inspection.demand_sparsity(content)
 
@@ -63,12 +64,13 @@ def doctor(given: Given, progress: Progress) -> None:
     from obsdiff_export.doctor import diagnose
 
     diagnosis = diagnose(program=COMMAND.program, quick=given["quick"], progress=progress)
-    if given["json"]:
-        print(json.dumps(diagnosis.to_json(), allow_nan=False))
-    else:
+
+    def display() -> None:
         from obsdiff_export.doctor.text import show
 
         show(diagnosis)
+
+    print_result(given, diagnosis.to_json(), display)
     if not diagnosis.ready:
         raise CompatibilityError(f"no engine can be built here; {diagnosis.abilities[0].how}")
 

@@ -56,13 +56,15 @@ def build_faster(
         ObsdiffError: no engine could be built; see `build`.
     """
     holds = any(report.holds for report in patterns)
-    ports, _ = read_ports(graph)
-    timing: TimeEngines[Engine] | str = timing_here(builder.name, example_inputs(ports, profiles[0]))
+    timing: TimeEngines[Engine] | str = "no weight holds 2:4, so that the sparse flag changes nothing"
     variants: tuple[Variant, ...] = ("sparse", "pruned") if dense is None else VARIANTS
-    if not holds and dense is not None and not isinstance(timing, str):
-        variants = ("pruned", "dense")
-    elif not holds:
-        timing = "no weight holds 2:4, so that the sparse flag changes nothing"
+    if holds or dense is not None:
+        ports, _ = read_ports(graph)
+        here: TimeEngines[Engine] | str = timing_here(builder.name, example_inputs(ports, profiles[0]))
+        if holds:
+            timing = here
+        elif not isinstance(here, str):
+            timing, variants = here, ("pruned", "dense")
     before = {path.stem for path in out_folder.glob("*.plan")}
 
     def build_variant(variant: Variant, repeat: int) -> Engine:

@@ -18,7 +18,7 @@ from obsdiff_export.forcing import write_linear
 from obsdiff_export.latency_table import SPARSE, Entry
 from obsdiff_export.linears import Shape
 from obsdiff_runtime.backends.ort import open_graph, versions
-from obsdiff_runtime.errors import ObsdiffError
+from obsdiff_runtime.errors import ConfigError, ObsdiffError
 from obsdiff_runtime.progress import silent
 from obsdiff_runtime.timing import LEAST, Comparison, compare, interleaved, machine
 
@@ -34,6 +34,17 @@ Variant = Literal["dense", "2:4"]
 Verdict = Literal["worth it", "not worth it", "within noise", "not measured"]
 """On 2:4. "worth it": timing is sure of a gain larger than what counts as noise between builds; "not worth it": it is
 sure that there is none; "within noise": neither."""
+
+
+def seconds_of(minutes: float) -> float:
+    """A budget of time, as `--minutes` gives it.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if not 0 < minutes < 24 * 60:
+        raise ConfigError(f"--minutes {minutes:g}: must be more than 0 and less than a day")
+    return 60 * minutes
 
 
 @dataclass(frozen=True, kw_only=True)

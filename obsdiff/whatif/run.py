@@ -14,7 +14,7 @@ from obsdiff.whatif import steps as whatif_steps
 from obsdiff.whatif.backends import Place, dtype_of, place_of
 from obsdiff.whatif.subject import Subject, subject_of
 from obsdiff_export import roofline
-from obsdiff_runtime.errors import ConfigError
+from obsdiff_export.measuring import seconds_of
 from obsdiff_runtime.progress import Progress, silent
 
 LINEARS: Final = 0.6
@@ -52,8 +52,7 @@ def run(
         CompatibilityError: the backend cannot run here.
         RunError: nothing could be timed.
     """
-    if not 0 < minutes < 24 * 60:
-        raise ConfigError(f"--minutes {minutes:g}: must be more than 0 and less than a day")
+    seconds = seconds_of(minutes)
     if gpu is not None:
         card = roofline.gpu(gpu)
         dtype = dtype_of(settings, "fp16", "fp16", "bf16", "int8", "fp8")
@@ -63,7 +62,6 @@ def run(
     with tempfile.TemporaryDirectory(prefix="obsdiff-") as scratch:
         place = place_of(backend, settings, threads=threads, folder=Path(scratch))
         subject = subject_of(settings)
-        seconds = 60 * minutes
         own = seconds if shapes_only else LINEARS * seconds
         found = whatif.explore(subject, place.measurer, seconds=own, progress=progress)
         if place.measurer.backend == "torch":

@@ -44,7 +44,7 @@ def generate(given: Given, progress: Progress) -> None:
         max_sequence_length=given["max_sequence_length"],
         seed=given["seed"],
     )
-    print_result(given, {"image": str(given["output"]), "seconds": dict(seconds)}, str(given["output"]))
+    print_result(given, {"image": str(given["output"]), "seconds": dict(seconds)}, lambda: print(given["output"]))
 
 
 def bench(given: Given, progress: Progress) -> None:
@@ -61,14 +61,17 @@ def bench(given: Given, progress: Progress) -> None:
         vae_tiling=read_tiling(given),
         progress=progress,
     )
-    print_result(given, report.to_json(), benchmark.table(report))
+    print_result(given, report.to_json(), lambda: print(benchmark.table(report)))
 
 
 def serve(given: Given, progress: Progress) -> None:
     """OpenAI's images API, health, metrics and a page."""
     from obsdiff_runtime.server.run import serve
 
-    serve(given["bundles"], read_options(given), lambda url: print_result(given, {"url": url}, f"serving at {url}"))
+    def show(url: str) -> None:
+        print_result(given, {"url": url}, lambda: print(f"serving at {url}", flush=True))
+
+    serve(given["bundles"], read_options(given), show)
 
 
 def inspect(given: Given, progress: Progress) -> None:
@@ -77,7 +80,7 @@ def inspect(given: Given, progress: Progress) -> None:
     from obsdiff_runtime.bundle import open_bundle
 
     bundle = open_bundle(given["bundle"])
-    print_result(given, verbs.contents(bundle), verbs.describe(bundle))
+    print_result(given, verbs.contents(bundle), lambda: print(verbs.describe(bundle)))
 
 
 VERBS: Final = {

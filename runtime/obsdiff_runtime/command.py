@@ -104,9 +104,12 @@ class Command:
         return root
 
 
-def print_result(given: Given, data: Given, text: str) -> None:
-    """One JSON object on stdout with --json, else the text."""
-    print(json.dumps(data, allow_nan=False) if given["json"] else text, flush=True)
+def print_result(given: Given, data: Given, show: Callable[[], None]) -> None:
+    """One JSON object on stdout with --json, else whatever `show` prints."""
+    if given["json"]:
+        print(json.dumps(data, allow_nan=False), flush=True)
+    else:
+        show()
 
 
 class _Parser(argparse.ArgumentParser):

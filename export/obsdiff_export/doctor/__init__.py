@@ -73,7 +73,7 @@ def judge(facts: Facts) -> Diagnosis:
     """What the facts mean."""
     judges = (check_machine, check_gpus, check_libraries, check_fit, check_products)
     checks = tuple(check for judging in judges for check in judging(facts))
-    export = (_export(checks),) if facts.program == "obsdiff" else ()
+    export = (_export(checks),) if facts.prunes else ()
     return Diagnosis(
         date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         abilities=(*export, _engines(facts), _running(facts), _sparse(facts)),

@@ -69,9 +69,14 @@ class Facts:
     products: Mapping[str, Outcome]
     program: str = "obsdiff"
 
+    @property
+    def prunes(self) -> bool:
+        """Whether the program is `obsdiff`, which takes models; the other takes bundles."""
+        return self.program == "obsdiff"
+
     def install(self, extra: str) -> str:
         """The command that installs what an extra of the program holds."""
-        owner = "obsdiff-runtime" if extra in ("cpu", "gpu") and self.program != "obsdiff" else self.program
+        owner = "obsdiff-runtime" if extra in ("cpu", "gpu") and not self.prunes else self.program
         return f"pip install '{owner}[{extra}]'"
 
     @property

@@ -24,8 +24,10 @@ def check_machine(facts: Facts) -> Iterator[Check]:
     host = facts.host
     yield Check(group="machine", name="system", status="ok", finding=_system(host))
     yield _processor(host)
-    yield _memory(host)
+    yield _memory(facts)
     for name, disk in host.disks.items():
+        if name == "cache" and not facts.prunes:
+            continue
         free = f"{_gib(disk.free_bytes)} free in {disk.folder}"
         if not disk.writable:
             where = "choose another folder" if name != "temp" else "set TMPDIR to another folder"
@@ -39,12 +41,13 @@ def check_machine(facts: Facts) -> Iterator[Check]:
             )
         else:
             little = disk.free_bytes < _LITTLE_DISK_BYTES
-            advice = "free some; `obsdiff plan MODEL` says what a model takes" if little else ""
+            advice = f"free some{_planned(facts, 'a model takes')}" if little else ""
             status: Status = "warn" if little else "ok"
             yield Check(group="machine", name=f"disk, {name}", status=status, finding=free, advice=advice)
     shown = {name: "set" if name in _HIDDEN else value for name, value in host.settings.items()}
     settings = [f"{name}={value}" for name, value in shown.items() if (name, value) != _OURS]
-    settings.append(f"a token for the Hub is {'set' if host.hub_token else 'not set'}")
+    if facts.prunes:
+        settings.append(f"a token for the Hub is {'set' if host.hub_token else 'not set'}")
     yield Check(group="machine", name="settings", status="ok", finding="; ".join(settings))
     if host.settings.get("NVIDIA_TF32_OVERRIDE") == "1":
         yield Check(
@@ -107,9 +110,15 @@ def _processor(host: Host) -> Check:
     return Check(group="machine", name="processor", status="ok", finding=finding)
 
 
-def _memory(host: Host) -> Check:
+def _planned(facts: Facts, what: str) -> str:
+    """Where to read what a model needs; "" where the command that says so is another's."""
+    return f"; `obsdiff plan MODEL` says what {what}" if facts.prunes else ""
+
+
+def _memory(facts: Facts) -> Check:
+    host = facts.host
     finding = f"{_gib(host.available_bytes)} of {_gib(host.memory_bytes)} available"
-    if host.available_bytes < _MAIN_JOB_BYTES:
+    if facts.prunes and host.available_bytes < _MAIN_JOB_BYTES:
         return Check(
             group="machine",
             name="memory",
@@ -124,7 +133,7 @@ def _memory(host: Host) -> Check:
             name="memory",
             status="warn",
             finding=f"{finding}; {_BUILD}",
-            advice="build large engines elsewhere; `obsdiff plan MODEL` says what pruning takes",
+            advice=f"build large engines elsewhere{_planned(facts, 'pruning takes')}",
         )
     return Check(group="machine", name="memory", status="ok", finding=finding)
 

@@ -381,6 +381,11 @@ def test_where_torch_is_not_wanted_its_absence_is_no_fault() -> None:
     assert [ability.name for ability in diagnosis.abilities] == ["build engines", "run engines", "run 2:4 kernels"]
     assert faults(machine) == {}
     assert not {check.name for check in diagnosis.checks} & set(TO_EXPORT)
+    small = replace(HOST, available_bytes=GIB // 2, disks={"cache": Disk(folder="/hub", free_bytes=0, writable=False)})
+    found = {check.name: check for check in judge(replace(machine, host=small)).checks}
+    assert found["memory"].status == "warn"
+    assert "obsdiff plan" not in found["memory"].advice
+    assert "disk, cache" not in found
     bare = replace(machine, libraries={**machine.libraries, "tensorrt": ABSENT["tensorrt"]})
     assert not judge(bare).ready
     assert "pip install 'obsdiff-engines[trt]' beside an NVIDIA GPU" in judge(bare).abilities[0].how
