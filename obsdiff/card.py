@@ -1,5 +1,6 @@
 """The model card: README.md of a pruned folder or of a bundle, as the Hub reads it."""
 
+import inspect
 import json
 import re
 from collections.abc import Mapping
@@ -133,7 +134,7 @@ def _code(report: Report, index: Mapping[str, Any], kind: Kind, ends: bool) -> s
         quoted = f"[{prompt}]" if prompt.isdecimal() else f"pipeline.get_label_ids([{quoted}])"
     if _draws_films(index):
         first = f"from diffusers.utils import export_to_video{', load_image' if _begins(index) else ''}\n{first}"
-        quoted = f'load_image("picture.png"), {quoted}' if _begins(index) else quoted
+        quoted = f'load_image("picture.png"), {quoted}' if _begins(index) else _named(index, quoted)
         quoted += ', last_image=load_image("last.png")' if ends else ""
         return f'{first}\n{load}\nexport_to_video(pipeline({quoted}{options}).frames[0], "film.mp4")'
     return f'{reader}{first}\n{load}\npipeline({quoted}{shown}{options}).images[0].save("drawn.png")'
@@ -155,6 +156,12 @@ def _pictures(index: Mapping[str, Any], kind: Kind) -> tuple[str, str]:
     shown = "edges" if controls.steers(name) else "picture"
     mask = ', mask_image=load_image("mask.png")' if fills.keeps(name) else ""
     return "from diffusers.utils import load_image\n", f', image=load_image("{shown}.png"){mask}'
+
+
+def _named(index: Mapping[str, Any], prompt: str) -> str:
+    """A prompt as the first argument of a pipeline's call."""
+    _, first, *_ = inspect.signature(getattr(diffusers, str(index["_class_name"])).__call__).parameters
+    return prompt if first == "prompt" else f"prompt={prompt}"
 
 
 def _draws_films(index: Mapping[str, Any]) -> bool:

@@ -26,7 +26,7 @@ from obsdiff import costs
 from obsdiff.families.autoencoders import AUTOENCODERS, autoencoder
 from obsdiff_export.component import Component
 from obsdiff_export.quantities import size as in_words
-from obsdiff_runtime.autoencoder import latent_frames, nearest_tile, tile_side, vae_scale
+from obsdiff_runtime.autoencoder import frame_scale, latent_frames, nearest_tile, tile_side, vae_scale
 from obsdiff_runtime.bundle import DECODER, NEXT_DECODER
 
 log = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def decoding(
     name = configs.get("model_index", {}).get("vae", [None, None])[1]
     if config is None or name not in AUTOENCODERS:
         return None
-    rest: tuple[Any, ...] = (vae_scale(config), latent_frames(num_frames or 1))
+    rest: tuple[Any, ...] = (vae_scale(config), latent_frames(num_frames or 1, frame_scale(config)))
     try:
         with torch.device("meta"):
             vae = getattr(diffusers, name).from_config(dict(config)).eval()
@@ -116,20 +116,24 @@ def _bytes(components: Mapping[str, Component], height: int, width: int, scale: 
     total = PROCESS_BYTES
     for name in (DECODER, NEXT_DECODER) if NEXT_DECODER in components and frames > 1 else (DECODER,):
         component = components[name]
-        inputs = _resized(component, height // scale, width // scale)
+        inputs = _resized(component, frames, height // scale, width // scale)
         caches = [tensor for port, tensor in inputs.items() if port != "latent_sample"]
         total += costs.weight_bytes(component.module) + round(WORKSPACE * peak_bytes(component, inputs))
         total += min(frames - 1, 2) * sum(cache.nbytes for cache in caches)  # those given, and those told, in numpy
     return total
 
 
-def _resized(component: Component, height: int, width: int) -> dict[str, Tensor]:
-    """Its inputs for one picture with latents of that size, on the meta device: all have sides as their last axes."""
+def _resized(component: Component, frames: int, height: int, width: int) -> dict[str, Tensor]:
+    """Its inputs for one picture with latents of that size, on the meta device: all have sides as their last axes.
+
+    Where films are decoded whole, for all frames.
+    """
     rows, columns = component.inputs["latent_sample"].shape[-2:]
     found = {}
     for name, example in component.inputs.items():
         *_, high, wide = example.shape
-        shape = (1, *example.shape[1:-2], high * height // rows, wide * width // columns)
+        inner = (example.shape[1], frames) if component.dynamic_axes[name].get(2) == "frames" else example.shape[1:-2]
+        shape = (1, *inner, high * height // rows, wide * width // columns)
         found[name] = torch.empty(shape, dtype=torch.float32, device="meta")
     return found
 

@@ -16,6 +16,7 @@ from obsdiff.families.table import FAMILIES, family_of
 from obsdiff_runtime import autoencoder
 from obsdiff_runtime.errors import ModelError
 from obsdiff_runtime.kinds import IS_DISTILLED
+from obsdiff_runtime.kinds.table import KINDS
 from obsdiff_runtime.labels import Labels, read_labels
 
 
@@ -29,6 +30,7 @@ class Defaults:
         num_inference_steps: denoising steps.
         guidance_scale: of classifier-free guidance.
         num_frames: of a film; None where the pipeline draws pictures.
+        frame_scale: how many of them a latent frame stands for, the first one apart.
         max_sequence_length: text tokens of T5, or of the zeros in its place; None where the pipeline has no such thing.
         prompts: name of the prompt set the pipeline was made for; None for general ones.
         takes_guidance: whether a guidance scale above 1 makes a difference; not where a pipeline's steps are distilled.
@@ -42,6 +44,7 @@ class Defaults:
     num_inference_steps: int
     guidance_scale: float
     num_frames: int | None = None
+    frame_scale: int = autoencoder.FRAME_SCALE
     max_sequence_length: int | None = None
     prompts: str | None = None
     takes_guidance: bool = True
@@ -69,12 +72,20 @@ def defaults_of(folder: Path | None, configs: Mapping[str, Mapping[str, Any]]) -
     values |= given
     family = _family_in(configs)
     labels = read_labels(configs.get("model_index", {}), configs[family.denoiser]) if family is dit else None
-    return Defaults(**values, labels=labels)
+    return Defaults(**values, labels=labels, frame_scale=frame_scale(configs))
 
 
 def vae_scale(configs: Mapping[str, Mapping[str, Any]]) -> int:
     """Pixels per side of a latent pixel; the denoiser's family's where there is no VAE."""
     return autoencoder.vae_scale(configs["vae"]) if "vae" in configs else _family_in(configs).vae_scale
+
+
+def frame_scale(configs: Mapping[str, Mapping[str, Any]]) -> int:
+    """Frames of a film in a latent frame behind the first; the family's pipeline's where there is no VAE."""
+    if "vae" in configs:
+        return autoencoder.frame_scale(configs["vae"])
+    kind = KINDS.get(_family_in(configs).pipeline)
+    return autoencoder.FRAME_SCALE if kind is None else kind.frame_scale
 
 
 def _family_in(configs: Mapping[str, Mapping[str, Any]]) -> Family:

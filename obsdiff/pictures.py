@@ -23,7 +23,7 @@ from obsdiff.families import Family, controls, fills, parts, references, seeing
 from obsdiff.families.autoencoders import draws_films
 from obsdiff.instead import instead
 from obsdiff.recipe import Sampling
-from obsdiff_runtime.autoencoder import latent_frames
+from obsdiff_runtime.autoencoder import FRAME_SCALE, latent_frames
 from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.kinds import PACKED
 from obsdiff_runtime.pictures import open_picture
@@ -169,7 +169,7 @@ def draw_opened(pipeline: Any, *, image: Tensor | Image.Image, image_embeds: Ten
 
     def prepared(_: Any, films: int, channels: int, *size: Any) -> tuple[Tensor, ...]:
         frames, dtype, device, generator = size[2:6]
-        shape = (films, channels, latent_frames(frames), *image.shape[3:])
+        shape = (films, channels, latent_frames(frames, FRAME_SCALE), *image.shape[3:])
         noise = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         states = image.to(device, dtype)
         if not pipeline.config.expand_timesteps:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from obsdiff import calls, checkpoint, job, pictures, ranks
-from obsdiff.defaults import defaults_of, vae_scale
+from obsdiff.defaults import defaults_of, frame_scale, vae_scale
 from obsdiff.delivery import DTYPES
 from obsdiff.families import parts
 from obsdiff.families.autoencoders import use_tiles
@@ -177,10 +177,11 @@ class PipelineRunner:
             batch_size=request.num_images,
             seed=request.seed,
             num_frames=request.num_frames,
+            frame_scale=frame_scale(configs),
             guidance_scale_2=request.guidance_scale_2,
         )
         require_taken(request.guidance_scale_2, bool(self._configs.behind), f"of {self._model}")
-        film_frames(request.num_frames, self.defaults.num_frames, who=str(self._model))
+        film_frames(request.num_frames, self.defaults.num_frames, frame_scale(configs), who=str(self._model))
         pipeline = str(configs["model_index"]["_class_name"])
         job.check_size(pipeline, configs[family.denoiser], vae_scale(configs), sampling)
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 from obsdiff.groups import Group, LinearSpec
 from obsdiff.settings import Settings
 from obsdiff.sparsity import Sparsity
-from obsdiff_runtime.autoencoder import latent_frames
+from obsdiff_runtime.autoencoder import FRAME_SCALE, latent_frames
 from obsdiff_runtime.errors import ConfigError, require_count
 from obsdiff_runtime.labels import Labels
 
@@ -31,6 +31,7 @@ class Sampling:
 
     Attributes:
         num_frames: of a film, in pixels; None where pictures are drawn.
+        frame_scale: how many of them a latent frame stands for, the first one apart.
         references: files of the pictures that drawings are told, in turn; see pictures.py.
         guidance_scale_2: of the denoiser behind the first, where they take turns; None where one takes all steps.
     """
@@ -43,13 +44,14 @@ class Sampling:
     batch_size: int
     seed: int
     num_frames: int | None = None
+    frame_scale: int = FRAME_SCALE
     references: tuple[str, ...] = ()
     guidance_scale_2: float | None = None
 
     def latents(self, vae_scale: int) -> tuple[int, ...]:
         """Sides of the latents: (height, width), of a film (frames, height, width)."""
         sides = (self.height // vae_scale, self.width // vae_scale)
-        return sides if self.num_frames is None else (latent_frames(self.num_frames), *sides)
+        return sides if self.num_frames is None else (latent_frames(self.num_frames, self.frame_scale), *sides)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -163,8 +163,8 @@ def sampling(settings: Settings, defaults: Defaults) -> Sampling:
         raise ConfigError(f"--max-sequence-length {settings.max_sequence_length}: this pipeline has no such length")
     height = _at_least("--height", 1, settings.height, defaults.height)
     width = _at_least("--width", 1, settings.width, defaults.width)
-    num_frames = film_frames(settings.num_frames, defaults.num_frames, "--num-frames")
-    large = height * width * (1 if num_frames is None else latent_frames(num_frames))
+    num_frames = film_frames(settings.num_frames, defaults.num_frames, defaults.frame_scale, "--num-frames")
+    large = height * width * (1 if num_frames is None else latent_frames(num_frames, defaults.frame_scale))
     return Sampling(
         num_inference_steps=_at_least("--steps", 1, settings.steps, defaults.num_inference_steps),
         guidance_scale=guidance,
@@ -175,6 +175,7 @@ def sampling(settings: Settings, defaults: Defaults) -> Sampling:
         batch_size=_at_least("--batch-size", 1, settings.batch_size, min(max(BATCH_PIXELS // large, 1), MOST_BATCHED)),
         seed=_at_least("--seed", 0, settings.seed, 0, most=LARGEST_SEED),
         num_frames=num_frames,
+        frame_scale=defaults.frame_scale,
         references=_references(settings.references, defaults),
     )
 

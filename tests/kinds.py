@@ -27,6 +27,7 @@ EVERY: Final = (
     "zimage",
     "hunyuan",
     "wan",
+    "ltx",
     "dit",
 )
 

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 _Leaves = dict[str, Tensor | None]
 
 FLOAT32_INPUTS: Final = frozenset(
-    {"timestep", "time_ids", "resolution", "aspect_ratio", "image_meta_size", "reference_places"}
+    {"timestep", "time_ids", "resolution", "aspect_ratio", "image_meta_size", "reference_places", "frame_times"}
 )
 """Inputs that stay float32 in every graph: bfloat16 knows 996 and 1000, but no timestep between them."""
 

@@ -23,7 +23,14 @@ from obsdiff_runtime.errors import ModelError
 PATCH: Final = 2
 """Latent pixels per side of a patch of FLUX.2's autoencoder; its pipelines fix it."""
 
-AUTOENCODERS: Final = ("AutoencoderKL", "AutoencoderDC", "AutoencoderKLFlux2", "AutoencoderKLQwenImage", films.CLASS)
+AUTOENCODERS: Final = (
+    "AutoencoderKL",
+    "AutoencoderDC",
+    "AutoencoderKLFlux2",
+    "AutoencoderKLQwenImage",
+    films.CLASS,
+    films.WHOLE,
+)
 
 
 def vae_scale_of(pipeline: DiffusionPipeline, family: Family) -> int:
@@ -96,7 +103,8 @@ def use_tiles(vae: Any, side: int) -> None:
         vae.tile_sample_min_size, vae.tile_latent_min_size = side, side // vae_scale(config) * patch
         return
     stride = side - tile_overlap(side, config)
-    vae.enable_tiling(side, side, stride, stride)
+    sides = {f"tile_sample_{of}": pixels for of, pixels in (("min", side), ("stride", stride))}
+    vae.enable_tiling(**{f"{name}_{axis}": value for name, value in sides.items() for axis in ("height", "width")})
 
 
 def draws_films(vae: Any) -> bool:
@@ -122,6 +130,8 @@ def autoencoder(pipeline: DiffusionPipeline, *, height: int, width: int) -> list
         elif references.opens(type(pipeline).__name__):
             reads = films.encoders(vae, height=height, width=width)
         return [*films.decoders(vae, height=height, width=width), *reads]
+    if type(vae).__name__ == films.WHOLE:
+        return [films.whole_decoder(vae, height=height, width=width)]
     scale, dtype, config = vae_scale(vae.config), vae.dtype, config_of(vae)
     channels = vae.bn.num_features if hasattr(vae, "bn") else latent_channels(config)
     sizes = rows(latent_sizes(height, width, vae_scale=scale, multiple=1))

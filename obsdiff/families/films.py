@@ -1,10 +1,13 @@
-"""Autoencoders of films (Wan) as they are exported: decoders, and encoders, that go from one latent frame to the next.
+"""Autoencoders of films as they are exported.
 
     b         batch
+    f         latent frames
     h, w      sides of the latents
     s         VAE scale: pixels per side of a latent pixel
 
-A film is decoded one latent frame at a time. The first becomes one frame, each of the others FRAME_SCALE. Convolutions
+LTX-Video's decodes a film whole: its convolutions look at frames behind their own, too.
+
+Wan's goes from one latent frame to the next. The first becomes one frame, each of the others FRAME_SCALE. Convolutions
 over time look at the two frames before their own: these are the caches, which a call gives and the next one takes, so
 that a film of any length needs the memory of one latent frame.
 
@@ -24,13 +27,18 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from obsdiff.families import ltx
 from obsdiff.families.parts import config_of, latent_sizes, noise, rows, view
 from obsdiff_export.component import Component
-from obsdiff_runtime.autoencoder import FRAME_SCALE, cached, vae_scale
+from obsdiff_runtime.autoencoder import FRAME_SCALE, cached, frame_scale, vae_scale
 from obsdiff_runtime.bundle import DECODER, ENCODER, NEXT_DECODER, NEXT_ENCODER
 from obsdiff_runtime.errors import ModelError
+from obsdiff_runtime.kinds.ltx import FRAME_SCALE as FRAME_SCALE_LTX
 
 CLASS: Final = "AutoencoderKLWan"
+WHOLE: Final = "AutoencoderKLLTXVideo"
+
+_FRAMES: Final = (3, 2, 4)  # of the latents of examples
 
 
 class _First(nn.Module):
@@ -142,6 +150,54 @@ def _take_caches(module: Any, name: str, caches: int) -> None:
     parameters = [Parameter(each, Parameter.POSITIONAL_OR_KEYWORD) for each in named]
     module.forward = partial(module.run)
     module.forward.__signature__ = Signature(parameters)
+
+
+class _Whole(nn.Module):
+    """A film's latents (b, channels, f, h, w) to pixels (b, 3, 1 + (f - 1) t, h s, w s), t frames of a latent frame.
+
+    A decoder that is told how noisy latents are is told that they are not, as diffusers' calls do by default.
+    """
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.decoder = vae.decoder
+        self.told = bool(vae.config.timestep_conditioning)
+
+    def forward(self, latent_sample: Tensor) -> Tensor:
+        clean = torch.zeros_like(latent_sample[:, 0, 0, 0, 0]) if self.told else None
+        pixels: Tensor = self.decoder(latent_sample, clean)
+        return pixels
+
+
+def whole_decoder(vae: Any, *, height: int, width: int) -> Component:
+    """Of all frames of a film. Its configuration has means and deviations of the latents, too, where weights are there.
+
+    Raises:
+        ModelError: it adds noise while it decodes, or is of another scale than LTX-Video's.
+    """
+    config, scale = config_of(vae), vae_scale(vae.config)
+    if any(config["decoder_inject_noise"]):
+        raise ModelError(f"this {WHOLE} adds noise while it decodes, as that of LTX-Video 0.9.1, which is not exported")
+    if (scale, frame_scale(config)) != (ltx.SIDE, FRAME_SCALE_LTX):
+        raise ModelError(
+            f"this {WHOLE} makes a latent pixel of {scale} pixels a side, and a latent frame of {frame_scale(config)} "
+            f"frames; LTX-Video's are of {ltx.SIDE} and {FRAME_SCALE_LTX}"
+        )
+    sizes = latent_sizes(height, width, vae_scale=scale, multiple=1)
+    latents = [
+        noise(batch, config["latent_channels"], frames, *size, dtype=vae.dtype)
+        for frames, (batch, _, size) in zip(_FRAMES, rows(sizes), strict=True)
+    ]
+    known = () if vae.latents_mean.is_meta else ("latents_mean", "latents_std")
+    return Component(
+        name=DECODER,
+        module=_Whole(vae).eval(),
+        inputs={"latent_sample": latents[0]},
+        dynamic_axes={"latent_sample": {0: "batch", 2: "frames", 3: "height", 4: "width"}},
+        outputs=("sample",),
+        config={**config, **{name: getattr(vae, name).tolist() for name in known}},
+        more_inputs=tuple({"latent_sample": example} for example in latents[1:]),
+    )
 
 
 def decoders(vae: Any, *, height: int, width: int) -> list[Component]:

@@ -30,6 +30,8 @@ INSTRUCTION: Final = "complex_human_instruction"
 SYSTEM_PROMPT: Final = "system_prompt"
 """Attribute of a pipeline, what its prompts stand behind, and where it is written likewise."""
 
+_MASKS_LATER: Final = ("LTXPipeline",)
+
 _SPECIAL: Final = 2  # tokens at the ends of a text that the instruction is not counted to have
 
 
@@ -317,8 +319,11 @@ def prompt_template(pipeline: DiffusionPipeline) -> list[str]:
 
 
 def _masks_text(pipeline: DiffusionPipeline) -> bool:
-    """Whether the pipeline tells its T5 what is padding: then it has the mask for its denoiser, too."""
-    encode = getattr(pipeline, "encode_prompt", None)
+    """Whether the pipeline tells its T5 what is padding: then it has the mask for its denoiser, too.
+
+    That of LTX-Video's first versions has it for its denoiser alone.
+    """
+    encode = None if type(pipeline).__name__ in _MASKS_LATER else getattr(pipeline, "encode_prompt", None)
     return encode is not None and "prompt_attention_mask" in inspect.signature(encode).parameters
 
 

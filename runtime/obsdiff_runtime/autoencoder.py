@@ -1,7 +1,7 @@
 """Pictures to latents and back, and latents to films, as the denoiser counts latents.
 
 Shapes: c latent channels, h w latent height and width; a picture is `scale` times as high and wide. f latent frames of
-a film, of which the first stands for one frame and each of the others for FRAME_SCALE.
+a film, of which the first stands for one frame and each of the others for `frame_scale`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from obsdiff_runtime.bundle import DECODER, ENCODER, NEXT_DECODER, NEXT_ENCODER
+from obsdiff_runtime.bundle import DECODER, ENCODER, NEXT_DECODER, NEXT_ENCODER, TensorEntry
 from obsdiff_runtime.errors import CompatibilityError, ConfigError, ResourceError
 from obsdiff_runtime.networks import Array, Networks
 from obsdiff_runtime.noise import Noise
@@ -20,12 +20,18 @@ from obsdiff_runtime.tiling import Seams, Tile, tiles
 
 Pixels = NDArray[np.uint8]
 VAE_SCALE: Final = 8  # pixels per side of a latent pixel of most autoencoders
-FRAME_SCALE: Final = 4  # frames of a film in a latent frame, of which the first has one alone
+FRAME_SCALE: Final = 4  # frames of a film in a latent frame of most, of which the first has one alone
 LATENTS: Final = "latent_sample"  # their input
+_SCALING: Final = "spatio_temporal_scaling"  # in the configuration of LTX-Video's: levels that halve all sides
 LOG_VARIANCES: Final = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution
-TILE: Final = {"AutoencoderDC": 512, "AutoencoderKLQwenImage": 256, "AutoencoderKLWan": 256}
+TILE: Final = {
+    "AutoencoderDC": 512,
+    "AutoencoderKLLTXVideo": 512,
+    "AutoencoderKLQwenImage": 256,
+    "AutoencoderKLWan": 256,
+}
 """Pixels per side of a tile in diffusers, by class; of others it is the size of picture that they were trained on."""
-OVERLAP: Final = {"AutoencoderDC": 8}
+OVERLAP: Final = {"AutoencoderDC": 8, "AutoencoderKLLTXVideo": 8}
 """Neighbours overlap by one part in so many of a tile, in diffusers; of others one in OVERLAP_OF_OTHERS."""
 OVERLAP_OF_OTHERS: Final = 4
 
@@ -34,8 +40,20 @@ def vae_scale(config: Mapping[str, Any]) -> int:
     """Pixels per side of a latent pixel, from an autoencoder's configuration; VAE_SCALE where it does not say."""
     if "temperal_downsample" in config:  # of video autoencoders, spelled so: those of Qwen-Image and Wan
         return int(2 ** len(config["temperal_downsample"]) * pixel_patch(config))
+    if _SCALING in config:
+        return _said(config, "spatial_compression_ratio", "patch_size")
     levels = config.get("block_out_channels") or config.get("encoder_block_out_channels")
     return VAE_SCALE if levels is None else int(2 ** (len(levels) - 1) * _patch(config))
+
+
+def frame_scale(config: Mapping[str, Any]) -> int:
+    """Frames of a film in a latent frame, from an autoencoder's configuration; FRAME_SCALE where it does not say."""
+    return _said(config, "temporal_compression_ratio", "patch_size_t") if _SCALING in config else FRAME_SCALE
+
+
+def _said(config: Mapping[str, Any], ratio: str, patch: str) -> int:
+    """What LTX-Video's says, or what its levels come to."""
+    return int(config.get(ratio) or config[patch] * 2 ** sum(config[_SCALING]))
 
 
 def pixel_patch(config: Mapping[str, Any]) -> int:
@@ -54,27 +72,35 @@ def latent_channels(config: Mapping[str, Any]) -> int:
     return int(config["z_dim"] if "z_dim" in config else config["latent_channels"])
 
 
-def latent_frames(num_frames: int, name: str = "num_frames") -> int:
+def latent_frames(num_frames: int, scale: int, name: str = "num_frames") -> int:
     """Frames of the latents of a film of so many frames.
 
+    Args:
+        num_frames: of the film.
+        scale: see `frame_scale`.
+        name: what the number is called.
+
     Raises:
-        ConfigError: there is no film of so many; says which are near, and `name` is what it is called.
+        ConfigError: there is no film of so many; says which are near.
     """
-    if num_frames < 1 or (num_frames - 1) % FRAME_SCALE:
-        below = max((num_frames - 1) // FRAME_SCALE, 0) * FRAME_SCALE + 1
+    if num_frames < 1 or (num_frames - 1) % scale:
+        below = max((num_frames - 1) // scale, 0) * scale + 1
         raise ConfigError(
-            f"{name} {num_frames}: a film has one frame and a multiple of {FRAME_SCALE} behind it; "
-            f"near are {below} and {below + FRAME_SCALE}"
+            f"{name} {num_frames}: a film has one frame and a multiple of {scale} behind it; "
+            f"near are {below} and {below + scale}"
         )
-    return (num_frames - 1) // FRAME_SCALE + 1
+    return (num_frames - 1) // scale + 1
 
 
-def film_frames(asked: int | None, own: int | None, name: str = "num_frames", who: str = "this pipeline") -> int | None:
+def film_frames(
+    asked: int | None, own: int | None, scale: int, name: str = "num_frames", who: str = "this pipeline"
+) -> int | None:
     """Frames of the film to draw; None where pictures are drawn.
 
     Args:
         asked: None for its own.
         own: what the pipeline draws by default, None where that is pictures.
+        scale: see `frame_scale`.
         name: what the number is called.
         who: draws.
 
@@ -86,7 +112,7 @@ def film_frames(asked: int | None, own: int | None, name: str = "num_frames", wh
         return None
     if own is None:
         raise ConfigError(f"{name} {frames}: {who} draws pictures; leave it out")
-    latent_frames(frames, name)
+    latent_frames(frames, scale, name)
     return frames
 
 
@@ -169,21 +195,23 @@ class Autoencoder:
 
     Attributes:
         scale: pixels along a side of a latent pixel.
+        frame_scale: frames of a film in a latent frame behind the first.
         tile: pixels along a side of the tiles that pictures go through it in; None where they go whole.
     """
 
     def __init__(self, networks: Networks, config: Mapping[str, Any], tile: int | None = None) -> None:
         self._networks, self._config = networks, config
-        self.scale, self.tile = vae_scale(config), tile
+        self.scale, self.frame_scale, self.tile = vae_scale(config), frame_scale(config), tile
 
     def decode(self, sample: Array, progress: Progress = silent) -> Pixels:
         """(c, h, w) -> (height, width, 3); of a film (c, f, h, w) -> (frames, height, width, 3).
 
-        A tile goes through all frames before the next one begins: the decoder knows of the frames before.
+        A tile goes through all frames before the next one begins: the decoder knows of the frames before, or, where it
+        decodes films whole, of all.
 
         Args:
             sample: latents, as the denoiser wants them.
-            progress: told of stage "decode" after each latent frame of each tile.
+            progress: told of stage "decode" after each call of the decoder.
 
         Raises:
             RunError: it was not finite.
@@ -191,9 +219,9 @@ class Autoencoder:
         """
         latents = sample if sample.ndim == 4 else sample[:, None]
         _, frames, height, width = latents.shape
-        cut = self._cut(height, width)
-        seams = [Seams(pixel_patch(self._config)) for _ in range(frames)]
-        shape = (frames * FRAME_SCALE - FRAME_SCALE + 1, height * self.scale, width * self.scale, 3)
+        cut, calls = self._cut(height, width), 1 if self._decodes_whole() else frames
+        seams = [Seams(pixel_patch(self._config)) for _ in range(calls)]
+        shape = ((frames - 1) * self.frame_scale + 1, height * self.scale, width * self.scale, 3)
         found: Pixels = np.empty(shape, np.uint8)
         for done, tile in enumerate(cut):
             high, wide = tile.settles(self.scale)
@@ -201,17 +229,32 @@ class Autoencoder:
             for index, made in enumerate(self._decoded(latents[:, :, tile.height, tile.width])):
                 begin, end = end, end + made.shape[1]
                 found[begin:end, high, wide] = _pixels(seams[index].settled(tile, made))
-                progress("decode", done * frames + index + 1, len(cut) * frames)
+                progress("decode", done * calls + index + 1, len(cut) * calls)
         return found if sample.ndim == 4 else found[0]
 
-    def check_tiles(self, height: int, width: int) -> None:
-        """ConfigError if the decoder's engines take no tile of a picture of so many pixels; see `Networks.profiles`."""
+    def _port(self) -> TensorEntry:
+        (port,) = (port for port in self._networks.bundle.component(DECODER).inputs if port.name == LATENTS)
+        return port
+
+    def _decodes_whole(self) -> bool:
+        """Whether all frames of a film go through the decoder at once."""
+        return len(self._port().shape) == 5
+
+    def check_tiles(self, height: int, width: int, num_frames: int | None = None) -> None:
+        """ConfigError if the decoder's engines take no tile of a picture, or film; see `Networks.profiles`.
+
+        Args:
+            height: in pixels.
+            width: in pixels.
+            num_frames: of a film.
+        """
         profiles = self._networks.profiles(DECODER)
         if self.tile is None or not profiles:
             return
-        (port,) = (port for port in self._networks.bundle.component(DECODER).inputs if port.name == LATENTS)
+        port = self._port()
+        frames = (latent_frames(num_frames or 1, self.frame_scale),) if self._decodes_whole() else ()
         for tile in self._cut(height // self.scale, width // self.scale):
-            shapes = {LATENTS: (1, int(port.shape[1]), *tile.size)}
+            shapes = {LATENTS: (1, int(port.shape[1]), *frames, *tile.size)}
             if choose(profiles, shapes) is None:
                 units = {"height": self.scale, "width": self.scale}
                 told = refusal(profiles, shapes, {LATENTS: port.shape}, units)
@@ -228,8 +271,15 @@ class Autoencoder:
         return list(tiles(height, width, side, overlap))
 
     def _decoded(self, latents: Array) -> Iterator[Array]:
-        """(c, f, h, w) -> (3, n, height, width) for each latent frame in turn: one frame, and then FRAME_SCALE."""
+        """(c, f, h, w) -> (3, n, height, width) for each latent frame in turn: one frame, and then `frame_scale`.
+
+        Or all frames at once.
+        """
         factor, shift = self._affine()
+        if self._decodes_whole():
+            told = {LATENTS: (latents * factor[..., None] + shift[..., None])[None]}
+            yield self._run(DECODER, told, ["sample"])["sample"][0]
+            return
         given = [port.name for port in self._networks.bundle.component(DECODER).outputs]
         caches: dict[str, Array] = {}
         for index in range(latents.shape[1]):
@@ -304,7 +354,7 @@ class Autoencoder:
         """
         told, name = {"sample": pixels}, ENCODER
         given = [port.name for port in self._networks.bundle.component(name).outputs]
-        behind = np.zeros((1, 3, FRAME_SCALE, *pixels.shape[-2:]), np.float32)
+        behind = np.zeros((1, 3, self.frame_scale, *pixels.shape[-2:]), np.float32)
         for index in range(frames):
             if index and index == frames - 1 and last is not None:
                 told["sample"] = np.concatenate([behind[:, :, 1:], last[:, :, None]], axis=2)

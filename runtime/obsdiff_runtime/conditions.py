@@ -56,6 +56,7 @@ class Conditioner:
             **self._of_references(references, len(prompts), settings),
             **self._of_opening(image, last_image, len(prompts), settings),
             **self._of_control(control, len(prompts), settings),
+            **self._of_frames(len(prompts), settings),
         }
 
     def _of_prompts(self, prompts: Sequence[str], negatives: Sequence[str], settings: Settings) -> Conditions:
@@ -85,8 +86,7 @@ class Conditioner:
         for picture in references:
             latents = self._vae.sample(self._vae.encode(picture.pixels), lambda shape: np.zeros(shape, np.float32))
             found.append(packed(latents, patch))
-        rows = (images, 2 if settings.guided else 1, 1, 1)
-        return {STATES: np.tile(np.concatenate(found), rows)}
+        return _alike({STATES: np.concatenate(found)}, images, settings)
 
     def _of_opening(
         self, image: Pixels | None, last_image: Pixels | None, films: int, settings: Settings
@@ -94,7 +94,7 @@ class Conditioner:
         """(n, r, ...): what the denoiser is told of the pictures that films begin and end with, all with the same."""
         if not (self._kind.opens or self._kind.masks) or settings.num_frames is None:
             return {}
-        frames, found = latent_frames(settings.num_frames), {}
+        frames, found = latent_frames(settings.num_frames, self._vae.frame_scale), {}
         if self._kind.masks:
             found[openings.MASK] = openings.frame_mask(frames, given=image is not None)
         elif image is not None:
@@ -106,8 +106,14 @@ class Conditioner:
             told = {"pixel_values": np.concatenate(shown)}
             seen = self._networks.run(IMAGE_ENCODER, told, ["states"])["states"]  # (pictures, tokens, width)
             found[openings.SEEN] = seen[0] if last_image is None else seen
-        rows = (films, 2 if settings.guided else 1)
-        return {name: np.broadcast_to(value, (*rows, *value.shape)) for name, value in found.items()}
+        return _alike(found, films, settings)
+
+    def _of_frames(self, films: int, settings: Settings) -> Conditions:
+        """(n, r, f, ...): what the denoiser is told of a film's latent frames, all films the same."""
+        if settings.num_frames is None:
+            return {}
+        frames = latent_frames(settings.num_frames, self._vae.frame_scale)
+        return _alike({name: tell(frames) for name, tell in self._kind.told_of_frames.items()}, films, settings)
 
     def _of_control(self, control: Control | None, images: int, settings: Settings) -> Conditions:
         """(n, r, ...): what steers the denoiser; a scale of 0 where nothing does."""
@@ -119,11 +125,14 @@ class Conditioner:
             picture = np.zeros((controls.channels(scale), *sides), np.float32)
         else:
             picture = controls.packed(control.pixels, scale)
-        rows = (images, 2 if settings.guided else 1)
-        return {
-            controls.PICTURE: np.broadcast_to(picture, (*rows, *picture.shape)),
-            controls.SCALE: np.full(rows, 0 if control is None else control.scale, np.float32),
-        }
+        strength = np.asarray(0 if control is None else control.scale, np.float32)
+        return _alike({controls.PICTURE: picture, controls.SCALE: strength}, images, settings)
+
+
+def _alike(told: Conditions, images: int, settings: Settings) -> Conditions:
+    """(n, r, ...) each of what all rows of all images are told."""
+    rows = (images, 2 if settings.guided else 1)
+    return {name: np.broadcast_to(value, (*rows, *value.shape)) for name, value in told.items()}
 
 
 def _encoded_once(prompts: Sequence[str], encode: Callable[[list[str]], Conditions]) -> Conditions:

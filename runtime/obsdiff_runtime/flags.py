@@ -82,7 +82,7 @@ GENERATE: Final = (
         text="Image file; of a film .webp, .gif, .png, .npy or a folder.",
         default=Path("image.png"),
     ),
-    Flag(name="--fps", kind=float, text="Frames a second of a film; default: 16."),
+    Flag(name="--fps", kind=float, text="Frames a second of a film; default: the model's."),
     Flag(name="--negative-prompt", kind=str, text="What not to draw.", default=""),
     Flag(
         name="--image",

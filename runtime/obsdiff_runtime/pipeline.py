@@ -333,6 +333,11 @@ class Pipeline:
         return {} if kind is None or not kind.least else {"reference": [grey] * kind.least}
 
     @property
+    def fps(self) -> float:
+        """Frames a second of its films."""
+        return self._kind.fps
+
+    @property
     def size_step(self) -> int:
         """Height and width are multiples of this."""
         return self.resolver.size_step
@@ -350,7 +355,7 @@ class Pipeline:
     def _starts(self, sources: Sequence[Noise], settings: Settings, latents: Array | None) -> Array:
         """(n, c, h, w), what each image begins with, of unit variance."""
         sides = (settings.height // self._vae.scale, settings.width // self._vae.scale)
-        frames = () if settings.num_frames is None else (latent_frames(settings.num_frames),)
+        frames = () if settings.num_frames is None else (latent_frames(settings.num_frames, self._vae.frame_scale),)
         shape = (self._channels, *frames, *sides)
         if latents is None:
             return np.stack([source(shape) for source in sources])
@@ -405,6 +410,8 @@ class Pipeline:
 
     def _scheduler(self, settings: Settings, noise: Noise) -> Scheduler:
         tokens = (settings.height // self.size_step) * (settings.width // self.size_step)
+        if settings.num_frames is not None:
+            tokens *= latent_frames(settings.num_frames, self._vae.frame_scale)
         tokens = self._kind.counted(self._channels, tokens)
         shift = self._kind.shift
         return make_scheduler(
@@ -413,6 +420,7 @@ class Pipeline:
             tokens,
             noise,
             even_sigmas=self._kind.even_sigmas,
+            levels=None if self._kind.levels is None else self._kind.levels(settings.num_inference_steps),
             mu=None if shift is None else shift(tokens, settings.num_inference_steps),
             only=self._kind.scheduler,
             strength=settings.strength,

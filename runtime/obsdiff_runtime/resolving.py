@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from obsdiff_runtime.autoencoder import FRAME_SCALE, Autoencoder, Pixels, film_frames
+from obsdiff_runtime.autoencoder import Autoencoder, Pixels, film_frames
 from obsdiff_runtime.bundle import ENCODER, IMAGE_ENCODER
 from obsdiff_runtime.choices import Choices
 from obsdiff_runtime.controls import MOST_SCALE, Control
@@ -82,7 +82,7 @@ class Resolver:
             guidance_scale=guided,
             guidance_scale_2=guided and bool(manifest.turns),
             size_step=self.size_step if None in fixed else None,
-            frame_step=None if manifest.defaults.num_frames is None else FRAME_SCALE,
+            frame_step=None if manifest.defaults.num_frames is None else self._vae.frame_scale,
             pictures=pictures,
             changes=self.changes,
             control=kind.controls,
@@ -122,7 +122,7 @@ class Resolver:
         settings = Settings(
             height=defaults.height if height is None else height,
             width=defaults.width if width is None else width,
-            num_frames=film_frames(num_frames, defaults.num_frames),
+            num_frames=film_frames(num_frames, defaults.num_frames, self._vae.frame_scale),
             num_inference_steps=defaults.num_inference_steps if steps is None else steps,
             guidance_scale=scale,
             guidance_scale_2=self._later_scale(guidance_scale, guidance_scale_2),
@@ -140,7 +140,7 @@ class Resolver:
             raise ConfigError(f"guidance_scale should be at most 1, not {scale:g}: this pipeline's steps are distilled")
         for name, axis, pixels in (("height", -2, settings.height), ("width", -1, settings.width)):
             self._check_size(name, axis, pixels)
-        self._vae.check_tiles(settings.height, settings.width)
+        self._vae.check_tiles(settings.height, settings.width, settings.num_frames)
         if last_image is not None:
             self._check_last(image, last_image, settings)
         told = "strength says how much" if strength is not None else "a mask says which part" if mask else None

@@ -50,7 +50,7 @@ def generate(
         own_size: see `Pipeline.fit`.
         height: in pixels.
         width: in pixels.
-        fps: frames a second of a film, films.FPS if None.
+        fps: frames a second of a film, the model's own if None.
         backend: one of `backends.BACKENDS`.
         threads: of the host, all if None.
         vae_tiling: see `Pipeline`.
@@ -94,7 +94,7 @@ def _writer(bundle: Bundle, output: Path, fps: float | None) -> Callable[[Pixels
     from PIL import Image
 
     if bundle.manifest.defaults.num_frames is not None:
-        rate = films.FPS if fps is None else fps
+        rate = kind_of(bundle.manifest.pipeline_class).fps if fps is None else fps
         films.check(output, rate)
         return lambda film: films.write(film, output, rate)
     if fps is not None:

@@ -91,12 +91,12 @@ def test_onnx_runtime_takes_what_is_planned(tmp_path: Path) -> None:
     assert int(done.stdout) == pytest.approx(planned, rel=0.15)
 
 
-@pytest.mark.parametrize("kind", ["sd3", "sana", "flux2", "qwen", "wan", "wan of patches"])
+@pytest.mark.parametrize("kind", ["sd3", "sana", "flux2", "qwen", "wan", "wan of patches", "ltx"])
 def test_decoders_of_all_kinds_are_counted(kind: str, build_pipeline: Callable[..., Any]) -> None:
     pipeline = build_pipeline("wan", patch=2) if kind == "wan of patches" else build_pipeline(kind)
     name = type(pipeline.vae).__name__
     configs = {"vae": dict(pipeline.vae.config), "model_index": {"vae": ["diffusers", name]}}
-    frames = 9 if kind.startswith("wan") else None
+    frames = {"wan": 9, "wan of patches": 9, "ltx": 17}.get(kind)
     small, large = (decoding(configs, height=side, width=side, num_frames=frames, tile=None) for side in (512, 1024))
     assert small is not None
     assert large is not None

@@ -229,7 +229,7 @@ def test_a_residual_stream_that_is_not_finite_is_an_error_that_names_the_layer(p
 def test_a_glance_sees_what_hooks_on_the_whole_model_see(kind: str, build_denoiser: Callable[..., nn.Module]) -> None:
     denoiser: Any = build_denoiser(kind)
     family = family_of(denoiser)
-    size = (4, 8) if kind == "wan" else latents_of(kind)  # no more tokens than count
+    size = {"wan": (4, 8), "ltx": (2, 4)}.get(kind, latents_of(kind))  # no more tokens than count
     inputs = family.example(denoiser, batch=2, size=size, text_tokens=7, pixels=(24, 32))
     call = (), {**family.arguments(inputs), "return_dict": False}
     linears = family.linears(denoiser)

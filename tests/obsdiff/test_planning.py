@@ -106,6 +106,13 @@ INPUTS: dict[str, dict[str, Any]] = {
         "style": torch.zeros(1, dtype=torch.int64, device="meta"),
     },
     "zimage": {"x": [nothing(16, 1, 128, 128)], "t": nothing(1), "cap_feats": [nothing(512, 2560)]},
+    "ltx": {
+        "hidden_states": nothing(1, 21 * 16 * 22, 128),
+        "encoder_hidden_states": nothing(1, 128, 4096),
+        "timestep": nothing(1),
+        "encoder_attention_mask": nothing(1, 128),
+        "video_coords": nothing(1, 3, 21 * 16 * 22),
+    },
     "wan": {
         "hidden_states": nothing(1, 16, 21, 60, 104),
         "encoder_hidden_states": nothing(1, 512, 4096),
@@ -715,11 +722,12 @@ def test_tokens_of_the_family_agree_with_those_of_a_call() -> None:
     texts |= {"flux2_klein_4b": 512, "auraflow_v03": 256, "sana_600m_1024": 300, "qwen_image": 512}
     texts |= {"lumina_image_2": 256, "z_image_turbo": 512, "wan21_1_3b": 512}
     texts |= {"auraflow_v03": 256, "sana_600m_1024": 300, "sana_sprint_600m_1024": 300, "hunyuan_v12": 77 + 256}
-    texts |= {"dit_xl_2_512": 0, "chroma1_hd": 512}
+    texts |= {"dit_xl_2_512": 0, "chroma1_hd": 512, "ltx_video_2b": 128}
     for name, text in texts.items():
         denoiser, family, positions = model(name)
         config: Any = denoiser.config
-        height, width = {"wan": (480, 832), "dit": (512, 512)}.get(family.name, (1024, 1024))
+        sizes = {"wan": (480, 832), "ltx": (512, 704), "dit": (512, 512)}
+        height, width = sizes.get(family.name, (1024, 1024))
         tokens = family.tokens(config, height=height, width=width, text_tokens=text, vae_scale=family.vae_scale)
         for linear in family.linears(denoiser):
             assert positions[linear.name] == tokens[linear.tokens], linear.name

@@ -121,6 +121,16 @@ def wan_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
 
 
 @pytest.fixture(scope="session")
+def ltx_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    return _pair("ltx", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def ltx_condition_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    return _pair("ltx_condition", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
 def wan_ti2v_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return _pair("wan_ti2v", tmp_path_factory)
 

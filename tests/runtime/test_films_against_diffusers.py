@@ -7,6 +7,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from obsdiff_export.ports import Port
 from obsdiff_export.profiles import profile_for
@@ -14,7 +15,8 @@ from obsdiff_runtime import cli
 from obsdiff_runtime.benchmark import bench
 from obsdiff_runtime.bundle import NEXT_DECODER, Bundle, open_bundle
 from obsdiff_runtime.errors import CancelledError, CompatibilityError, ConfigError, RunError
-from obsdiff_runtime.kinds import Settings
+from obsdiff_runtime.kinds import Kind, Settings
+from obsdiff_runtime.kinds.ltx import LTX, LTX_CONDITION
 from obsdiff_runtime.kinds.wan import WAN
 from obsdiff_runtime.pipeline import Images, Pipeline
 
@@ -29,7 +31,7 @@ def both(pair: tuple[Any, Path], *, output_type: str = "np", **options: Any) -> 
     given |= {"max_sequence_length": 5, "negative_prompt": UNWANTED} | options
     with torch.no_grad():
         seeded = [torch.Generator().manual_seed(seed) for seed in (7, 8)]
-        expected = theirs(PROMPTS, generator=seeded, output_type=output_type, **given).frames
+        expected = theirs(prompt=PROMPTS, generator=seeded, output_type=output_type, **given).frames
     return expected, Pipeline(folder, threads=1)(PROMPTS, seed=[7, 8], noise_source="torch", **given)
 
 
@@ -86,6 +88,58 @@ def test_what_is_told_of_the_frames_before_is_as_large_as_the_latents(
     ports = [Port(name=port.name, dtype=port.dtype, shape=port.shape) for port in inputs]
     profile = profile_for(ports, {"batch": (1, 1, 4), "height": (2, 60, 90), "width": 104})
     assert profile[ports[-1].name].max == (4, 8, 2, 360, 416)
+
+
+@pytest.mark.stage("runtime", kind="ltx")
+@pytest.mark.parametrize("pair", ["ltx_pair", "ltx_condition_pair"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_frames": 1},
+        {"num_frames": 17, "height": 64, "width": 160},
+        {"guidance_scale": 1.0, "num_inference_steps": 7},
+    ],
+)
+def test_a_film_that_is_decoded_whole_is_the_same(
+    pair: str, options: dict[str, Any], request: pytest.FixtureRequest
+) -> None:
+    """The first sampler's levels depend on how many tokens the film has, and the tokens' turns on their seconds."""
+    made = request.getfixturevalue(pair)
+    expected, films = both(made, **{"height": 96, "width": 64, **options})
+    assert films.arrays.shape == expected.shape
+    assert expected.std() > 0.02
+    assert psnr(expected, films) > 58
+    latents, films = both(made, output_type="latent", **{"height": 96, "width": 64, **options})
+    tokens = latents.flatten(2).mT if latents.ndim == 5 else latents
+    ours = films.latents.reshape(2, 4, -1).transpose(0, 2, 1)
+    assert np.abs(ours - tokens.numpy()).max() < 1e-4 * np.abs(ours).max()
+
+
+@pytest.mark.parametrize(("pair", "kind"), [("ltx_pair", LTX), ("ltx_condition_pair", LTX_CONDITION)])
+def test_ltx_is_told_what_diffusers_tells_it(pair: str, kind: Kind, request: pytest.FixtureRequest) -> None:
+    theirs, folder = request.getfixturevalue(pair)
+    told = Settings(num_inference_steps=1, guidance_scale=3.0, guided=True, height=64, width=64, max_sequence_length=20)
+    found = kind.encode(Pipeline(folder, threads=1).networks, PROMPTS, False, told)
+    with torch.no_grad():
+        text, mask, *_ = theirs.encode_prompt(PROMPTS, None, False, max_sequence_length=20)
+    np.testing.assert_allclose(found["encoder_hidden_states"], text.numpy(), atol=1e-5)
+    np.testing.assert_array_equal(found["encoder_attention_mask"], mask.numpy())
+    assert not mask.all()
+
+
+def test_an_ltx_film_has_its_own_pace_and_numbers_of_frames(ltx_pair: tuple[Any, Path], tmp_path: Path) -> None:
+    ours, told = Pipeline(ltx_pair[1], threads=1), []
+    ours("red", num_frames=17, progress=lambda stage, done, total, note="": told.append((stage, done, total)))
+    assert [each for each in told if each[0] == "decode"] == [("decode", 1, 1)] * 2
+    with pytest.raises(ConfigError, match=r"num_frames 12: .* a multiple of 8 behind it; near are 9 and 17"):
+        ours("red", num_frames=12)
+    assert ours.resolver.choices.frame_step == 8
+    line = ["generate", str(ltx_pair[1]), "red", "--steps", "2", "--threads", "1", "-q"]
+    assert cli.run([*line, "-o", str(tmp_path / "film.webp")]) == 0
+    with Image.open(tmp_path / "film.webp") as film:
+        film.load()
+        assert (film.n_frames, film.info["duration"]) == (9, 40)  # type: ignore[attr-defined]
 
 
 def test_another_sampler_draws_what_diffusers_draws_by_it(

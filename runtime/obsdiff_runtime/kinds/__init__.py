@@ -4,13 +4,15 @@ Shapes: n prompts, t text tokens, d width of a text token, p pooled width.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from numpy.typing import NDArray
 
 from obsdiff_runtime import openings
+from obsdiff_runtime.autoencoder import FRAME_SCALE
 from obsdiff_runtime.fills import Fill
+from obsdiff_runtime.films import FPS
 from obsdiff_runtime.networks import Array, Networks
 from obsdiff_runtime.references import References, Sides
 from obsdiff_runtime.seeing import Seen
@@ -69,6 +71,7 @@ class Kind:
         draws_classes: whether prompts are names or numbers of classes, so that a negative one can but be empty.
         example: a prompt that it can draw.
         even_sigmas: whether diffusers' pipeline gives the scheduler its noise levels; see `make_scheduler`.
+        levels: what diffusers' pipeline gives the scheduler instead, from the steps; see `make_scheduler`.
         scheduler: diffusers class of the only one whose timesteps its denoiser knows; None where there are others.
         shift: mu of a shift that depends on the image's tokens and the steps, where the pipeline says it and not the
             scheduler.
@@ -81,6 +84,9 @@ class Kind:
             that; None where nothing is.
         controls: whether a ControlNet steers the denoiser, in its graph; see controls.py.
         masks: whether films can begin with a picture, whose latents stand in place of what is drawn.
+        told_of_frames: inputs of the denoiser that are of a film's latent frames, (f, ...), from their number.
+        fps: frames a second, of films.
+        frame_scale: frames of a film in a latent frame behind the first, where there is no autoencoder to ask.
     """
 
     denoiser: str = "transformer"
@@ -97,6 +103,7 @@ class Kind:
     draws_classes: bool = False
     example: str = EXAMPLE
     even_sigmas: bool = False
+    levels: Callable[[int], Array] | None = None
     scheduler: str | None = None
     shift: Callable[[int, int], float] | None = None
     counted: Callable[[int, int], int] = lambda channels, tokens: tokens
@@ -106,6 +113,9 @@ class Kind:
     fills: Fill | None = None
     controls: bool = False
     masks: bool = False
+    told_of_frames: Mapping[str, Callable[[int], Array]] = field(default_factory=dict)
+    fps: float = FPS
+    frame_scale: int = FRAME_SCALE
 
     def ends(self, config: Mapping[str, Any]) -> bool:
         """Whether films have to end with a picture, too, from the denoiser's config."""

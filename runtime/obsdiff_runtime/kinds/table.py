@@ -11,6 +11,7 @@ from obsdiff_runtime.kinds import (
     flux,
     flux2,
     hunyuan,
+    ltx,
     lumina2,
     pixart,
     qwen,
@@ -49,6 +50,8 @@ KINDS: Final[dict[str, Kind]] = {
     "DiTPipeline": dit.DIT,
     "WanPipeline": wan.WAN,
     "WanImageToVideoPipeline": wan.WAN_OPENING,
+    "LTXPipeline": ltx.LTX,
+    "LTXConditionPipeline": ltx.LTX_CONDITION,
     "ZImagePipeline": zimage.ZIMAGE,
 }
 

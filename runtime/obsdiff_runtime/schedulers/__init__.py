@@ -83,6 +83,7 @@ def make_scheduler(
     noise: Noise,
     *,
     even_sigmas: bool = False,
+    levels: Floats | None = None,
     mu: float | None = None,
     only: str | None = None,
     strength: float = 1.0,
@@ -96,6 +97,7 @@ def make_scheduler(
         image_tokens: tokens of the denoiser's image sequence, for schedules that depend on it.
         noise: asked once per call by stochastic samplers, never by others.
         even_sigmas: whether the pipeline gives the noise levels before shifting: even steps from 1 to 1 / steps.
+        levels: the noise levels, (steps,), where the pipeline gives all of them, so that none is shifted.
         mu: of a shift that depends on the image's size, where the pipeline gives it; only with even_sigmas.
         only: the one class that the pipeline draws by; None where there are others.
         strength: share of the noise levels that the steps are spaced over, those of least noise; of LCMScheduler.
@@ -111,7 +113,7 @@ def make_scheduler(
             f"scheduler {name or 'without _class_name'} is not supported; supported are {', '.join(SCHEDULERS)}: "
             "give the pipeline one of these and export again"
         )
-    only = "FlowMatchEulerDiscreteScheduler" if even_sigmas else only
+    only = "FlowMatchEulerDiscreteScheduler" if even_sigmas or levels is not None else only
     if only not in (None, name):
         raise CompatibilityError(f"scheduler {name} is not supported with this pipeline; supported is {only}")
     if eta:
@@ -122,6 +124,6 @@ def make_scheduler(
         return NOISY[name](config, steps, image_tokens, noise, eta=eta)
     if name == "LCMScheduler":
         return Lcm(config, steps, image_tokens, noise, strength=strength)
-    if not even_sigmas:
+    if not even_sigmas and levels is None:
         return SCHEDULERS[name](config, steps, image_tokens, noise)
-    return FlowMatchEuler(config, steps, image_tokens, noise, even_sigmas=True, mu=mu)
+    return FlowMatchEuler(config, steps, image_tokens, noise, even_sigmas=even_sigmas, levels=levels, mu=mu)

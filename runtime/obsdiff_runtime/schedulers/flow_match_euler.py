@@ -29,12 +29,25 @@ DEFAULTS: Final[dict[str, Any]] = {
 }
 
 
+_CHANGING: Final = (
+    "shift",
+    "use_dynamic_shifting",
+    "shift_terminal",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "invert_sigmas",
+    "stochastic_sampling",
+)
+
+
 class FlowMatchEuler:
     """x <- x + (sigma_next - sigma) v. The model is told sigma times the number of training timesteps.
 
     With stochastic_sampling the clean sample x - sigma v gets new noise at each step. With even_sigmas the levels that
     are shifted are given, even steps from 1 to 1 / steps, as Flux's pipeline does; else they are even timesteps. With
-    mu the pipeline says how far a dynamic shift goes.
+    mu the pipeline says how far a dynamic shift goes. With levels it gives all of them, as those of LTX-Video 0.9.5 and
+    later do, and diffusers' options that would change them, but not what the model is told, are refused.
     """
 
     order = 1
@@ -48,12 +61,18 @@ class FlowMatchEuler:
         noise: Noise,
         *,
         even_sigmas: bool = False,
+        levels: Floats | None = None,
         mu: float | None = None,
     ) -> None:
         given = options(config, DEFAULTS)
         choose(config, "time_shift_type", given["time_shift_type"], "exponential", "linear")
-        even = np.linspace(1, 1 / steps, steps).astype(np.float32) if even_sigmas else None
-        sigmas = flow_sigmas(given, steps, image_tokens, even, mu)
+        if levels is None:
+            even = np.linspace(1, 1 / steps, steps).astype(np.float32) if even_sigmas else None
+            sigmas = flow_sigmas(given, steps, image_tokens, even, mu)
+        else:
+            for name in _CHANGING:
+                choose(config, name, given[name], DEFAULTS[name])
+            sigmas = levels.astype(np.float32)
         if given["invert_sigmas"]:
             sigmas = np.float32(1) - sigmas
         self._noise = noise if given["stochastic_sampling"] else None

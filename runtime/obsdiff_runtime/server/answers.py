@@ -29,8 +29,8 @@ NO_TOKENS: Final = {
 class Answer:
     """How the pictures of one request are told."""
 
-    def __init__(self, asked: ImageRequest, settings: Settings, seed: int, *, edits: bool = False) -> None:
-        self._asked, self._settings, self._seed = asked, settings, seed
+    def __init__(self, asked: ImageRequest, settings: Settings, seed: int, fps: float, *, edits: bool = False) -> None:
+        self._asked, self._settings, self._seed, self._fps = asked, settings, seed, fps
         self._kind = "image_edit" if edits else "image_generation"
         self.size = f"{settings.width}x{settings.height}"
 
@@ -47,7 +47,7 @@ class Answer:
         if self._asked.output_format != "png":
             options = {"quality": self._asked.output_compression or QUALITY}
         if pixels.ndim == 4:
-            films.animate(pixels, file, self._asked.output_format, films.FPS, **options)
+            films.animate(pixels, file, self._asked.output_format, self._fps, **options)
         else:
             Image.fromarray(pixels).save(file, self._asked.output_format, **options)
         return base64.b64encode(file.getvalue()).decode()

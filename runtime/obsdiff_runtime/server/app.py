@@ -190,7 +190,7 @@ async def _generate(server: Server, request: Request, asked: ImageRequest, uploa
         metrics.rejected("draining" if server.draining else "queue full")
         metrics.answered(problem_of(error).status, time.monotonic() - started, 0)
         raise
-    answer = answers.Answer(asked, settings, seed, edits=bool(uploads))
+    answer = answers.Answer(asked, settings, seed, model.pipeline.fps, edits=bool(uploads))
 
     def told(status: int, images: int) -> None:
         metrics.answered(status, time.monotonic() - started, images)

@@ -99,3 +99,31 @@ def wan_vae(**changes: Any) -> Any:
 def wan_ti2v_vae() -> Any:
     """Its blocks have shortcuts, and its pixels are patches of two a side."""
     return wan_vae(is_residual=True, in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=8)
+
+
+@seeded
+def ltx_vae() -> Any:
+    """As that of LTX-Video 0.9.5, told how noisy latents are, but for a level in space alone and one in time alone."""
+    import torch
+    from diffusers import AutoencoderKLLTXVideo
+
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=4,
+        block_out_channels=(4, 8, 16),
+        down_block_types=("LTXVideo095DownBlock3D",) * 3,
+        spatio_temporal_scaling=(True,) * 3,
+        layers_per_block=(1,) * 4,
+        downsample_type=("spatiotemporal",) * 3,
+        decoder_block_out_channels=(8, 16, 32),
+        decoder_spatio_temporal_scaling=(True,) * 3,
+        decoder_layers_per_block=(1,) * 4,
+        decoder_inject_noise=(False,) * 4,
+        upsample_residual=(True,) * 3,
+        upsample_factor=(2,) * 3,
+        timestep_conditioning=True,
+        spatial_compression_ratio=32,
+        temporal_compression_ratio=8,
+    )
+    vae.latents_mean.copy_(torch.tensor([-0.7, 0.1, 0.9, 0.2]))
+    vae.latents_std.copy_(torch.tensor([2.8, 1.4, 0.6, 1.2]))
+    return vae.eval()

@@ -28,7 +28,8 @@ def write_bundle(
     for name in components.keys() - set(own):
         shutil.copytree(like / name, folder / name)
     components = {name: entry for name, entry in components.items() if name not in own}
-    for component in exporting.components(family, pipeline, height=32, width=32):
+    side = _SIDES.get(family.name, 32)
+    for component in exporting.components(family, pipeline, height=side, width=side):
         if component.name in components:
             continue
         others = _extremes(pipeline, denoiser) if component.name == family.denoiser else ()
@@ -49,8 +50,8 @@ def write_bundle(
             pipeline_class=type(pipeline).__name__,
             sparsity=sparsity,
             defaults=Defaults(
-                height=32,
-                width=32,
+                height=side,
+                width=side,
                 num_inference_steps=4,
                 guidance_scale=3.0,
                 num_frames=9 if family.name in FILMS else None,
@@ -70,12 +71,16 @@ def _longest(pipeline: Any) -> int:
     return 5 if getattr(pipeline, "image_encoder", None) is None else 512
 
 
+_SIDES: dict[str, int] = {"ltx": 64}
+"""Pixels of what a bundle draws, where they are not 32."""
+
 _EXPORTED: dict[tuple[str, int, frozenset[str]], Any] = {}
 _EXTREMES: dict[str, tuple[tuple[int, ...], ...]] = {
     "auraflow": ((2, 2), (34, 34), (6, 20)),  # up to all of its grid
     "dit": ((16, 16),) * 3,
     "pixart": ((2, 2), (128, 128), (6, 100)),
     "sd3": ((2, 2), (16, 16), (6, 14)),
+    "ltx": ((1, 1, 1), (3, 5, 14), (9, 10, 4)),
     "wan": ((1, 2, 2), (3, 6, 14), (9, 10, 4)),
 }
 """Sizes of latents: the least, much, and lopsided."""

@@ -295,6 +295,23 @@ def wan_transformer(**changes: Any) -> Any:
 
 
 @seeded
+@cut
+def ltx_transformer() -> Any:
+    """Two channels of all heads are not turned."""
+    from diffusers import LTXVideoTransformer3DModel
+
+    return LTXVideoTransformer3DModel(
+        num_attention_heads=4,
+        attention_head_dim=8,
+        cross_attention_dim=32,
+        in_channels=4,
+        out_channels=4,
+        caption_channels=32,
+        num_layers=2,
+    ).eval()
+
+
+@seeded
 def wan_flf2v_transformer() -> Any:
     """One that is told what is seen in two pictures; places of that are random, where diffusers makes zeros."""
     import torch

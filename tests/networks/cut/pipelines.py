@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kinds import masking
-from networks.cut.autoencoders import deep_vae, film_vae, patch_vae, vae, wan_ti2v_vae, wan_vae
+from networks.cut.autoencoders import deep_vae, film_vae, ltx_vae, patch_vae, vae, wan_ti2v_vae, wan_vae
 from networks.cut.denoisers import (
     OPENING,
     auraflow_transformer,
@@ -14,6 +14,7 @@ from networks.cut.denoisers import (
     flux2_transformer,
     flux_transformer,
     hunyuan_transformer,
+    ltx_transformer,
     lumina2_transformer,
     pixart_transformer,
     qwen_transformer,
@@ -368,6 +369,28 @@ def wan_pipeline() -> Any:
     )
 
 
+def ltx_pipeline() -> Any:
+    """A latent pixel is 32 pixels wide, and a latent frame eight frames long."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, LTXPipeline
+
+    return LTXPipeline(
+        tokenizer=t5_tokenizer(),
+        text_encoder=t5_encoder(),
+        vae=ltx_vae(),
+        transformer=ltx_transformer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, base_image_seq_len=1024, shift_terminal=0.1
+        ),
+    )
+
+
+def ltx_condition_pipeline() -> Any:
+    """Likewise; its call says the levels of noise."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, LTXConditionPipeline
+
+    return LTXConditionPipeline(**ltx_pipeline().components | {"scheduler": FlowMatchEulerDiscreteScheduler()})
+
+
 def wan_ti2v_pipeline() -> Any:
     """A latent pixel is two patches of the autoencoder wide; the denoiser is told a timestep for each token."""
     pipeline = wan_pipeline()
@@ -428,8 +451,9 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "zimage": zimage_pipeline,
     "hunyuan": hunyuan_pipeline,
     "wan": wan_pipeline,
+    "ltx": ltx_pipeline,
 }
-FILMS = ("wan",)
+FILMS = ("wan", "ltx")
 
 
 def dit_pipeline() -> Any:
@@ -454,6 +478,7 @@ OTHERS: dict[str, Callable[[], Any]] = {
     "kontext": kontext_pipeline,
     "qwen_edit": qwen_edit_pipeline,
     "qwen_edit_first": lambda: qwen_edit_pipeline(plus=False),
+    "ltx_condition": ltx_condition_pipeline,
     "wan22": wan22_pipeline,
     "wan_ti2v": wan_ti2v_pipeline,
     "wan_i2v": wan_i2v_pipeline,
@@ -472,9 +497,11 @@ LIKE = {
     "qwen_edit_first": "qwen_edit",
     **{name: "wan" for name in ("wan22", "wan_ti2v", "wan_i2v", "wan22_i2v")},
     "wan_flf2v": "wan_i2v",
+    "ltx_condition": "ltx",
 }
 """Pipelines that share all networks with another but for those in OWN, or the denoiser's graph."""
 OWN = {
+    "ltx_condition": ("text_encoder",),
     "qwen_edit": ("transformer", "text_encoder", "vision_encoder"),
     "qwen_edit_first": ("transformer", "text_encoder"),
     "wan_ti2v": ("transformer", "vae_decoder", "vae_decoder_next", "vae_encoder"),

@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLLTXVideo,
     AutoencoderKLQwenImage,
 )
 
@@ -37,6 +39,20 @@ def film_autoencoder() -> AutoencoderKLQwenImage:
         latents_mean=[-0.7, 0.1, 0.9, 0.2],
         latents_std=[2.8, 1.4, 0.6, 1.2],
     )
+
+
+def whole_film_autoencoder() -> AutoencoderKLLTXVideo:
+    """Three levels of patches of four pixels: a latent pixel is 32 pixels wide, and a latent frame 8 frames long."""
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=4,
+        block_out_channels=(4, 4, 4, 4),
+        decoder_block_out_channels=(4, 4, 4, 4),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+    )
+    vae.latents_mean.copy_(torch.tensor([-0.7, 0.1, 0.9, 0.2]))
+    vae.latents_std.copy_(torch.tensor([2.8, 1.4, 0.6, 1.2]))
+    return vae
 
 
 def deep_autoencoder() -> AutoencoderDC:

@@ -22,6 +22,8 @@ from diffusers import (
     FluxKontextPipeline,
     FluxPipeline,
     HunyuanDiTPipeline,
+    LTXConditionPipeline,
+    LTXPipeline,
     Lumina2Pipeline,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
@@ -53,7 +55,13 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from networks.whole.autoencoders import autoencoder, deep_autoencoder, film_autoencoder, patch_autoencoder
+from networks.whole.autoencoders import (
+    autoencoder,
+    deep_autoencoder,
+    film_autoencoder,
+    patch_autoencoder,
+    whole_film_autoencoder,
+)
 from networks.whole.denoisers import (
     SPRINT,
     auraflow_transformer,
@@ -63,6 +71,7 @@ from networks.whole.denoisers import (
     flux2_transformer,
     flux_transformer,
     hunyuan_transformer,
+    ltx_transformer,
     lumina2_transformer,
     pixart_sigma_transformer,
     pixart_transformer,
@@ -358,6 +367,26 @@ def wan22_i2v_pipeline(**changes: Any) -> WanImageToVideoPipeline:
     return WanImageToVideoPipeline(**{**parts, **given}, boundary_ratio=0.875)
 
 
+def ltx_pipeline(**changes: Any) -> LTXPipeline:
+    torch.manual_seed(0)
+    tokenizer, text_encoder = t5()
+    return LTXPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, base_image_seq_len=1024, shift_terminal=0.1
+        ),
+        vae=whole_film_autoencoder().eval(),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        transformer=ltx_transformer(**changes).eval(),
+    )
+
+
+def ltx_condition_pipeline(**changes: Any) -> LTXConditionPipeline:
+    """Of the networks of LTX-Video; its call says the levels of noise."""
+    parts = ltx_pipeline(**changes).components
+    return LTXConditionPipeline(**parts | {"scheduler": FlowMatchEulerDiscreteScheduler()})
+
+
 def zimage_pipeline(**changes: Any) -> ZImagePipeline:
     torch.manual_seed(0)
     tokenizer, text_encoder = qwen3(Qwen3Model, hidden_size=24, num_hidden_layers=2)
@@ -408,6 +437,8 @@ PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "wan_i2v": wan_i2v_pipeline,
     "wan_flf2v": partial(wan_i2v_pipeline, ends=True),
     "wan22_i2v": wan22_i2v_pipeline,
+    "ltx": ltx_pipeline,
+    "ltx_condition": ltx_condition_pipeline,
     "dit": dit_pipeline,
     "zimage": zimage_pipeline,
 }

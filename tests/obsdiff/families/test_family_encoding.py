@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import Lumina2Pipeline, SanaPipeline, SanaSprintPipeline, WanPipeline
+from diffusers import LTXPipeline, Lumina2Pipeline, SanaPipeline, SanaSprintPipeline, WanPipeline
 
 from kinds import masking
 from obsdiff import calls
@@ -31,6 +31,7 @@ CASES = [
     ("zimage", {}),
     ("hunyuan", {}),
     ("wan", {}),
+    ("ltx", {}),
 ]
 
 
@@ -38,7 +39,7 @@ def latents(pipeline: Any, *, guidance_scale: float, **call: Any) -> torch.Tenso
     guided = {parts.guidance_argument(type(pipeline)): guidance_scale}
     generator = torch.Generator().manual_seed(0)
     exact = exactly(pipeline, embedded="prompt" not in call, pixels=64 * 64)
-    large = isinstance(pipeline, SanaPipeline | SanaSprintPipeline | Lumina2Pipeline | WanPipeline)
+    large = isinstance(pipeline, SanaPipeline | SanaSprintPipeline | Lumina2Pipeline | WanPipeline | LTXPipeline)
     size = (32, 64) if large else (16, 24)  # multiples of 32 and 16
     sized = dict(zip(("height", "width"), size, strict=True))
     found: torch.Tensor = calls.call(pipeline)(
@@ -48,7 +49,7 @@ def latents(pipeline: Any, *, guidance_scale: float, **call: Any) -> torch.Tenso
 
 
 def options(kind: str) -> dict[str, int]:
-    named = ("sd3", "flux", "pixart", "auraflow", "sana", "qwen", "lumina2", "wan")
+    named = ("sd3", "flux", "pixart", "auraflow", "sana", "qwen", "lumina2", "wan", "ltx")
     lengths = dict.fromkeys(named, 6) | {"flux2": 30, "zimage": 30}  # their template is 20 long
     return {"max_sequence_length": lengths[kind]} if kind in lengths else {}
 

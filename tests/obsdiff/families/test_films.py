@@ -33,6 +33,7 @@ from obsdiff_runtime.pipeline import Pipeline
 
 PROMPTS = ["a red dog", "a cat"]
 SMALL: dict[str, Any] = {"steps": 2, "height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 8}
+SMALL_LTX: dict[str, Any] = SMALL | {"height": 64, "width": 64}
 
 Build = Callable[..., Any]
 
@@ -139,6 +140,77 @@ def test_the_main_job_leaves_a_bundle_that_draws_the_film_of_the_pruned_pipeline
     ).frames
     assert drawn.arrays.shape == film.shape == (1, 9, 32, 32, 3)
     assert np.mean((film - drawn.arrays / 255) ** 2) < 10**-5.8  # 58 dB
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.stage("engine", kind="ltx")
+@pytest.mark.parametrize("version", ["ltx", "ltx_condition"])
+def test_the_main_job_on_ltx_leaves_a_bundle_that_draws_the_film_of_the_pruned_pipeline(
+    version: str, build_pipeline: Build, tmp_path: Path
+) -> None:
+    build_pipeline(version).save_pretrained(tmp_path / "dense")
+    how = {"sparsity": "ffn:0.25+2:4", "align": 4, "protect_first": 0, "eval_prompts": 1, **SMALL_LTX}
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    how["prompts_file"] = str(tmp_path / "prompts.txt")
+    verbs.prune_to_folder(Settings(model=str(tmp_path / "dense"), **how), tmp_path / "pruned")
+    named = "" if version == "ltx" else "prompt="  # which is not the first argument of the other's call
+    assert f'export_to_video(pipeline({named}"a prompt")' in (tmp_path / "pruned" / "README.md").read_text()
+    told = {"trt": True, "targets": ["8.9"], "dtype": "fp32", "no_cache": True}
+    exported = obsdiff.export(tmp_path / "dense", tmp_path / "out", **told, **how)
+    assert isinstance(exported.report.evaluation, Evaluation)
+    assert exported.report.recipe["sampling"]["frame_scale"] == 8
+    bundle = open_bundle(tmp_path / "out")
+    assert bundle.component("transformer").engines[0].sparse_requested
+    (profile,) = bundle.component(DECODER).engines[0].profiles
+    assert profile["latent_sample"].opt == (1, 4, 2, 2, 2)
+    drawn = Pipeline(tmp_path / "out", threads=1)("a cat", seed=3, noise_source="torch")
+    pipeline = obsdiff.load(tmp_path / "pruned")
+    pipeline.set_progress_bar_config(disable=True)
+    film = pipeline(
+        prompt="a cat",
+        num_inference_steps=2,
+        height=64,
+        width=64,
+        num_frames=9,
+        max_sequence_length=8,
+        generator=torch.Generator().manual_seed(3),
+        output_type="np",
+    ).frames
+    assert drawn.arrays.shape == film.shape == (1, 9, 64, 64, 3)
+    assert np.mean((film - drawn.arrays / 255) ** 2) < 10**-5.8  # 58 dB
+
+
+def test_ltx_of_the_first_version_has_its_published_size_and_reads_all_frames_at_once(tmp_path: Path) -> None:
+    """A film of 161 frames, 512 x 704: 21 latent frames of 16 x 22 pixels. Only neurons can go."""
+    for name, billions in (("ltx_video_2b", 1.9), ("ltx_video_13b", 13.0)):
+        config = json.loads((Path(__file__).parent.parent / "configs" / f"{name}.json").read_text())
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        plan = verbs.plan(Settings(model=str(tmp_path / name), sparsity="2:4", method="magnitude"))
+        assert round(plan.parameters_before / 1e9, 1) == billions
+        assert plan.layers[0].positions == 21 * 16 * 22
+        short = verbs.plan(Settings(model=str(tmp_path / name), sparsity="2:4", method="magnitude", num_frames=9))
+        assert short.layers[0].positions == 2 * 16 * 22
+    asked = Settings(model=str(tmp_path / "ltx_video_2b"), sparsity="heads:0.25")
+    with pytest.raises(ConfigError, match="no head of this denoiser can go"):
+        verbs.plan(asked)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"decoder_inject_noise": (True, False, False, False, False)}, r"adds noise .* 0\.9\.1"),
+        ({"spatial_compression_ratio": 16}, "a latent pixel of 16 pixels a side, and a latent frame of 8 frames"),
+    ],
+)
+def test_autoencoders_of_other_versions_of_ltx_are_refused(
+    changes: dict[str, Any], message: str, build_pipeline: Build
+) -> None:
+    vae = build_pipeline("ltx").vae
+    vae.register_to_config(**changes)
+    with pytest.raises(ModelError, match=message):
+        films.whole_decoder(vae, height=64, width=64)
 
 
 def test_a_pipeline_in_torch_is_measured_by_its_films(folder: Path) -> None:

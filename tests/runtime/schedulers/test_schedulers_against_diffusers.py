@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+from diffusers.pipelines.ltx.pipeline_ltx_condition import linear_quadratic_schedule
 
 from obsdiff_runtime.errors import CompatibilityError, ConfigError
 from obsdiff_runtime.kinds.flux2 import FLUX2_KLEIN
+from obsdiff_runtime.kinds.ltx import linear_quadratic
 from obsdiff_runtime.noise import Noise, noise_sources
 from obsdiff_runtime.schedulers import SCHEDULERS, Scheduler, make_scheduler
 
@@ -481,3 +483,26 @@ def test_a_runge_kutta_start_cannot_be_left_out() -> None:
     sample = normal((4, 8, 6))
     with pytest.raises(ConfigError, match="cannot begin in the middle; set skip_prk_steps"):
         scheduler.step(sample, 5, sample)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 8, 25])
+def test_levels_that_ltx_s_pipeline_gives_are_those_of_the_steps(steps: int) -> None:
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler()
+    theirs.set_timesteps(timesteps=linear_quadratic_schedule(steps) * 1000)
+    config = dict(theirs.config) | {"_class_name": FLOW}
+    ours = make_scheduler(config, steps, 1, no_noise, levels=linear_quadratic(steps))
+    np.testing.assert_array_equal(ours.timesteps, theirs.timesteps.numpy())
+    sample, velocity = (np.random.default_rng(seed).standard_normal((1, 4, 6)).astype(np.float32) for seed in (0, 1))
+    for index, timestep in enumerate(theirs.timesteps):
+        told = {"per_token_timesteps": timestep.expand(1, 4), "return_dict": False}
+        expected = theirs.step(-torch.from_numpy(velocity), timestep, torch.from_numpy(sample), **told)[0]
+        np.testing.assert_allclose(ours.step(velocity, index, sample), expected.numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "config", [{"shift": 3.0}, {"use_dynamic_shifting": True}, {"shift_terminal": 0.1}, {"stochastic_sampling": True}]
+)
+def test_levels_that_are_given_are_not_changed(config: dict[str, Any]) -> None:
+    (name,) = config
+    with pytest.raises(CompatibilityError, match=f"{name}=.* is not supported"):
+        make_scheduler({"_class_name": FLOW} | config, 4, 1, no_noise, levels=linear_quadratic(4))
