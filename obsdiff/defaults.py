@@ -30,7 +30,7 @@ class Defaults:
         num_inference_steps: denoising steps.
         guidance_scale: of classifier-free guidance.
         num_frames: of a film; None where the pipeline draws pictures.
-        frame_scale: how many of them a latent frame stands for, the first one apart.
+        frame_scale: how many of them a latent frame stands for, the first one apart; None where nobody knows.
         max_sequence_length: text tokens of T5, or of the zeros in its place; None where the pipeline has no such thing.
         prompts: name of the prompt set the pipeline was made for; None for general ones.
         takes_guidance: whether a guidance scale above 1 makes a difference; not where a pipeline's steps are distilled.
@@ -44,7 +44,7 @@ class Defaults:
     num_inference_steps: int
     guidance_scale: float
     num_frames: int | None = None
-    frame_scale: int = autoencoder.FRAME_SCALE
+    frame_scale: int | None = autoencoder.FRAME_SCALE
     max_sequence_length: int | None = None
     prompts: str | None = None
     takes_guidance: bool = True
@@ -80,12 +80,15 @@ def vae_scale(configs: Mapping[str, Mapping[str, Any]]) -> int:
     return autoencoder.vae_scale(configs["vae"]) if "vae" in configs else _family_in(configs).vae_scale
 
 
-def frame_scale(configs: Mapping[str, Mapping[str, Any]]) -> int:
-    """Frames of a film in a latent frame behind the first; the family's pipeline's where there is no VAE."""
-    if "vae" in configs:
-        return autoencoder.frame_scale(configs["vae"])
+def frame_scale(configs: Mapping[str, Mapping[str, Any]]) -> int | None:
+    """Frames of a film in a latent frame behind the first; the family's pipeline's where there is no VAE.
+
+    None where no family describes the pipeline.
+    """
     kind = KINDS.get(_family_in(configs).pipeline)
-    return autoencoder.FRAME_SCALE if kind is None else kind.frame_scale
+    if kind is None:
+        return None
+    return autoencoder.frame_scale(configs["vae"]) if "vae" in configs else kind.frame_scale
 
 
 def _family_in(configs: Mapping[str, Mapping[str, Any]]) -> Family:
@@ -119,7 +122,7 @@ def _class_defaults(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "width": default("width", columns * scale),
         "num_inference_steps": default("num_inference_steps", 50),
         "guidance_scale": 1.0 if distilled else default(parts.guidance_argument(pipeline), 1.0),
-        "num_frames": default("num_frames", None),
+        "num_frames": default("num_frames", denoiser.get("sample_frames") if parts.draws_films(pipeline) else None),
         "max_sequence_length": default("max_sequence_length", None),
         "prompts": None,
         "takes_guidance": not distilled,

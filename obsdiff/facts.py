@@ -1,6 +1,7 @@
 """What can be read off this machine and off a model: the environment, sizes, how many tokens a text has."""
 
 import datetime
+import math
 import platform
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
@@ -53,14 +54,16 @@ def positions(
 ) -> dict[str, int]:
     """costs.positions of one denoiser call on one image of the sampled size, told a picture where there are some.
 
-    Of a denoiser that no family describes they are an estimate: all linears of its blocks run over the image's tokens.
+    Of a denoiser that no family describes they are an estimate: all linears of its blocks run over the image's tokens,
+    or over those of all frames.
     """
     config: Any = denoiser.config
     if not family.described:
         tokens = family.tokens(
             config, height=sampling.height, width=sampling.width, text_tokens=text_tokens, vae_scale=vae_scale
         )
-        return {linear.name: tokens[linear.tokens] for linear in family.linears(denoiser)}
+        *frames, _, _ = sampling.latents(vae_scale)
+        return {linear.name: math.prod(frames) * tokens[linear.tokens] for linear in family.linears(denoiser)}
     inputs = family.example(
         denoiser,
         batch=1,

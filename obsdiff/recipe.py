@@ -31,7 +31,7 @@ class Sampling:
 
     Attributes:
         num_frames: of a film, in pixels; None where pictures are drawn.
-        frame_scale: how many of them a latent frame stands for, the first one apart.
+        frame_scale: how many of them a latent frame stands for, the first one apart; None where nobody knows.
         references: files of the pictures that drawings are told, in turn; see pictures.py.
         guidance_scale_2: of the denoiser behind the first, where they take turns; None where one takes all steps.
     """
@@ -44,14 +44,19 @@ class Sampling:
     batch_size: int
     seed: int
     num_frames: int | None = None
-    frame_scale: int = FRAME_SCALE
+    frame_scale: int | None = FRAME_SCALE
     references: tuple[str, ...] = ()
     guidance_scale_2: float | None = None
 
     def latents(self, vae_scale: int) -> tuple[int, ...]:
         """Sides of the latents: (height, width), of a film (frames, height, width)."""
         sides = (self.height // vae_scale, self.width // vae_scale)
-        return sides if self.num_frames is None else (latent_frames(self.num_frames, self.frame_scale), *sides)
+        return sides if self.num_frames is None else (frames_of(self.num_frames, self.frame_scale), *sides)
+
+
+def frames_of(num_frames: int, frame_scale: int | None) -> int:
+    """Frames of a film's latents; an estimate where nobody knows how many frames one stands for."""
+    return -(-num_frames // FRAME_SCALE) if frame_scale is None else latent_frames(num_frames, frame_scale)
 
 
 @dataclass(frozen=True, kw_only=True)

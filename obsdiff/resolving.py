@@ -14,6 +14,7 @@ from obsdiff.recipe import (
     Recipe,
     Sampling,
     calibration_prompts,
+    frames_of,
     list_references,
     parse_blocks,
     parse_bytes,
@@ -21,7 +22,7 @@ from obsdiff.recipe import (
 )
 from obsdiff.settings import Settings
 from obsdiff.sparsity import Sparsity, Unstructured, parse
-from obsdiff_runtime.autoencoder import film_frames, latent_frames
+from obsdiff_runtime.autoencoder import film_frames
 from obsdiff_runtime.errors import ConfigError
 from obsdiff_runtime.turns import require_taken
 
@@ -164,7 +165,7 @@ def sampling(settings: Settings, defaults: Defaults) -> Sampling:
     height = _at_least("--height", 1, settings.height, defaults.height)
     width = _at_least("--width", 1, settings.width, defaults.width)
     num_frames = film_frames(settings.num_frames, defaults.num_frames, defaults.frame_scale, "--num-frames")
-    large = height * width * (1 if num_frames is None else latent_frames(num_frames, defaults.frame_scale))
+    large = height * width * (1 if num_frames is None else frames_of(num_frames, defaults.frame_scale))
     return Sampling(
         num_inference_steps=_at_least("--steps", 1, settings.steps, defaults.num_inference_steps),
         guidance_scale=guidance,

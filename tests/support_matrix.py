@@ -43,6 +43,8 @@ FAMILIES: Final = {
     "wan22_i2v": "`wan`: Wan 2.2 I2V A14B, picture to film",
     "ltx": "`ltx`: LTX-Video, text to film",
     "cogview3": "no family: CogView3-Plus",
+    "cogvideox": "no family: CogVideoX, text to film",
+    "mochi": "no family: Mochi 1, text to film",
 }
 STAGES: Final = {
     "weights": "2:4, unstructured",

@@ -104,11 +104,10 @@ def encode(
     """
     arguments = inspect.signature(type(pipeline).__call__).parameters
     lacking = [name for name in ("prompt", "height", "width", "guidance_scale") if name not in arguments]
-    if lacking or "num_frames" in arguments:
-        what = f"has no {lacking[0]}" if lacking else "draws films"
+    if lacking:
         raise ModelError(
-            f"{type(pipeline).__name__} {what}, and of a denoiser that no family describes only pipelines that draw a "
-            f"picture of a prompt are known; {HELP}"
+            f"{type(pipeline).__name__} has no {lacking[0]}, and of a denoiser that no family describes only pipelines "
+            f"that draw a picture or a film of a prompt are known; {HELP}"
         )
     return {}
 

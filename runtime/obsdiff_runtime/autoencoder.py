@@ -93,14 +93,14 @@ def latent_frames(num_frames: int, scale: int, name: str = "num_frames") -> int:
 
 
 def film_frames(
-    asked: int | None, own: int | None, scale: int, name: str = "num_frames", who: str = "this pipeline"
+    asked: int | None, own: int | None, scale: int | None, name: str = "num_frames", who: str = "this pipeline"
 ) -> int | None:
     """Frames of the film to draw; None where pictures are drawn.
 
     Args:
         asked: None for its own.
         own: what the pipeline draws by default, None where that is pictures.
-        scale: see `frame_scale`.
+        scale: see `frame_scale`; None where nobody knows which numbers there are.
         name: what the number is called.
         who: draws.
 
@@ -112,7 +112,8 @@ def film_frames(
         return None
     if own is None:
         raise ConfigError(f"{name} {frames}: {who} draws pictures; leave it out")
-    latent_frames(frames, scale, name)
+    if scale is not None:
+        latent_frames(frames, scale, name)
     return frames
 
 

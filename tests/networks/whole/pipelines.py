@@ -8,8 +8,13 @@ import eyes
 import torch
 from diffusers import (
     AuraFlowPipeline,
+    AutoencoderKLCogVideoX,
+    AutoencoderKLMochi,
     AutoencoderKLWan,
     ChromaPipeline,
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
     CogView3PlusPipeline,
     CogView3PlusTransformer2DModel,
     DDIMScheduler,
@@ -25,6 +30,8 @@ from diffusers import (
     LTXConditionPipeline,
     LTXPipeline,
     Lumina2Pipeline,
+    MochiPipeline,
+    MochiTransformer3DModel,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     QwenImageEditPlusPipeline,
@@ -467,4 +474,68 @@ def cogview3_pipeline() -> CogView3PlusPipeline:
     )
 
 
-UNDESCRIBED: dict[str, Callable[[], DiffusionPipeline]] = {"cogview3": cogview3_pipeline}
+def cogvideox_pipeline() -> CogVideoXPipeline:
+    """Films: text and frames are one sequence, and its call draws as many frames as the denoiser says."""
+    tokenizer, text_encoder = t5()
+    transformer = CogVideoXTransformer3DModel(
+        num_attention_heads=4,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=8,
+        text_embed_dim=24,
+        num_layers=2,
+        sample_width=8,
+        sample_height=8,
+        sample_frames=9,
+        max_text_seq_length=8,
+    )
+    vae = AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(8,) * 4,
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+    )
+    return CogVideoXPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=vae.eval(),
+        transformer=transformer.eval(),
+        scheduler=CogVideoXDDIMScheduler(),
+    )
+
+
+def mochi_pipeline() -> MochiPipeline:
+    """Films: a denoiser of two streams, whose text is masked, and an autoencoder of six frames a latent frame."""
+    tokenizer, text_encoder = t5()
+    transformer = MochiTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=2,
+        pooled_projection_dim=24,
+        in_channels=12,
+        text_embed_dim=24,
+        time_embed_dim=4,
+        max_sequence_length=8,
+    )
+    vae = AutoencoderKLMochi(
+        encoder_block_out_channels=(32,) * 4,
+        decoder_block_out_channels=(32,) * 4,
+        layers_per_block=(1,) * 5,
+    )
+    return MochiPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=vae.eval(),
+        transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+    )
+
+
+UNDESCRIBED: dict[str, Callable[[], DiffusionPipeline]] = {
+    "cogview3": cogview3_pipeline,
+    "cogvideox": cogvideox_pipeline,
+    "mochi": mochi_pipeline,
+}

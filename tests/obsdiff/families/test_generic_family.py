@@ -1,5 +1,6 @@
 """Denoisers that no family describes: what can be done with them, and what is refused and how."""
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -27,6 +28,7 @@ SMALL: dict[str, Any] = {
     "max_sequence_length": 8,
     "batch_size": 2,
 }
+FILMS: dict[str, dict[str, Any]] = {"cogvideox": {"num_frames": 9}, "mochi": {"num_frames": 7}}
 
 
 def zeros_of_four(weight: torch.Tensor) -> torch.Tensor:
@@ -40,13 +42,23 @@ def test_it_is_the_family_of_what_no_other_one_describes(build_undescribed: Call
 
 
 @pytest.mark.stage("weights")
-@pytest.mark.parametrize(("kind", "method"), [("cogview3", "streamed"), ("cogview3", "obsdiff"), ("cogview3", "wanda")])
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        ("cogview3", "streamed"),
+        ("cogview3", "obsdiff"),
+        ("cogview3", "wanda"),
+        ("cogvideox", "streamed"),
+        ("cogvideox", "obsdiff"),
+        ("mochi", "streamed"),
+    ],
+)
 def test_every_linear_of_its_blocks_gets_the_pattern_and_nothing_else_changes(
     kind: str, method: str, build_undescribed: Callable[[str], DiffusionPipeline]
 ) -> None:
-    pipeline = build_undescribed(kind)
+    pipeline, own = build_undescribed(kind), SMALL | FILMS.get(kind, {})
     before = {name: weight.clone() for name, weight in pipeline.transformer.named_parameters()}
-    pruned = obsdiff.prune(pipeline, prompts=PROMPTS, sparsity="2:4", method=method, protect_first=0, **SMALL)
+    pruned = obsdiff.prune(pipeline, prompts=PROMPTS, sparsity="2:4", method=method, protect_first=0, **own)
     linears = {linear.name for linear in generic.linears(pipeline.transformer)}
     assert {layer.name for layer in pruned.layers} == linears
     for name, weight in pipeline.transformer.named_parameters():
@@ -92,14 +104,15 @@ def test_a_pruned_folder_loads_with_obsdiff_and_with_plain_diffusers(
     )
 
 
-@pytest.mark.stage("saved", kind="cogview3")
+@pytest.mark.stage("saved")
+@pytest.mark.parametrize("kind", ["cogview3", "cogvideox", "mochi"])
 def test_eval_compares_it_with_the_dense_one(
-    build_undescribed: Callable[[str], DiffusionPipeline], tmp_path: Path
+    kind: str, build_undescribed: Callable[[str], DiffusionPipeline], tmp_path: Path
 ) -> None:
-    pipeline = build_undescribed("cogview3")
+    pipeline, own = build_undescribed(kind), SMALL | FILMS.get(kind, {})
     pipeline.save_pretrained(tmp_path / "dense")
-    obsdiff.save(obsdiff.prune(pipeline, prompts=PROMPTS, sparsity="2:4", **SMALL), tmp_path / "pruned")
-    settings = Settings(eval_prompts=1, **SMALL)
+    obsdiff.save(obsdiff.prune(pipeline, prompts=PROMPTS, sparsity="2:4", **own), tmp_path / "pruned")
+    settings = Settings(eval_prompts=1, **own)
     report = verbs.evaluate(tmp_path / "pruned", str(tmp_path / "dense"), settings).reports[0]
     assert isinstance(report.evaluation, Evaluation)
     assert 0 < report.evaluation.velocity_error < 10
@@ -114,10 +127,26 @@ def test_plan_says_that_its_macs_are_an_estimate(
     assert plan.macs_before > 0
 
 
+def test_a_plan_counts_the_frames_of_a_film_in_its_estimate(
+    build_undescribed: Callable[[str], DiffusionPipeline], tmp_path: Path
+) -> None:
+    """As many as the denoiser says where nothing else is said."""
+    build_undescribed("cogvideox").save_pretrained(tmp_path / "dense")
+    settings = Settings(model=str(tmp_path / "dense"), sparsity="2:4", height=64, width=64)
+    whole, one = verbs.plan(settings), verbs.plan(dataclasses.replace(settings, num_frames=1))
+    assert whole.layers[0].positions == 3 * one.layers[0].positions
+
+
 @pytest.mark.stage("structured", refused=True)
 @pytest.mark.parametrize(
     ("kind", "sparsity"),
-    [("cogview3", "structured:0.2+2:4"), ("cogview3", "heads:0.5"), ("cogview3", "ffn:0.3")],
+    [
+        ("cogview3", "structured:0.2+2:4"),
+        ("cogview3", "heads:0.5"),
+        ("cogview3", "ffn:0.3"),
+        ("cogvideox", "ffn:0.3"),
+        ("mochi", "ffn:0.3"),
+    ],
 )
 def test_units_are_refused_and_the_page_is_named(
     kind: str, sparsity: str, build_undescribed: Callable[[str], DiffusionPipeline]
@@ -127,7 +156,7 @@ def test_units_are_refused_and_the_page_is_named(
 
 
 @pytest.mark.stage("engine", "runtime", refused=True)
-@pytest.mark.parametrize("kind", ["cogview3"])
+@pytest.mark.parametrize("kind", ["cogview3", "cogvideox", "mochi"])
 def test_export_refuses_before_anything_runs(
     kind: str, build_undescribed: Callable[[str], DiffusionPipeline], tmp_path: Path
 ) -> None:
