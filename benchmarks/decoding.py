@@ -3,6 +3,7 @@
     python benchmarks/decoding.py                                  a picture of 1024 x 1024, AutoencoderKL's widths
     python benchmarks/decoding.py --of wan --height 240 --width 416    a film of 5 frames, Wan 2.1's widths
     python benchmarks/decoding.py --of ti2v --height 240 --width 416   the same of Wan 2.2 TI2V's
+    python benchmarks/decoding.py --of ltx --height 256 --width 384 --tiles 0,256   of 33 frames, LTX-Video 0.9's
     python benchmarks/decoding.py --of qwen --tiles 0              Qwen-Image's; dc: AutoencoderDC's, of Sana
 
 Weights are random, of the published widths, in float32; ONNX Runtime decodes random latents on the CPU, each row in a
@@ -26,7 +27,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from obsdiff_runtime.autoencoder import Autoencoder, latent_channels
+from obsdiff_runtime.autoencoder import Autoencoder, latent_channels, latent_frames
 from obsdiff_runtime.bundle import DECODER, ENCODER, Defaults, Manifest, open_bundle, write_manifest
 from obsdiff_runtime.networks import Networks
 
@@ -63,11 +64,12 @@ OF: Final[dict[str, tuple[str, str, dict[str, Any]]]] = {
             "latents_std": [1.0] * 48,
         },
     ),
+    "ltx": ("AutoencoderKLLTXVideo", "LTXPipeline", {}),
 }
 """Class, a pipeline that has it, and its configuration, by what `--of` calls it."""
 
-FILMS: Final = ("wan", "ti2v")
-"""Those that decode a film."""
+FILMS: Final = {"wan": 5, "ti2v": 5, "ltx": 33}
+"""Frames of the film, of those that decode one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +88,9 @@ class Run:
 def main(
     height: Annotated[int, typer.Option(help="In pixels.")] = 1024,
     width: Annotated[int, typer.Option(help="In pixels.")] = 1024,
-    of: Annotated[str, typer.Option(help="Autoencoder: kl, dc, qwen, or wan or ti2v, which decode a film.")] = "kl",
+    of: Annotated[
+        str, typer.Option(help="Autoencoder: kl, dc, qwen, or wan, ti2v or ltx, which decode a film.")
+    ] = "kl",
     tiles: Annotated[str, typer.Option(help="Pixels a side, by commas; 0: whole.")] = "0,512,256",
     threads: Annotated[int, typer.Option(help="Of the host.")] = 2,
 ) -> None:
@@ -100,7 +104,7 @@ def main(
             plans = [other.submit(plan, of, height, width, side).result() for side in sides]
         for side, planned in zip(sides, plans, strict=True):
             ours, theirs = apart.Pipe()
-            worker = apart.Process(target=decode, args=(folder, height, width, of in FILMS, side, threads, theirs))
+            worker = apart.Process(target=decode, args=(folder, height, width, FILMS.get(of), side, threads, theirs))
             worker.start()
             theirs.close()
             try:
@@ -161,16 +165,23 @@ def plan(of: str, height: int, width: int, side: int) -> str:
     name, _, config = OF[of]
     with torch.device("meta"):
         configs = {"vae": dict(getattr(diffusers, name)(**config).config), "model_index": {"vae": ["diffusers", name]}}
-    found = decoding(configs, height=height, width=width, num_frames=5 if of in FILMS else None, tile=side or None)
+    found = decoding(configs, height=height, width=width, num_frames=FILMS.get(of), tile=side or None)
     assert found is not None
     return f"{(found.tile_bytes if side else found.whole_bytes) / 2**30:.2f}"
 
 
-def decode(folder: Path, height: int, width: int, film: bool, side: int, threads: int, answer: Connection) -> None:
+def decode(
+    folder: Path, height: int, width: int, frames: int | None, side: int, threads: int, answer: Connection
+) -> None:
     networks = Networks(open_bundle(folder), "onnxruntime", threads)
     config = networks.bundle.config(DECODER)
     vae = Autoencoder(networks, config, side or None)
-    shape = (latent_channels(config), *((2,) if film else ()), height // vae.scale, width // vae.scale)
+    shape = (
+        latent_channels(config),
+        *(() if frames is None else (latent_frames(frames, vae.frame_scale),)),
+        height // vae.scale,
+        width // vae.scale,
+    )
     latents = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     for name in networks.bundle.manifest.components:
         networks.session(name)
