@@ -10,6 +10,8 @@ from diffusers import (
     DiTPipeline,
     Flux2KleinPipeline,
     Flux2Pipeline,
+    LTXConditionPipeline,
+    LTXPipeline,
     QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
     WanImageToVideoPipeline,
@@ -18,7 +20,7 @@ from diffusers import (
 )
 
 from obsdiff import class_calls, pictures, turns
-from obsdiff.families import controls, fills, parts, references, wan
+from obsdiff.families import controls, fills, ltx, parts, references, wan
 
 
 def call(pipeline: DiffusionPipeline, *, own_timesteps: bool = False) -> Callable[..., Any]:
@@ -41,6 +43,8 @@ def call(pipeline: DiffusionPipeline, *, own_timesteps: bool = False) -> Callabl
         return partial(_steered, pipeline)
     if fills.keeps(type(pipeline).__name__):
         return partial(fills.draw, pipeline)
+    if isinstance(pipeline, (LTXPipeline, LTXConditionPipeline)):
+        return partial(pictures.draw_ltx, pipeline)
     if isinstance(pipeline, WanPipeline) and pipeline.config.expand_timesteps:
         return partial(_begun_or_not, pipeline, own_timesteps)
     return cast("Callable[..., Any]", pipeline)
@@ -82,7 +86,8 @@ def _begun_or_not(pipeline: WanPipeline, own_timesteps: bool, *, image: Any = No
 def by_frames(pipeline: DiffusionPipeline) -> Iterator[None]:
     """Until the end, its denoisers take little memory for timesteps of tokens, where they are told such."""
     with ExitStack() as stack:
-        if references.masks_frames(pipeline.config):
-            for denoiser in turns.modules(pipeline, wan).values():
-                stack.enter_context(wan.by_frames(denoiser))
+        if references.masks_frames(type(pipeline).__name__, pipeline.config):
+            films = ltx if isinstance(pipeline, (LTXPipeline, LTXConditionPipeline)) else wan
+            for denoiser in turns.modules(pipeline, films).values():
+                stack.enter_context(films.by_frames(denoiser))
         yield

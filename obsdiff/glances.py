@@ -208,7 +208,8 @@ class _Look:
     ) -> None:
         given = _given(block, args, kwargs)
         out, told = pointwise.widths(self._module(name))[1], given[gate.told]
-        parts = told.shape[1] if told.ndim == 4 else 1  # of the tokens, each with a gate of its own
+        parted = told.ndim == 4 or (told.ndim == 3 and told.shape[2] != out)
+        parts = told.shape[1] if parted else 1  # of the tokens, each with a gate of its own
         told = told.reshape(len(told), parts, -1, out)
         if gate.table is not None:
             told = block.get_parameter(gate.table) + told

@@ -16,8 +16,8 @@ class ToldGate:
 
     Attributes:
         block: the module.
-        told: an argument of its forward, (rows, n out) or (rows, n, out); or (rows, parts, n, out), one for each of
-            so many equal parts of the tokens.
+        told: an argument of its forward, (rows, n out) or (rows, n, out); or (rows, parts, n, out) or
+            (rows, parts, n out), one for each of so many equal parts of the tokens.
         row: of what is told and of the table, counted from 0.
         table: a parameter of the block, (n, out); None: it adds nothing.
     """

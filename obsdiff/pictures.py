@@ -13,7 +13,14 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, QwenImagePipeline, WanImageToVideoPipeline
+from diffusers import (
+    DiffusionPipeline,
+    LTXConditionPipeline,
+    LTXImageToVideoPipeline,
+    LTXPipeline,
+    QwenImagePipeline,
+    WanImageToVideoPipeline,
+)
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image, ImageOps
 from torch import Tensor, nn
@@ -50,13 +57,14 @@ def encode(
     Raises:
         ConfigError: a file is no picture, the pipeline has no VAE, or it draws nothing without a picture.
     """
-    require(type(pipeline).__name__, sampling)
-    if sampling.references and sampling.num_frames == 1 and references.masks_frames(pipeline.config):
-        raise ConfigError("--num-frames 1: nothing is drawn of a film whose only frame is given; give 5 or more")
+    name = type(pipeline).__name__
+    require(name, sampling)
+    if sampling.references and sampling.num_frames == 1 and references.masks_frames(name, pipeline.config):
+        raise ConfigError("--num-frames 1: nothing is drawn of a film whose only frame is given; give more")
     length = sampling.max_sequence_length
     own = _own(sampling.references, rows, 2 if references.ends(pipeline) else 1)
     pictures = {file: _fitted(Path(file), sampling) for files in own for file in files}
-    kind = references.of(type(pipeline).__name__)
+    kind = references.of(name)
     if kind is None or kind.seen is None:
         options = {} if length is None else {"max_sequence_length": length}
         text = family.encode(pipeline, prompts, negative, **options)
@@ -101,7 +109,7 @@ def _read(
     if vae is None:
         raise ConfigError("--references: the pipeline has no VAE to read pictures with")
     found: dict[tuple[str, ...], dict[str, Tensor]] = {}
-    opens = references.opens(name) or references.masks_frames(pipeline.config)
+    opens = references.opens(name) or references.masks_frames(name, pipeline.config)
     encoder = getattr(untyped, "image_encoder", None) if opens else None
     readers = [vae, *([] if encoder is None else [encoder])]
     with offloading.borrowed(readers, pipeline.device):
@@ -132,6 +140,10 @@ def _beginning(
     And of the one that they end with, where there are two. And what an image encoder sees, (1, tokens, width) or (1, 2,
     tokens, width), where the denoiser is told that. Where latents stand in place of the first ones, they are all.
     """
+    if isinstance(pipeline, (LTXPipeline, LTXConditionPipeline)):
+        vae = pipeline.vae
+        mean = vae.encode(pixels[0][:, :, None]).latent_dist.mode()
+        return {ARGUMENT: pipeline._normalize_latents(mean, vae.latents_mean, vae.latents_std)}
     size = (sampling.height, sampling.width, sampling.num_frames)
     channels, unread = pipeline.vae.config.z_dim, torch.zeros(())
     where = (torch.float32, pipeline.vae.device)
@@ -185,6 +197,31 @@ def draw_opened(pipeline: Any, *, image: Tensor | Image.Image, image_embeds: Ten
         instead(pipeline, "encode_image", lambda *_: _OfEach(seen)),
     ):
         return pipeline(image=unread, **told)
+
+
+def draw_ltx(pipeline: Any, *, image: Tensor | Image.Image | None = None, **told: Any) -> Any:
+    """Draws films by LTX-Video, which begin with a picture where there is one.
+
+    `image` is what `encode` makes of one for each, or a picture for all.
+    """
+    if image is None:
+        return pipeline(**told)
+    conditions = isinstance(pipeline, LTXConditionPipeline)
+    drawer: Any = pipeline if conditions else parts.again(pipeline, LTXImageToVideoPipeline)
+    if not isinstance(image, Tensor):
+        return drawer(image=image, **told)
+    prepare = pipeline.prepare_latents
+
+    def prepared(_: Any, *given: Any, **named: Any) -> tuple[Any, ...]:
+        """Tokens of which the first are those of the opening, and which these are, as either call wants it."""
+        tokens, _, *places = prepare([], *given, **named) if conditions else (prepare(*given), None)
+        opening = pipeline._pack_latents(image.to(tokens))  # (rows, tokens of a frame, channels)
+        shown = torch.zeros_like(tokens[:, :, 0])
+        shown[:, : opening.shape[1]] = 1
+        return (torch.cat([opening, tokens[:, opening.shape[1] :]], dim=1), shown, *places)
+
+    with instead(drawer, "prepare_latents", prepared):
+        return drawer(image=Image.new("RGB", (16, 16)), **told)
 
 
 def draw_referring(pipeline: Any, *, image: Tensor | None = None, **told: Any) -> Any:
@@ -265,7 +302,7 @@ def note(index: Mapping[str, Any], sampling: Sampling, *, who: str = "calibratio
     `index` is the pipeline's configuration, as in model_index.json, and `who` draws.
     """
     pipeline_class = str(index["_class_name"])
-    why, masks = _why_needed(pipeline_class), references.masks_frames(index)
+    why, masks = _why_needed(pipeline_class), references.masks_frames(pipeline_class, index)
     if sampling.references or not references.takes(index):
         return ()
     if why is not None:

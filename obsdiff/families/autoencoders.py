@@ -125,13 +125,14 @@ def autoencoder(pipeline: DiffusionPipeline, *, height: int, width: int) -> list
         raise ModelError(f"the vae is a {type(vae).__name__}; known are {', '.join(AUTOENCODERS)}")
     if type(vae).__name__ == films.CLASS:
         reads = []
-        if references.masks_frames(pipeline.config):
+        if references.masks_frames(type(pipeline).__name__, pipeline.config):
             reads = [films.picture_encoder(vae, height=height, width=width)]
         elif references.opens(type(pipeline).__name__):
             reads = films.encoders(vae, height=height, width=width)
         return [*films.decoders(vae, height=height, width=width), *reads]
     if type(vae).__name__ == films.WHOLE:
-        return [films.whole_decoder(vae, height=height, width=width)]
+        reads = [films.picture_encoder(vae, height=height, width=width)]
+        return [films.whole_decoder(vae, height=height, width=width), *reads]
     scale, dtype, config = vae_scale(vae.config), vae.dtype, config_of(vae)
     channels = vae.bn.num_features if hasattr(vae, "bn") else latent_channels(config)
     sizes = rows(latent_sizes(height, width, vae_scale=scale, multiple=1))

@@ -20,7 +20,7 @@ def denoiser(pipeline: DiffusionPipeline, family: Family, module: nn.Module, *, 
         height=height,
         width=width,
         vae_scale=scale,
-        frame_mask=references.masks_frames(pipeline.config),
+        frame_mask=references.masks_frames(type(pipeline).__name__, pipeline.config),
     )
     return controls.component(fills.component(found, type(pipeline).__name__), module, pipeline, scale)
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from obsdiff.families import ltx
 from obsdiff.families.parts import config_of, latent_sizes, noise, rows, view
 from obsdiff_export.component import Component
-from obsdiff_runtime.autoencoder import FRAME_SCALE, cached, frame_scale, vae_scale
+from obsdiff_runtime.autoencoder import FRAME_SCALE, cached, frame_scale, pixel_patch, vae_scale
 from obsdiff_runtime.bundle import DECODER, ENCODER, NEXT_DECODER, NEXT_ENCODER
 from obsdiff_runtime.errors import ModelError
 from obsdiff_runtime.kinds.ltx import FRAME_SCALE as FRAME_SCALE_LTX
@@ -93,8 +93,8 @@ class _Read(nn.Module):
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
-        self.encoder, self.quant_conv = vae.encoder, vae.quant_conv
-        self.patch = vae.config.patch_size or 1
+        self.encoder, self.quant_conv = vae.encoder, getattr(vae, "quant_conv", nn.Identity())
+        self.patch = pixel_patch(config_of(vae))
 
     def forward(self, sample: Tensor) -> Tensor:
         parameters: Tensor = self.quant_conv(self.encoder(_patches(sample[:, :, None], self.patch)))
@@ -175,6 +175,25 @@ def whole_decoder(vae: Any, *, height: int, width: int) -> Component:
     Raises:
         ModelError: it adds noise while it decodes, or is of another scale than LTX-Video's.
     """
+    latents = _film_examples(vae, height, width)
+    return Component(
+        name=DECODER,
+        module=_Whole(vae).eval(),
+        inputs={"latent_sample": latents[0]},
+        dynamic_axes={"latent_sample": {0: "batch", 2: "frames", 3: "height", 4: "width"}},
+        outputs=("sample",),
+        config=_whole_config(vae),
+        more_inputs=tuple({"latent_sample": example} for example in latents[1:]),
+    )
+
+
+def _whole_config(vae: Any) -> dict[str, Any]:
+    known = () if vae.latents_mean.is_meta else ("latents_mean", "latents_std")
+    return {**config_of(vae), **{name: getattr(vae, name).tolist() for name in known}}
+
+
+def _film_examples(vae: Any, height: int, width: int) -> list[Tensor]:
+    """Latents (b, channels, f, h, w) of three sizes, of an autoencoder that decodes films whole."""
     config, scale = config_of(vae), vae_scale(vae.config)
     if any(config["decoder_inject_noise"]):
         raise ModelError(f"this {WHOLE} adds noise while it decodes, as that of LTX-Video 0.9.1, which is not exported")
@@ -184,20 +203,10 @@ def whole_decoder(vae: Any, *, height: int, width: int) -> Component:
             f"frames; LTX-Video's are of {ltx.SIDE} and {FRAME_SCALE_LTX}"
         )
     sizes = latent_sizes(height, width, vae_scale=scale, multiple=1)
-    latents = [
+    return [
         noise(batch, config["latent_channels"], frames, *size, dtype=vae.dtype)
         for frames, (batch, _, size) in zip(_FRAMES, rows(sizes), strict=True)
     ]
-    known = () if vae.latents_mean.is_meta else ("latents_mean", "latents_std")
-    return Component(
-        name=DECODER,
-        module=_Whole(vae).eval(),
-        inputs={"latent_sample": latents[0]},
-        dynamic_axes={"latent_sample": {0: "batch", 2: "frames", 3: "height", 4: "width"}},
-        outputs=("sample",),
-        config={**config, **{name: getattr(vae, name).tolist() for name in known}},
-        more_inputs=tuple({"latent_sample": example} for example in latents[1:]),
-    )
 
 
 def decoders(vae: Any, *, height: int, width: int) -> list[Component]:
@@ -232,9 +241,10 @@ def picture_encoder(vae: Any, *, height: int, width: int) -> Component:
     """Of a film's first frame alone.
 
     Raises:
-        ModelError: as of `decoders`.
+        ModelError: as of `decoders`, or `whole_decoder`.
     """
-    latents, scale = _examples(vae, height, width), vae_scale(vae.config)
+    whole, scale = type(vae).__name__ == WHOLE, vae_scale(vae.config)
+    latents = (_film_examples if whole else _examples)(vae, height, width)
     pixels = [noise(len(each), 3, *(side * scale for side in each.shape[-2:]), dtype=vae.dtype) for each in latents]
     return Component(
         name=ENCODER,
@@ -242,7 +252,7 @@ def picture_encoder(vae: Any, *, height: int, width: int) -> Component:
         inputs={"sample": pixels[0]},
         dynamic_axes={"sample": _axes(pixels[0].shape, latents[0].shape[-1])},
         outputs=("latent_parameters",),
-        config=config_of(vae),
+        config=_whole_config(vae) if whole else config_of(vae),
         more_inputs=tuple({"sample": each} for each in pixels[1:]),
     )
 

@@ -18,18 +18,25 @@ Outside of the family latents have an axis of frames, (b, channels, frames, h, w
 said; the pipeline's denoiser is told tokens of one latent pixel each. Tokens are turned by where they are in pixels and
 seconds. When each latent frame begins the graph is told (`TIMES`), because diffusers' pipelines count it in different
 ways from a number of frames a second, which is not the denoiser's; SIDE pixels along a side of a latent pixel are.
+
+Latents of a picture can stand in place of the first ones. Then the denoiser is told a timestep for each token, of which
+that of the given frames' is 0. A graph is told one timestep and which frames are drawn, and modulates whole frames; in
+torch the denoiser can do so, too (`by_frames`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, Final
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.models.transformers.transformer_ltx import LTXVideoTransformerBlock
 from torch import Tensor, nn
 
 from obsdiff.families import layers, parts, reading
 from obsdiff.groups import Group, LinearSpec, ToldGate, Write
+from obsdiff.instead import instead
 from obsdiff_export.component import Component
 from obsdiff_runtime.errors import ModelError
 from obsdiff_runtime.kinds.ltx import TIMES, times
@@ -122,8 +129,71 @@ def arguments(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
     return told
 
 
+class _Block(LTXVideoTransformerBlock):  # type: ignore[misc]
+    """diffusers' block, whose modulations may be those of whole frames, (b, frames, 6 width)."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        encoder_attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        rows = temb.unflatten(2, (6, -1))  # type: ignore[no-untyped-call]
+        shift, scale, gate, shift_2, scale_2, gate_2 = (self.scale_shift_table + rows).unbind(2)
+        read = parts.modulated(self.norm1(hidden_states), 1 + scale, shift)
+        written = self.attn1(hidden_states=read, encoder_hidden_states=None, image_rotary_emb=image_rotary_emb)
+        hidden_states = hidden_states + parts.modulated(written, gate)
+        hidden_states = hidden_states + self.attn2(
+            hidden_states,
+            encoder_hidden_states=encoder_hidden_states,
+            image_rotary_emb=None,
+            attention_mask=encoder_attention_mask,
+        )
+        read = parts.modulated(self.norm2(hidden_states), 1 + scale_2, shift_2)
+        return hidden_states + parts.modulated(self.ff(read), gate_2)
+
+
+@contextmanager
+def by_frames(denoiser: Any) -> Iterator[None]:
+    """Until the end, a denoiser that is told timesteps of tokens modulates all tokens of a frame by the same tensors.
+
+    Those of single tokens would take six times the memory of the hidden states, in every call that is kept. Tokens of a
+    frame then have one timestep.
+    """
+    embed, tokens = denoiser.time_embed.forward, 1
+
+    def count(_: nn.Module, __: tuple[Any, ...], given: dict[str, Any]) -> None:
+        nonlocal tokens
+        places = given.get("video_coords")
+        tokens = given["height"] * given["width"] if places is None else int((places[0, 0] == places[0, 0, 0]).sum())
+
+    def embedded(timestep: Tensor, *, batch_size: int, hidden_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        told = {"batch_size": batch_size, "hidden_dtype": hidden_dtype}
+        if len(timestep) == batch_size:
+            plain: tuple[Tensor, Tensor] = embed(timestep, **told)
+            return plain
+        modulations, time = embed(timestep.view(batch_size, -1)[:, ::tokens].flatten(), **told)
+        return modulations, time.repeat_interleave(tokens, dim=0)
+
+    with ExitStack() as stack:
+        stack.callback(denoiser.register_forward_pre_hook(count, with_kwargs=True).remove)
+        stack.enter_context(instead(denoiser.time_embed, "forward", embedded))
+        for block in denoiser.transformer_blocks:
+            stack.callback(setattr, block, "__class__", type(block))
+            block.__class__ = _Block
+        yield
+
+
 class _Flat(parts.Flat):
     """The transformer, without options; (b, channels, frames, h, w) to the same."""
+
+    def __init__(self, source: Any) -> None:
+        blocks = {child: parts.view(block) for child, block in source.transformer_blocks.named_children()}
+        for block in blocks.values():
+            block.__class__ = _Block
+        super().__init__(parts.view(source, transformer_blocks=parts.view(source.transformer_blocks, **blocks)))
 
     def forward(
         self,
@@ -132,6 +202,7 @@ class _Flat(parts.Flat):
         encoder_attention_mask: Tensor,
         timestep: Tensor,
         frame_times: Tensor,
+        frame_mask: Tensor | None = None,
     ) -> Tensor:
         told = arguments(
             {
@@ -142,17 +213,31 @@ class _Flat(parts.Flat):
                 TIMES: frame_times,
             }
         )
-        tokens: Tensor = self.source(**told, return_dict=False)[0]
+        if frame_mask is None:
+            tokens: Tensor = self.source(**told, return_dict=False)[0]
+        else:
+            tokens = self._by_frames(told, timestep[:, None] * frame_mask)
         velocity: Tensor = tokens.transpose(1, 2).unflatten(2, hidden_states.shape[2:])  # type: ignore[no-untyped-call]
+        return velocity
+
+    def _by_frames(self, told: Mapping[str, Any], timesteps: Tensor) -> Tensor:
+        """The call with timesteps (b, frames)."""
+        model, latents = self.source, told["hidden_states"]
+        places = model.rope(latents, video_coords=told["video_coords"])
+        unseen = -10000.0 * (1 - told["encoder_attention_mask"])[:, None]
+        rows = {"batch_size": timesteps.shape[0], "hidden_dtype": latents.dtype}
+        found = model.time_embed(timesteps.flatten(), **rows)
+        modulations, time = (each.view(*timesteps.shape, -1) for each in found)
+        tokens, text = model.proj_in(latents), model.caption_projection(told["encoder_hidden_states"])
+        for block in model.transformer_blocks:
+            tokens = block(tokens, text, modulations, places, unseen)
+        shift, scale = (model.scale_shift_table + time[:, :, None]).unbind(2)
+        velocity: Tensor = model.proj_out(parts.modulated(model.norm_out(tokens), 1 + scale, shift))
         return velocity
 
 
 def component(denoiser: nn.Module, *, height: int, width: int, vae_scale: int = SIDE) -> Component:
-    """See `Family.component`.
-
-    Raises:
-        ModelError: its autoencoder's latent pixels are not of SIDE pixels.
-    """
+    """See `Family.component`."""
     sizes = parts.latent_sizes(height, width, vae_scale=vae_scale, multiple=1)
     found = parts.denoiser_component(
         _Flat(denoiser),
@@ -164,8 +249,7 @@ def component(denoiser: nn.Module, *, height: int, width: int, vae_scale: int = 
         pixels=(height, width),
         text=(_TEXT, "encoder_attention_mask"),
     )
-    axes = {**found.dynamic_axes, TIMES: {0: "batch", 1: "frames"}}
-    return replace(found, dynamic_axes=axes)
+    return replace(found, dynamic_axes={**found.dynamic_axes, TIMES: {0: "batch", 1: "frames"}})
 
 
 _INPUTS: Final[layers.Inputs] = (
@@ -182,7 +266,7 @@ _INPUTS: Final[layers.Inputs] = (
 def _blocks(denoiser: nn.Module) -> Iterator[str]:
     config: Any = denoiser.config
     if (config.patch_size, config.patch_size_t) != (1, 1):
-        raise ModelError("this LTXVideoTransformer3DModel has patches of latent pixels, and obsdiff knows one of none")
+        raise ModelError("this LTXVideoTransformer3DModel has patches of latent pixels; obsdiff knows those without")
     for child, block in denoiser.get_submodule("transformer_blocks").named_children():
         for attention in ("attn1", "attn2"):
             layers.require_unfused(block.get_submodule(attention), f"transformer_blocks.{child}.{attention}")

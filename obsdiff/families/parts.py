@@ -103,6 +103,12 @@ def beside(latents: Tensor, told: Tensor | None) -> Tensor:
     return latents if told is None else torch.cat([latents, told], dim=1)
 
 
+def modulated(tokens: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
+    """Tokens (b, frames * n, width) times a scale of their frame's, (b, frames, width), plus a shift."""
+    grid = tokens.unflatten(1, (scale.shape[1], -1)) * scale[:, :, None]  # type: ignore[no-untyped-call]
+    return (grid if shift is None else grid + shift[:, :, None]).flatten(1, 2)  # type: ignore[no-any-return]
+
+
 def packed(latents: Tensor) -> Tensor:
     """(b, channels, h, w) -> (b, h / 2 * w / 2, channels * 4): a token's pixels behind each of its channels."""
     return pixel_unshuffle(latents, PACKED).flatten(2).transpose(1, 2)

@@ -40,18 +40,19 @@ def ends(pipeline: DiffusionPipeline) -> bool:
     return kind is not None and denoiser is not None and kind.ends(denoiser.config)
 
 
-def masks_frames(index: Mapping[str, Any]) -> bool:
+def masks_frames(pipeline_class: str, index: Mapping[str, Any]) -> bool:
     """Whether latents of a picture can stand in place of a film's first ones, which have a timestep of their own.
 
     `index` is the pipeline's configuration, as in model_index.json.
     """
-    return bool(index.get("expand_timesteps"))
+    kind = KINDS.get(pipeline_class)
+    return bool(index.get("expand_timesteps")) or (kind is not None and kind.masks)
 
 
 def takes(index: Mapping[str, Any]) -> bool:
     """Whether a pipeline can be told pictures beside the prompt, whatever it does with them; `index` as above."""
     name = str(index.get("_class_name"))
-    told = of(name) is not None or opens(name) or masks_frames(index)
+    told = of(name) is not None or opens(name) or masks_frames(name, index)
     return told or controls.steers(name) or fills.keeps(name)
 
 
@@ -123,9 +124,9 @@ def alone(
     inputs: Mapping[str, Tensor], denoiser: nn.Module, index: Mapping[str, Any], vae_scale: int
 ) -> dict[str, Tensor]:
     """`Family.example` as the graph of a pipeline's denoiser takes it, told no pictures beside; `index` as above."""
-    if masks_frames(index):
-        return masked(inputs)
     name, config = str(index["_class_name"]), cast("Mapping[str, Any]", denoiser.config)
+    if masks_frames(name, index):
+        return masked(inputs)
     if controls.steers(name):
         return controls.told(inputs, vae_scale)
     filling = fills.of(name, config)

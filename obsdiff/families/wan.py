@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from obsdiff.families import layers, parts, reading, references
+from obsdiff.families.parts import modulated
 from obsdiff.families.rotations import rotated
 from obsdiff.groups import Group, LinearSpec, ToldGate, Write
 from obsdiff.instead import instead
@@ -191,20 +192,14 @@ class _Block(WanTransformerBlock):  # type: ignore[misc]
             found: Tensor = super().forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
             return found
         shift, scale, gate, shift_3, scale_3, gate_3 = (self.scale_shift_table + temb.float()).unbind(2)
-        read = _modulated(self.norm1(hidden_states.float()), scale + 1, shift).type_as(hidden_states)
-        written = _modulated(self.attn1(read, None, None, rotary_emb), gate)
+        read = modulated(self.norm1(hidden_states.float()), scale + 1, shift).type_as(hidden_states)
+        written = modulated(self.attn1(read, None, None, rotary_emb), gate)
         hidden_states = (hidden_states.float() + written).type_as(hidden_states)
         read = self.norm2(hidden_states.float()).type_as(hidden_states)
         hidden_states = hidden_states + self.attn2(read, encoder_hidden_states, None, None)
-        read = _modulated(self.norm3(hidden_states.float()), scale_3 + 1, shift_3).type_as(hidden_states)
-        written = _modulated(self.ffn(read).float(), gate_3)
+        read = modulated(self.norm3(hidden_states.float()), scale_3 + 1, shift_3).type_as(hidden_states)
+        written = modulated(self.ffn(read).float(), gate_3)
         return (hidden_states.float() + written).type_as(hidden_states)
-
-
-def _modulated(tokens: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
-    """Tokens (b, frames * n, width) times a scale of their frame's, (b, frames, width), plus a shift."""
-    grid = tokens.unflatten(1, (scale.shape[1], -1)) * scale[:, :, None]  # type: ignore[no-untyped-call]
-    return (grid if shift is None else grid + shift[:, :, None]).flatten(1, 2)  # type: ignore[no-any-return]
 
 
 @contextmanager
@@ -302,7 +297,7 @@ class _Flat(parts.Flat):
         for block in model.blocks:
             tokens = block(tokens, text, modulations.unflatten(2, (6, -1)), places)
         shift, scale = (model.scale_shift_table + time[:, :, None]).unbind(2)
-        read = _modulated(model.norm_out(tokens.float()), scale + 1, shift).type_as(tokens)
+        read = modulated(model.norm_out(tokens.float()), scale + 1, shift).type_as(tokens)
         grid = model.proj_out(read).unflatten(1, patches.shape[2:])  # (b, frames, rows, columns, patch)
         pixels = grid.unflatten(-1, (*model.config.patch_size, -1)).permute(0, 7, 1, 4, 2, 5, 3, 6)
         velocity: Tensor = pixels.flatten(6, 7).flatten(4, 5).flatten(2, 3)

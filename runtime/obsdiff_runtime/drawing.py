@@ -7,18 +7,22 @@ Shapes: c latent channels, h w latent height and width, behind the frames of a f
 guidance, the negative one first.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from obsdiff_runtime.kinds import Conditions, Kind, Settings
 from obsdiff_runtime.networks import Array, Networks
+from obsdiff_runtime.noise import Noise
 from obsdiff_runtime.references import PLACES
 from obsdiff_runtime.schedulers import Scheduler
 from obsdiff_runtime.turns import Turns, denoiser_at
+
+TRAIN_TIMESTEPS: Final = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +60,7 @@ class Drawing:
         turns: Turns | None = None,
         opening: Array | None = None,
         kept: Kept | None = None,
+        source: Noise | None = None,
     ) -> None:
         """Begins.
 
@@ -69,11 +74,12 @@ class Drawing:
             turns: of the denoisers; None or empty where the kind's takes all steps.
             opening: (c, frames, h, w), latents that stand in place of the first ones of a film at every step.
             kept: what of an image stands in place of what is drawn after every step, with the same noise at its level.
+            source: of the noise that is put on an opening; see `Given`.
         """
         self.settings, self.conditions = settings, conditions
         self._kind, self._scheduler = kind, scheduler
         self._turns = turns or {kind.denoiser: 0.0}
-        self._opening, self._kept, self._noise = opening, kept, noise
+        self._opening, self._kept, self._noise, self._source = opening, kept, noise, source
         self._skipped = settings.skipped_steps * scheduler.order
         self.index, self.calls = 0, len(scheduler.timesteps) - self._skipped
         if clean is None:
@@ -81,6 +87,7 @@ class Drawing:
         else:
             self.sample = self._noised(clean)
         self.error: Exception | None = None
+        self._stirred = self._stir()
 
     @property
     def rows(self) -> int:
@@ -122,6 +129,8 @@ class Drawing:
             np.float32, copy=False
         )
         self.index += 1
+        if self.index < self.calls:
+            self._stirred = self._stir()
         if self._kept is not None:
             self.sample = np.where(self._kept.redrawn, self.sample, self._noised(self._kept.clean))
         if self.index == self.calls:
@@ -133,10 +142,20 @@ class Drawing:
             return clean
         return self._scheduler.noised(clean, self._noise, self._skipped + self.index).astype(np.float32, copy=False)
 
+    def _stir(self) -> Array | None:
+        """The opening with the noise of this step; diffusers draws that for all tokens, (tokens, c), of a film."""
+        share = self._kind.given.stirred
+        if self._opening is None or self._source is None or not share:
+            return self._opening
+        channels, *sides = self._opening.shape
+        noise = self._source((math.prod(self.sample.shape[1:]), channels))[: math.prod(sides)]
+        level = self._timestep / TRAIN_TIMESTEPS
+        return self._opening + np.float32(share * level**2) * noise.T.reshape(self._opening.shape)
+
     def _opened(self, sample: Array) -> Array:
-        if self._opening is None:
+        if self._stirred is None:
             return sample
-        return np.concatenate([self._opening, sample[:, self._opening.shape[1] :]], axis=1)
+        return np.concatenate([self._stirred, sample[:, self._stirred.shape[1] :]], axis=1)
 
 
 def companies(drawings: Sequence[Drawing], max_rows: int) -> Iterator[list[Drawing]]:

@@ -4,7 +4,8 @@ Shapes: c latent channels, f latent frames of the film, h w their sides.
 """
 
 from collections.abc import Mapping
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Any, Final, Literal
 
 import numpy as np
 
@@ -24,6 +25,23 @@ given, of which the timestep is 0. At every step latents that are given stand in
 
 PROCESSOR: Final = "image_processor/preprocessor_config.json"
 """In a bundle: what an image encoder's pictures are made into."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """How latents of a picture stand in place of a film's first ones.
+
+    Attributes:
+        drawn: when they are drawn from what the encoder gives, with the film's own source of noise: "before" that of
+            the film, or "behind"; None: they are the mean of it.
+        stirred: noise that is put on them at each step, as a multiple of the square of the step's level of noise.
+    """
+
+    drawn: Literal["before", "behind"] | None = None
+    stirred: float = 0.0
+
+
+MEAN: Final = Given()
 
 
 def ends(config: Mapping[str, Any]) -> bool:

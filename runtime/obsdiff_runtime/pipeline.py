@@ -289,8 +289,10 @@ class Pipeline:
         anew = mask is not None and strength in (None, MASKED_STRENGTH)
         reads = not anew or self._kind.fills is None or self._kind.fills.reads_all
         cleans = self._cleans(image if reads else None, sources)
+        drawn_before = self._kind.given.drawn == "before"
+        begun = self._openings(image, sources) if drawn_before else []
         starts = self._starts(sources, settings, latents)
-        opening = None if image is None or not self._kind.masks else self._vae.open(image, 1)
+        begun = begun or self._openings(image, sources)
         conditions = self._conditioner.conditions(prompts, negatives, settings, references, image, last_image, steered)
         rows = [{name: value[index] for name, value in conditions.items()} for index in range(len(prompts))]
         turns = self.bundle.manifest.turns
@@ -303,8 +305,10 @@ class Pipeline:
         if anew:
             cleans = [None] * len(cleans)  # what is drawn anew is so from noise alone, as in diffusers
         return [
-            Drawing(self._kind, settings, row, scheduler, start, clean, turns, opening, stays)
-            for row, scheduler, start, clean, stays in zip(rows, schedulers, starts, cleans, kept, strict=True)
+            Drawing(self._kind, settings, row, scheduler, start, clean, turns, opening, stays, source)
+            for row, scheduler, start, clean, opening, stays, source in zip(
+                rows, schedulers, starts, cleans, begun, kept, sources, strict=True
+            )
         ]
 
     def step(self, drawings: Sequence[Drawing]) -> None:
@@ -369,6 +373,15 @@ class Pipeline:
             return [None] * len(sources)
         encoded = self._vae.encode(image)
         return [self._vae.sample(encoded, source) for source in sources]
+
+    def _openings(self, image: Pixels | None, sources: Sequence[Noise]) -> Sequence[Array | None]:
+        """(c, 1, h, w) each: what stands in place of a film's first latents, where it begins with a picture so."""
+        if image is None or not self._kind.masks:
+            return [None] * len(sources)
+        if self._kind.given.drawn is None:
+            return [self._vae.open(image, 1)] * len(sources)
+        encoded = self._vae.encode(image)
+        return [self._vae.sample(encoded, source)[:, None] for source in sources]
 
     def _filled(
         self, fill: Fill, image: Pixels | None, mask: Mask | None, settings: Settings, sources: Sequence[Noise]

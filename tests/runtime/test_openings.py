@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import LTXImageToVideoPipeline, LTXPipeline
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from kinds import no_ftfy
+from obsdiff.families import parts
 from obsdiff.families.autoencoders import use_tiles
 from obsdiff.pictures import opener
 from obsdiff_runtime import cli
@@ -123,6 +125,55 @@ def test_a_picture_is_read_in_tiles_as_diffusers_reads_it(
         pair[0].vae.disable_tiling()
     np.testing.assert_allclose(films.latents, expected.numpy(), atol=1e-4 * float(expected.abs().max()))
     assert not np.array_equal(films.latents, both(pair, **given)[1].latents)
+
+
+def both_ltx(pair: tuple[Any, Path], *, seed: int = 7, **options: Any) -> tuple[Any, Images]:
+    """Latents of diffusers, (tokens, channels), and what the runtime draws, one film that begins with a picture."""
+    theirs, folder = pair
+    if isinstance(theirs, LTXPipeline):
+        theirs = parts.again(theirs, LTXImageToVideoPipeline)
+    given = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": 64, "width": 96, "num_frames": 17}
+    given |= {"negative_prompt": "two yellow stars", "max_sequence_length": 20} | options
+    image = picture(given["height"], given["width"])
+    with torch.no_grad():
+        told = {"image": Image.fromarray(image), "generator": torch.Generator().manual_seed(seed)}
+        found = theirs(prompt=PROMPTS[0], output_type="latent", **told, **given).frames
+    expected = (found.flatten(2).mT if found.ndim == 5 else found)[0].numpy()
+    ours = Pipeline(folder, threads=1)
+    return expected, ours(PROMPTS[0], image=image, seed=seed, noise_source="torch", **given)
+
+
+@pytest.mark.stage("runtime", kind="ltx")
+@pytest.mark.parametrize("kind", ["ltx", "ltx_condition"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"guidance_scale": 1.0, "num_inference_steps": 3}, {"num_frames": 9, "height": 96, "width": 32}],
+)
+def test_the_same_picture_gives_the_same_film_of_ltx(
+    kind: str, options: dict[str, Any], make_pair: Callable[[str], tuple[Any, Path]]
+) -> None:
+    """Its latents are drawn with the film's own noise, and of later versions stirred at each step."""
+    expected, films = both_ltx(make_pair(kind), **options)
+    found = films.latents[0].reshape(4, -1).T
+    np.testing.assert_allclose(found, expected, atol=1e-4 * float(np.abs(expected).max()))
+    given = {"seed": 7, "noise_source": "torch", "height": 64, "width": 96, "num_frames": 17}
+    plain = Pipeline(make_pair(kind)[1], threads=1)(PROMPTS[0], **given)
+    assert plain.latents[0].size != found.size or np.abs(plain.latents[0].reshape(4, -1).T - found).max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["ltx", "ltx_condition"])
+def test_films_of_ltx_with_and_without_a_picture_are_drawn_together_as_alone(
+    kind: str, make_pair: Callable[[str], tuple[Any, Path]]
+) -> None:
+    ours = Pipeline(make_pair(kind)[1], threads=1)
+    told = {"num_inference_steps": 3, "height": 64, "width": 96, "num_frames": 9}
+    image = picture(64, 96)
+    alone = [ours("red", image=shown, seed=5, **told).latents[0] for shown in (image, None)]
+    drawings = [ours.begin("red", image=shown, seed=5, **told)[0] for shown in (image, None)]
+    while not drawings[0].is_over:
+        ours.step(drawings)
+    for drawing, expected in zip(drawings, alone, strict=True):
+        np.testing.assert_allclose(drawing.sample, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 96), (97, 41), (20, 30)])

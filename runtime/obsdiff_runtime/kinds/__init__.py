@@ -14,6 +14,7 @@ from obsdiff_runtime.autoencoder import FRAME_SCALE
 from obsdiff_runtime.fills import Fill
 from obsdiff_runtime.films import FPS
 from obsdiff_runtime.networks import Array, Networks
+from obsdiff_runtime.openings import MEAN, Given
 from obsdiff_runtime.references import References, Sides
 from obsdiff_runtime.seeing import Seen
 
@@ -84,6 +85,7 @@ class Kind:
             that; None where nothing is.
         controls: whether a ControlNet steers the denoiser, in its graph; see controls.py.
         masks: whether films can begin with a picture, whose latents stand in place of what is drawn.
+        given: how they do.
         told_of_frames: inputs of the denoiser that are of a film's latent frames, (f, ...), from their number.
         fps: frames a second, of films.
         frame_scale: frames of a film in a latent frame behind the first, where there is no autoencoder to ask.
@@ -113,6 +115,7 @@ class Kind:
     fills: Fill | None = None
     controls: bool = False
     masks: bool = False
+    given: Given = MEAN
     told_of_frames: Mapping[str, Callable[[int], Array]] = field(default_factory=dict)
     fps: float = FPS
     frame_scale: int = FRAME_SCALE

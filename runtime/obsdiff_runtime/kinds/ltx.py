@@ -1,4 +1,4 @@
-"""LTX-Video: films of a text.
+"""LTX-Video: films of a text, or of a picture and a text.
 
 Versions up to 0.9.1 are drawn by diffusers' LTXPipeline, those from 0.9.5 on by its LTXConditionPipeline.
 """
@@ -12,6 +12,7 @@ import numpy as np
 from obsdiff_runtime.kinds import Conditions, Kind, Settings, skipped_whole
 from obsdiff_runtime.kinds.encoding import encode_masked
 from obsdiff_runtime.networks import Array, Networks
+from obsdiff_runtime.openings import Given
 
 TIMES: Final = "frame_times"
 """Input of the denoiser, (rows, f): when each latent frame begins, in seconds."""
@@ -65,6 +66,8 @@ LTX: Final = Kind(
     skipped=skipped_whole,  # as PixArt's
     even_sigmas=True,
     told_of_frames={TIMES: times},
+    masks=True,
+    given=Given(drawn="before"),
     fps=RATE,
     frame_scale=FRAME_SCALE,
 )
@@ -74,4 +77,5 @@ LTX_CONDITION: Final = replace(
     even_sigmas=False,
     levels=linear_quadratic,
     told_of_frames={TIMES: causal_times},
+    given=Given(drawn="behind", stirred=0.15),
 )

@@ -109,7 +109,7 @@ def ltx_vae() -> Any:
 
     vae = AutoencoderKLLTXVideo(
         latent_channels=4,
-        block_out_channels=(4, 8, 16),
+        block_out_channels=(4, 8, 16, 32),
         down_block_types=("LTXVideo095DownBlock3D",) * 3,
         spatio_temporal_scaling=(True,) * 3,
         layers_per_block=(1,) * 4,

@@ -92,7 +92,7 @@ def _extremes(pipeline: Any, denoiser: Any) -> tuple[Any, ...]:
     from obsdiff.families.table import family_of
 
     family, kind = family_of(denoiser), type(pipeline).__name__
-    told: Any = references.masked if references.masks_frames(pipeline.config) else dict
+    told: Any = references.masked if references.masks_frames(kind, pipeline.config) else dict
     if controls.steers(kind):
         told = partial(controls.told, scale=pipeline.vae_scale_factor, seeded=True)
     filling = fills.of(kind, denoiser.config)

@@ -81,7 +81,7 @@ def test_every_linear_is_in_the_real_engine_and_linears_of_one_input_are_merged(
 ) -> None:
     pipeline = build_pipeline(kind, **FEWER.get(kind, {}))
     denoiser, name = getattr(pipeline, FAMILIES[family].denoiser), type(pipeline).__name__
-    masks = references.masks_frames(pipeline.config)
+    masks = references.masks_frames(name, pipeline.config)
     component = references.component(
         FAMILIES[family], denoiser, name, height=64, width=64, vae_scale=8, frame_mask=masks
     )
