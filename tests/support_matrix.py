@@ -41,7 +41,7 @@ FAMILIES: Final = {
     "wan_i2v": "`wan`: Wan 2.1 I2V, picture to film",
     "wan_flf2v": "`wan`: Wan 2.1 FLF2V, two pictures to film",
     "wan22_i2v": "`wan`: Wan 2.2 I2V A14B, picture to film",
-    "ltx": "`ltx`: LTX-Video, text to film",
+    "ltx": "`ltx`: LTX-Video, text or picture to film",
     "cogview3": "no family: CogView3-Plus",
     "cogvideox": "no family: CogVideoX, text to film",
     "mochi": "no family: Mochi 1, text to film",
