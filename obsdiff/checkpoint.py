@@ -107,12 +107,15 @@ def unsaved(pipeline: Any) -> dict[str, Any]:
     return {ID2LABEL: written_labels(labels)} if isinstance(labels, dict) and labels else {}
 
 
-def load(folder: Path, *, dtype: torch.dtype | None = None) -> DiffusionPipeline:
+def load(
+    folder: Path, *, dtype: torch.dtype | None = None, given: Mapping[str, nn.Module] = MappingProxyType({})
+) -> DiffusionPipeline:
     """The pipeline of a pruned checkpoint.
 
     Args:
         folder: as written by `save`.
         dtype: of all weights; None: as the denoiser is stored.
+        given: components that are not loaded from it.
 
     Raises:
         BundleError: a file or tensor is missing, altered or superfluous; names it.
@@ -122,9 +125,9 @@ def load(folder: Path, *, dtype: torch.dtype | None = None) -> DiffusionPipeline
     denoisers = {
         name: load_denoiser(folder / name, dtype=dtype) for name in turns.names(read_json(folder / INDEX), family)
     }
-    given = controls.networks(denoisers)
+    networks = controls.networks(denoisers)
     try:
-        return assemble(folder, given, dtype=dtype or weights.main_dtype(given[family.denoiser]))
+        return assemble(folder, {**networks, **given}, dtype=dtype or weights.main_dtype(networks[family.denoiser]))
     except (OSError, ValueError, SafetensorError) as error:
         raise BundleError(f"{folder}: {error}") from error
 

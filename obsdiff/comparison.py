@@ -113,7 +113,7 @@ def evaluate(
         raise ConfigError("name at least one pruned folder, and each once")
     if html is not None:
         require_file("--html", html)
-    dense = load_model(dataclasses.replace(settings, model=against))
+    dense = load_model(dataclasses.replace(settings, model=against), settle=True)
     computable(dense)
     called = judges_of(settings, obeys=obedience_of(dense.defaults), device=dense.pipeline.device, judges=judges)
     held = gates_of(settings, called)
@@ -179,6 +179,7 @@ def _one(
         folder,
         dtype=main_dtype(dense.denoiser),
         device=dense.pipeline.device,
+        settle=True,
         steered=settings.references is not None,
     )
     if other.manifest is None:

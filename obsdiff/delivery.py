@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from obsdiff import encoders
 from obsdiff.checkpoint import save_index
 from obsdiff.families import Family, exporting, references, rows
 from obsdiff.measurements import ExportedComponent, LatencyPair, NotMeasured
@@ -130,7 +131,7 @@ def deliver(
     delivered = []
     for index, component in enumerate(components):
         progress("export", index, len(components), component.name)
-        left = is_stored(component.module)
+        left = is_stored(component.module) and not encoders.is_settled(component.module)
         dtype = dtype_of(component.name, settings, component.module if left else None)
         rounding = quantizations.get(component.name)
         model = onnx.export(

@@ -67,7 +67,7 @@ class Workload:
         flops_per_second: costs.matmul_speed of the device.
         budget_bytes: most bytes of grams in one pass; None: no limit.
         calls_per_step: denoiser calls of the scheduler per step (Heun: 2).
-        other_bytes: memory held by what else is loaded (text encoders, denoisers that take other turns).
+        other_bytes: memory held by what else is loaded (the VAE, denoisers that take other turns).
         streams: where the method is streamed; it has no packages then.
     """
 

@@ -12,7 +12,7 @@ from diffusers.utils.logging import disable_progress_bar
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from obsdiff import allocation, costs, facts, glances, latencies, parking, pictures, planning, ranks, turns
+from obsdiff import allocation, costs, encoders, facts, glances, latencies, parking, pictures, planning, ranks, turns
 from obsdiff.checkpoint import DEFAULTS, unsaved
 from obsdiff.configs import DEFAULTS_KEY, require_alike, require_known_pipeline, require_known_turns
 from obsdiff.defaults import Defaults, defaults_of, vae_scale
@@ -40,6 +40,7 @@ class Job:
 
     Attributes:
         behind: what is to be done with the denoisers that take their turns behind this one.
+        settles: text encoders lie in their files meanwhile; see encoders.
     """
 
     model: str
@@ -49,6 +50,7 @@ class Job:
     defaults: Defaults
     recipe: Recipe
     behind: "tuple[Job, ...]" = ()
+    settles: bool = True
 
     @property
     def turns(self) -> "tuple[Job, ...]":
@@ -92,9 +94,16 @@ class Job:
     def plan(self) -> Plan:
         """Of all denoisers."""
         sizes = [costs.weight_bytes(job.denoiser) for job in self.turns]
+        held = sum(sizes) + self.beside_bytes
         return planning.together(
-            {job.family.denoiser: job._plan(sum(sizes) - own) for job, own in zip(self.turns, sizes, strict=True)}
+            {job.family.denoiser: job._plan(held - own) for job, own in zip(self.turns, sizes, strict=True)}
         )
+
+    @property
+    def beside_bytes(self) -> int:
+        """Of the networks that are not pruned, in float32, as far as they are there meanwhile."""
+        pruned = controls.networks({job.family.denoiser: job.denoiser for job in self.turns})
+        return encoders.bytes_beside(self.configs, pruned, settled=self.settles and self.family.described)
 
     def _plan(self, other_bytes: int) -> Plan:
         recipe = self.recipe
@@ -168,7 +177,13 @@ def open_job(settings: Settings, *, sparsity_required: bool = True, steered: boo
     pipeline = str(configs.get("model_index", {}).get("_class_name", family.pipeline))
     check_size(pipeline, configs[family.denoiser], vae_scale(configs), recipe.sampling)
     job = Job(
-        model=name_of(settings), family=family, denoiser=denoiser, configs=configs, defaults=defaults, recipe=recipe
+        model=name_of(settings),
+        family=family,
+        denoiser=denoiser,
+        configs=configs,
+        defaults=defaults,
+        recipe=recipe,
+        settles=_on_cpu(settings),
     )
     job = dataclasses.replace(
         job,
@@ -221,7 +236,12 @@ def name_of(settings: Settings) -> str:
 
 
 def load(
-    settings: Settings, *, offload: bool = False, low_memory: bool = False, steered: bool = False
+    settings: Settings,
+    *,
+    offload: bool = False,
+    low_memory: bool = False,
+    settle: bool = False,
+    steered: bool = False,
 ) -> LoadedPipeline:
     """The pipeline that the settings name.
 
@@ -229,6 +249,7 @@ def load(
         settings: model and device.
         offload: follow `settings.offload`, which `require_offloadable` has allowed.
         low_memory: follow `settings.low_memory`, which `require_nothing_computed` has allowed.
+        settle: as for `load_pipeline`.
         steered: as for `open_job`.
 
     Raises:
@@ -256,6 +277,7 @@ def load(
         device=device,
         offload=bool(settings.offload and offload),
         low_memory=bool(settings.low_memory and low_memory),
+        settle=settle,
         steered=steered or settings.references is not None,
     )
 

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from obsdiff import checkpoint, offloading, turns, weights
+from obsdiff import checkpoint, encoders, offloading, turns, weights
 from obsdiff.checkpoint import INDEX
 from obsdiff.configs import read_configs, read_family, read_index
 from obsdiff.defaults import Defaults, defaults_of
@@ -92,6 +92,7 @@ def load_pipeline(
     device: str | torch.device = "cpu",
     offload: bool = False,
     low_memory: bool = False,
+    settle: bool = False,
     steered: bool = False,
     local_files_only: bool = False,
 ) -> LoadedPipeline:
@@ -105,6 +106,7 @@ def load_pipeline(
         device: where to put it.
         offload: leave what the device need not hold in the host's memory; see offloading.
         low_memory: leave the weights of denoiser and text encoders in their files: they can be exported, not run.
+        settle: leave the weights of large text encoders in their files, on a CPU; see encoders.
         steered: there are control pictures, so that a ControlNet is part of the UNet; see controls.joined.
         local_files_only: do not ask the Hub; HF_HUB_OFFLINE=1 does the same.
 
@@ -119,14 +121,18 @@ def load_pipeline(
     index = read_index(folder)
     family = read_family(folder, index)
     manifest = checkpoint.pruned_manifest(folder)
+    settles = settle and family.described and torch.device(device).type == "cpu"
+    left = _encoders_left(folder, index, variant) if low_memory or settles else {}
     if low_memory:
-        pipeline = _load_dense(
-            folder, index, family, variant=variant, dtype=dtype, given=_left(folder, index, family, variant)
-        )
-    elif manifest is not None:
-        pipeline = checkpoint.load(folder, dtype=dtype)
+        left |= _left(folder, index, family, variant)
     else:
-        pipeline = _load_dense(folder, index, family, variant=variant, dtype=dtype)
+        left = {name: encoder for name, encoder in left.items() if encoders.is_large(encoder)}
+        for encoder in left.values():
+            encoders.settle(encoder)
+    if manifest is not None and not low_memory:
+        pipeline = checkpoint.load(folder, dtype=dtype, given=left)
+    else:
+        pipeline = _load_dense(folder, index, family, variant=variant, dtype=dtype, given=left)
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             component.eval()
@@ -202,16 +208,21 @@ def _load_dense(
 
 
 def _left(folder: Path, index: Mapping[str, Any], family: Family, variant: str | None) -> dict[str, nn.Module]:
-    """Denoiser and text encoders whose weights stay in their files."""
+    """Denoisers whose weights stay in their files."""
     denoisers = {
         name: checkpoint.stored_denoiser(folder / name, variant=variant) for name in turns.names(index, family)
     }
-    found = controls.networks(denoisers)
-    for name, entry in index.items():
-        if name.startswith("text_encoder") and entry[0] == "transformers":
-            encoder = weights.stored_encoder(folder / name, entry[1], variant=variant)
-            found |= {} if encoder is None else {name: encoder}
-    return found
+    return controls.networks(denoisers)
+
+
+def _encoders_left(folder: Path, index: Mapping[str, Any], variant: str | None) -> dict[str, nn.Module]:
+    """Text encoders whose weights stay in their files, but for those whose files name them otherwise."""
+    found = {
+        name: weights.stored_encoder(folder / name, entry[1], variant=variant)
+        for name, entry in index.items()
+        if encoders.reads(name) and entry[0] == "transformers"
+    }
+    return {name: encoder for name, encoder in found.items() if encoder is not None}
 
 
 def _stored_dtype(folder: Path, variant: str | None) -> torch.dtype:

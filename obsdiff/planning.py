@@ -225,8 +225,11 @@ def together(plans: Mapping[str, Plan]) -> Plan:
     )
 
 
-def offloaded(plan: Plan, denoisers: Mapping[nn.Module, Family]) -> Plan:
-    """The plan where blocks lie in the host's memory and visit the GPU one at a time; see offloading."""
+def offloaded(plan: Plan, denoisers: Mapping[nn.Module, Family], *, beside: int) -> Plan:
+    """The plan where blocks lie in the host's memory and visit the GPU one at a time; see offloading.
+
+    And so do the networks that are not pruned, with `beside` bytes.
+    """
     sizes = [stream_costs.block_bytes(denoiser, family.linears(denoiser)) for denoiser, family in denoisers.items()]
     blocks = [size for each in sizes for size in each]
     estimates = plan.estimates
@@ -235,8 +238,8 @@ def offloaded(plan: Plan, denoisers: Mapping[nn.Module, Family]) -> Plan:
         plan,
         estimates=replace(
             estimates,
-            memory_bytes=estimates.memory_bytes - away,
-            host_bytes=sum(blocks) + estimates.scratch_bytes,
+            memory_bytes=estimates.memory_bytes - away - beside,
+            host_bytes=sum(blocks) + beside + estimates.scratch_bytes,
         ),
     )
 

@@ -111,7 +111,8 @@ def plan(settings: Settings, *, before: Path | None = None, force: bool = False)
         require_offloadable(settings, job.recipe)
     planned, sampled = job.plan(), job.recipe.sampling
     if settings.offload:
-        planned = offloaded(planned, {each.denoiser: each.family for each in job.turns})
+        denoisers = {each.denoiser: each.family for each in job.turns}
+        planned = offloaded(planned, denoisers, beside=job.beside_bytes)
     found = decoding(
         job.configs,
         height=sampled.height,
@@ -185,7 +186,7 @@ def prune_to_folder(
     if METHODS[job.recipe.method].calibrates:
         pictures.require(job.pipeline_class, job.recipe.sampling)
     weights = require(job, settings, output, copies=1)
-    loaded = load_model(settings, offload=True)
+    loaded = load_model(settings, offload=True, settle=True)
     require_disk_for(loaded, output, 2 * weights)
     restore, stored = remember_dtypes(loaded.pipeline), computable(loaded)
     journal = FolderJournal(output, job.recipe.digest(), resume=resume)
@@ -262,7 +263,7 @@ def export(
     journal = FolderJournal(output, job.recipe.digest(), resume=resume)
     stages = Stages()
     with stages("load"):
-        loaded = load_model(settings, low_memory=True)
+        loaded = load_model(settings, low_memory=True, settle=True)
         require_disk_for(loaded, output, 3 * weights or facts.weight_bytes(loaded.folder, loaded.folders))
         judges = judges_of(settings, obeys=obedience_of(loaded.defaults), device=loaded.pipeline.device)
         gates, scales = gates_of(settings, judges), scales_of(settings, judges)

@@ -7,7 +7,7 @@ The stem is diffusers' or transformers'; they write a variant in front of the la
 """
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -17,6 +17,8 @@ import transformers
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from obsdiff_export.stored import StoredParameter
 from obsdiff_runtime.errors import BundleError
@@ -45,7 +47,7 @@ def read(
     Raises:
         BundleError: a file or tensor is missing, altered or superfluous; names it.
     """
-    found = {name: tensor for name, (_, tensor) in _found(folder, expected, STEM, None).items()}
+    found = {name: tensor for name, (_, _, tensor) in _found(folder, expected, STEM, None).items()}
     if dtype is None:
         return found
     kept = {name for name in found if not set(wide).isdisjoint(name.split("."))}
@@ -55,7 +57,14 @@ def read(
     }
 
 
-def leave(module: nn.Module, folder: Path, *, stem: str = STEM, variant: str | None = None) -> None:
+def leave(
+    module: nn.Module,
+    folder: Path,
+    *,
+    stem: str = STEM,
+    variant: str | None = None,
+    renamed: Callable[[str], str] = lambda name: name,
+) -> None:
     """Points a module's parameters at its files, and reads its buffers, which are small. Changes the module.
 
     Args:
@@ -63,21 +72,22 @@ def leave(module: nn.Module, folder: Path, *, stem: str = STEM, variant: str | N
         folder: of the component.
         stem: of the files.
         variant: of the files.
+        renamed: the module's name of a tensor, from that in the files.
 
     Raises:
         BundleError: as `read`; the module is as before then.
     """
     names = {name: id(parameter) for name, parameter in module.named_parameters(remove_duplicate=False)}
-    found = _found(folder, module.state_dict(), stem, variant, same=names)
+    found = _found(folder, module.state_dict(), stem, variant, same=names, renamed=renamed)
     stored = {
-        names[name]: StoredParameter(tensor, path, name) for name, (path, tensor) in found.items() if name in names
+        names[name]: StoredParameter(tensor, path, key) for name, (path, key, tensor) in found.items() if name in names
     }
     for name in module.state_dict():
         owner, _, leaf = name.rpartition(".")
         if name in names:
             module.get_submodule(owner)._parameters[leaf] = stored[names[name]]
         else:
-            module.get_submodule(owner)._buffers[leaf] = found[name][1].clone()
+            module.get_submodule(owner)._buffers[leaf] = found[name][2].clone()
 
 
 def stored_encoder(folder: Path, kind: str, *, variant: str | None = None) -> nn.Module | None:
@@ -89,17 +99,29 @@ def stored_encoder(folder: Path, kind: str, *, variant: str | None = None) -> nn
         variant: of the files.
 
     Returns:
-        None where its files name their tensors otherwise than its class does, as CLIP's of older checkpoints do.
+        None where its files hold other tensors than its class has, as CLIP's of older checkpoints do.
     """
     made = getattr(transformers, kind)
     with init_empty_weights(include_buffers=False):
         encoder: Any = made(made.config_class.from_pretrained(folder, local_files_only=True))
     encoder.tie_weights()
     try:
-        leave(encoder, folder, stem=TRANSFORMERS_STEM, variant=variant)
+        leave(encoder, folder, stem=TRANSFORMERS_STEM, variant=variant, renamed=_renaming(encoder))
     except BundleError:
         return None
     return encoder.eval()  # type: ignore[no-any-return]
+
+
+def _renaming(model: Any) -> Callable[[str], str]:
+    """What transformers calls a tensor of the model, from the name that older versions gave it in a file."""
+    known = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
+    names = model.state_dict()
+
+    def renamed(name: str) -> str:
+        found: str = rename_source_key(name, known, [], model.base_model_prefix, names)[0]
+        return found
+
+    return renamed
 
 
 def shapes(folder: Path) -> dict[str, torch.Size]:
@@ -114,11 +136,13 @@ def _found(
     variant: str | None,
     *,
     same: Mapping[str, object] = MappingProxyType({}),
-) -> dict[str, tuple[Path, Tensor]]:
-    """By name, where each tensor lies, and the tensor, mapped; of names that are `same`, one is enough."""
-    found: dict[str, tuple[Path, Tensor]] = {}
+    renamed: Callable[[str], str] = lambda name: name,
+) -> dict[str, tuple[Path, str, Tensor]]:
+    """By name, where each tensor lies and is called, and itself, mapped; of names that are `same`, one is enough."""
+    found: dict[str, tuple[Path, str, Tensor]] = {}
     for path, names in _files(folder, stem, variant).items():
-        for name, tensor in _tensors(path):
+        for key, tensor in _tensors(path):
+            name = renamed(key)
             if name not in expected:
                 raise BundleError(f"{path}: tensor {name} does not belong to this model")
             if tensor.shape != expected[name].shape:
@@ -126,9 +150,9 @@ def _found(
                 raise BundleError(f"{path}: tensor {name} has shape {shapes}")
             if name in found:
                 raise BundleError(f"{path}: tensor {name} is in another file too")
-            found[name] = (path, tensor)
+            found[name] = (path, key, tensor)
         for name in names:
-            if name not in found:
+            if renamed(name) not in found:
                 raise BundleError(f"{path}: tensor {name} is missing")
     have = {same.get(name, name) for name in found}
     absent = next((name for name in expected if same.get(name, name) not in have), None)

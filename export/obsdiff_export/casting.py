@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from obsdiff_export.stored import StoredParameter
+
 _Leaves = dict[str, Tensor | None]
 
 FLOAT32_INPUTS: Final = frozenset(
@@ -20,7 +22,8 @@ FLOAT32_INPUTS: Final = frozenset(
 def cast_to(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """The module's floating parameters and buffers are `dtype` inside, and the very ones of before outside.
 
-    Nothing is copied but the casts, tied weights stay tied, and whoever shares the submodules sees the same.
+    Those that lie in files stay there: who reads them says in which dtype. Nothing is copied but the casts, tied
+    weights stay tied, and whoever shares the submodules sees the same.
     """
     with _replaced(module, lambda leaf: _cast(leaf, dtype)):
         yield
@@ -71,7 +74,7 @@ def _replaced(module: nn.Module, by: Callable[[Tensor], Tensor]) -> Iterator[Non
 
 
 def _cast(leaf: Tensor, dtype: torch.dtype) -> Tensor:
-    if not leaf.is_floating_point() or leaf.dtype == dtype:
+    if isinstance(leaf, StoredParameter) or not leaf.is_floating_point() or leaf.dtype == dtype:
         return leaf
     moved = leaf.detach().to(dtype)
     return nn.Parameter(moved, requires_grad=False) if isinstance(leaf, nn.Parameter) else moved

@@ -99,17 +99,24 @@ def test_tied_weights_need_one_name_in_the_files(sd3_t5_folder: Path) -> None:
 def test_precision_is_as_stored_unless_it_is_asked_for(
     build_pipeline: Callable[..., DiffusionPipeline], tmp_path: Path
 ) -> None:
-    """Also of an encoder whose files name tensors otherwise, which is loaded as usual."""
+    """Also of an encoder whose files name tensors as older versions of transformers did."""
     half = tmp_path / "half"
     build_pipeline("sd15", **ONE_LEVEL).to(torch.float16).save_pretrained(half)
     _change(half / "text_encoder" / "model.safetensors", _rename)
     found = verbs.export(half, tmp_path / "out", low_memory=True, **SMALL)
     components = {item.name: item for item in found.report.components}  # type: ignore[union-attr]
     dtypes = {name: component.dtype for name, component in components.items()}
-    assert dtypes["unet"] == "float16"
-    assert dtypes["text_encoder"] == dtypes["vae_decoder"] == "float32", "what is loaded"
-    assert isinstance(components["text_encoder"].max_error, float)
+    assert dtypes["unet"] == dtypes["text_encoder"] == "float16"
+    assert dtypes["vae_decoder"] == "float32", "what is loaded"
+    assert isinstance(components["vae_decoder"].max_error, float)
     assert not isinstance(components["unet"].max_error, float)
+    encoder = weights.stored_encoder(half / "text_encoder", "CLIPTextModel")
+    assert encoder is not None
+    state = load_file(half / "text_encoder" / "model.safetensors")
+    kept = {parameter.key for parameter in encoder.parameters() if isinstance(parameter, StoredParameter)}
+    assert kept == state.keys()
+    _change(half / "text_encoder" / "model.safetensors", lambda state: state.update(x=torch.ones(1)))
+    assert weights.stored_encoder(half / "text_encoder", "CLIPTextModel") is None, "which is loaded as usual"
     denoiser = checkpoint.stored_denoiser(half / "unet")
     assert dtype_of("unet", Settings(), denoiser) is torch.float16
     assert dtype_of("unet", Settings(dtype="fp32"), denoiser) is torch.float32
