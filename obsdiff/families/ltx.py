@@ -25,7 +25,7 @@ torch the denoiser can do so, too (`by_frames`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Final
 
@@ -36,7 +36,6 @@ from torch import Tensor, nn
 
 from obsdiff.families import layers, parts, reading
 from obsdiff.groups import Group, LinearSpec, ToldGate, Write
-from obsdiff.instead import instead
 from obsdiff_export.component import Component
 from obsdiff_runtime.errors import ModelError
 from obsdiff_runtime.kinds.ltx import TIMES, times
@@ -177,12 +176,8 @@ def by_frames(denoiser: Any) -> Iterator[None]:
         modulations, time = embed(timestep.view(batch_size, -1)[:, ::tokens].flatten(), **told)
         return modulations, time.repeat_interleave(tokens, dim=0)
 
-    with ExitStack() as stack:
-        stack.callback(denoiser.register_forward_pre_hook(count, with_kwargs=True).remove)
-        stack.enter_context(instead(denoiser.time_embed, "forward", embedded))
-        for block in denoiser.transformer_blocks:
-            stack.callback(setattr, block, "__class__", type(block))
-            block.__class__ = _Block
+    blocks = dict.fromkeys(denoiser.transformer_blocks, _Block)
+    with parts.exchanged(denoiser, count, {denoiser.time_embed: embedded}, blocks):
         yield
 
 

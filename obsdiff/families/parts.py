@@ -9,7 +9,8 @@ Names of inputs and outputs are those of optimum's ONNX folders. Networks keep t
 import copy
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, Final, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
+from obsdiff.instead import instead
 from obsdiff_export.component import Component
 from obsdiff_runtime.autoencoder import VAE_SCALE as VAE_SCALE
 from obsdiff_runtime.kinds import PACKED
@@ -101,6 +103,31 @@ def unpatched(tokens: Tensor, rows: int, columns: int, side: int) -> Tensor:
 def beside(latents: Tensor, told: Tensor | None) -> Tensor:
     """Latents, and behind their channels those of what a denoiser is told of the same pixels."""
     return latents if told is None else torch.cat([latents, told], dim=1)
+
+
+@contextmanager
+def exchanged(
+    denoiser: nn.Module,
+    before: Callable[..., None],
+    forwards: Mapping[nn.Module, Callable[..., Any]],
+    classes: Mapping[nn.Module, type[nn.Module]],
+) -> Iterator[None]:
+    """Until the end, modules of a denoiser work otherwise.
+
+    Args:
+        denoiser: any.
+        before: told the denoiser, arguments and keyword arguments of each of its calls.
+        forwards: in place of some modules' own.
+        classes: of some modules.
+    """
+    with ExitStack() as stack:
+        stack.callback(denoiser.register_forward_pre_hook(before, with_kwargs=True).remove)
+        for module, forward in forwards.items():
+            stack.enter_context(instead(module, "forward", forward))
+        for module, kind in classes.items():
+            stack.callback(setattr, module, "__class__", type(module))
+            module.__class__ = kind
+        yield
 
 
 def modulated(tokens: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:

@@ -29,7 +29,7 @@ timestep and which frames are drawn, and modulates whole frames; in torch the de
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final
@@ -224,12 +224,9 @@ def by_frames(denoiser: Any) -> Iterator[None]:
         time, *found = embed(frames, text, picture, timestep_seq_len=timestep_seq_len // tokens)
         return (time.repeat_interleave(tokens, dim=1), *found)
 
-    with ExitStack() as stack:
-        stack.callback(denoiser.register_forward_pre_hook(count, with_kwargs=True).remove)
-        stack.enter_context(instead(denoiser.condition_embedder, "forward", embedded))
-        for block in denoiser.blocks:
-            stack.callback(setattr, block, "__class__", type(block))
-            block.__class__ = _Block
+    with parts.exchanged(
+        denoiser, count, {denoiser.condition_embedder: embedded}, dict.fromkeys(denoiser.blocks, _Block)
+    ):
         yield
 
 

@@ -19,27 +19,19 @@ if TYPE_CHECKING:
 
 Cells = tuple[str, ...]
 
-SHAPES: Final[Cells] = (
-    "#",
-    "linears",
-    "such as",
-    "tokens",
-    "inputs",
-    "outputs",
-    "dense",
-    "2:4",
-    "gain",
-    "share",
-    "2:4 is",
-)
-CUTS: Final[Cells] = ("#", "cut", "of the units", "rounded", "before", "after", "gain", "by MACs")
+SHAPES: Final[Cells] = ("#", "linears such as", "tokens x in x out", "dense", "2:4", "2:4 gains", "share", "2:4 is")
+CUTS: Final[Cells] = ("#", "cut", "rounded", "before", "after", "gain", "by MACs")
 BOUNDS: Final = {
     "dense": "dense at least",
     "2:4": "2:4 at least",
+    "2:4 gains": "2:4 gains at most",
     "before": "before at least",
     "after": "after at least",
 }
 """What headings are called in an estimate."""
+
+WHOLE: Final = ("#", "tokens x in x out", "dense", "2:4", "share", "before", "after")
+"""Headings of what stays on one line, and they with it."""
 
 STEPS: Final[Cells] = ("one denoiser call", "median", "gain", "95 %")
 STYLES: Final = {"worth it": "green", "not worth it": "red", "within noise": "yellow", "not measured": "dim"}
@@ -47,7 +39,7 @@ STYLES: Final = {"worth it": "green", "not worth it": "red", "within noise": "ye
 
 def shape_cells(found: WhatIf) -> list[Cells]:
     """A line for each shape, under SHAPES."""
-    return [(str(i), *_shape(row, found.estimate)) for i, row in enumerate(found.rows, 1)]
+    return [(str(i), *_shape(row)) for i, row in enumerate(found.rows, 1)]
 
 
 def cut_cells(found: WhatIf) -> list[Cells]:
@@ -67,10 +59,17 @@ def tables(found: WhatIf) -> "list[Table]":
 
     made = []
     for title, headings, rows in _blocks(found):
-        table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+        table = Table(
+            title=title,
+            title_justify="left",
+            title_style="bold",
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+            padding=(0, 1, 0, 0),
+        )
         for heading in headings:
-            text = heading in ("such as", "cut", "rounded", "2:4 is", "one denoiser call")
-            table.add_column(heading, justify="left" if text else "right", overflow="fold")
+            text = heading in ("linears such as", "cut", "rounded", "2:4 is", "one denoiser call")
+            table.add_column(heading, justify="left" if text else "right", overflow="fold", no_wrap=heading in WHOLE)
         for row in rows:
             styled = f"[{STYLES[row[-1]]}]{row[-1]}[/]" if row[-1] in STYLES else row[-1]
             table.add_row(*row[:-1], styled)
@@ -107,7 +106,7 @@ def _blocks(found: WhatIf) -> list[tuple[str, Cells, list[Cells]]]:
     """Title, headings and lines of the tables that have any."""
     mark = "ESTIMATE: " if found.estimate else ""
     blocks = [
-        (found.title, SHAPES, shape_cells(found)),
+        (found.title, *_known(SHAPES, shape_cells(found))),
         (f"{mark}all linears that a cut changes, in a call, without 2:4", CUTS, cut_cells(found)),
         ("end to end", STEPS, step_cells(found)),
     ]
@@ -118,15 +117,20 @@ def _blocks(found: WhatIf) -> list[tuple[str, Cells, list[Cells]]]:
     ]
 
 
-def _shape(row: ShapeRow, estimate: bool) -> Cells:
+def _known(headings: Cells, rows: list[Cells]) -> tuple[Cells, list[Cells]]:
+    """Without the columns in which nothing is known of any line."""
+    kept = [place for place in range(len(headings)) if any(row[place] != ABSENT for row in rows)]
+    return tuple(headings[place] for place in kept), [tuple(row[place] for place in kept) for row in rows]
+
+
+def _shape(row: ShapeRow) -> Cells:
     gain = ABSENT
     if row.ratio is not None:
-        gain = f"at most {row.ratio:.2f}x" if estimate else f"{row.ratio:.2f}x"
+        gain = f"{row.ratio:.2f}x"
         gain += f" ({row.low:.2f} to {row.high:.2f})" if row.low is not None and row.high is not None else ""
     return (
-        f"{row.linears:.4g}",
-        re.sub(r"^.*blocks\.\d+\.", "", row.example),
-        *(str(size) for size in (row.shape.m, row.shape.k, row.shape.n)),
+        f"{row.linears:.4g} {re.sub(r'^.*blocks[.][0-9]+[.]', '', row.example)}",
+        str(row.shape),
         _ms(row.dense_ms),
         _ms(row.sparse_ms),
         gain,
@@ -137,8 +141,7 @@ def _shape(row: ShapeRow, estimate: bool) -> Cells:
 
 def _cut(row: CutRow) -> Cells:
     return (
-        {"heads": "heads", "ffn": "FFN neurons"}[row.kind],
-        percent(row.share),
+        f"{percent(row.share)} of {'heads' if row.kind == 'heads' else 'FFN neurons'}",
         {"aligned": "to aligned widths", "paper": "as the paper", "whole": "whole heads"}[row.rounding],
         _ms(row.dense_ms),
         _ms(row.cut_ms),
