@@ -9,14 +9,16 @@ printed digit of the paper's "TFLOPs" comes out for SD3, SD3.5 and SDXL; for SDX
 
 import functools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from obsdiff import pausing
 
 COUNTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -45,9 +47,40 @@ def positions(denoiser: nn.Module, inputs: Mapping[str, Any]) -> dict[str, int]:
         module name -> positions, summed over calls; modules that were not called are absent.
     """
     state = {name: _shape_of(tensor) for name, tensor in (*denoiser.named_parameters(), *denoiser.named_buffers())}
-    with counting(denoiser) as found, _forgotten(denoiser), torch.no_grad(), torch.device("meta"), _Shown():
-        torch.func.functional_call(denoiser, state, (), tree_map_only(Tensor, _shape_of, dict(inputs)))
+    with counting(denoiser) as found, _on_shapes(denoiser, inputs) as shapes:
+        torch.func.functional_call(denoiser, state, (), shapes)
     return found
+
+
+def waiting_bytes(denoiser: nn.Module, blocks: Sequence[nn.Module], inputs: Mapping[str, Any]) -> int:
+    """What a call holds that waits at a block, where it is most, beside what it was told; see pausing.
+
+    Args:
+        denoiser: on the meta device.
+        blocks: of it.
+        inputs: as for `positions`.
+    """
+    most = 0
+    with pausing.gated(blocks), _on_shapes(denoiser, inputs) as shapes:
+        told = {_storage(each) for each in (*tree_leaves(shapes), *denoiser.parameters(), *denoiser.buffers())}
+        waiting = pausing.PausedPass(denoiser, ((), shapes))
+        while waiting.block is not None:
+            held = {_storage(each): each.untyped_storage().nbytes() for each in waiting.tensors()}
+            most = max(most, sum(size for storage, size in held.items() if storage not in told))
+            waiting.resume(pausing.run(waiting.block, waiting.arguments))
+    return most
+
+
+@contextmanager
+def _on_shapes(denoiser: nn.Module, inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Until the end calls are made on shapes alone; gives the inputs as such."""
+    with _forgotten(denoiser), torch.no_grad(), torch.device("meta"), _Shown():
+        yield tree_map_only(Tensor, _shape_of, dict(inputs))
+
+
+def _storage(leaf: Any) -> int:
+    """Which memory a tensor has; 0 of what is none."""
+    return int(leaf.untyped_storage()._cdata) if isinstance(leaf, Tensor) else 0
 
 
 @contextmanager

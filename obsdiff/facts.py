@@ -16,6 +16,7 @@ from obsdiff import costs
 from obsdiff.families import Family, references
 from obsdiff.measurements import Counts, Environment, NotMeasured
 from obsdiff.recipe import Sampling
+from obsdiff.residuals import block_modules
 from obsdiff_export.stored import values
 from obsdiff_runtime.timing import machine
 from obsdiff_runtime.vitals import usable_cores
@@ -57,13 +58,34 @@ def positions(
     Of a denoiser that no family describes they are an estimate: all linears of its blocks run over the image's tokens,
     or over those of all frames.
     """
-    config: Any = denoiser.config
     if not family.described:
+        config: Any = denoiser.config
         tokens = family.tokens(
             config, height=sampling.height, width=sampling.width, text_tokens=text_tokens, vae_scale=vae_scale
         )
         *frames, _, _ = sampling.latents(vae_scale)
         return {linear.name: math.prod(frames) * tokens[linear.tokens] for linear in family.linears(denoiser)}
+    return costs.positions(denoiser, _arguments(denoiser, family, sampling, pipeline_class, text_tokens, vae_scale))
+
+
+def waiting_bytes(
+    denoiser: nn.Module, family: Family, sampling: Sampling, pipeline_class: str, *, text_tokens: int, vae_scale: int
+) -> int | None:
+    """costs.waiting_bytes of such a call, between the blocks of the family's linears.
+
+    None where no family describes the denoiser, or calls of it do not wait at its blocks.
+    """
+    if not family.described:
+        return None
+    blocks = [denoiser.get_submodule(name) for name in block_modules(family.linears(denoiser))]
+    told = _arguments(denoiser, family, sampling, pipeline_class, text_tokens, vae_scale)
+    return costs.waiting_bytes(denoiser, blocks, told)
+
+
+def _arguments(
+    denoiser: nn.Module, family: Family, sampling: Sampling, pipeline_class: str, text_tokens: int, vae_scale: int
+) -> dict[str, Any]:
+    """Of a call on one image of the sampled size."""
     inputs = family.example(
         denoiser,
         batch=1,
@@ -72,9 +94,10 @@ def positions(
         pixels=(sampling.height, sampling.width),
     )
     if sampling.references and references.of(pipeline_class) is not None:
+        config: Any = denoiser.config
         tokens = family.tokens(config, height=sampling.height, width=sampling.width, text_tokens=0, vae_scale=vae_scale)
         inputs |= references.example(denoiser, pipeline_class, batch=1, tokens=tokens["image"])
-    return costs.positions(denoiser, family.arguments(inputs))
+    return family.arguments(inputs)
 
 
 def counts(denoiser: nn.Module, macs: int, bytes_on_disk: int | NotMeasured) -> Counts:

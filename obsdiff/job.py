@@ -77,14 +77,18 @@ class Job:
         return str(self.index["_class_name"])
 
     def positions(self, denoiser: nn.Module) -> dict[str, int]:
-        return facts.positions(
-            denoiser,
-            self.family,
-            self.recipe.sampling,
-            self.pipeline_class,
-            text_tokens=self.text_tokens,
-            vae_scale=vae_scale(self.configs),
-        )
+        return facts.positions(denoiser, **self._call)
+
+    @property
+    def _call(self) -> dict[str, Any]:
+        """What is known of a call of the denoiser."""
+        return {
+            "family": self.family,
+            "sampling": self.recipe.sampling,
+            "pipeline_class": self.pipeline_class,
+            "text_tokens": self.text_tokens,
+            "vae_scale": vae_scale(self.configs),
+        }
 
     def times(self) -> Times:
         """The costs of the recipe's latency table; see latencies."""
@@ -106,7 +110,7 @@ class Job:
         return encoders.bytes_beside(self.configs, pruned, settled=self.settles and self.family.described)
 
     def _plan(self, other_bytes: int) -> Plan:
-        recipe = self.recipe
+        recipe, streams = self.recipe, METHODS[self.recipe.method].streams
         linears, groups = select(recipe, self.family.linears(self.denoiser), self.family.groups(self.denoiser))
         planned = planning.plan(
             self.denoiser,
@@ -127,8 +131,9 @@ class Job:
                 budget_bytes=recipe.gram_budget_bytes,
                 flops_per_second=costs.matmul_speed(),
                 other_bytes=other_bytes,
-                streams=streams_of(recipe) if METHODS[recipe.method].streams else None,
+                streams=streams_of(recipe) if streams else None,
             ),
+            waiting_bytes=facts.waiting_bytes(self.denoiser, **self._call) if streams else None,
         )
         return dataclasses.replace(planned, notes=(*planned.notes, *self.notes()))
 

@@ -6,6 +6,7 @@ put in their place. So its tensors stay; their storages are emptied, and filled 
 
 import ctypes
 import tempfile
+from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -46,6 +47,56 @@ class Store(Protocol):
         """Forgets everything."""
 
 
+class Room:
+    """Places in a row, of which the smallest that fits is taken, and neighbours that are free become one.
+
+    Attributes:
+        end: of the last place that ever was taken.
+    """
+
+    def __init__(self) -> None:
+        self.end = 0
+        self._gaps: list[tuple[int, int]] = []  # size and start, sorted
+        self._sizes: dict[int, int] = {}  # by start
+        self._starts: dict[int, int] = {}  # by end
+
+    def take(self, count: int) -> int:
+        """Where so many bytes are free."""
+        index = bisect_left(self._gaps, (count, 0))
+        if index < len(self._gaps):
+            size, start = self._gaps[index]
+            self._forget(start)
+            if size > count:
+                self._remember(start + count, size - count)
+            return start
+        start = self._starts.get(self.end, self.end)
+        if start < self.end:
+            self._forget(start)
+        self.end = start + count
+        return start
+
+    def give(self, start: int, count: int) -> None:
+        """They are free again."""
+        if start in self._starts:
+            before = self._starts[start]
+            self._forget(before)
+            start, count = before, start + count - before
+        if start + count in self._sizes:
+            more = self._sizes[start + count]
+            self._forget(start + count)
+            count += more
+        self._remember(start, count)
+
+    def _remember(self, start: int, size: int) -> None:
+        insort(self._gaps, (size, start))
+        self._sizes[start], self._starts[start + size] = size, start
+
+    def _forget(self, start: int) -> None:
+        size = self._sizes.pop(start)
+        del self._starts[start + size]
+        del self._gaps[bisect_left(self._gaps, (size, start))]
+
+
 class File:
     """A file without a name: its room is given back however the process ends.
 
@@ -56,13 +107,15 @@ class File:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
-        self.bytes = 0
-        self._gaps: dict[int, list[int]] = {}  # by size: calls resemble one another
+        self._room = Room()
+
+    @property
+    def bytes(self) -> int:
+        """That it takes on the disk."""
+        return self._room.end
 
     def put(self, values: Tensor) -> int:
-        gaps = self._gaps.get(len(values))
-        place = gaps.pop() if gaps else self.bytes
-        self.bytes = max(self.bytes, place + len(values))
+        place = self._room.take(len(values))
         here = values.cpu()
         left = _view(here)
         try:
@@ -88,7 +141,7 @@ class File:
             values.copy_(here)
 
     def free(self, place: int, count: int) -> None:
-        self._gaps.setdefault(count, []).append(place)
+        self._room.give(place, count)
 
     def close(self) -> None:
         self._file.close()

@@ -120,6 +120,7 @@ def plan(
     align: int,
     workload: Workload,
     allocation: str = "uniform",
+    waiting_bytes: int | None = None,
 ) -> Plan:
     """Plans a run.
 
@@ -134,6 +135,7 @@ def plan(
         workload: how much calibration there is, and what it runs on.
         allocation: "uniform"; "measured": units that save as many MACs will be chosen from what is measured; or by a
             latency table: units that save as much time.
+        waiting_bytes: see `plan_streams`.
 
     Raises:
         ResourceError: the byte budget is smaller than one tier's grams.
@@ -151,7 +153,7 @@ def plan(
     solved = _solved(specs, groups, removed, layers) if workload.streams is not None else []
     found = None
     if workload.streams is not None and solved:
-        found = _streams(denoiser, specs, solved, workload, workload.streams, positions)
+        found = _streams(denoiser, specs, solved, workload, workload.streams, positions, waiting_bytes)
         estimated = stream_costs.estimate_streams(
             denoiser, workload, workload.streams, found, everything=specs, solved=solved, **sizes
         )
@@ -324,10 +326,13 @@ def _streams(
     workload: Workload,
     streams: Streams,
     positions: Mapping[str, int],
+    waiting_bytes: int | None,
 ) -> StreamPlan:
     stream_costs.check_budget(solved, workload.budget_bytes)
     element = max((parameter.element_size() for parameter in denoiser.parameters()), default=4)
-    return stream_costs.plan_streams(specs, solved, workload, streams, positions=positions, element=element)
+    return stream_costs.plan_streams(
+        specs, solved, workload, streams, positions=positions, element=element, waiting_bytes=waiting_bytes
+    )
 
 
 def _describe(kind: str, package: Sequence[LinearSpec]) -> PackagePlan:

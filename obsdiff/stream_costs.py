@@ -77,6 +77,7 @@ def plan_streams(
     *,
     positions: Mapping[str, int],
     element: int,
+    waiting_bytes: int | None = None,
 ) -> StreamPlan:
     """What the streams take.
 
@@ -87,11 +88,13 @@ def plan_streams(
         streams: how much is looked at.
         positions: costs.positions.
         element: bytes of an activation's entry.
+        waiting_bytes: what a row of a call that waits at a block holds, where it is most; None: an estimate.
     """
     tiers = _tiers(solved)
     blocks = walks(everything, solved, replay=streams.replay)
     kept = max((PART_COPIES * block.kept_entries(positions) for block in blocks), default=0)
-    held = _hidden(everything, positions) + kept
+    hidden = _hidden(everything, positions) if waiting_bytes is None else STREAM_COPIES * waiting_bytes // element
+    held = hidden + kept
     called = sum(_called(everything, positions).values())
     waiting = (PROBES if streams.measuring_calls else bool(streams.metric)) * workload.rows * called
     rows = round(workload.evaluations * workload.kept_share)

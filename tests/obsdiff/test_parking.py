@@ -1,6 +1,7 @@
 """What waits gives its memory back, and comes back bit by bit."""
 
 import errno
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+import obsdiff
 from kinds import EVERY, latents_of
 from obsdiff import parking, pausing, pruning
 from obsdiff.families.table import family_of
-from obsdiff.job import given
-from obsdiff.parking import File, Host, Lot, Store
+from obsdiff.job import given, open_job
+from obsdiff.parking import File, Host, Lot, Room, Store
 from obsdiff.pausing import PausedPass
 from obsdiff.residuals import block_modules
 from obsdiff.resolving import resolve
@@ -32,6 +34,69 @@ def file(tmp_path: Path) -> Any:
     found = File(tmp_path)
     yield found
     found.close()
+
+
+def test_room_is_taken_where_it_fits_and_neighbours_become_one() -> None:
+    room, chance, taken = Room(), random.Random(0), dict[int, int]()
+    live = most = 0
+    for _ in range(3000):
+        if taken and chance.random() < 0.5:
+            start = chance.choice(list(taken))
+            live -= taken[start]
+            room.give(start, taken.pop(start))
+        else:
+            count = chance.choice((7, 7, 7, 30, 64, 500))
+            start = room.take(count)
+            assert all(start + count <= other or other + size <= start for other, size in taken.items())
+            taken[start] = count
+            live += count
+            most = max(most, live)
+    assert most <= room.end < 1.3 * most
+    for start, count in taken.items():
+        room.give(start, count)
+    end = room.end
+    assert room.take(end) == 0
+    assert room.end == end
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("sd15", {}),
+        ("sdxl", {}),
+        ("hunyuan", {}),
+        ("sana", {}),
+        ("lumina2", {}),
+        ("ltx", {"num_frames": 17}),
+        ("wan", {"num_frames": 9}),
+        ("controlnet", {"references": True}),
+    ],
+)
+def test_a_plan_counts_what_waits_on_the_disk(
+    kind: str,
+    more: dict[str, Any],
+    build_pipeline: Callable[[str], DiffusionPipeline],
+    picture_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Skip connections, waves of places and what a ControlNet hands on among it."""
+    made: list[File] = []
+
+    def remembered(_: int, __: object, folder: Path, *, offloaded: bool) -> File:
+        made.append(File(folder))
+        return made[-1]
+
+    monkeypatch.setattr(parking, "store", remembered)
+    build_pipeline(kind).save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:2]))
+    asked: dict[str, Any] = {"sparsity": "2:4", "prompts_file": str(tmp_path / "prompts.txt"), "draws": 2, "steps": 4}
+    asked |= {"height": 128, "width": 128, "batch_size": 2, "protect_first": 0, **more}
+    asked |= {"references": str(picture_folder)} if "references" in more else {}
+    planned = open_job(Settings(model=str(tmp_path / "model"), **asked)).plan().streams
+    assert planned is not None
+    obsdiff.prune(tmp_path / "model", **asked)
+    assert planned.waiting_bytes == pytest.approx(max(each.bytes for each in made), rel=0.25)
 
 
 def prepared(denoiser: Any, kind: str) -> tuple[list[nn.Module], dict[str, Any]]:
