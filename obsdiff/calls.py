@@ -10,8 +10,6 @@ from diffusers import (
     DiTPipeline,
     Flux2KleinPipeline,
     Flux2Pipeline,
-    LTXConditionPipeline,
-    LTXPipeline,
     QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
     WanImageToVideoPipeline,
@@ -43,7 +41,7 @@ def call(pipeline: DiffusionPipeline, *, own_timesteps: bool = False) -> Callabl
         return partial(_steered, pipeline)
     if fills.keeps(type(pipeline).__name__):
         return partial(fills.draw, pipeline)
-    if isinstance(pipeline, (LTXPipeline, LTXConditionPipeline)):
+    if isinstance(pipeline, pictures.LTX):
         return partial(pictures.draw_ltx, pipeline)
     if isinstance(pipeline, WanPipeline) and pipeline.config.expand_timesteps:
         return partial(_begun_or_not, pipeline, own_timesteps)
@@ -87,7 +85,7 @@ def by_frames(pipeline: DiffusionPipeline) -> Iterator[None]:
     """Until the end, its denoisers take little memory for timesteps of tokens, where they are told such."""
     with ExitStack() as stack:
         if references.masks_frames(type(pipeline).__name__, pipeline.config):
-            films = ltx if isinstance(pipeline, (LTXPipeline, LTXConditionPipeline)) else wan
+            films = ltx if isinstance(pipeline, pictures.LTX) else wan
             for denoiser in turns.modules(pipeline, films).values():
                 stack.enter_context(films.by_frames(denoiser))
         yield

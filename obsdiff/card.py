@@ -160,8 +160,13 @@ def _pictures(index: Mapping[str, Any], kind: Kind) -> tuple[str, str]:
 
 def _named(index: Mapping[str, Any], prompt: str) -> str:
     """A prompt as the first argument of a pipeline's call."""
+    return prompt if _first(index) == "prompt" else f"prompt={prompt}"
+
+
+def _first(index: Mapping[str, Any]) -> str:
+    """The first argument of a pipeline's call."""
     _, first, *_ = inspect.signature(getattr(diffusers, str(index["_class_name"])).__call__).parameters
-    return prompt if first == "prompt" else f"prompt={prompt}"
+    return first
 
 
 def _draws_films(index: Mapping[str, Any]) -> bool:
@@ -170,8 +175,8 @@ def _draws_films(index: Mapping[str, Any]) -> bool:
 
 
 def _begins(index: Mapping[str, Any]) -> bool:
-    """Whether films begin with a picture."""
-    return references.opens(str(index.get("_class_name")))
+    """Whether films begin with a picture, to diffusers at least."""
+    return _draws_films(index) and _first(index) == "image"
 
 
 def _draws_classes(index: Mapping[str, Any]) -> bool:

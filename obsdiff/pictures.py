@@ -39,6 +39,9 @@ from obsdiff_runtime.references import Reference
 ARGUMENT: Final = "image"
 """Of the calls of pipelines that are told pictures."""
 
+LTX: Final = (LTXPipeline, LTXConditionPipeline, LTXImageToVideoPipeline)
+"""Pipelines whose films can begin with a picture, in place of the first frame."""
+
 SEEN: Final = "image_embeds"
 """Likewise: what an image encoder sees in them."""
 
@@ -140,7 +143,7 @@ def _beginning(
     And of the one that they end with, where there are two. And what an image encoder sees, (1, tokens, width) or (1, 2,
     tokens, width), where the denoiser is told that. Where latents stand in place of the first ones, they are all.
     """
-    if isinstance(pipeline, (LTXPipeline, LTXConditionPipeline)):
+    if isinstance(pipeline, LTX):
         vae = pipeline.vae
         mean = vae.encode(pixels[0][:, :, None]).latent_dist.mode()
         return {ARGUMENT: pipeline._normalize_latents(mean, vae.latents_mean, vae.latents_std)}
@@ -204,13 +207,16 @@ def draw_ltx(pipeline: Any, *, image: Tensor | Image.Image | None = None, **told
 
     `image` is what `encode` makes of one for each, or a picture for all.
     """
-    if image is None:
-        return pipeline(**told)
     conditions = isinstance(pipeline, LTXConditionPipeline)
-    drawer: Any = pipeline if conditions else parts.again(pipeline, LTXImageToVideoPipeline)
+    plain, drawer = (
+        pipeline if conditions or isinstance(pipeline, kind) else parts.again(pipeline, kind)
+        for kind in (LTXPipeline, LTXImageToVideoPipeline)
+    )
+    if image is None:
+        return plain(**told)
     if not isinstance(image, Tensor):
         return drawer(image=image, **told)
-    prepare = pipeline.prepare_latents
+    prepare = plain.prepare_latents
 
     def prepared(_: Any, *given: Any, **named: Any) -> tuple[Any, ...]:
         """Tokens of which the first are those of the opening, and which these are, as either call wants it."""

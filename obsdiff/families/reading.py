@@ -30,7 +30,7 @@ INSTRUCTION: Final = "complex_human_instruction"
 SYSTEM_PROMPT: Final = "system_prompt"
 """Attribute of a pipeline, what its prompts stand behind, and where it is written likewise."""
 
-_MASKS_LATER: Final = ("LTXPipeline",)
+_MASKS_LATER: Final = ("LTXPipeline", "LTXImageToVideoPipeline")
 
 _SPECIAL: Final = 2  # tokens at the ends of a text that the instruction is not counted to have
 

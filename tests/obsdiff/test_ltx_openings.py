@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import LTXImageToVideoPipeline, LTXPipeline
+from diffusers import LTXImageToVideoPipeline
 from diffusers.pipelines.ltx import pipeline_ltx_condition, pipeline_ltx_image2video
 from PIL import Image, ImageOps
 
 import obsdiff
 from obsdiff import calibration, glances, trajectories, verbs
+from obsdiff.card import write_card
 from obsdiff.evaluation import Evaluation
 from obsdiff.families import films, ltx, parts
 from obsdiff.families.exporting import components
@@ -24,7 +25,7 @@ from obsdiff_export.ports import Port
 from obsdiff_export.profiles import profiles_for
 
 PROMPTS = ["a red dog", "a cat", "a star"]
-VERSIONS = ("ltx", "ltx_condition")
+VERSIONS = ("ltx", "ltx_condition", "ltx_i2v")
 SIZES: dict[str, Any] = {"height": 64, "width": 96, "num_frames": 17}
 Build = Callable[..., Any]
 
@@ -50,7 +51,7 @@ def test_calibration_draws_what_diffusers_draws_of_prompt_and_picture(
         monkeypatch.setattr(module, "retrieve_latents", lambda encoded, *_, **__: encoded.latent_dist.mode())
     shown = [ImageOps.fit(Image.open(file).convert("RGB"), (96, 64), Image.Resampling.LANCZOS) for file in files]
     found = calibration.sample(pipeline, calibration.encode(pipeline, ltx, PROMPTS, sampling), range(3), sampling)
-    theirs = parts.again(pipeline, LTXImageToVideoPipeline) if isinstance(pipeline, LTXPipeline) else pipeline
+    theirs = pipeline if version == "ltx_condition" else parts.again(pipeline, LTXImageToVideoPipeline)
     alone = [
         theirs(
             image=shown[row % 2],
@@ -66,6 +67,8 @@ def test_calibration_draws_what_diffusers_draws_of_prompt_and_picture(
     ]
     expected = torch.cat(alone)
     torch.testing.assert_close(found.reshape(expected.shape), expected, atol=1e-4, rtol=1e-4)
+    without = calibration.sample(pipeline, calibration.encode(pipeline, ltx, PROMPTS, asked(())), range(3), asked(()))
+    assert (without - found).abs().max() > 1e-3
     others = asked(files[::-1])
     swapped = calibration.sample(pipeline, calibration.encode(pipeline, ltx, PROMPTS, others), range(3), others)
     assert (swapped - found).abs().max() > 1e-3
@@ -99,6 +102,9 @@ def test_what_was_pruned_on_pictures_comes_back_and_is_compared_on_pictures(
     assert isinstance(report.evaluation, Evaluation)
     assert all(0 < error < 10 for error in report.evaluation.velocity_error_per_step)
     assert not any("--references" in note for note in report.notes)
+    write_card(report, tmp_path / "pruned", "checkpoint")
+    text = (tmp_path / "pruned" / "README.md").read_text()
+    assert ('pipeline(load_image("picture.png"), "' in text) == (version == "ltx_i2v"), "which diffusers' call wants"
     without = verbs.plan(Settings(model=str(tmp_path / "dense"), sparsity="2:4", **{**small, "references": None}))
     assert any("can begin with a picture" in note for note in without.notes)
 

@@ -51,6 +51,7 @@ KINDS: Final[dict[str, Kind]] = {
     "WanPipeline": wan.WAN,
     "WanImageToVideoPipeline": wan.WAN_OPENING,
     "LTXPipeline": ltx.LTX,
+    "LTXImageToVideoPipeline": ltx.LTX,
     "LTXConditionPipeline": ltx.LTX_CONDITION,
     "ZImagePipeline": zimage.ZIMAGE,
 }

@@ -28,6 +28,7 @@ from diffusers import (
     FluxPipeline,
     HunyuanDiTPipeline,
     LTXConditionPipeline,
+    LTXImageToVideoPipeline,
     LTXPipeline,
     Lumina2Pipeline,
     MochiPipeline,
@@ -388,6 +389,11 @@ def ltx_pipeline(**changes: Any) -> LTXPipeline:
     )
 
 
+def ltx_i2v_pipeline(**changes: Any) -> LTXImageToVideoPipeline:
+    """Of the networks of LTX-Video; its call wants a picture."""
+    return LTXImageToVideoPipeline(**ltx_pipeline(**changes).components)
+
+
 def ltx_condition_pipeline(**changes: Any) -> LTXConditionPipeline:
     """Of the networks of LTX-Video; its call says the levels of noise."""
     parts = ltx_pipeline(**changes).components
@@ -446,6 +452,7 @@ PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
     "wan22_i2v": wan22_i2v_pipeline,
     "ltx": ltx_pipeline,
     "ltx_condition": ltx_condition_pipeline,
+    "ltx_i2v": ltx_i2v_pipeline,
     "dit": dit_pipeline,
     "zimage": zimage_pipeline,
 }
