@@ -9,7 +9,7 @@ from typing import TypeVar
 from torch import nn
 
 from obsdiff import pointwise
-from obsdiff.groups import Consumer, Group, LinearSpec, Producer, Size, Write
+from obsdiff.groups import Consumer, Group, LinearSpec, Producer, Size, ToldGate, Write
 from obsdiff_runtime.errors import ModelError
 
 T = TypeVar("T")
@@ -75,6 +75,30 @@ def of_blocks(
         for tier, reads, tokens, names in inputs
         for name in names
     )
+
+
+def adaln_single(
+    told: str, *, out: str, streams: tuple[str, str] = ("attn2", "norm2")
+) -> Callable[[str, str], Write | None]:
+    """`writes` of blocks that are told shift, scale, gate of self-attention and feed-forward, and add to their table.
+
+    Args:
+        told: argument of the block that has these six rows; see `ToldGate.told`.
+        out: linear out of the feed-forward's neurons.
+        streams: what is given the stream that cross-attention writes to, without a gate, and the feed-forward.
+    """
+
+    def writes(prefix: str, linear: str) -> Write | None:
+        if linear == "attn1.to_out.0":
+            return Write(stream=f"{prefix}.norm1", gate=gate(prefix, 2))
+        if linear == "attn2.to_out.0":
+            return Write(stream=f"{prefix}.{streams[0]}")
+        return Write(stream=f"{prefix}.{streams[1]}", gate=gate(prefix, 5)) if linear == out else None
+
+    def gate(prefix: str, row: int) -> ToldGate:
+        return ToldGate(block=prefix, told=told, row=row, table="scale_shift_table")
+
+    return writes
 
 
 def in_stages(denoiser: nn.Module, stages: Mapping[str, T]) -> Iterator[tuple[str, T]]:

@@ -35,7 +35,7 @@ from diffusers.models.transformers.transformer_ltx import LTXVideoTransformerBlo
 from torch import Tensor, nn
 
 from obsdiff.families import layers, parts, reading
-from obsdiff.groups import Group, LinearSpec, ToldGate, Write
+from obsdiff.groups import Group, LinearSpec
 from obsdiff_export.component import Component
 from obsdiff_runtime.errors import ModelError
 from obsdiff_runtime.kinds.ltx import TIMES, times
@@ -66,7 +66,7 @@ _PIXELS: Final = (512, 704)  # that the pipeline draws
 def linears(denoiser: nn.Module) -> tuple[LinearSpec, ...]:
     """See `Family.linears`. Tiers: attn1 in, attn1 out, attn2 in, attn2 out, into the neurons, out of them."""
     blocks = ((block, prefix, _INPUTS) for block, prefix in enumerate(_blocks(denoiser)))
-    return layers.of_blocks(denoiser, blocks, _writes, common=(_TEXT,))
+    return layers.of_blocks(denoiser, blocks, _WRITES, common=(_TEXT,))
 
 
 def groups(denoiser: nn.Module) -> tuple[Group, ...]:
@@ -256,6 +256,7 @@ _INPUTS: Final[layers.Inputs] = (
     (4, "norm2", "image", ("ff.net.0.proj",)),
     (5, "ff.net.2", "image", ("ff.net.2",)),
 )
+_WRITES: Final = layers.adaln_single("temb", out="ff.net.2")
 
 
 def _blocks(denoiser: nn.Module) -> Iterator[str]:
@@ -266,19 +267,3 @@ def _blocks(denoiser: nn.Module) -> Iterator[str]:
         for attention in ("attn1", "attn2"):
             layers.require_unfused(block.get_submodule(attention), f"transformer_blocks.{child}.{attention}")
         yield f"transformer_blocks.{child}"
-
-
-def _writes(prefix: str, linear: str) -> Write | None:
-    """The gates are the third and the sixth row of shift, scale, gate of the self-attention and of the feed-forward."""
-    match linear:
-        case "attn1.to_out.0":
-            return Write(stream=f"{prefix}.norm1", gate=_gate(prefix, 2))
-        case "attn2.to_out.0":
-            return Write(stream=f"{prefix}.attn2")
-        case "ff.net.2":
-            return Write(stream=f"{prefix}.norm2", gate=_gate(prefix, 5))
-    return None
-
-
-def _gate(prefix: str, row: int) -> ToldGate:
-    return ToldGate(block=prefix, told="temb", row=row, table="scale_shift_table")

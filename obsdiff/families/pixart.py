@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from obsdiff.families import layers, parts, reading
 from obsdiff.families.places import Patches
-from obsdiff.groups import Group, LinearSpec, ToldGate, Write
+from obsdiff.groups import Group, LinearSpec
 from obsdiff_export.component import Component
 from obsdiff_runtime.errors import ModelError
 
@@ -52,7 +52,7 @@ _ADDED: Final = ("resolution", "aspect_ratio")
 def linears(denoiser: nn.Module) -> tuple[LinearSpec, ...]:
     """See `Family.linears`. Tiers: attn1 in, attn1 out, attn2 in, attn2 out, into the neurons, out of them."""
     blocks = ((block, prefix, _INPUTS) for block, prefix in enumerate(_blocks(denoiser)))
-    return layers.of_blocks(denoiser, blocks, _writes, common=(_TEXT,))
+    return layers.of_blocks(denoiser, blocks, _WRITES, common=(_TEXT,))
 
 
 def groups(denoiser: nn.Module) -> tuple[Group, ...]:
@@ -166,6 +166,7 @@ _INPUTS: Final[layers.Inputs] = (
     (4, "norm2", "image", ("ff.net.0.proj",)),
     (5, "ff.net.2", "image", ("ff.net.2",)),
 )
+_WRITES: Final = layers.adaln_single("timestep", out="ff.net.2")
 
 
 def _blocks(denoiser: nn.Module) -> Iterator[str]:
@@ -176,19 +177,3 @@ def _blocks(denoiser: nn.Module) -> Iterator[str]:
                 "Transformer2DModel is known"
             )
         yield f"transformer_blocks.{child}"
-
-
-def _writes(prefix: str, linear: str) -> Write | None:
-    """The gates are the third and the sixth row of shift, scale, gate of the attention and of the feed-forward."""
-    match linear:
-        case "attn1.to_out.0":
-            return Write(stream=f"{prefix}.norm1", gate=_gate(prefix, 2))
-        case "attn2.to_out.0":
-            return Write(stream=f"{prefix}.attn2")
-        case "ff.net.2":
-            return Write(stream=f"{prefix}.norm2", gate=_gate(prefix, 5))
-    return None
-
-
-def _gate(prefix: str, row: int) -> ToldGate:
-    return ToldGate(block=prefix, told="timestep", row=row, table="scale_shift_table")

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 
 from obsdiff.families import layers, parts, reading
 from obsdiff.families.places import Patches
-from obsdiff.groups import Consumer, Group, LinearSpec, Producer, ToldGate, Write
+from obsdiff.groups import Consumer, Group, LinearSpec, Producer
 from obsdiff_export.component import Component
 from obsdiff_runtime.errors import ConfigError
 
@@ -70,7 +70,7 @@ _TEXT: Final = "encoder_hidden_states"
 def linears(denoiser: nn.Module) -> tuple[LinearSpec, ...]:
     """See `Family.linears`. Tiers: attn1 in, attn1 out, attn2 in, attn2 out, into the neurons, out of them."""
     blocks = ((block, prefix, _INPUTS) for block, prefix in enumerate(_blocks(denoiser)))
-    return layers.of_blocks(denoiser, blocks, _writes, common=(_TEXT,))
+    return layers.of_blocks(denoiser, blocks, _WRITES, common=(_TEXT,))
 
 
 def groups(denoiser: nn.Module) -> tuple[Group, ...]:
@@ -201,6 +201,7 @@ _INPUTS: Final[layers.Inputs] = (
     (4, "norm2", "image", ("ff.conv_inverted",)),
     (5, "ff.conv_point", "image", ("ff.conv_point",)),
 )
+_WRITES: Final = layers.adaln_single("timestep", out="ff.conv_point")
 
 
 def _turned(angle: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,19 +226,3 @@ def _neurons(denoiser: nn.Module, name: str, *, block: int) -> Group:
         producers=(Producer(name=f"{name}.conv_inverted", parts=2), Producer(name=f"{name}.conv_depth", parts=2)),
         consumers=(Consumer(name=f"{name}.conv_point"),),
     )
-
-
-def _writes(prefix: str, linear: str) -> Write | None:
-    """The gates are the third and the sixth row of shift, scale, gate of the attention and of the feed-forward."""
-    match linear:
-        case "attn1.to_out.0":
-            return Write(stream=f"{prefix}.norm1", gate=_gate(prefix, 2))
-        case "attn2.to_out.0":
-            return Write(stream=f"{prefix}.attn2")
-        case "ff.conv_point":
-            return Write(stream=f"{prefix}.norm2", gate=_gate(prefix, 5))
-    return None
-
-
-def _gate(prefix: str, row: int) -> ToldGate:
-    return ToldGate(block=prefix, told="timestep", row=row, table="scale_shift_table")

@@ -43,7 +43,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from obsdiff.families import layers, parts, reading, references
 from obsdiff.families.parts import modulated
 from obsdiff.families.rotations import rotated
-from obsdiff.groups import Group, LinearSpec, ToldGate, Write
+from obsdiff.groups import Group, LinearSpec
 from obsdiff.instead import instead
 from obsdiff_export.component import Component
 from obsdiff_runtime.autoencoder import FRAME_SCALE
@@ -80,7 +80,7 @@ def linears(denoiser: nn.Module) -> tuple[LinearSpec, ...]:
     sees = references.sees(config)
     inputs = (*_INPUTS, _SEEN) if sees else _INPUTS
     blocks = ((block, prefix, inputs) for block, prefix in enumerate(_blocks(denoiser)))
-    return layers.of_blocks(denoiser, blocks, _writes, common=() if sees else (_TEXT,))  # cut out in each block
+    return layers.of_blocks(denoiser, blocks, _WRITES, common=() if sees else (_TEXT,))  # cut out in each block
 
 
 def groups(denoiser: nn.Module) -> tuple[Group, ...]:
@@ -330,6 +330,7 @@ _INPUTS: Final[layers.Inputs] = (
     (5, "ffn.net.2", "image", ("ffn.net.2",)),
 )
 _SEEN: Final = (2, SEEN, "picture", ("attn2.add_k_proj", "attn2.add_v_proj"))
+_WRITES: Final = layers.adaln_single("temb", out="ffn.net.2", streams=("norm2", "norm3"))
 
 
 def _blocks(denoiser: nn.Module) -> Iterator[str]:
@@ -359,19 +360,3 @@ def _require_known(config: Any) -> None:
             f"this WanTransformer3DModel has places for {config.pos_embed_seq_len} tokens of what an image encoder "
             f"sees, and obsdiff knows those that have {2 * SEEN_TOKENS}, of the first and the last frame of a film"
         )
-
-
-def _writes(prefix: str, linear: str) -> Write | None:
-    """The gates are the third and the sixth row of shift, scale, gate of the self-attention and of the feed-forward."""
-    match linear:
-        case "attn1.to_out.0":
-            return Write(stream=f"{prefix}.norm1", gate=_gate(prefix, 2))
-        case "attn2.to_out.0":
-            return Write(stream=f"{prefix}.norm2")
-        case "ffn.net.2":
-            return Write(stream=f"{prefix}.norm3", gate=_gate(prefix, 5))
-    return None
-
-
-def _gate(prefix: str, row: int) -> ToldGate:
-    return ToldGate(block=prefix, told="temb", row=row, table="scale_shift_table")
