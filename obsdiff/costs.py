@@ -33,6 +33,11 @@ def weight_bytes(denoiser: nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in denoiser.parameters())
 
 
+def storage(tensor: Tensor) -> int:
+    """Which memory it has, on the meta device too: views of one tensor have the same, while any is kept."""
+    return int(tensor.untyped_storage()._cdata)
+
+
 def positions(denoiser: nn.Module, inputs: Mapping[str, Any]) -> dict[str, int]:
     """How many positions each linear and convolution runs over in one call.
 
@@ -62,11 +67,12 @@ def waiting_bytes(denoiser: nn.Module, blocks: Sequence[nn.Module], inputs: Mapp
     """
     most = 0
     with pausing.gated(blocks), _on_shapes(denoiser, inputs) as shapes:
-        told = {_storage(each) for each in (*tree_leaves(shapes), *denoiser.parameters(), *denoiser.buffers())}
+        given = [each for each in tree_leaves(shapes) if isinstance(each, Tensor)]
+        told = {storage(each) for each in (*given, *denoiser.parameters(), *denoiser.buffers())}
         waiting = pausing.PausedPass(denoiser, ((), shapes))
         while waiting.block is not None:
-            held = {_storage(each): each.untyped_storage().nbytes() for each in waiting.tensors()}
-            most = max(most, sum(size for storage, size in held.items() if storage not in told))
+            held = {storage(each): each.untyped_storage().nbytes() for each in waiting.tensors()}
+            most = max(most, sum(size for place, size in held.items() if place not in told))
             waiting.resume(pausing.run(waiting.block, waiting.arguments))
     return most
 
@@ -76,11 +82,6 @@ def _on_shapes(denoiser: nn.Module, inputs: Mapping[str, Any]) -> Iterator[dict[
     """Until the end calls are made on shapes alone; gives the inputs as such."""
     with _forgotten(denoiser), torch.no_grad(), torch.device("meta"), _Shown():
         yield tree_map_only(Tensor, _shape_of, dict(inputs))
-
-
-def _storage(leaf: Any) -> int:
-    """Which memory a tensor has; 0 of what is none."""
-    return int(leaf.untyped_storage()._cdata) if isinstance(leaf, Tensor) else 0
 
 
 @contextmanager

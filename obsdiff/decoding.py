@@ -143,12 +143,8 @@ def peak_bytes(component: Component, inputs: Mapping[str, Tensor]) -> int:
     module, recorder = component.module, _Recorder()
     with torch.no_grad(), recorder:
         given = module(**inputs)
-    held = {_place(tensor) for tensor in (*module.parameters(), *module.buffers(), *inputs.values())}
-    return recorder.touched_bytes(held, [recorder.origin(_place(tensor)) for tensor in tree_leaves(given)])
-
-
-def _place(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+    held = {costs.storage(tensor) for tensor in (*module.parameters(), *module.buffers(), *inputs.values())}
+    return recorder.touched_bytes(held, [recorder.origin(costs.storage(tensor)) for tensor in tree_leaves(given)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,13 +170,13 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         read = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
-        reads = tuple(self.origin(_place(tensor)) for tensor in read)
+        reads = tuple(self.origin(costs.storage(tensor)) for tensor in read)
         made = [each for each in tree_leaves(output) if isinstance(each, Tensor)]
         self._kept += [tensor.untyped_storage() for tensor in made]
         makes = {
-            _place(tensor): tensor.untyped_storage().nbytes()
+            costs.storage(tensor): tensor.untyped_storage().nbytes()
             for tensor in made
-            if self.origin(_place(tensor)) not in reads
+            if self.origin(costs.storage(tensor)) not in reads
         }
         if func is torch.ops.aten.constant_pad_nd.default and makes:
             self._unpadded |= dict.fromkeys(makes, reads[0])
