@@ -104,7 +104,9 @@ def _fill(parts: list[nn.Module]) -> None:
     for part in parts:
         for leaf, parameter in part._parameters.items():
             if isinstance(parameter, StoredParameter):
-                part._parameters[leaf] = made.setdefault(id(parameter), _real(parameter))
+                if id(parameter) not in made:
+                    made[id(parameter)] = _real(parameter)
+                part._parameters[leaf] = made[id(parameter)]
 
 
 def _come(block: nn.Module) -> None:

@@ -73,7 +73,7 @@ def waiting_bytes(
 ) -> int | None:
     """costs.waiting_bytes of such a call, between the blocks of the family's linears.
 
-    None where no family describes the denoiser, or calls of it do not wait at its blocks.
+    None where no family describes the denoiser.
     """
     if not family.described:
         return None

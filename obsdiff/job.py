@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ class Job:
             {job.family.denoiser: job._plan(held - own) for job, own in zip(self.turns, sizes, strict=True)}
         )
 
-    @property
+    @cached_property
     def beside_bytes(self) -> int:
         """Of the networks that are not pruned, in float32, as far as they are there meanwhile."""
         pruned = controls.networks({job.family.denoiser: job.denoiser for job in self.turns})
